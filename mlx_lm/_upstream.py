@@ -1,0 +1,160 @@
+"""Run upstream mlx-lm's module of the same name in the caller's namespace.
+
+This folder is laid over the installed mlx-lm: a module that stands here first runs upstream's module
+of its name, so that upstream's names exist once, here, and then adds to them. Nothing of upstream is
+copied, and nothing relies on its source text or line positions.
+"""
+
+import re
+import sys
+import types
+from importlib import import_module
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+SUPPORTED = "mlx-lm >= 0.32.0, < 0.33"
+OLDEST = (0, 32)
+
+OVERLAY = Path(__file__).resolve().parent
+
+
+class UnsupportedUpstream(ImportError):
+    """The mlx-lm found is missing, too old, or lacks something that this project builds on."""
+
+
+def run_upstream(namespace, needs=()):
+    """Execute upstream's module of the caller's name in `namespace`, the caller's `globals()`.
+
+    For a package it also joins upstream's folder to the caller's, so that a module which does not
+    stand here is upstream's.
+
+    Args:
+        namespace: the calling module's `globals()`; upstream's names are defined in it.
+        needs: names that the caller builds on; an upstream version without one of them is refused.
+
+    Raises:
+        UnsupportedUpstream: mlx-lm is not installed, or is a version that is too old or lacks the
+            module or a needed name. A command ends with the sentence instead.
+    """
+    spec = namespace["__spec__"]
+    upstream = _find_upstream(spec.name)
+    if upstream is None:
+        _refuse(f"has no {spec.name}")
+    if "__path__" in namespace:
+        namespace["__path__"] = [*namespace["__path__"], *upstream.submodule_search_locations]
+    if spec.name == "mlx_lm" and not _new_enough(_version()):
+        _refuse("is too old")
+    code = upstream.loader.get_code(spec.name)
+    # `python -m mlx_lm.lora` runs the caller as __main__: upstream's own __main__ guard must stay shut,
+    # and whoever imports the module by its name must get this very one.
+    name, namespace["__name__"] = namespace["__name__"], spec.name
+    sys.modules.setdefault(spec.name, sys.modules[name])
+    try:
+        exec(code, namespace)
+    except UnsupportedUpstream:
+        raise
+    except ImportError as error:
+        _explain(error)
+        raise
+    finally:
+        namespace["__name__"] = name
+    missing = [need for need in needs if need not in namespace]
+    if missing:
+        _refuse(f"lacks {', '.join(missing)} in {spec.name}")
+
+
+def rebound(function, **names):
+    """A copy of `function` that reads `names` in place of its module's globals of those names.
+
+    It hands our parts to an upstream function that looks its own up in its module, and leaves the
+    function itself as it is for everyone else.
+    """
+    unknown = set(names) - set(function.__code__.co_names)
+    if unknown:
+        _refuse(f"has a {function.__name__} that does not use {', '.join(sorted(unknown))}")
+    copy = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _find_upstream(name):
+    """The import spec of upstream's module of this name, or None."""
+    package = name.rpartition(".")[0]
+    if package:
+        joined = sys.modules[package].__path__
+        folders = [folder for folder in joined if not Path(folder).resolve().is_relative_to(OVERLAY)]
+    else:
+        # A checkout's overlay and an installed one may both be on the path: neither is upstream.
+        folders = [entry for entry in sys.path if not _is_overlay(Path(entry, name))]
+    spec = PathFinder.find_spec(name, folders)
+    if _has_code(spec):
+        return spec
+    # An editable installation of mlx-lm may be known to an import hook alone.
+    hooks = [] if package else [hook for hook in sys.meta_path if hook is not PathFinder and hasattr(hook, "find_spec")]
+    for spec in (hook.find_spec(name, None) for hook in hooks):
+        if _has_code(spec) and not _is_overlay(Path(spec.origin).parent):
+            return spec
+    return None
+
+
+def _is_overlay(package):
+    return Path(package, "_upstream.py").is_file()
+
+
+def _has_code(spec):
+    return spec is not None and hasattr(spec.loader, "get_code")
+
+
+def _version():
+    """The version that upstream's own files state (its metadata may be another's), or None."""
+    try:
+        return import_module("mlx_lm._version").__version__
+    except (ImportError, AttributeError):
+        return None
+
+
+def _new_enough(version):
+    """Whether names decide: a version that cannot be read, and a newer one, run if nothing is missing."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is None or tuple(map(int, numbers.groups())) >= OLDEST
+
+
+def _explain(error):
+    """Say what to install where that is what an import error of upstream's comes down to."""
+    package = (error.name or "").partition(".")[0]
+    if package == "mlx_lm":
+        _refuse(f"could not be imported ({error})", error)
+    if package == "mlx" and sys.platform == "linux":
+        _stop(
+            f"MLX could not be imported ({error}): on Linux it needs a backend, which mlx[cpu] installs, "
+            "or mlx[cuda13] or mlx[cuda12] for an NVIDIA GPU.",
+            error,
+        )
+
+
+def _refuse(what, cause=None):
+    found = _version()
+    if found is None and _find_upstream("mlx_lm") is None:
+        _stop(f"mlx-lm is not installed: this project adds preference training to {SUPPORTED}; install one of those.")
+    found = f"mlx-lm {found}" if found else "mlx-lm"
+    _stop(
+        f"This project adds preference training to {SUPPORTED}; the installed {found} {what}: install one of those.",
+        cause,
+    )
+
+
+def _stop(sentence, cause=None):
+    """End a command with the sentence alone; elsewhere raise it."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = Path(next(iter(getattr(sys, "argv", [])), "")).name
+    if program.startswith("mlx_lm") or (main is not None and main.name.partition(".")[0] == "mlx_lm"):
+        sys.exit(sentence)
+    # `python -m mlx_lm.lora` imports the package before it becomes the program: given this name, runpy
+    # prints the sentence without a traceback.
+    raise UnsupportedUpstream(sentence, name="mlx_lm") from cause

@@ -1,0 +1,102 @@
+"""Adds to mlx_lm.tuner.callbacks: `MetricsFile`, a preference run's reports on disk and their plot."""
+
+import json
+from pathlib import Path
+
+from .._upstream import run_upstream
+
+run_upstream(globals(), needs=("TrainingCallback", "get_reporting_callbacks"))
+
+from ..cli_ui import rprint
+from .files import replace_file
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "training.png"
+
+# Upstream's names of the figures that TRL has another name for.
+TRL_NAMES = {"train_loss": "loss", "val_loss": "eval_loss"}
+
+
+class MetricsFile(TrainingCallback):
+    """Appends each report to `metrics.jsonl`, one JSON object a line, and passes it on.
+
+    Args:
+        folder: where the file is.
+        wrapped_callback: another callback to pass each report to, or None.
+        iteration: the step that a resumed run starts from; later lines of the interrupted run are dropped.
+    """
+
+    def __init__(self, folder, wrapped_callback=None, iteration=0):
+        self.path = Path(folder) / METRICS_FILE
+        self.wrapped_callback = wrapped_callback
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration] if iteration else []
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        replace_file(self.path, lambda path: Path(path).write_text(text))
+
+    def _write(self, report):
+        line = {TRL_NAMES.get(key, key): value for key, value in report.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_train_loss_report(self, train_info):
+        """Write a training report and pass it on."""
+        self._write(train_info)
+        if self.wrapped_callback:
+            self.wrapped_callback.on_train_loss_report(train_info)
+
+    def on_val_loss_report(self, val_info):
+        """Write a validation report and pass it on."""
+        self._write(val_info)
+        if self.wrapped_callback:
+            self.wrapped_callback.on_val_loss_report(val_info)
+
+
+def read_metrics(path):
+    """The lines of a metrics file as dicts; a last line that an interruption cut short is left out."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plot_metrics(folder):
+    """Draw a run's curves, training and validation, from `metrics.jsonl` into `training.png`.
+
+    Returns:
+        The path of the plot, or None where matplotlib is missing or there is nothing to draw.
+    """
+    lines = read_metrics(Path(folder) / METRICS_FILE)
+    if not lines:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        rprint("[WARNING] matplotlib is not installed, so training.png is not drawn: pip install matplotlib.")
+        return None
+    panels = (
+        ("loss", ("loss",)),
+        ("reward accuracy", ("rewards/accuracies",)),
+        ("rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+        ("logps (nats)", ("logps/chosen", "logps/rejected")),
+    )
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for color, key in enumerate(keys):
+            label = key.rpartition("/")[2]
+            for prefix, style, kind in (("", "-", "training"), ("eval_", "o--", "validation")):
+                points = [(line["iteration"], line[prefix + key]) for line in lines if prefix + key in line]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{label}, {kind}")
+        axes.set_title(title)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    path = Path(folder) / PLOT_FILE
+    replace_file(path, lambda name: figure.savefig(name, dpi=110))
+    return path

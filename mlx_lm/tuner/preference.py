@@ -1,0 +1,365 @@
+"""A preference run: the reference pass, the training loop, evaluation, reports and checkpoints."""
+
+import hashlib
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..cli_ui import TrainUI, make_console, rprint
+from ..utils import maybe_set_recommended_wired_limit
+from .batches import make_batch, order_of_epoch, plan
+from .callbacks import MetricsFile, plot_metrics
+from .checkpoint import restore_state, save_adapters, save_state
+from .logps import Scorer
+from .losses import OPTIONS as LOSS_OPTIONS
+from .losses import preference_loss
+from .options import RUN_OPTIONS, ConfigError, is_preference
+from .reference import Reference, default_cache_folder, row_key
+from .sharing import checkpointed_layers
+from .step import FIGURES, Objective, Step
+
+# What a run takes where nothing is given. A loss's parameter is None: its default depends on the loss.
+DEFAULTS = {option.name: None for option in LOSS_OPTIONS} | {option.name: option.default for option in RUN_OPTIONS}
+DEFAULTS["loss_type"] = "sft"
+
+
+def loss_of(args):
+    """The `PreferenceLoss` that `args` ask for.
+
+    Raises:
+        ConfigError: a value is out of range, or the options exclude each other.
+    """
+    return preference_loss(**{option.name: getattr(args, option.name) for option in LOSS_OPTIONS})
+
+
+def reference_of(model, args):
+    """The `Reference` that `args` ask for: `model` as it is now, or another one loaded for the purpose."""
+    cache = args.reference_cache
+    if cache is None:
+        cache = default_cache_folder()
+    elif cache in ("none", "None", ""):
+        cache = None
+    if args.reference_model is not None:
+        from ..utils import load
+
+        model, _ = load(args.reference_model)
+    return Reference(model, args.reference_batch_size, args.share_prompt, cache, args.reference_cache_size)
+
+
+def unwrapped(dataset):
+    """The `PreferenceDataset` in upstream's `CacheDataset`, or the dataset itself."""
+    return getattr(dataset, "_data", dataset) if type(dataset).__name__ == "CacheDataset" else dataset
+
+
+def evaluated_rows(dataset, batch_size, num_batches):
+    """The rows that an evaluation scores: the first ones, the same ones every time."""
+    return np.arange(len(dataset) if num_batches == -1 else min(len(dataset), batch_size * num_batches))
+
+
+def evaluate_preference(model, dataset, args, batch_size, num_batches, reference=None, progress_callback=None):
+    """Score pairs, each exactly once; see `trainer.evaluate`.
+
+    Returns:
+        A dict of the means of FIGURES over the pairs.
+    """
+    dataset = unwrapped(dataset)
+    rows = evaluated_rows(dataset, batch_size, num_batches)
+    objective = Objective(Scorer(model, args.share_prompt), loss_of(args))
+    if isinstance(reference, Reference) and objective.loss.needs_reference:
+        reference = reference.logps(dataset, rows)
+    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback)
+
+
+def mean_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
+    """The means of FIGURES over `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
+    world = mx.distributed.init()
+    model, training = objective.scorer.model, objective.scorer.model.training
+    model.eval()
+    pairs = [dataset[int(row)] for row in rows]
+    lengths = [pair_lengths(pair) for pair in pairs]
+    totals = mx.zeros((len(FIGURES) + 2,))
+    shares = objective.scorer.shares_prompt
+    for chosen in plan(lengths, batch_size, shares):
+        here = chosen[world.rank() :: world.size()]
+        if len(here):
+            batch, *_ = make_batch([pairs[i] for i in here], shares)
+            totals = totals + objective(batch, _take(reference, here))[1]
+            mx.eval(totals)
+        if progress_callback is not None:
+            progress_callback()
+    model.train(training)
+    totals = np.array(mx.distributed.all_sum(totals, stream=mx.cpu), np.float64)
+    return dict(zip(FIGURES, (totals[: len(FIGURES)] / totals[len(FIGURES)]).tolist(), strict=True))
+
+
+def pair_lengths(pair):
+    """Tokens of prompt, chosen and rejected."""
+    return [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
+
+
+def _take(reference, rows):
+    """Rows of the reference's logps as an array for the model; zeros where there is no reference."""
+    if reference is None:
+        return mx.zeros((len(rows), 2, 2))
+    return mx.array(reference[rows])
+
+
+class Schedule:
+    """Which rows each training step takes: like lengths together, shuffled by the seed, nothing left out.
+
+    Args:
+        dataset: gives a `Pair` for a row number.
+        args: `TrainingArgs`.
+        shares_prompt: whether prompts are shared.
+
+    Raises:
+        ConfigError: the batch size is not a multiple of the number of workers.
+    """
+
+    def __init__(self, dataset, args, shares_prompt):
+        world = mx.distributed.init()
+        if args.batch_size % world.size():
+            raise ConfigError(
+                f"batch_size is {args.batch_size}; it must be a multiple of the number of workers, {world.size()}."
+            )
+        self.dataset = dataset
+        self.seed = args.seed
+        self.rank, self.workers = world.rank(), world.size()
+        self.shares_prompt = shares_prompt
+        self.batches = plan([pair_lengths(dataset[i]) for i in range(len(dataset))], args.batch_size, shares_prompt)
+        self._epoch, self._order = None, None
+
+    def rows(self, iteration):
+        """All workers' rows of an iteration, counted from 1."""
+        epoch, place = divmod(iteration - 1, len(self.batches))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, order_of_epoch(len(self.batches), self.seed, epoch)
+        return self.batches[self._order[place]]
+
+    def visited(self, first, last):
+        """The rows of the iterations from `first` to `last`, each once, in order."""
+        last = min(last, first + 2 * len(self.batches))  # two epochs hold every row
+        return np.unique(np.concatenate([self.rows(i) for i in range(first, last + 1)]))
+
+    def batch(self, iteration, reference):
+        """This worker's `(batch, reference logps)` of an iteration, and its tokens: processed and padding."""
+        rows = self.rows(iteration)
+        mine = rows[self.rank :: self.workers]
+        size = -(-len(rows) // self.workers)
+        # A worker without a row of its own runs one that counts for nothing.
+        taken = mine if len(mine) else rows[:1]
+        batch, processed, padding = make_batch([self.dataset[int(i)] for i in taken], self.shares_prompt, size=size)
+        if not len(mine):
+            batch = batch._replace(counts=mx.zeros_like(batch.counts), tokens=mx.zeros_like(batch.tokens))
+        filled = np.concatenate([taken, np.repeat(taken[:1], size - len(taken))])
+        return batch, _take(reference, filled), (processed, padding)
+
+
+class Run:
+    """A preference run in progress."""
+
+    def __init__(self, model, optimizer, train_dataset, val_dataset, args, callback, reference, config):
+        self.model, self.optimizer, self.args, self.config = model, optimizer, args, config
+        self.folder = Path(args.adapter_file).parent
+        self.dataset = unwrapped(train_dataset)
+        self.val_dataset = unwrapped(val_dataset) if val_dataset else None
+        self.loss = loss_of(args)
+        self.scorer = Scorer(model, args.share_prompt)
+        self.schedule = Schedule(self.dataset, args, self.scorer.shares_prompt)
+        self.objective = Objective(self.scorer, self.loss)
+        self.rank = mx.distributed.init().rank()
+        self._say_fallbacks()
+        self.reference, self.val_reference = None, None
+        self.val_rows = evaluated_rows(self.val_dataset, args.batch_size, args.val_batches) if self.val_dataset else []
+        if self.loss.needs_reference:
+            reference = reference or reference_of(model, args)
+            self.reference = self._reference_table(reference, self.schedule.visited(1, args.iters))
+            if len(self.val_rows):
+                self.val_reference = reference.logps(self.val_dataset, self.val_rows)
+        del reference
+        compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
+        self.step = Step(model, optimizer, self.objective, compiled, args.max_grad_norm)
+        self.iteration, self.trained_tokens, self.updates = 0, 0, 0
+        if args.resume:
+            self._restore()
+        self.callback = callback
+        if self.rank == 0:
+            self.callback = MetricsFile(self.folder, callback, self.iteration)
+
+    def _say_fallbacks(self):
+        if self.args.share_prompt and not self.scorer.shares_prompt:
+            rprint("This model's cache cannot hold a shared prompt: each prompt is run for both of its responses.")
+        if self.scorer.head is None:
+            rprint("This model's output head cannot be run apart: it projects prompt positions too.")
+
+    def _reference_table(self, reference, rows):
+        table = np.full((len(self.dataset), 2, 2), np.nan, np.float32)
+        table[rows] = reference.logps(self.dataset, rows)
+        return table
+
+    def settings(self):
+        """What has to be the same for a checkpoint to be gone on from."""
+        names = ["batch_size", "grad_accumulation_steps", "max_seq_length", "seed", "share_prompt", "max_grad_norm"]
+        names += [option.name for option in LOSS_OPTIONS]
+        rows = b"".join(row_key(self.dataset[i]) for i in range(len(self.dataset)))
+        data = hashlib.blake2b(rows, digest_size=8).hexdigest()
+        return {name: getattr(self.args, name) for name in names} | {"training data": data}
+
+    def _restore(self):
+        self.iteration, extra = restore_state(self.folder, self.model, self.optimizer, self.settings())
+        if self.iteration > self.args.iters:
+            raise ConfigError(f"the checkpoint in {self.folder} is at iteration {self.iteration}; iters is fewer.")
+        self.trained_tokens, self.updates = (int(value) for value in extra.pop("counts").tolist())
+        self.reference = np.array(extra.pop("reference")) if "reference" in extra else self.reference
+        self.val_reference = np.array(extra.pop("val_reference")) if "val_reference" in extra else self.val_reference
+        if "pairs" in extra:
+            pairs = extra.pop("pairs")
+            self.step.accumulated = (tree_unflatten(list(extra.items())), pairs)
+
+    def save(self, numbered=True):
+        """Write the adapters, and the state to go on from."""
+        if self.rank != 0:
+            return None
+        extra = [("counts", mx.array([self.trained_tokens, self.updates], mx.int64))]
+        if self.args.reference_update_steps and self.loss.needs_reference:
+            extra.append(("reference", mx.array(self.reference)))
+            if self.val_reference is not None:
+                extra.append(("val_reference", mx.array(self.val_reference)))
+        if self.step.accumulated is not None:
+            gradient, pairs = self.step.accumulated
+            extra += [("pairs", pairs), *tree_flatten(gradient)]
+        saved = save_adapters(self.model, self.args.adapter_file, self.iteration if numbered else None, self.config)
+        save_state(self.folder, self.model, self.optimizer, self.iteration, self.settings(), extra)
+        return saved
+
+    def validate(self, ui):
+        """Score the validation pairs and report."""
+        tic = time.perf_counter()
+        total = -(-len(self.val_rows) // self.args.batch_size)
+        with ui.val_task(total) as advance:
+            figures = mean_figures(
+                self.objective, self.val_dataset, self.val_rows, self.val_reference, self.args.batch_size, advance
+            )
+        seconds = time.perf_counter() - tic
+        ui.report_val(self.iteration, figures["loss"], seconds)
+        self._say(figures)
+        if self.callback is not None:
+            report = {"iteration": self.iteration, "val_loss": figures.pop("loss"), "val_time": seconds}
+            self.callback.on_val_loss_report(report | {f"eval_{name}": value for name, value in figures.items()})
+
+    def report(self, ui, totals, norms, seconds, steps, tokens):
+        """Report on the steps since the last report."""
+        totals = np.array(mx.distributed.all_sum(totals, stream=mx.cpu), np.float64)
+        pairs, trained = totals[len(FIGURES) :]
+        figures = dict(zip(FIGURES, (totals[: len(FIGURES)] / pairs).tolist(), strict=True))
+        if not np.isfinite(figures["loss"]):
+            raise ConfigError(
+                f"the loss is {figures['loss']} at iteration {self.iteration}; the adapters saved before stay as they "
+                "are. A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
+            )
+        self.trained_tokens += int(trained)
+        learning_rate = self.optimizer.learning_rate.item()
+        peak_memory = mx.get_peak_memory() / 1e9
+        ui.report_train(self.iteration, figures["loss"], trained / seconds, self.trained_tokens)
+        self._say(figures, f"lr {learning_rate:.2e} · {peak_memory:.2f} GB")
+        if self.callback is not None:
+            processed, padding = tokens
+            report = {"iteration": self.iteration, "train_loss": figures.pop("loss"), **figures}
+            if norms:
+                report["grad_norm"] = float(np.mean([norm.item() for norm in norms]))
+            self.callback.on_train_loss_report(
+                report
+                | {
+                    "learning_rate": learning_rate,
+                    "iterations_per_second": steps / seconds,
+                    "pairs_per_second": pairs / seconds,
+                    "tokens_per_second": trained / seconds,
+                    "trained_tokens": self.trained_tokens,
+                    "padding_share": padding / processed,
+                    "peak_memory": peak_memory,
+                }
+            )
+
+    def _say(self, figures, more=""):
+        if self.rank != 0:
+            return
+        text = (
+            f"chosen {figures['rewards/chosen']:+.3f} · rejected {figures['rewards/rejected']:+.3f} · "
+            f"accuracy {figures['rewards/accuracies']:.3f} · margin {figures['rewards/margins']:+.3f}"
+        )
+        make_console().print(f"          [ui.muted]{text}{' · ' + more if more else ''}[/ui.muted]")
+
+    def _update_reference(self):
+        """TR-DPO: the policy becomes the reference of the rows that the coming steps visit."""
+        steps = self.args.reference_update_steps * self.args.grad_accumulation_steps
+        last = min(self.iteration + steps, self.args.iters)
+        reference = Reference(self.model, self.args.reference_batch_size, self.args.share_prompt)
+        rows = self.schedule.visited(self.iteration + 1, last)
+        self.reference[rows] = reference.logps(self.dataset, rows)
+        if len(self.val_rows):
+            self.val_reference = reference.logps(self.val_dataset, self.val_rows)
+
+    def train(self):
+        """Take the steps that are left."""
+        args = self.args
+        totals, norms, tokens, seconds, steps = mx.zeros((len(FIGURES) + 2,)), [], np.zeros(2), 0.0, 0
+        with TrainUI(args.iters, rank=self.rank) as ui:
+            for _ in range(self.iteration):
+                ui.advance()
+            if self.iteration == 0 and len(self.val_rows):
+                self.validate(ui)
+            self.model.train()
+            tic = time.perf_counter()
+            upcoming = self.schedule.batch(self.iteration + 1, self.reference) if self.iteration < args.iters else None
+            while self.iteration < args.iters:
+                batch, reference, counts = upcoming
+                self.iteration += 1
+                # The steps that are left over at the end make an update of their own: no pair is dropped.
+                update = self.iteration % args.grad_accumulation_steps == 0 or self.iteration == args.iters
+                sums, norm = self.step(batch, reference, update)
+                totals, tokens, steps = totals + sums, tokens + counts, steps + 1
+                norms += [norm] if update else []
+                self.updates += update
+                mx.async_eval(self.step.state(), totals, norms, self.step.accumulated)
+                refresh = update and args.reference_update_steps and self.updates % args.reference_update_steps == 0
+                if self.iteration < args.iters and not (refresh and self.loss.needs_reference):
+                    # The next batch is made while the device works on this one.
+                    upcoming = self.schedule.batch(self.iteration + 1, self.reference)
+                mx.eval(self.step.state(), totals, norms, self.step.accumulated)
+                if mx.get_cache_memory() > (args.clear_cache_threshold or mx.get_peak_memory()):
+                    mx.clear_cache()
+                seconds += time.perf_counter() - tic
+                ui.advance()
+                if self.iteration % args.steps_per_report == 0 or self.iteration == args.iters:
+                    self.report(ui, totals, norms, seconds, steps, tokens)
+                    totals, norms, tokens, seconds, steps = mx.zeros_like(totals), [], np.zeros(2), 0.0, 0
+                if self.iteration < args.iters and refresh and self.loss.needs_reference:
+                    self._update_reference()
+                    upcoming = self.schedule.batch(self.iteration + 1, self.reference)
+                if len(self.val_rows) and (self.iteration % args.steps_per_eval == 0 or self.iteration == args.iters):
+                    self.validate(ui)
+                if self.iteration % args.steps_per_save == 0:
+                    saved = self.save()
+                    if saved is not None:
+                        ui.report_save(saved)
+                tic = time.perf_counter()
+        self.save(numbered=False)
+        if self.rank == 0:
+            plot_metrics(self.folder)
+
+
+def train_preference(model, optimizer, train_dataset, val_dataset, args, callback=None, reference=None, config=None):
+    """Train `model` on preference pairs; see `trainer.train`."""
+    if not is_preference(args.loss_type):
+        raise ConfigError(f"loss_type is {args.loss_type!r}, which is not a preference loss.")
+    if args.grad_accumulation_steps < 1:
+        raise ConfigError(f"grad_accumulation_steps is {args.grad_accumulation_steps}; it must be at least 1.")
+    maybe_set_recommended_wired_limit()
+    run = Run(model, optimizer, train_dataset, val_dataset, args, callback, reference, config)
+    del reference
+    with checkpointed_layers(model) if args.grad_checkpoint else nullcontext():
+        run.train()

@@ -1,0 +1,156 @@
+"""The training step of a preference run: logps, loss, gradient, accumulation, update."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.utils import average_gradients
+from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten, tree_map
+
+from .batches import Batch, Group
+from .losses import PairLogps, wpo_weights
+
+# What is summed over pairs, in this order; TRL's names.
+FIGURES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+class Objective:
+    """The loss of a batch of pairs and its figures.
+
+    Args:
+        scorer: a `Scorer`.
+        loss: a `PreferenceLoss`.
+    """
+
+    def __init__(self, scorer, loss):
+        self.scorer = scorer
+        self.loss = loss
+
+    def __call__(self, batch, reference, gradient=False):
+        """Score a batch.
+
+        Args:
+            batch: a `Batch` of B pairs.
+            reference: `(B, 2, 2)` float32 of `Reference.logps`; not read where the loss needs no reference.
+            gradient: whether a gradient will be taken.
+
+        Returns:
+            `(loss, sums)`: the loss summed over pairs, float32, and `(9,)` float32 sums over pairs of
+            FIGURES, the number of pairs and the number of tokens.
+        """
+        rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient)
+        pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
+        weights = None
+        if self.loss.reads_wpo:
+            weights = wpo_weights(*mx.split(rows.alignment, 2), pairs.chosen_lengths, pairs.rejected_lengths)
+        loss = (self.loss(pairs, weights) * batch.weights * batch.counts).sum()
+        chosen, rejected = (mx.stop_gradient(reward) for reward in self.loss.rewards(pairs))
+        figures = (
+            chosen,
+            rejected,
+            chosen > rejected,
+            chosen - rejected,
+            mx.stop_gradient(pairs.policy_chosen),
+            mx.stop_gradient(pairs.policy_rejected),
+        )
+        sums = [mx.stop_gradient(loss), *((figure * batch.counts).sum() for figure in figures)]
+        return loss, mx.stack([*sums, batch.counts.sum(), batch.tokens.astype(mx.float32)])
+
+    def _pair_logps(self, rows, batch, reference):
+        def weighed(total, common):
+            # LD-DPO: tokens beyond the shorter response's length count ld_alpha.
+            alpha = self.loss.ld_alpha
+            return total if alpha is None else common + alpha * (total - common)
+
+        policy_chosen, policy_rejected = mx.split(weighed(rows.total, rows.common), 2)
+        if self.loss.needs_reference:
+            reference_chosen = weighed(reference[:, 0, 0], reference[:, 0, 1])
+            reference_rejected = weighed(reference[:, 1, 0], reference[:, 1, 1])
+        else:
+            reference_chosen = reference_rejected = mx.zeros_like(policy_chosen)
+        chosen_lengths, rejected_lengths = mx.split(batch.lengths, 2)
+        return PairLogps(
+            policy_chosen=policy_chosen,
+            policy_rejected=policy_rejected,
+            reference_chosen=reference_chosen,
+            reference_rejected=reference_rejected,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            chosen_nll=-mx.split(rows.total, 2)[0],
+            margins=batch.margins,
+        )
+
+
+class Step:
+    """Takes gradients batch by batch and updates the model once `update` is asked for.
+
+    Gradients are summed over pairs and divided by the pairs of all batches since the last update, over all
+    workers: accumulated small batches give the large batch's gradient, uneven ones too.
+
+    Args:
+        model, optimizer: what is trained.
+        objective: an `Objective`.
+        compiled: whether to compile the step.
+        max_grad_norm: gradients are clipped to this norm; None for no clipping.
+    """
+
+    def __init__(self, model, optimizer, objective, compiled, max_grad_norm=None):
+        self.model = model
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self._value_and_grad = nn.value_and_grad(model, lambda _, *inputs: objective(*inputs, gradient=True))
+        self._compiled = {}
+        self._compile = compiled
+        self.accumulated = None  # (gradient, number of pairs) of the batches since the last update
+
+    def __call__(self, batch, reference, update):
+        """Take a batch's gradient, and update the model where `update` is set.
+
+        Returns:
+            `(sums, gradient norm)`: `Objective`'s sums, and the mean gradient's norm before clipping, None
+            where there was no update. Nothing is evaluated yet.
+        """
+        sums, norm, self.accumulated = self._function(update)(batch, reference, self.accumulated)
+        return sums, norm
+
+    def state(self):
+        """All that the step changes."""
+        return [self.model.state, self.optimizer.state, mx.random.state]
+
+    def _function(self, update):
+        if not self._compile:
+            return partial(self._take, update)
+        if update not in self._compiled:
+            state = self.state()
+            self._compiled[update] = mx.compile(partial(self._take, update), inputs=state, outputs=state)
+        return self._compiled[update]
+
+    def _take(self, update, batch, reference, accumulated):
+        groups = tuple(Group(*group) for group in batch[1])
+        batch = Batch(*batch)._replace(groups=groups)
+        (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
+        pairs = sums[len(FIGURES)]
+        if accumulated is not None:
+            gradient = tree_map(lambda new, old: new + old, gradient, accumulated[0])
+            pairs = pairs + accumulated[1]
+        if not update:
+            return sums, None, (gradient, pairs)
+        world = mx.distributed.init()
+        if world.size() > 1:
+            gradient, pairs = average_gradients(gradient), mx.distributed.all_sum(pairs) / world.size()
+        gradient = tree_map(lambda value: (value / pairs).astype(value.dtype), gradient)
+        if self.max_grad_norm is None:
+            norm = mx.sqrt(sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradient)))
+        else:
+            gradient, norm = clip_grad_norm(gradient, self.max_grad_norm)
+        self.optimizer.update(self.model, gradient)
+        return sums, norm, None

@@ -1,0 +1,108 @@
+"""Adds to mlx_lm.tuner.trainer: `train` and `evaluate` branch on `loss_type` to preference training."""
+
+from dataclasses import field, make_dataclass
+from typing import Any
+
+from .._upstream import run_upstream
+
+run_upstream(globals(), needs=("TrainingArgs", "TrainingCallback", "TrainUI", "train", "evaluate", "average_gradients"))
+
+from .losses import OPTIONS as LOSS_OPTIONS
+from .options import RUN_OPTIONS, is_preference
+from .preference import DEFAULTS, evaluate_preference, train_preference
+
+_upstream_train, _upstream_evaluate = train, evaluate
+
+# Upstream's arguments and one for each preference option. A loss's parameter is None until it is given: its
+# default depends on the loss.
+TrainingArgs = make_dataclass(
+    "TrainingArgs",
+    [
+        (option.name, Any, field(default=DEFAULTS[option.name], metadata={"help": option.help}))
+        for option in LOSS_OPTIONS + RUN_OPTIONS
+    ]
+    + [("seed", int, field(default=0, metadata={"help": "Seed of the order of the data."}))],
+    bases=(TrainingArgs,),
+)
+TrainingArgs.__module__ = __name__
+
+
+def train(
+    model,
+    optimizer,
+    train_dataset,
+    val_dataset=None,
+    args: TrainingArgs = TrainingArgs(),  # noqa: B008 (upstream's signature)
+    loss: callable = default_loss,
+    iterate_batches: callable = iterate_batches,
+    training_callback: TrainingCallback = None,
+    reference=None,
+    config=None,
+):
+    """Train `model`; `args.loss_type` chooses between upstream's training and a preference loss.
+
+    Args:
+        model, optimizer, train_dataset, val_dataset, args, training_callback: as upstream's; with a preference
+            loss the datasets are `PreferenceDataset`s.
+        loss, iterate_batches: upstream's, read in its training only.
+        reference: a `Reference`; by default the model as it is now.
+        config: contents of `adapter_config.json`, written with the first adapters, or None.
+
+    Raises:
+        ConfigError: a value of `args` is out of range, or the options exclude each other.
+    """
+    if is_preference(getattr(args, "loss_type", "sft")):
+        return train_preference(
+            model, optimizer, train_dataset, val_dataset, args, training_callback, reference, config
+        )
+    return _upstream_train(
+        model=model,
+        optimizer=optimizer,
+        train_dataset=train_dataset,
+        val_dataset=val_dataset,
+        args=args,
+        loss=loss,
+        iterate_batches=iterate_batches,
+        training_callback=training_callback,
+    )
+
+
+def evaluate(
+    model,
+    dataset,
+    batch_size,
+    num_batches,
+    max_seq_length=2048,
+    loss: callable = default_loss,
+    iterate_batches: callable = iterate_batches,
+    clear_cache_threshold: int = 0,
+    progress_callback=None,
+    args=None,
+    reference=None,
+):
+    """Evaluate `model`; with a preference loss in `args`, on pairs.
+
+    Args:
+        model, batch_size, num_batches, progress_callback: as upstream's; num_batches -1 takes all.
+        dataset: with a preference loss, a `PreferenceDataset`; the first batch_size x num_batches pairs count,
+            each exactly once.
+        max_seq_length, loss, iterate_batches, clear_cache_threshold: upstream's, read in its evaluation only.
+        args: `TrainingArgs`; their `loss_type` chooses.
+        reference: a `Reference`, or what its `logps` gave for these pairs; None for a reference-free loss.
+
+    Returns:
+        Upstream's mean loss, or for pairs a dict of the means of FIGURES.
+    """
+    if args is None or not is_preference(args.loss_type):
+        return _upstream_evaluate(
+            model=model,
+            dataset=dataset,
+            batch_size=batch_size,
+            num_batches=num_batches,
+            max_seq_length=max_seq_length,
+            loss=loss,
+            iterate_batches=iterate_batches,
+            clear_cache_threshold=clear_cache_threshold,
+            progress_callback=progress_callback,
+        )
+    return evaluate_preference(model, dataset, args, batch_size, num_batches, reference, progress_callback)
