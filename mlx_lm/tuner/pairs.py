@@ -1,0 +1,205 @@
+"""Preference rows as pairs of token sequences: what training and evaluation take their batches from.
+
+Upstream has no module of this name. Rows are read in `preferences.py` and tokenized in `encoding.py`; `datasets.py`
+loads them.
+"""
+
+from array import array
+from collections import Counter
+from typing import NamedTuple
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from ..cli_ui import rprint
+from .encoding import PairEncoder
+from .options import ConfigError
+from .preferences import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, template_kwargs
+
+EQUAL_WHEN_CUT = "whose responses are equal within max_seq_length"
+FEATURES = ("prompt_feature", "chosen_feature", "rejected_feature")
+ROWS_AT_ONCE = 1024
+
+
+class Pair(NamedTuple):
+    """One preference.
+
+    Attributes:
+        prompt: token ids of the prompt, generation prompt included.
+        chosen, rejected: token ids of the responses alone; a full sequence is the prompt and one of them.
+        margin: by how much the chosen response should win, in units of reward.
+        weight: what the pair's loss counts, 1 for a usual pair.
+    """
+
+    prompt: list
+    chosen: list
+    rejected: list
+    margin: float = 0.0
+    weight: float = 1.0
+
+
+class PreferenceDataset:
+    """Preference rows as `Pair`s, tokenized and truncated when the data set is made.
+
+    Args:
+        rows: a sequence of objects in one of the forms that LORA.md lists.
+        tokenizer: `mlx_lm.tokenizer_utils.TokenizerWrapper`, or a transformers tokenizer.
+        prompt_feature, chosen_feature, rejected_feature: the rows' keys, where they are others than `prompt`,
+            `chosen` and `rejected`.
+        chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
+        max_seq_length: tokens of prompt and response together, at least 2.
+        name: what to call the rows in warnings.
+        where: gives the place of row number i, for errors; the name and the number by default.
+
+    Raises:
+        ConfigError: a row is malformed, or there is no row to learn from.
+    """
+
+    def __init__(
+        self,
+        rows,
+        tokenizer,
+        prompt_feature=None,
+        chosen_feature=None,
+        rejected_feature=None,
+        chat_template_kwargs=None,
+        max_seq_length=2048,
+        name="the data set",
+        where=None,
+    ):
+        for key, value in zip(FEATURES, (prompt_feature, chosen_feature, rejected_feature), strict=True):
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{key} is {value!r}; it must be the name of a key of the rows.")
+        if isinstance(max_seq_length, bool) or not isinstance(max_seq_length, int) or max_seq_length < 2:
+            raise ConfigError(f"max_seq_length is {max_seq_length!r}; it must be a whole number, at least 2.")
+        self.name = name
+        self.max_seq_length = max_seq_length
+        self._where = where or (lambda i: f"{name}, row {i}")
+        self._encoder = PairEncoder(tokenizer)
+        self._reader = RowReader(
+            prompt=prompt_feature,
+            chosen=chosen_feature or "chosen",
+            rejected=rejected_feature or "rejected",
+            chat=self._encoder.chat,
+            template_kwargs=template_kwargs(chat_template_kwargs),
+            specials=tuple(self._encoder.specials),
+        )
+        self._counts = Counter()
+        self._useless = {}
+        self._longest = 0
+        self._pairs = []
+        with tqdm(
+            total=len(rows), desc=f"Tokenizing {name}", delay=2, leave=False, disable=mx.distributed.init().rank() != 0
+        ) as progress:
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                numbers = range(start, min(start + ROWS_AT_ONCE, len(rows)))
+                self._add(numbers, [rows[i] for i in numbers])
+                progress.update(len(numbers))
+        self._report(len(rows))
+        del self._encoder, self._reader, self._where
+
+    def __len__(self):
+        return len(self._pairs)
+
+    def __getitem__(self, idx):
+        prompt, chosen, rejected, *numbers = self._pairs[idx]
+        return Pair(prompt.tolist(), chosen.tolist(), rejected.tolist(), *numbers)
+
+    def process(self, pair):
+        """The pair itself: upstream's `CacheDataset` asks for this, and there is nothing left to do."""
+        return pair
+
+    def lengths(self, idx):
+        """Tokens of the prompt, the chosen and the rejected response of a pair."""
+        return tuple(len(tokens) for tokens in self._pairs[idx][:3])
+
+    def itemlen(self, idx):
+        """Tokens of the longer of a pair's two sequences."""
+        prompt, chosen, rejected = self.lengths(idx)
+        return prompt + max(chosen, rejected)
+
+    @classmethod
+    def joined(cls, datasets):
+        """One data set of the pairs of several, in their order."""
+        whole = cls.__new__(cls)
+        whole.name = ", ".join(dataset.name for dataset in datasets)
+        whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
+        whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
+        return whole
+
+    def _add(self, numbers, rows):
+        """Read, tokenize and keep some rows."""
+        read = []
+        for number, row in zip(numbers, rows, strict=True):
+            try:
+                conversation = self._reader(row)
+                read.append((number, conversation, self._encoder.texts(conversation)))
+            except UselessRow as useless:
+                self._leave_out(number, str(useless))
+            except ConfigError as error:
+                raise ConfigError(f"{self._where(number)}: {error}") from error
+        tokens = self._encoder.encode([texts for _, _, texts in read])
+        for (number, conversation, texts), (prompt, chosen, rejected) in zip(read, tokens, strict=True):
+            if useless := self._why_useless(prompt, chosen, rejected):
+                self._leave_out(number, useless)
+                continue
+            cut = truncate(prompt, chosen, rejected, self.max_seq_length)
+            if cut[1] == cut[2]:
+                self._leave_out(number, EQUAL_WHEN_CUT)
+                continue
+            self._counts["disputed"] += texts.disputed
+            self._counts["prompts cut"] += len(cut[0]) < len(prompt)
+            self._counts["responses cut"] += len(cut[1]) < len(chosen) or len(cut[2]) < len(rejected)
+            self._longest = max(self._longest, len(prompt) + max(len(chosen), len(rejected)))
+            self._pairs.append(Pair(*(array("i", ids) for ids in cut), conversation.margin, conversation.weight))
+
+    def _why_useless(self, prompt, chosen, rejected):
+        ends = self._encoder.eos_ids
+        if not prompt:
+            return EMPTY_PROMPT
+        if any(not response or (len(response) == 1 and response[0] in ends) for response in (chosen, rejected)):
+            return EMPTY_RESPONSE
+        return EQUAL if chosen == rejected else None
+
+    def _leave_out(self, number, why):
+        count, first = self._useless.get(why, (0, number))
+        self._useless[why] = count + 1, first
+
+    def _report(self, total):
+        """Say once what was left out and what was cut."""
+        kept = len(self._pairs)
+        if self._useless:
+            reasons = ", ".join(
+                f"{count} {why} (first: {self._where(first)})" for why, (count, first) in self._useless.items()
+            )
+            if kept == 0:
+                raise ConfigError(f"{self.name} has no pair to learn from; of its {total} rows, {reasons}.")
+            rprint(f"[WARNING] {self.name}: {total - kept} of {total} rows are left out: {reasons}.")
+        if self._counts["prompts cut"] or self._counts["responses cut"]:
+            rprint(
+                f"[WARNING] {self.name}: pairs are longer than max_seq_length {self.max_seq_length}, the longest "
+                f"{self._longest} tokens; of {kept}, {self._counts['prompts cut']} lost the beginning of the prompt "
+                f"and {self._counts['responses cut']} the end of a response. Raise max_seq_length to keep them whole."
+            )
+        if self._counts["disputed"]:
+            rprint(
+                f"[WARNING] {self.name}: in {self._counts['disputed']} of {kept} pairs the chat template's generation "
+                "prompt does not stand before the response, and the prompt ends before it. Responses that hold their "
+                "reasoning, or other chat_template_kwargs, avoid that."
+            )
+
+
+def truncate(prompt, chosen, rejected, max_seq_length):
+    """A pair's tokens cut to a length: the prompt from its left, then the responses from their right.
+
+    Args:
+        prompt, chosen, rejected: lists of token ids, none of them empty.
+        max_seq_length: what prompt and either response may have together, at least 2.
+
+    Returns:
+        `(prompt, chosen, rejected)`, none of them empty; one prompt for both responses.
+    """
+    room = max(1, max_seq_length - max(len(chosen), len(rejected)))
+    prompt = prompt[-room:]
+    room = max_seq_length - len(prompt)
+    return prompt, chosen[:room], rejected[:room]

@@ -1,0 +1,319 @@
+"""Chat templates and plain text as tokens: where the prompt ends, where the response ends, and what stands between."""
+
+import chat_tokenizers as tokenizers
+import pytest
+from mlx_lm.tokenizer_utils import NewlineTokenizer, TokenizerWrapper
+
+from mlx_lm.tuner.datasets import PreferenceDataset
+from mlx_lm.tuner.options import ConfigError
+
+ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
+USER = {"role": "user", "content": "Who?"}
+FORMS = (
+    ROW,
+    {"prompt": [USER], "chosen": [{"role": "assistant", "content": "It is Lima."}], "rejected": "Paris."},
+    {
+        "chosen": [USER, {"role": "assistant", "content": "It is Lima."}],
+        "rejected": [USER, {"role": "assistant", "content": "Paris."}],
+    },
+)
+
+# Tokenizer: the prompt's text and what the model would write after it, as the family's models have them.
+TEXTS = {
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{}<|eot_id|>",
+    ),
+    "qwen": ("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"),
+    "smollm": (
+        "<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
+        "{}<|im_end|>",
+    ),
+    "gemma": ("<bos><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n", "{}<end_of_turn>"),
+    "phi": ("<|user|>\nWho?<|end|>\n<|assistant|>\n", "{}<|end|>"),
+    "qwen3": ("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n{}<|im_end|>"),
+}
+
+
+def pair(tokenizer, row, **options):
+    return PreferenceDataset([row], tokenizer, **options)[0]
+
+
+def texts(tokenizer, row, **options):
+    """The three texts of a row, from its tokens."""
+    return tuple(tokenizer.decode(tokens) for tokens in pair(tokenizer, row, **options)[:3])
+
+
+def count(tokens, tokenizer, name):
+    return tokens.count(tokenizer.convert_tokens_to_ids(name))
+
+
+@pytest.mark.parametrize("row", FORMS)
+@pytest.mark.parametrize("name", TEXTS)
+def test_templates(name, row):
+    tokenizer = getattr(tokenizers, name)()
+    prompt, response = TEXTS[name]
+    assert texts(tokenizer, row) == (prompt, response.format("It is Lima."), response.format("Paris."))
+    # The prompt is exactly what the model is given when it generates.
+    assert pair(tokenizer, row).prompt == tokenizer.apply_chat_template([USER], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_whole_sequence_is_the_conversations_own_tokens(name):
+    """Prompt and response are the tokens of the whole conversation, less what its template adds after the end."""
+    tokenizer = getattr(tokenizers, name)()
+    prompt, chosen, *_ = pair(tokenizer, ROW)
+    whole = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": "It is Lima."}])
+    assert whole[: len(prompt + chosen)] == prompt + chosen
+    assert tokenizer.decode(whole[len(prompt + chosen) :], skip_special_tokens=True).strip() == ""
+
+
+def test_a_raw_transformers_tokenizer_serves_too():
+    wrapped = tokenizers.smollm()
+    assert pair(wrapped._tokenizer, ROW) == pair(wrapped, ROW)
+
+
+def test_end_of_turn_that_does_not_end_generation_is_followed_by_eos():
+    assert texts(tokenizers.gemma(ends_turns=False), ROW)[1] == "It is Lima.<end_of_turn><eos>"
+    assert texts(tokenizers.phi(ends_turns=False), ROW)[1] == "It is Lima.<|end|>\n<|endoftext|>"
+
+
+@pytest.mark.parametrize("text", ["It is Lima.<|im_end|>", "It is Lima.<|im_end|>\n"])
+def test_eos_that_the_row_holds_is_not_doubled(text):
+    assert texts(tokenizers.qwen(), ROW | {"chosen": text})[1] == "It is Lima.<|im_end|>"
+
+
+def test_white_space_at_the_end_of_a_response_is_kept():
+    assert texts(tokenizers.qwen(), ROW | {"chosen": "It is Lima. \n"})[1] == "It is Lima. \n<|im_end|>"
+
+
+def test_bos_stands_once():
+    for tokenizer in (tokenizers.llama3(), tokenizers.gemma(), tokenizers.plain(), tokenizers.plain(dummy_prefix=True)):
+        prompt, chosen, rejected, *_ = pair(tokenizer, ROW)
+        assert prompt[0] == tokenizer.bos_token_id
+        assert (prompt + chosen + rejected).count(tokenizer.bos_token_id) == 1
+    tokenizer = tokenizers.plain()
+    assert count(pair(tokenizer, ROW | {"prompt": "<s>Who?"}).prompt, tokenizer, "<s>") == 1
+
+
+def test_plain_text():
+    row = {"prompt": "Who? It is", "chosen": " Lima.", "rejected": " Paris.</s>"}
+    tokenizer = tokenizers.plain()
+    assert texts(tokenizer, row) == ("<s>Who? It is", " Lima.</s>", " Paris.</s>")
+    implicit = {"chosen": "Who? It is Lima.", "rejected": "Who? It is Paris."}
+    assert pair(tokenizer, implicit) == pair(tokenizer, row)
+
+
+def test_plain_text_without_a_prompt_has_bos_for_one():
+    tokenizer = tokenizers.plain()
+    assert pair(tokenizer, ROW | {"prompt": ""}).prompt == [tokenizer.bos_token_id]
+
+
+def test_id_0_is_a_token_like_others():
+    tokenizer = tokenizers.qwen()
+    assert tokenizer.convert_ids_to_tokens(0) == "!"
+    chosen = pair(tokenizer, ROW | {"chosen": "Yes!"}).chosen
+    assert chosen[-2:] == [0, tokenizer.eos_token_id]
+
+
+# Where the tokens of prompt and response together are others at the boundary, the prompt keeps its own.
+@pytest.mark.parametrize(
+    ("tokenizer", "row"),
+    [
+        (tokenizers.qwen(), ROW | {"chosen": "\nIt is Lima."}),  # "\n\n" is one token
+        (tokenizers.plain(), {"prompt": "Is it t", "chosen": "he answer", "rejected": " no"}),  # "the" is one token
+        (tokenizers.plain(dummy_prefix=False), {"prompt": "say y", "chosen": "es", "rejected": " no"}),
+        (tokenizers.plain(dummy_prefix=True), {"prompt": "say y", "chosen": "es", "rejected": " no"}),
+    ],
+)
+def test_prompts_tokens_win(tokenizer, row):
+    prompt, chosen, rejected, *_ = pair(tokenizer, row)
+    if tokenizer.has_chat_template:
+        alone = tokenizer.apply_chat_template([USER], add_generation_prompt=True)
+        together = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": row["chosen"]}])
+    else:
+        alone, together = tokenizer.encode(row["prompt"]), tokenizer.encode(row["prompt"] + row["chosen"])
+    assert together[: len(alone)] != alone
+    assert prompt == alone
+    for response, key in ((chosen, "chosen"), (rejected, "rejected")):
+        assert tokenizer.decode(prompt + response[:-1]) == tokenizer.decode(prompt) + row[key]
+
+
+def test_thinking_switched_off_stands_in_the_prompt():
+    tokenizer = tokenizers.qwen3()
+    off = ("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "It is Lima.<|im_end|>")
+    assert texts(tokenizer, ROW, chat_template_kwargs={"enable_thinking": False})[:2] == off
+    row = ROW | {"chat_template_kwargs": {"enable_thinking": False}}
+    assert texts(tokenizer, row, chat_template_kwargs={"enable_thinking": True})[:2] == off
+
+
+THOUGHT = ROW | {
+    "chosen": "<think>\nPeru.\n</think>\n\nIt is Lima.",
+    "rejected": "<think>\nFrance.\n</think>\n\nParis.",
+}
+
+
+def test_reasoning_in_a_response():
+    prompt, chosen, rejected = texts(tokenizers.qwen3(), THOUGHT)
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert chosen == "<think>\nPeru.\n</think>\n\nIt is Lima.<|im_end|>"
+    assert rejected == "<think>\nFrance.\n</think>\n\nParis.<|im_end|>"
+
+
+def test_reasoning_of_earlier_turns_is_left_to_the_template():
+    before = [
+        USER,
+        {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nYou."},
+        {"role": "user", "content": "Why?"},
+    ]
+    prompt, chosen, _ = texts(tokenizers.qwen3(), ROW | {"prompt": before})
+    assert prompt.startswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nYou.<|im_end|>\n")
+    assert chosen == "<think>\n\n</think>\n\nIt is Lima.<|im_end|>"
+
+
+def test_generation_prompt_that_opens_thinking():
+    tokenizer = tokenizers.qwen3()
+    prompt, chosen, _ = texts(tokenizer, ROW, chat_template_kwargs={"open_thinking": True})
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+    assert chosen == "\n</think>\n\nIt is Lima.<|im_end|>"
+    # "\n\n" is one token, but the prompt's "\n" is there first.
+    assert len(tokenizer.encode("\n\n")) == 1
+    assert pair(tokenizer, ROW, chat_template_kwargs={"open_thinking": True}).prompt[-1:] == tokenizer.encode("\n")
+    assert texts(tokenizer, THOUGHT, chat_template_kwargs={"open_thinking": True})[1] == (
+        "Peru.\n</think>\n\nIt is Lima.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("written", ["<think>\nPeru.\n</think>\n\nIt is Lima.", "Peru.\n</think>\n\nIt is Lima."])
+def test_reasoning_that_the_template_drops_is_put_back(written, capsys):
+    prompt, chosen, rejected = texts(tokenizers.deepseek_r1(), THOUGHT | {"chosen": written})
+    assert prompt == "<|begin|><|User|>Who?<|Assistant|><think>\n"
+    assert chosen == "Peru.\n</think>\n\nIt is Lima.<|end|>"
+    assert rejected == "France.\n</think>\n\nParis.<|end|>"
+    assert capsys.readouterr().out == ""
+
+
+def test_reasoning_is_not_put_behind_an_empty_thought():
+    """A template that reads reasoning from a key of its own writes an empty thought before the response's."""
+    template = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}
+{{- '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+    tokenizer = tokenizers.with_template(tokenizers.qwen3(), template)
+    assert texts(tokenizer, THOUGHT)[1] == "<think>\nPeru.\n</think>\n\nIt is Lima.<|im_end|>"
+    assert texts(tokenizer, ROW)[1] == "<think>\n\n</think>\n\nIt is Lima.<|im_end|>"
+
+
+def test_reasoning_stays_out_where_the_prompt_has_closed_it():
+    template = tokenizers.DEEPSEEK_R1.replace("<think>\n", "</think>")
+    template = template.replace("'<|Assistant|>' +", "'<|Assistant|></think>' +")
+    prompt, chosen, _ = texts(tokenizers.with_template(tokenizers.deepseek_r1(), template), THOUGHT)
+    assert prompt == "<|begin|><|User|>Who?<|Assistant|></think>"
+    assert chosen == "It is Lima.<|end|>"
+
+
+def test_generation_prompt_that_the_responses_do_not_follow_is_left_out(capsys):
+    tokenizer = tokenizers.deepseek_r1()
+    rows = [ROW, ROW | {"chosen": "<b>Lima</b>"}, THOUGHT]
+    pairs = PreferenceDataset(rows, tokenizer)
+    prompt = "<|begin|><|User|>Who?<|Assistant|>"
+    assert tokenizer.decode(pairs[0].prompt) == prompt
+    assert tokenizer.decode(pairs[0].chosen) == "It is Lima.<|end|>"
+    # "<" begins "<think>" and "<b>": the prompt ends in front of it, not inside a token.
+    assert tokenizer.decode(pairs[1].prompt) == prompt
+    assert tokenizer.decode(pairs[1].chosen) == "<b>Lima</b><|end|>"
+    said = capsys.readouterr().out
+    assert said.count("[WARNING]") == 1
+    assert "in 2 of 3 pairs the chat template's generation prompt does not stand before the response" in said
+
+
+def test_prompt_stays_whole_where_the_template_changes_it_before_a_response():
+    row = ROW | {"system": "Be brief."}
+    tokenizer = tokenizers.mistral()
+    prompt, chosen, _ = pair(tokenizer, row)[:3]
+    assert tokenizer.decode(prompt).replace("<s> ", "<s>") == "<s>[INST] Be brief.\n\nWho? [/INST]"
+    # The response has the very tokens that it has where the template keeps the prompt.
+    assert chosen == pair(tokenizer, ROW).chosen
+    assert tokenizer.decode(prompt + chosen).endswith("[/INST] It is Lima.</s>")
+
+
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "Peru"}}}
+CALL = {"role": "assistant", "content": None, "tool_calls": [LOOK]}
+RESULT = {"role": "tool", "content": "Lima"}
+
+
+def test_response_with_a_tool_call_is_scored_from_the_prompt_to_its_end():
+    row = ROW | {"chosen": [CALL, RESULT, {"role": "assistant", "content": "It is Lima."}], "tools": [{"name": "look"}]}
+    prompt, chosen, _ = texts(tokenizers.qwen3(), row)
+    assert prompt.startswith('<|im_start|>system\n# Tools\n[{"name": "look"}]<|im_end|>\n')
+    assert chosen == (
+        '<tool_call>\nlook{"at": "Peru"}\n</tool_call>'
+        "<|im_end|>\n<|im_start|>user\n<tool_response>Lima</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is Lima.<|im_end|>"
+    )
+
+
+def test_tool_call_that_the_template_leaves_out_is_refused():
+    with pytest.raises(
+        ConfigError, match="row 0: the tokenizer's chat template does not write the call of the tool look"
+    ):
+        pair(tokenizers.deepseek_r1(), ROW | {"chosen": [CALL | {"content": "Hm."}]})
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_prompt_that_begins_the_response(name):
+    tokenizer = getattr(tokenizers, name)()
+    row = {"prompt": [USER, {"role": "assistant", "content": "It is"}], "chosen": " Lima.", "rejected": " Paris."}
+    prompt, response = TEXTS[name]
+    before, after = response.split("{}")
+    assert texts(tokenizer, row) == (prompt + before + "It is", " Lima." + after, " Paris." + after)
+
+
+def test_prompt_that_begins_the_response_with_reasoning():
+    begun = {"role": "assistant", "content": "It is", "reasoning_content": "Peru."}
+    row = {"prompt": [USER, begun], "chosen": " Lima.", "rejected": " Paris."}
+    prompt, chosen, _ = texts(tokenizers.qwen3(), row)
+    assert prompt.endswith("<|im_start|>assistant\n<think>\nPeru.\n</think>\n\nIt is")
+    assert chosen == " Lima.<|im_end|>"
+
+
+def test_response_that_the_prompt_cannot_lead_to():
+    """The system message moves, and the generation prompt opens a thought that the response does not close."""
+    template = """{% for m in messages %}{% if m.role == 'user' %}{{ ('Be brief. ' if loop.last else '') + m.content }}
+{%- else %}{{ '|' + m.content + eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '|<think>' }}{% endif %}"""
+    tokenizer = tokenizers.with_template(tokenizers.qwen3(), template)
+    with pytest.raises(ConfigError, match="row 0: the chat template writes the prompt otherwise when this response"):
+        pair(tokenizer, ROW)
+
+
+def test_template_that_refuses_a_row():
+    raising = tokenizers.byte_level((), "{{ raise_exception('only users') }}", None, "</s>")
+    with pytest.raises(ConfigError, match="row 0: the tokenizer's chat template refuses the row .only users."):
+        pair(raising, ROW)
+    with pytest.raises(ConfigError, match="refuses the row"):
+        pair(tokenizers.qwen(), ROW | {"prompt": [USER, CALL, RESULT]})
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ConfigError, match="row 0: .*surrogate|row 0: .*refuses"):
+        pair(tokenizers.plain(), ROW | {"chosen": "\ud83d"})
+
+
+def test_added_tokens_that_are_text_do_not_end_a_turn():
+    tokenizer = tokenizers.byte_level((), None, None, "</s>")
+    tokenizer.add_tokens(["</x>"])
+    assert texts(tokenizer, ROW | {"chosen": "<x>Lima</x>\n"})[1] == "<x>Lima</x>\n</s>"
+
+
+def test_tokenizer_that_prepares_text_when_it_encodes():
+    """mlx-lm's NewlineTokenizer writes a line's end as <n>, in `encode` alone."""
+    core = tokenizers.plain()._tokenizer.backend_tokenizer
+    tokenizer = TokenizerWrapper(NewlineTokenizer(tokenizer_object=core, eos_token="</s>"))
+    chosen = pair(tokenizer, ROW | {"chosen": "Lima\nPeru"}).chosen
+    assert chosen[:-1] == core.encode("Lima<n>Peru", add_special_tokens=False).ids
+
+
+def test_tokenizer_without_eos():
+    tokenizer = tokenizers.byte_level((), None, None, None)
+    assert tokenizer.decode(pair(tokenizer, ROW).chosen) == "It is Lima."

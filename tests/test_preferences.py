@@ -1,0 +1,222 @@
+"""Row forms: what each is read as, and what is said of rows that cannot be read."""
+
+import pytest
+
+from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.preferences import EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, shared_text
+
+USER = {"role": "user", "content": "Capital of Peru?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+LIMA = {"role": "assistant", "content": "Lima."}
+PARIS = {"role": "assistant", "content": "Paris."}
+MORE = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "Lima"}
+
+FORMS = {
+    "strings": {"prompt": "Capital of Peru?", "chosen": "Lima.", "rejected": "Paris."},
+    "messages": {"prompt": [USER], "chosen": [LIMA], "rejected": [PARIS]},
+    "messages and strings": {"prompt": [USER], "chosen": "Lima.", "rejected": [PARIS]},
+    "string and messages": {"prompt": "Capital of Peru?", "chosen": [LIMA], "rejected": [PARIS]},
+    "conversations": {"prompt": [USER], "chosen": [USER, LIMA], "rejected": [USER, PARIS]},
+    "string and conversations": {"prompt": "Capital of Peru?", "chosen": [USER, LIMA], "rejected": [USER, PARIS]},
+    "string, conversation, response": {"prompt": "Capital of Peru?", "chosen": [USER, LIMA], "rejected": "Paris."},
+    "implicit": {"chosen": [USER, LIMA], "rejected": [USER, PARIS]},
+    "implicit, columns without values": {
+        "prompt": None,
+        "chosen": [USER, LIMA],
+        "rejected": [USER, PARIS],
+        "tools": None,
+    },
+    "text parts": {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Capital of Peru?"}]}]}
+    | {"chosen": [LIMA | {"tool_calls": None}], "rejected": "Paris."},
+    "scores beside": {"prompt": "Capital of Peru?", "chosen": "Lima.", "rejected": "Paris.", "score_chosen": "high"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_the_same_conversation(form):
+    read = RowReader()(FORMS[form])
+    assert (read.prompt, read.chosen, read.rejected) == ([USER], [LIMA], [PARIS])
+    assert (read.tools, read.template_kwargs, read.margin, read.weight) == (None, {}, 0.0, 1.0)
+
+
+def test_string_prompt_of_a_longer_conversation_is_one_of_its_messages():
+    start = [SYSTEM, USER, LIMA, {"role": "user", "content": "And of France?"}]
+    for prompt in ("Capital of Peru?", "And of France?", "Capital of Peru? Lima. And of France?"):
+        read = RowReader()({"prompt": prompt, "chosen": [*start, PARIS], "rejected": [*start, LIMA]})
+        assert (read.prompt, read.chosen, read.rejected) == (start, [PARIS], [LIMA])
+
+
+def test_implicit_prompt_leaves_a_response_on_each_side():
+    read = RowReader()({"chosen": [USER, LIMA], "rejected": [USER, LIMA, *MORE]})
+    assert (read.prompt, read.chosen, read.rejected) == ([USER], [LIMA], [LIMA, *MORE])
+
+
+def test_explicit_prompt_ends_where_it_says():
+    read = RowReader()({"prompt": [USER], "chosen": [USER, LIMA, *MORE], "rejected": [USER, LIMA, MORE[0], PARIS]})
+    assert (read.prompt, read.chosen, read.rejected) == ([USER], [LIMA, *MORE], [LIMA, MORE[0], PARIS])
+
+
+def test_response_may_be_a_call_its_result_and_an_answer():
+    row = {"prompt": [USER], "chosen": [CALL, RESULT, LIMA], "rejected": [PARIS], "tools": '[{"name": "look"}]'}
+    read = RowReader()(row)
+    assert read.chosen == [CALL, RESULT, LIMA]
+    assert read.tools == [{"name": "look"}]
+
+
+def test_conversation_that_goes_on_from_the_prompts_last_message():
+    begun = {"role": "assistant", "content": "It is"}
+    whole = {"role": "assistant", "content": "It is Lima."}
+    read = RowReader()({"prompt": [USER, begun], "chosen": [USER, whole], "rejected": " Paris."})
+    assert read.prompt == [USER, begun]
+    assert read.chosen == [{"role": "assistant", "content": " Lima."}]
+    assert read.rejected == [{"role": "assistant", "content": " Paris."}]
+
+
+def test_system():
+    row = FORMS["strings"] | {"system": "Be brief."}
+    assert RowReader()(row).prompt == [SYSTEM, USER]
+    assert RowReader()({**FORMS["messages"], "prompt": [SYSTEM, USER], "system": "Be brief."}).prompt == [SYSTEM, USER]
+    assert RowReader()(FORMS["strings"] | {"system": ""}).prompt == [USER]
+
+
+def test_other_keys():
+    reader = RowReader(prompt="question", chosen="good", rejected="bad")
+    read = reader({"question": "Capital of Peru?", "good": "Lima.", "bad": "Paris.", "prompt": 3, "chosen": 4})
+    assert (read.prompt, read.chosen, read.rejected) == ([USER], [LIMA], [PARIS])
+
+
+def test_a_rows_template_arguments_come_before_the_configurations():
+    reader = RowReader(template_kwargs={"enable_thinking": True, "effort": "low"})
+    read = reader(FORMS["strings"] | {"chat_template_kwargs": {"enable_thinking": False, "effort": None}})
+    assert read.template_kwargs == {"enable_thinking": False, "effort": "low"}
+
+
+def test_margin_and_weight():
+    read = RowReader()(FORMS["strings"] | {"margin": -2, "weight": 0})
+    assert (read.margin, read.weight) == (-2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Q: hi A: yes", "Q: hi A: no", "Q: hi A:"),
+        ("Q: hi A:  yes", "Q: hi A:  no", "Q: hi A:"),  # both spaces go to the responses
+        ("Answer:\nyes", "Answer:\nno", "Answer:\n"),
+        ("It is four", "It is fourteen", "It is"),  # "four" is a beginning of "fourteen"
+        ("It is 4", "It is 42", "It is"),
+        ("It is fine", "It is fine today", "It is"),  # something is left of the shorter text
+        ("He said: don't", "He said: don", "He said:"),
+        ("One two.", "One two. ", "One two"),  # white space alone is no response
+        ("Say cafe\u0301 now", "Say cafe now", "Say"),  # an accent that is a character of its own
+        ("Hi \U0001f468\u200d\U0001f469 a", "Hi \U0001f468\u200d\U0001f466 a", "Hi"),  # a joined emoji
+        ("yes", "no", ""),
+        ("same", "same thing", ""),
+    ],
+)
+def test_shared_text(chosen, rejected, prompt):
+    assert chosen[: shared_text(chosen, rejected)] == prompt
+    assert rejected[: shared_text(rejected, chosen)] == prompt
+
+
+def test_shared_text_ends_inside_no_special_token():
+    assert shared_text("go <|yes|> on", "go <|no|> on", ("<|yes|>", "<|no|>")) == len("go")
+
+
+def test_implicit_prompt_of_strings():
+    row = {"chosen": "Q: hi A: yes", "rejected": "Q: hi A: no"}
+    read = RowReader(chat=False)(row)
+    assert (read.prompt, read.chosen, read.rejected) == ("Q: hi A:", " yes", " no")
+    read = RowReader()(row)
+    assert [message["content"] for message in (*read.prompt, *read.chosen, *read.rejected)] == ["Q: hi A:", "yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen": ""}, EMPTY_RESPONSE),
+        ({"rejected": " \n"}, EMPTY_RESPONSE),
+        ({"chosen": []}, EMPTY_RESPONSE),
+        ({"chosen": [{"role": "assistant", "content": ""}]}, EMPTY_RESPONSE),
+        ({"chosen": [USER], "prompt": [USER]}, EMPTY_RESPONSE),
+        ({"rejected": "Lima."}, EQUAL),
+        ({"prompt": None, "rejected": "Lima."}, EQUAL),
+        ({"prompt": None, "chosen": [USER, LIMA], "rejected": [USER, LIMA]}, EQUAL),
+    ],
+)
+def test_useless_rows(change, reason):
+    with pytest.raises(UselessRow, match=reason):
+        RowReader()(FORMS["strings"] | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen": ""}, EMPTY_RESPONSE),
+        ({"rejected": "Lima."}, EQUAL),
+        ({"prompt": None, "chosen": " "}, EMPTY_RESPONSE),
+    ],
+)
+def test_useless_rows_of_plain_text(change, reason):
+    with pytest.raises(UselessRow, match=reason):
+        RowReader(chat=False)(FORMS["strings"] | change)
+
+
+MALFORMED = [
+    ([], "the row is a list"),
+    ({"prompt": "a", "chosen": "b"}, "rejected is missing"),
+    ({"prompt": "a", "chosen": None, "rejected": "b"}, "chosen is missing"),
+    ({"prompt": "a", "chose": "b", "rejected": "c"}, r"chosen is missing \(did you mean chose\?\)"),
+    ({"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen is a number; it must be a string or a list"),
+    ({"prompt": {"a": 1}, "chosen": "b", "rejected": "c"}, "prompt is an object"),
+    ({"prompt": [], "chosen": "b", "rejected": "c"}, "prompt is an empty list"),
+    ({"prompt": ["hi"], "chosen": "b", "rejected": "c"}, r"prompt\[0\] is a string; a message is an object"),
+    ({"prompt": [USER, {"content": "x"}], "chosen": "b", "rejected": "c"}, r"prompt\[1\]\.role is missing"),
+    (
+        {"chosen": [{"from": "human", "value": "x"}], "rejected": [LIMA]},
+        r"chosen\[0\]\.role is missing.*from and value",
+    ),
+    ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": "c"}, r"chosen\[0\]\.content is missing"),
+    ({"prompt": [{"role": "user", "content": 3}], "chosen": "b", "rejected": "c"}, r"prompt\[0\]\.content is a number"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "b", "rejected": "c"}, "is not text"),
+    ({"chosen": "yes", "rejected": "no"}, "share no beginning"),
+    ({"chosen": "yes", "rejected": [USER, LIMA]}, "must be of one type"),
+    ({"chosen": [LIMA], "rejected": [PARIS]}, "share no leading messages"),
+    ({"chosen": [USER, LIMA], "rejected": [SYSTEM, USER, PARIS]}, "share no leading messages"),
+    ({"chosen": [USER, LIMA, *MORE], "rejected": [USER, LIMA, USER, PARIS]}, "begins with a user message"),
+    ({"prompt": [USER], "chosen": [LIMA, MORE[0]], "rejected": [PARIS]}, "chosen ends with a user message"),
+    ({"prompt": [SYSTEM], "chosen": [USER, LIMA], "rejected": [PARIS]}, "does not repeat the prompt's messages"),
+    ({"prompt": "Hello", "chosen": [USER, LIMA], "rejected": [USER, PARIS]}, "do not hold the prompt"),
+    ({"prompt": [USER, CALL], "chosen": [RESULT, LIMA], "rejected": "x"}, "chosen begins with a tool message"),
+    (FORMS["strings"] | {"system": 3}, "system is a number"),
+    ({**FORMS["messages"], "prompt": [SYSTEM, USER], "system": "Be long."}, "another system message"),
+    (FORMS["strings"] | {"tools": "{"}, "tools is a string that is not JSON"),
+    (FORMS["strings"] | {"tools": {"name": "x"}}, "tools is an object; it must be a list"),
+    (FORMS["strings"] | {"chat_template_kwargs": [1]}, "chat_template_kwargs is a list"),
+    (FORMS["strings"] | {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs has tokenize"),
+    (FORMS["strings"] | {"margin": "2"}, "margin is '2'; it must be a finite number"),
+    (FORMS["strings"] | {"margin": float("nan")}, "margin is nan"),
+    (FORMS["strings"] | {"weight": float("inf")}, "weight is inf"),
+    (FORMS["strings"] | {"weight": True}, "weight is True"),
+    (FORMS["strings"] | {"weight": -1}, "weight is -1; it must not be negative"),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), MALFORMED)
+def test_malformed_rows_are_named(row, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        RowReader()(row)
+
+
+def test_a_prompt_key_that_was_asked_for_must_be_there():
+    with pytest.raises(ConfigError, match="questions .prompt_feature. is missing"):
+        RowReader(prompt="questions")({"question": "a", "chosen": "b", "rejected": "c"})
+
+
+@pytest.mark.parametrize(
+    "extra", [{"system": "x"}, {"tools": [{}]}, {"chat_template_kwargs": {"a": 1}}, {"prompt": [USER]}]
+)
+def test_what_needs_a_chat_template(extra):
+    with pytest.raises(ConfigError, match="need a chat template"):
+        RowReader(chat=False)(FORMS["strings"] | extra)
