@@ -13,13 +13,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 SUPPORTED = "mlx-lm >= 0.32.0, < 0.33"
-OLDEST = (0, 32)
-
-OVERLAY = Path(__file__).resolve().parent
+OLDEST, TOO_NEW = (0, 32), (0, 33)
 
 
-class UnsupportedUpstream(ImportError):
-    """The mlx-lm found is missing, too old, or lacks something that this project builds on."""
+class UpstreamError(ImportError):
+    """mlx-lm, or what it runs on, is missing, too old, or lacks a name that this project builds on."""
 
 
 def run_upstream(namespace, needs=()):
@@ -33,7 +31,7 @@ def run_upstream(namespace, needs=()):
         needs: names that the caller builds on; an upstream version without one of them is refused.
 
     Raises:
-        UnsupportedUpstream: mlx-lm is not installed, or is a version that is too old or lacks the
+        UpstreamError: mlx-lm is not installed, or is a version that is too old or lacks the
             module or a needed name. A command ends with the sentence instead.
     """
     spec = namespace["__spec__"]
@@ -42,7 +40,7 @@ def run_upstream(namespace, needs=()):
         _refuse(f"has no {spec.name}")
     if "__path__" in namespace:
         namespace["__path__"] = [*namespace["__path__"], *upstream.submodule_search_locations]
-    if spec.name == "mlx_lm" and not _new_enough(_version()):
+    if spec.name == "mlx_lm" and _release(_version()) < OLDEST:
         _refuse("is too old")
     code = upstream.loader.get_code(spec.name)
     # `python -m mlx_lm.lora` runs the caller as __main__: upstream's own __main__ guard must stay shut,
@@ -51,7 +49,7 @@ def run_upstream(namespace, needs=()):
     sys.modules.setdefault(spec.name, sys.modules[name])
     try:
         exec(code, namespace)
-    except UnsupportedUpstream:
+    except UpstreamError:
         raise
     except ImportError as error:
         _explain(error)
@@ -87,8 +85,8 @@ def _find_upstream(name):
     """The import spec of upstream's module of this name, or None."""
     package = name.rpartition(".")[0]
     if package:
-        joined = sys.modules[package].__path__
-        folders = [folder for folder in joined if not Path(folder).resolve().is_relative_to(OVERLAY)]
+        package = sys.modules[package]
+        folders = [folder for folder in package.__path__ if folder not in package.__spec__.submodule_search_locations]
     else:
         # A checkout's overlay and an installed one may both be on the path: neither is upstream.
         folders = [entry for entry in sys.path if not _is_overlay(Path(entry, name))]
@@ -119,18 +117,18 @@ def _version():
         return None
 
 
-def _new_enough(version):
-    """Whether names decide: a version that cannot be read, and a newer one, run if nothing is missing."""
+def _release(version):
+    """Major and minor number; of a version that cannot be read, those of one too new, where names decide."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    return numbers is None or tuple(map(int, numbers.groups())) >= OLDEST
+    return tuple(map(int, numbers.groups())) if numbers else TOO_NEW
 
 
 def _explain(error):
     """Say what to install where that is what an import error of upstream's comes down to."""
     package = (error.name or "").partition(".")[0]
-    if package == "mlx_lm":
+    if package == "mlx_lm" and _release(_version()) >= TOO_NEW:
         _refuse(f"could not be imported ({error})", error)
-    if package == "mlx" and sys.platform == "linux":
+    if sys.platform == "linux" and "mlx" in (package, Path(error.path or "").parent.name):
         _stop(
             f"MLX could not be imported ({error}): on Linux it needs a backend, which mlx[cpu] installs, "
             "or mlx[cuda13] or mlx[cuda12] for an NVIDIA GPU.",
@@ -157,4 +155,4 @@ def _stop(sentence, cause=None):
         sys.exit(sentence)
     # `python -m mlx_lm.lora` imports the package before it becomes the program: given this name, runpy
     # prints the sentence without a traceback.
-    raise UnsupportedUpstream(sentence, name="mlx_lm") from cause
+    raise UpstreamError(sentence, name="mlx_lm") from cause

@@ -140,13 +140,18 @@ class Head:
         return values, mx.stop_gradient(squares[0]) if squares else None
 
     def _logps_and_gradient(self, states, targets, alignment):
-        def logps(states):
-            values, squares = self._logps(states, targets, alignment)
-            return (values,) if squares is None else (values, squares)
-
-        cotangents = [mx.ones(targets.shape)] + [mx.zeros(targets.shape)] * alignment
-        (values, *squares), (gradient,) = mx.vjp(logps, [states], cotangents)
-        return (values, gradient, *squares)
+        logits = self.logits(states)
+        wide = logits.astype(mx.float32)
+        # One softmax serves value and gradient: the exponentials are what an output head costs besides its product.
+        softmax = mx.softmax(wide, axis=-1)
+        normalizers = wide.max(axis=-1) - mx.log(softmax.max(axis=-1))
+        column = targets[:, None]
+        logps = mx.take_along_axis(wide, column, axis=-1).squeeze(-1) - normalizers
+        falling = mx.put_along_axis(-softmax, column, 1 - mx.take_along_axis(softmax, column, axis=-1), axis=-1)
+        _, (gradient,) = mx.vjp(self.logits, [states], [falling.astype(logits.dtype)])
+        if not alignment:
+            return logps, gradient
+        return logps, gradient, mx.log(mx.square(softmax).sum(axis=-1))
 
     def _chunks(self, states):
         """Equal slices of `states` whose logits stay within CHUNK_LOGITS."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from .adapters import lean_adapters
 from .head import Head, logps_and_squares
 from .sharing import can_share_prompt, map_arrays, prefix_cache
 
@@ -55,7 +56,8 @@ class Scorer:
         Returns:
             `RowLogps`.
         """
-        rows = [self._run(group, prefix) for group, prefix in self._groups(batch)]
+        with lean_adapters(self.model):
+            rows = [self._run(group, prefix) for group, prefix in self._groups(batch)]
         width = rows[0].shape[-1]
         states = mx.concatenate([row.reshape(-1, width) for row in rows])[batch.positions]  # (N, D)
         logps, squares = self._token_logps(states, batch.targets, alignment, gradient)

@@ -87,6 +87,7 @@ class Objective:
             rejected_lengths=rejected_lengths,
             chosen_nll=-mx.split(rows.total, 2)[0],
             margins=batch.margins,
+            counts=batch.counts,
         )
 
 
