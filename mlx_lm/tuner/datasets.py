@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from .._upstream import run_upstream
 from ..cli_ui import rprint
-from .options import ConfigError, nearest
+from .options import ConfigError, is_preference, nearest
 from .pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
 
 LOADERS = ("load_dataset", "create_dataset", "load_local_dataset", "load_hf_dataset", "load_custom_hf_dataset")
@@ -33,9 +33,7 @@ HUB_SPLITS = {
 
 def prefers(config):
     """Whether a configuration asks for a preference loss."""
-    names = getattr(config, "loss_type", None)
-    names = names if isinstance(names, (list, tuple)) else [names]
-    return any(name not in (None, "sft") for name in names)
+    return is_preference(getattr(config, "loss_type", None))
 
 
 def load_dataset(args, tokenizer):

@@ -187,4 +187,5 @@ RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS
 
 def is_preference(loss_type):
     """Whether a `loss_type` asks for preference training rather than for upstream's supervised training."""
-    return loss_type not in (None, "sft", ["sft"], ("sft",))
+    names = loss_type if isinstance(loss_type, (list, tuple)) else [loss_type]
+    return any(name not in (None, "sft") for name in names)

@@ -173,6 +173,7 @@ class Run:
         self.objective = Objective(self.scorer, self.loss)
         self.rank = mx.distributed.init().rank()
         self._say_fallbacks()
+        self._check_rows()
         self.reference, self.val_reference = None, None
         self.val_rows = evaluated_rows(self.val_dataset, args.batch_size, args.val_batches) if self.val_dataset else []
         if self.loss.needs_reference:
@@ -195,6 +196,14 @@ class Run:
             rprint("This model's cache cannot hold a shared prompt: each prompt is run for both of its responses.")
         if self.scorer.head is None:
             rprint("This model's output head cannot be run apart: it projects prompt positions too.")
+
+    def _check_rows(self):
+        pairs = [self.dataset[i] for i in range(len(self.dataset))]
+        names = ", ".join(self.loss.names)
+        if not self.loss.reads_margins and any(pair.margin for pair in pairs):
+            raise ConfigError(f"rows have a margin, but loss_type {names} does not read it; remove the key margin.")
+        if self.loss.sorts_batch and any(pair.weight != 1 for pair in pairs):
+            raise ConfigError(f"rows have a weight, but loss_type {names} sorts the batch; remove the key weight.")
 
     def _reference_table(self, reference, rows):
         table = np.full((len(self.dataset), 2, 2), np.nan, np.float32)

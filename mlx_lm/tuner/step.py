@@ -57,7 +57,8 @@ class Objective:
         figures = (
             chosen,
             rejected,
-            chosen > rejected,
+            # A tie is a coin toss: a policy that still equals its reference is right half of the time.
+            (mx.sign(chosen - rejected) + 1) / 2,
             chosen - rejected,
             mx.stop_gradient(pairs.policy_chosen),
             mx.stop_gradient(pairs.policy_rejected),
