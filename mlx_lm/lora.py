@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from ._blas import hint
 from ._upstream import rebound, run_upstream
 
 run_upstream(
@@ -153,6 +154,8 @@ def run(args, training_callback=None):
     if not is_preference(args.loss_type):
         return _upstream_run(args, training_callback)
     check_config(args)
+    if (slow_blas := hint()) is not None:
+        rprint(slow_blas)
     np.random.seed(args.seed)
     training_callback = _callbacks(args) or training_callback
     rprint("Loading pretrained model")
