@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
+
 from mlx_lm.utils import dpo_loss, get_batched_logps, load_model, token_logps
 
 ROOT = Path(__file__).parents[1]
