@@ -285,4 +285,4 @@ def test_the_command_leaves_the_files_that_mlx_lm_loads(example_run):
     lora_b = [value for name, value in tree_flatten(model.parameters()) if name.endswith("lora_b")]
     assert lora_b and all(mx.any(value != 0).item() for value in lora_b)
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["loss_type"] == "dpo" and config["beta"] == 0.1
+    assert config["loss_type"] == "dpo" and config["beta"] == 0.5
