@@ -1,0 +1,302 @@
+"""Compare our preference training with mlx-lm-lora's `train_dpo` on this machine, as one Markdown table.
+
+    python benchmarks/compare_mlx_lm_lora.py --python PYTHON_WITH_MLX_LM_LORA
+
+Both train the same model folder on the same token pairs, with the same LoRA layers from the same seed, optimizer, batch
+size and number of iterations, each through its own training loop, in turn, each run in a process of its own. Without
+--model the folder holds a random Llama in float32: width 576, eight layers, 49,152 words. A step lasts from one of the
+loop's reports to the next, the first ones left out, so that loading does not count. mlx-lm-lora runs its reference, a
+second copy of the model, in each step; ours runs it before the first one: the column "with reference" spreads that
+pass over one epoch. "peak GB" is what MLX's arrays held at most in the timed steps, "resident" what the process did.
+"CPU s" is the processor time of a step, less sensitive to other work on the machine. With --batches 1 both see the same
+batch at each step, and their losses agree. Off Metal, mlx-lm-lora reads a device property that MLX does not have there:
+it is given one. It always compiles its step; the last run has MLX's compiler off, in case that is faster on a CPU. On
+Linux, OpenBLAS is loaded first for both where there is one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import (
+    SHAPES,
+    fast_blas,
+    lengths,
+    llama_config,
+    make_rows,
+    own_environment,
+    peak_resident_gb,
+    print_head,
+    print_row,
+    run_json,
+    say,
+)
+
+LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+# Name: what to run, its options, and variables of its process.
+RUNS = {
+    "ours": ("ours", {}, {}),
+    "mlx-lm-lora": ("peer", {}, {}),
+    "ours, each prompt twice": ("ours", {"share_prompt": False}, {}),
+    "mlx-lm-lora, not compiled": ("peer", {}, {"MLX_DISABLE_COMPILE": "1"}),
+}
+COLUMNS = (
+    "tokens", "run", "ms a step", "CPU s", "pairs/s", "with reference", "peak GB", "of the whole run", "resident",
+    "first and last loss", "matmul GFLOP/s", "ours: times the pairs/s", "ours: of the peak GB",
+)  # fmt: skip
+
+
+class Clock:
+    """A training callback that both loops call after each step: wall time, losses and peak memory.
+
+    Args:
+        warmup: steps that do not count.
+    """
+
+    def __init__(self, warmup):
+        self.warmup = warmup
+        self.times, self.cpu_times, self.losses = [], [], []
+
+    def on_train_loss_report(self, report):
+        import mlx.core as mx
+
+        self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
+        self.losses.append(float(report["train_loss"]))
+        if len(self.times) == self.warmup:
+            self.earlier_peak = mx.get_peak_memory()
+            mx.reset_peak_memory()
+
+    def on_val_loss_report(self, report):
+        pass
+
+    def result(self):
+        import mlx.core as mx
+
+        peak = mx.get_peak_memory()
+        return {
+            "seconds": differences(self.times[self.warmup - 1 :]),
+            "cpu_seconds": differences(self.cpu_times[self.warmup - 1 :]),
+            "losses": self.losses,
+            "peak_gb": peak / 1e9,
+            "run_peak_gb": max(peak, self.earlier_peak) / 1e9,
+            "resident_gb": peak_resident_gb(),
+        }
+
+
+def differences(times):
+    return [end - start for start, end in zip(times, times[1:], strict=False)]
+
+
+def product_rate(size=1024):
+    """Floating-point operations a second of a float32 product: equal in both processes if they have one BLAS."""
+    import mlx.core as mx
+
+    a, best = mx.random.normal((size, size)), float("inf")
+    mx.eval(a)
+    for _ in range(6):
+        tic = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - tic)
+    return 2 * size**3 / best
+
+
+def load(folder):
+    """The model with LoRA on all linear layers of all blocks, from one seed for both sides."""
+    import mlx.core as mx
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(Path(folder))
+    model.freeze()
+    mx.random.seed(0)
+    linear_to_lora_layers(model, len(model.layers), LORA)
+    mx.eval(model.parameters())
+    return model
+
+
+def write_model(folder, shape, layers):
+    """A random Llama in float32 as a model folder."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import llama
+
+    config = llama_config(shape, layers=layers)
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    mx.save_safetensors(f"{folder}/model.safetensors", dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    return {}
+
+
+def run_ours(spec, rows, folder):
+    """Train with this repository's loop."""
+    import mlx.optimizers as optim
+
+    from mlx_lm.tuner.datasets import Pair
+    from mlx_lm.tuner.reference import Reference
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    model = load(spec["model"])
+    args = TrainingArgs(
+        loss_type="dpo",
+        batch_size=spec["pairs"],
+        iters=spec["iters"],
+        steps_per_report=1,
+        steps_per_save=spec["iters"] + 1,
+        adapter_file=f"{folder}/adapters.safetensors",
+        **spec["options"],
+    )
+    pairs = [Pair(*row) for row in rows]
+    tic = time.perf_counter()
+    reference = Reference(model, share_prompt=args.share_prompt, cache=f"{folder}/reference")
+    reference.logps(pairs, range(len(pairs)))
+    reference_seconds = time.perf_counter() - tic
+    clock = Clock(spec["warmup"])
+    train(model, optim.Adam(spec["learning_rate"]), pairs, None, args, training_callback=clock, reference=reference)
+    return clock.result() | {"reference_seconds": reference_seconds}
+
+
+def run_peer(spec, rows, folder):
+    """Train with mlx-lm-lora's loop."""
+    import mlx.core as mx
+
+    device_info = mx.device_info
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    mx.device_info = lambda *args: {"max_recommended_working_set_size": memory} | device_info(*args)
+
+    import mlx.optimizers as optim
+    from mlx_lm_lora.trainer.dpo_trainer import DPOTrainingArgs, train_dpo
+
+    from mlx_lm.utils import load_model
+
+    model, (reference, _) = load(spec["model"]), load_model(Path(spec["model"]))
+    args = DPOTrainingArgs(
+        batch_size=spec["pairs"],
+        iters=spec["iters"],
+        steps_per_report=1,
+        steps_per_save=spec["iters"] + 1,
+        adapter_file=f"{folder}/adapters.safetensors",
+    )
+    dataset = [
+        {
+            "chosen": [*prompt, *chosen],
+            "rejected": [*prompt, *rejected],
+            "chosen_prompt_length": len(prompt),
+            "rejected_prompt_length": len(prompt),
+        }
+        for prompt, chosen, rejected in rows
+    ]
+    clock = Clock(spec["warmup"])
+    optimizer = optim.Adam(spec["learning_rate"])
+    train_dpo(model, reference.freeze(), optimizer, dataset, None, args, training_callback=clock)
+    return clock.result() | {"reference_seconds": 0.0}
+
+
+def work(spec):
+    """What a process of the comparison does."""
+    if spec["side"] == "model":
+        return write_model(spec["folder"], spec["shape"], spec["layers"])
+    rate = product_rate()
+    rows = make_rows(spec["rows"], spec["prompt"], spec["response"], spec["vocabulary"])
+    with tempfile.TemporaryDirectory() as folder:
+        result = (run_ours if spec["side"] == "ours" else run_peer)(spec, rows, folder)
+    return result | {"rate": rate}
+
+
+def start(side, spec, options, environment=None):
+    """Run `work` in a process of its own, ours with this repository first on the path."""
+    python = options.python if side == "peer" else sys.executable
+    variables = {"PYTHONPATH": None, **fast_blas()} if side == "peer" else own_environment()
+    command = [python, __file__, "--work", json.dumps(spec | {"side": side})]
+    return run_json(command, {"HF_HUB_OFFLINE": "1"} | variables | (environment or {}), options.timeout)
+
+
+def rounds_of(prompt, response, model, options):
+    """`{run: result}` with the steps of all rounds together."""
+    spec = {
+        "model": str(model),
+        "vocabulary": json.loads((Path(model) / "config.json").read_text())["vocab_size"],
+        "prompt": prompt,
+        "response": response,
+        "pairs": options.pairs,
+        "rows": options.pairs * options.batches,
+        "warmup": options.warmup,
+        "iters": options.warmup + options.steps,
+        "learning_rate": 1e-5,
+    }
+    found = {}
+    for _ in range(options.rounds):
+        for name, (side, settings, environment) in RUNS.items():
+            result = start(side, spec | {"options": settings}, options, environment)
+            say(f"{prompt}/{response} {name}: {json.dumps(result)}")
+            if "seconds" in result or name not in found:
+                earlier = found.get(name, {})
+                for key in ("seconds", "cpu_seconds"):
+                    result[key] = earlier.get(key, []) + result.get(key, [])
+                found[name] = result
+    return found
+
+
+def print_results(prompt, response, results, options):
+    """Print a table row for each run; the last two columns are ours over this run's pairs a second and peak memory."""
+    tokens, pairs, ours = f"{prompt}/{response}", options.pairs, None
+    for name, result in results.items():
+        if not result["seconds"]:
+            print_row(tokens, name, "not run: " + result["error"], *["-"] * (len(COLUMNS) - 3))
+            continue
+        second = statistics.median(result["seconds"])
+        reference = result["reference_seconds"] / (pairs * options.batches)  # of each pair, in one epoch
+        speed, peak = pairs / second, result["peak_gb"]
+        ours = (speed, peak) if name == "ours" else ours
+        print_row(
+            tokens,
+            name,
+            f"{1000 * second:.0f}",
+            f"{statistics.median(result['cpu_seconds']):.2f}",
+            f"{speed:.2f}",
+            f"{1 / (second / pairs + reference):.2f}",
+            *(f"{result[key]:.2f}" for key in ("peak_gb", "run_peak_gb", "resident_gb")),
+            f"{result['losses'][0]:.4f} {result['losses'][-1]:.4f}",
+            f"{result['rate'] / 1e9:.0f}",
+            *(("-", "-") if ours is None else (f"{ours[0] / speed:.2f}", f"{ours[1] / peak:.2f}")),
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has mlx-lm-lora")
+    parser.add_argument("--model", help="a model folder instead of a random one")
+    parser.add_argument("--shape", choices=SHAPES, default="135m", help="of the random one")
+    parser.add_argument("--layers", type=int, default=8, help="of the random one")
+    parser.add_argument("--lengths", type=lengths, default="224/32,128/128", help="prompt/response, several by comma")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
+    parser.add_argument("--batches", type=int, default=4, help="batches in the data set")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps a run")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1, help="times that each run is made; all their steps count")
+    parser.add_argument("--timeout", type=float, default=1200.0, help="seconds that one process may take")
+    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        print("\n" + json.dumps(work(options.work)), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            made = start("model", {"folder": folder, "shape": options.shape, "layers": options.layers}, options)
+            if "error" in made:
+                sys.exit(made["error"])
+        print_head(*COLUMNS)
+        for prompt, response in options.lengths:
+            results = rounds_of(prompt, response, options.model or folder, options)
+            print_results(prompt, response, results, options)
+
+
+if __name__ == "__main__":
+    main()
