@@ -7,6 +7,8 @@ import numpy as np
 
 # A row group costs a forward pass of its own; it is worth that where it saves this share of the tokens.
 GROUP_SAVING = 0.04
+# More groups pad less, but on a GPU each way to split a batch is a shape to trace the step for.
+MOST_GROUPS, MOST_GROUPS_ON_GPU = 4, 2
 # A shared prompt shorter than this costs more in a pass of its own than it saves.
 SHORTEST_PREFIX = 8
 
@@ -65,6 +67,11 @@ def length_multiple():
     if mx.default_device() != mx.gpu:
         return 1
     return 16 if mx.metal.is_available() else 64
+
+
+def most_groups():
+    """How many row groups a batch may have on the default device."""
+    return MOST_GROUPS if mx.default_device() != mx.gpu else MOST_GROUPS_ON_GPU
 
 
 def plan(lengths, size, share_prompt):
@@ -146,18 +153,24 @@ def make_batch(pairs, share_prompt, multiple=None, size=None):
 
 
 def _row_groups(lengths, multiple):
-    """Rows split by length into two groups where that saves enough padding, as `[(rows, width)]`."""
+    """Rows split by length into the few groups that pad least, as `[(rows, width)]` from short to long."""
     order = np.argsort(lengths, kind="stable")
     widths = np.array([round_up(lengths[row], multiple) for row in order])
-    whole = len(order) * widths[-1]
-    cuts = np.arange(1, len(order))
-    if len(cuts):
-        costs = cuts * widths[cuts - 1] + (len(order) - cuts) * widths[-1]
-        best = int(np.argmin(costs))
-        if costs[best] < (1 - GROUP_SAVING) * whole:
-            cut = int(cuts[best])
-            return [(order[:cut].tolist(), int(widths[cut - 1])), (order[cut:].tolist(), int(widths[-1]))]
-    return [(sorted(order.tolist()), int(widths[-1]))]
+    count, most = len(order), min(most_groups(), len(order))
+    # costs[k, n]: the fewest tokens in which the n shortest rows run as k groups, the last from row cuts[k, n] on.
+    costs, cuts = np.full((most + 1, count + 1), np.inf), np.zeros((most + 1, count + 1), int)
+    costs[0, 0] = 0
+    for groups in range(1, most + 1):
+        for stop in range(1, count + 1):
+            choices = costs[groups - 1, :stop] + np.arange(stop, 0, -1) * widths[stop - 1]
+            cuts[groups, stop] = cut = np.argmin(choices)
+            costs[groups, stop] = choices[cut]
+    groups = 1 + int(np.argmin(costs[1:, count] + np.arange(most) * GROUP_SAVING * costs[1, count]))
+    split, stop = [], count
+    for k in range(groups, 0, -1):
+        split.insert(0, (sorted(order[cuts[k, stop] : stop].tolist()), int(widths[stop - 1])))
+        stop = cuts[k, stop]
+    return split
 
 
 def _lay_out(prompts, responses, groups, multiple):
