@@ -1,6 +1,6 @@
 """Adds to mlx_lm.lora: preference options, their checks, and what a preference run does."""
 
-import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,13 +9,30 @@ from ._upstream import rebound, run_upstream
 
 run_upstream(
     globals(),
-    needs=("CONFIG_DEFAULTS", "build_parser", "train_model", "evaluate_model", "run", "main", "load", "load_adapters"),
+    needs=("CONFIG_DEFAULTS", "build_parser", "train_model", "evaluate_model", "run", "main", "yaml", "yaml_loader"),
 )
 
+from contextlib import contextmanager
 from functools import partial
 
-from .tuner.checkpoint import check_adapter, first_line
-from .tuner.config import check_config, known_keys, warn_of_unread_keys
+from .tuner.checkpoint import STATE_FILE, check_adapter, first_line
+from .tuner.config import (
+    check_config,
+    check_file,
+    known_keys,
+    size,
+    warn_of_preference_keys,
+    warn_of_unread_keys,
+)
+from .tuner.loading import (
+    add_adapters,
+    check_tokens,
+    check_trainable,
+    load_named,
+    load_start,
+    load_trained,
+    read_adapter_config,
+)
 from .tuner.losses import OPTIONS as LOSS_OPTIONS
 from .tuner.options import RUN_OPTIONS, ConfigError, is_preference
 from .tuner.preference import DEFAULTS, evaluated_rows, loss_of, reference_of
@@ -32,6 +49,9 @@ def build_parser():
     parser = _upstream_build_parser()
     # Upstream's default of this flag would hide the configuration file's value.
     parser.set_defaults(clear_cache_threshold=None)
+    for action in parser._actions:
+        if action.dest == "clear_cache_threshold":
+            action.type = size
     group = parser.add_argument_group("preference training", "with a loss_type other than sft")
     for option in LOSS_OPTIONS + RUN_OPTIONS:
         group.add_argument(option.flag, **option.argument())
@@ -56,12 +76,13 @@ def training_args(args, adapter_file):
     )
 
 
-def train_model(args, model, train_set, valid_set, training_callback=None, test_set=()):
+def train_model(args, model, train_set, valid_set, training_callback=None, test_set=(), tokenizer=None):
     """Make the adapters and train them, as upstream's function of this name; with a preference loss, on pairs.
 
     Args:
         args, model, train_set, valid_set, training_callback: as upstream's.
         test_set: pairs that will be evaluated afterwards: their reference logps are taken before the first update.
+        tokenizer: the model's, which a `reference_model`'s is compared with, or None.
 
     Returns:
         The reference logps of the test set's rows `(n, 2, 2)`, or None.
@@ -75,12 +96,17 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
     if args.fine_tune_type == "full" and args.resume_adapter_file is not None:
         check_adapter(model, args.resume_adapter_file)
     config, test_logps = {}, None
+    run_args = args
 
     def train_from_reference(model, args, optimizer, train_dataset, val_dataset, training_callback):
         nonlocal test_logps
+        if run_args.fine_tune_type == "full":
+            check_trainable(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss_of(args).parameters)
-        reference = reference_of(model, args) if loss_of(args).needs_reference else None
+        reference = None
+        if loss_of(args).needs_reference:
+            reference = _reference(run_args, model, tokenizer, [train_dataset, val_dataset, test_set])
         if reference is not None and len(test_set):
             test_logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, test_batches))
         train(
@@ -102,16 +128,18 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         # The configuration is saved with the first adapters: until then the ones there keep their own.
         save_config=lambda values, _: config.update(values),
         CacheDataset=lambda dataset: dataset,
-        linear_to_lora_layers=partial(_add_adapters, args.resume_adapter_file),
+        linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),
     )
     run_training(args, model, train_set, valid_set, training_callback)
     return test_logps
 
 
-def _add_adapters(resume_adapter_file, model, *args, **kwargs):
-    linear_to_lora_layers(model, *args, **kwargs)
-    if resume_adapter_file is not None:
-        check_adapter(model, resume_adapter_file)
+def _reference(args, model, tokenizer, datasets):
+    """The `Reference` that a run's configuration asks for, checked against the data that it will score."""
+    reference = reference_of(model, training_args(args, None), tokenizer, args.trust_remote_code)
+    if args.reference_model is not None:
+        check_tokens(reference.scorer.model, datasets, "reference_model")
+    return reference
 
 
 def evaluate_model(args, model, test_set, reference=None):
@@ -150,27 +178,60 @@ def run(args, training_callback=None):
     Raises:
         ConfigError: a user's mistake; nothing saved before is touched.
     """
-    warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS))
-    if not is_preference(args.loss_type):
+    preference = is_preference(args.loss_type)
+    warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
+    if not preference:
+        warn_of_preference_keys(args)
         return _upstream_run(args, training_callback)
     check_config(args)
     if (slow_blas := hint()) is not None:
         rprint(slow_blas)
+    with _told_plainly(args):
+        _run(args, training_callback)
+
+
+def _run(args, training_callback):
     np.random.seed(args.seed)
     training_callback = _callbacks(args) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
     train_set, valid_set, test_set = load_dataset(args, tokenizer)
-    reference = None
+    check_tokens(model, [train_set, valid_set, test_set], "model")
     if args.train:
         rprint("Training")
-        reference = train_model(args, model, train_set, valid_set, training_callback, test_set if args.test else ())
-    elif args.adapter_path != "":
-        reference = _adopt_adapters(args, model, test_set)
+        tested = test_set if args.test else ()
+        reference = train_model(args, model, train_set, valid_set, training_callback, tested, tokenizer)
+    else:
+        reference = _adopt_adapters(args, model, tokenizer, test_set)
     if args.test:
         rprint("Testing")
         evaluate_model(args, model, test_set, reference)
+
+
+@contextmanager
+def _told_plainly(args):
+    """Within the context, an interruption and an error of the system come with a sentence for the user.
+
+    The latter are errors of files, and memory that does not suffice, for which MLX has no exception of its own.
+    """
+    state = Path(args.adapter_path) / STATE_FILE
+    before = state.stat().st_mtime_ns if state.is_file() else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = state.is_file() and state.stat().st_mtime_ns != before
+        left = f"{state} is complete, and --resume goes on from it" if saved else "nothing had been saved yet"
+        raise KeyboardInterrupt(f"interrupted; {left if args.train else 'nothing is lost'}.") from None
+    except OSError as error:
+        raise ConfigError(f"the run stopped ({first_line(error)}); files saved before are complete.") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory|alloc", str(error), re.IGNORECASE):
+            raise
+        raise ConfigError(
+            f"memory does not suffice ({first_line(error)}); a smaller batch_size with more grad_accumulation_steps, a "
+            "smaller max_seq_length, or grad_checkpoint takes less. Files saved before are complete."
+        ) from error
 
 
 def _callbacks(args):
@@ -178,73 +239,59 @@ def _callbacks(args):
         return get_reporting_callbacks(
             args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
         )
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"report_to is {args.report_to!r}: {first_line(error)}") from error
-
-
-def _load_model(args, adapter_path=None):
-    try:
-        return load(
-            args.model,
-            tokenizer_config={"trust_remote_code": args.trust_remote_code},
-            trust_remote_code=args.trust_remote_code,
-            adapter_path=adapter_path,
-        )
     except Exception as error:
-        # A folder that is no model fails in as many ways as there are files in it.
-        raise ConfigError(
-            f"the model {args.model!r} cannot be loaded: {first_line(error)} Give a folder with config.json, "
-            "safetensors weights and a tokenizer, or a repo of the Hugging Face hub that is reachable."
-        ) from error
+        # A service may refuse in any way.
+        told = f"{first_line(error)}; it is a name or names with commas between: wandb, swanlab"
+        raise ConfigError(f"report_to is {args.report_to!r}, which cannot be used: {told}.") from error
 
 
-def _adopt_adapters(args, model, test_set):
-    """Put the trained adapters on `model` for a test without training.
+def _load_model(args):
+    trusted = args.trust_remote_code
+    tokenizer_config = {"trust_remote_code": trusted}
+    return load_named("model", args.model, tokenizer_config=tokenizer_config, trust_remote_code=trusted)
+
+
+def _adopt_adapters(args, model, tokenizer, test_set):
+    """Put the trained adapters on `model` for a test without training; none where `adapter_path` is empty.
 
     Returns:
-        The reference logps of the test set's rows, taken of the policy that the adapters were trained from.
+        The reference logps of the test set's rows, taken of the policy that the adapters were trained from, or
+        None where the loss reads none.
     """
-    saved = Path(args.adapter_path) / "adapter_config.json"
-    try:
-        config = json.loads(saved.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"adapter_path is {args.adapter_path!r}, but {saved} cannot be read: {error}.") from error
+    config = read_adapter_config(args.adapter_path) if args.adapter_path else {}
     logps = None
-    if loss_of(training_args(args, None)).needs_reference:
+    if loss_of(args).needs_reference:
         start = args.resume_adapter_file or config.get("resume_adapter_file")
         args.reference_model = args.reference_model or config.get("reference_model")
         base = model
-        if start is not None and args.reference_model is None:
+        if config and start is not None and args.reference_model is None:
             base, _ = _load_model(args)
-            _load_adapters(base, args.adapter_path)
-            check_adapter(base, start)
-            base.load_weights(start, strict=False)
-        reference = reference_of(base, training_args(args, None))
+            load_start(base, config, start)
+        reference = _reference(args, base, tokenizer, [test_set])
         logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches))
-    _load_adapters(model, args.adapter_path)
+    if config:
+        load_trained(model, args.adapter_path)
     return logps
 
 
-def _load_adapters(model, adapter_path):
-    try:
-        load_adapters(model, adapter_path)
-    except (FileNotFoundError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise ConfigError(f"the adapters in {adapter_path} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
 def main():
-    """The command: a user's mistake is told in one sentence, with exit status 2."""
+    """The command: a user's mistake is told in one sentence, with exit status 2; an interruption ends with 130."""
     try:
+        config = build_parser().parse_args().config
+        if config:
+            check_file(config, yaml_loader)
         _upstream_main()
     except ConfigError as error:
-        sys.exit(_told(error))
+        sys.exit(_told(f"error: {error}", 2))
     except yaml.YAMLError as error:
-        sys.exit(_told(f"the configuration file is not YAML: {' '.join(str(error).split())}"))
+        sys.exit(_told(f"error: the configuration file cannot be read: {' '.join(str(error).split())}.", 2))
+    except KeyboardInterrupt as error:
+        sys.exit(_told(str(error) or "interrupted.", 130))
 
 
-def _told(error):
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+def _told(sentence, status):
+    print(sentence, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

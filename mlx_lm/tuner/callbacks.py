@@ -1,6 +1,7 @@
 """Adds to mlx_lm.tuner.callbacks: `MetricsFile`, a preference run's reports on disk and their plot."""
 
 import json
+import math
 from pathlib import Path
 
 from .._upstream import run_upstream
@@ -35,7 +36,9 @@ class MetricsFile(TrainingCallback):
         replace_file(self.path, lambda path: Path(path).write_text(text))
 
     def _write(self, report):
-        line = {TRL_NAMES.get(key, key): value for key, value in report.items()}
+        # JSON has no word for what is not a number.
+        known = {key: value if math.isfinite(value) else None for key, value in report.items()}
+        line = {TRL_NAMES.get(key, key): value for key, value in known.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -53,15 +56,18 @@ class MetricsFile(TrainingCallback):
 
 
 def read_metrics(path):
-    """The lines of a metrics file as dicts; a last line that an interruption cut short is left out."""
+    """The lines of a metrics file as dicts; what an interruption cut short is left out, and all that follows it."""
     if not Path(path).exists():
         return []
     lines = []
-    for line in Path(path).read_text().splitlines():
+    for text in Path(path).read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or "iteration" not in line:
+            break
+        lines.append(line)
     return lines
 
 
@@ -90,13 +96,15 @@ def plot_metrics(folder):
         for color, key in enumerate(keys):
             label = key.rpartition("/")[2]
             for prefix, style, kind in (("", "-", "training"), ("eval_", "o--", "validation")):
-                points = [(line["iteration"], line[prefix + key]) for line in lines if prefix + key in line]
+                points = [(line["iteration"], line.get(prefix + key)) for line in lines]
+                points = [point for point in points if point[1] is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{label}, {kind}")
         axes.set_title(title)
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if axes.lines:
+            axes.legend(fontsize="small")
     path = Path(folder) / PLOT_FILE
     replace_file(path, lambda name: figure.savefig(name, dpi=110))
     return path

@@ -1,20 +1,27 @@
 """Checks of a preference run's configuration, before anything is loaded."""
 
 import inspect
+import math
+import os
+import re
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.optimizers as optimizers
+import yaml
 
+from .checkpoint import check_is_file, state_file
 from .losses import OPTIONS as LOSS_OPTIONS
 from .losses import preference_loss
 from .options import RUN_OPTIONS, ConfigError, Option, nearest
+from .utils import build_schedule
 
 # Ranges of upstream's keys: upstream takes any value and fails later.
 UPSTREAM_KEYS = (
     Option("model", "", str, ""),
     Option("data", "", str, ""),
-    Option("seed", 0, int, "", low=0),
+    Option("seed", 0, int, "", low=0, high=2**32 - 1),
     Option("num_layers", 16, int, "", low=-1),
     Option("batch_size", 4, int, "", low=1),
     Option("iters", 1000, int, "", low=1),
@@ -27,34 +34,87 @@ UPSTREAM_KEYS = (
     Option("grad_accumulation_steps", 1, int, "", low=1),
     Option("learning_rate", 1e-5, float, "", low=0),
     Option("adapter_path", "adapters", str, ""),
+    Option("resume_adapter_file", None, str, ""),
     Option("fine_tune_type", "lora", str, "", choices=("lora", "dora", "full")),
     Option("optimizer", "adam", str, "", choices=("adam", "adamw", "muon", "sgd", "adafactor")),
     Option("train", False, bool, ""),
     Option("test", False, bool, ""),
     Option("grad_checkpoint", False, bool, ""),
+    Option("trust_remote_code", False, bool, ""),
+    Option("report_to", None, str, ""),
+    Option("project_name", None, str, ""),
 )
+LORA_PARAMETERS = (
+    Option("lora_parameters.rank", None, int, "", low=1),
+    Option("lora_parameters.scale", None, float, "", low=0, open=("low",)),
+    Option("lora_parameters.dropout", None, float, "", low=0, high=1, open=("high",)),
+)
+PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_model", "reference_cache")
 
-# Keys that upstream and the data sets read without a flag or a default of their own.
-FURTHER_KEYS = {
-    "config",
-    "hf_dataset",
-    "completion_feature",
-    "text_feature",
-    "chat_feature",
-    "chat_template_kwargs",
-    "system",
-}
+# Keys that upstream and the data sets read without a flag or a default of their own; the features are those
+# of supervised rows.
+FURTHER_KEYS = {"config", "hf_dataset", "chat_template_kwargs"}
+SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
+
+_CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
 
 
-def known_keys(parser, defaults):
-    """Every key that a run reads."""
-    return {action.dest for action in parser._actions} | set(defaults) | FURTHER_KEYS
+def check_file(path, loader):
+    """Check that a configuration file holds keys with values, and warn of a key that it gives twice.
+
+    Args:
+        path: the file.
+        loader: the YAML loader that will read it.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or holds something else.
+    """
+    try:
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), loader)
+    except OSError as error:
+        raise ConfigError(f"config is {str(path)!r}, which cannot be read ({error.strerror}); give a file.") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()).replace('"<unicode string>"', str(path))
+        raise ConfigError(f"the configuration file {path} is not YAML: {reason}.") from error
+    form = "it must hold a key with a value on each line, such as beta: 0.1"
+    if node is None:
+        raise ConfigError(f"the configuration file {path} is empty; {form}.")
+    if not isinstance(node, yaml.MappingNode):
+        what = "a list" if isinstance(node, yaml.SequenceNode) else "text"
+        raise ConfigError(f"the configuration file {path} holds {what}; {form}.")
+    lines = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            raise ConfigError(f"{path}:{line}: {getattr(key, 'value', key)} is no name of a key; {form}.")
+        if key.value in lines:
+            lost = f"lines {lines[key.value]} and {line}; the last one counts"
+            print(f"[WARNING] {path} gives {key.value} twice, in {lost}.", file=sys.stderr)
+        lines[key.value] = line
+
+
+def known_keys(parser, defaults, supervised):
+    """Every key that a run reads; `supervised` says which kind of run it is."""
+    keys = {action.dest for action in parser._actions} | set(defaults) | FURTHER_KEYS
+    return keys | SUPERVISED_KEYS if supervised else keys
 
 
 def warn_of_unread_keys(args, known):
     """Name each key of the configuration that nothing reads, with the known key most like it."""
     for key in sorted(set(vars(args)) - known, key=str):
         print(f"[WARNING] {key} is not a key that this command reads{nearest(key, known)}.", file=sys.stderr)
+
+
+def warn_of_preference_keys(args):
+    """Name the keys of preference training that are set in a run without a preference loss."""
+    options = [option for option in LOSS_OPTIONS + RUN_OPTIONS if option.name not in ("loss_type", "prompt_feature")]
+    given = [option.name for option in options if getattr(args, option.name, None) not in (None, option.default)]
+    if given:
+        print(
+            f"[WARNING] {', '.join(given)} {'is' if len(given) == 1 else 'are'} set, but loss_type is sft, and "
+            "supervised training does not read that; for preference training set loss_type, for example to dpo.",
+            file=sys.stderr,
+        )
 
 
 def check_config(args):
@@ -67,11 +127,19 @@ def check_config(args):
         ConfigError: a value of a wrong type or out of range, or settings that exclude each other.
     """
     for option in UPSTREAM_KEYS + LOSS_OPTIONS + RUN_OPTIONS:
-        setattr(args, option.name, option.check(getattr(args, option.name)))
+        setattr(args, option.name, _finite(option, option.check(getattr(args, option.name))))
+    args.clear_cache_threshold = size(args.clear_cache_threshold)
+    for key in PATHS:
+        setattr(args, key, _at_home(key, getattr(args, key)))
+    args.reference_model, args.resume_adapter_file = args.reference_model or None, args.resume_adapter_file or None
     if isinstance(args.loss_type, list) and len(args.loss_type) == 1:
         (args.loss_type,) = args.loss_type
     if not args.train and not args.test:
         raise ConfigError("there is nothing to do: set train, test or both to true.")
+    if args.num_layers == 0:
+        raise ConfigError("num_layers is 0; it must be the number of layers to train, counted from the last, or -1.")
+    if args.test and args.test_batches == 0:
+        raise ConfigError("test_batches is 0, and a test is asked for; -1 takes the whole test set.")
     loss = preference_loss(**{option.name: getattr(args, option.name) for option in LOSS_OPTIONS})
     if args.reference_model is not None and not loss.needs_reference:
         raise ConfigError(
@@ -81,38 +149,82 @@ def check_config(args):
     if args.fine_tune_type != "full":
         _check_lora(args.lora_parameters)
     if args.lr_schedule is not None:
-        _check_schedule(args.lr_schedule)
-    _check_optimizer(args.optimizer, args.optimizer_config)
-    if args.resume_adapter_file is not None and not Path(args.resume_adapter_file).is_file():
-        raise ConfigError(f"resume_adapter_file is {args.resume_adapter_file!r}, and there is no such file.")
-    if args.train and args.adapter_path == "":
+        _check_schedule(args.lr_schedule, -(-args.iters // args.grad_accumulation_steps))
+    args.optimizer_config = _checked_optimizers(args.optimizer_config)
+    _try_optimizer(args.optimizer, args.optimizer_config.get(args.optimizer, {}))
+    if args.resume_adapter_file is not None:
+        check_is_file(args.resume_adapter_file)
+    if args.train:
+        _check_folder(args.adapter_path)
+        if args.resume:
+            state_file(args.adapter_path)
+
+
+def size(value):
+    """A number of bytes, given as such or as text like 500MB or 1.5GB.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*([MG]B?)?", str(value).strip(), re.IGNORECASE)
+    if found is None or isinstance(value, (bool, float)):
+        raise ConfigError(f"clear_cache_threshold is {value!r}; it must be bytes, such as 2000000000, 500MB or 2GB.")
+    return int(float(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[(found[2] or "").upper().rstrip("B")])
+
+
+def _finite(option, value):
+    if isinstance(value, float) and not math.isfinite(value):
+        told = " and ".join(filter(None, ("finite", option.range)))
+        raise ConfigError(f"{option.name} is {value}; it must be {told}.")
+    return value
+
+
+def _at_home(key, path):
+    """`path` with a leading ~ replaced by the user's folder: a shell does not see what a file says."""
+    if path is None or not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{key} is {path!r}, and there is no such user's folder.")
+    return expanded
+
+
+def _check_folder(folder):
+    if folder == "":
         raise ConfigError("adapter_path is empty; training needs a folder to save adapters in.")
+    folder = Path(folder)
+    # What does not exist yet will be made in the first folder above that does.
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ConfigError(f"adapter_path is {str(folder)!r}, but {place} is a file; give a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"adapter_path is {str(folder)!r}, but nothing can be written in {place}; give another one.")
 
 
 def _check_lora(parameters):
+    form = "it holds rank, scale, dropout and, if wanted, keys"
     if not isinstance(parameters, dict):
-        raise ConfigError(f"lora_parameters is {parameters!r}; it must hold rank, scale and dropout.")
+        raise ConfigError(f"lora_parameters is {parameters!r}; {form}.")
     unknown = sorted(set(parameters) - {"rank", "scale", "dropout", "keys"}, key=str)
     if unknown:
         told = " (mlx-lm's scale is alpha / rank)" if unknown[0] == "alpha" else ""
-        raise ConfigError(f"lora_parameters has {unknown[0]}{told}; it holds rank, scale, dropout and keys.")
-    ranges = (
-        Option("lora_parameters.rank", None, int, "", low=1),
-        Option("lora_parameters.scale", None, float, ""),
-        Option("lora_parameters.dropout", None, float, "", low=0, high=1, open=("high",)),
-    )
-    for option in ranges:
+        raise ConfigError(f"lora_parameters has {unknown[0]}{told}; {form}.")
+    for option in LORA_PARAMETERS:
         key = option.name.rpartition(".")[2]
-        if key not in parameters:
-            raise ConfigError(f"lora_parameters lacks {key}; it holds rank, scale, dropout and keys.")
-        option.check(parameters[key])
+        if parameters.get(key) is None:
+            raise ConfigError(f"lora_parameters lacks {key}; {form}.")
+        _finite(option, option.check(parameters[key]))
+    keys = parameters.get("keys")
+    if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys)):
+        raise ConfigError(f"lora_parameters.keys is {keys!r}; it must be a list of names such as self_attn.q_proj.")
 
 
-def _check_schedule(schedule):
+def _check_schedule(schedule, updates):
     form = "give name, arguments and, if wanted, warmup and warmup_init"
     if not isinstance(schedule, dict) or not {"name", "arguments"} <= set(schedule):
         raise ConfigError(f"lr_schedule is {schedule!r}; {form}.")
     names = [name for name, value in vars(optimizers.schedulers).items() if inspect.isfunction(value)]
+    names.remove("join_schedules")  # it takes schedules, which warmup makes it do
     if schedule["name"] not in names:
         raise ConfigError(
             f"lr_schedule's name is {schedule['name']!r}{nearest(schedule['name'], names)}; "
@@ -121,21 +233,46 @@ def _check_schedule(schedule):
     unknown = sorted(set(schedule) - {"name", "arguments", "warmup", "warmup_init"}, key=str)
     if unknown:
         raise ConfigError(f"lr_schedule has {unknown[0]}; {form}.")
+    function = inspect.signature(getattr(optimizers.schedulers, schedule["name"]))
+    takes = f"{schedule['name']} takes a list of {', '.join(function.parameters)}"
     try:
-        inspect.signature(getattr(optimizers.schedulers, schedule["name"])).bind(*schedule["arguments"])
-    except TypeError as error:
-        raise ConfigError(f"lr_schedule's arguments are {schedule['arguments']!r}, but {error}.") from error
+        rate = build_schedule(schedule)
+        rates = {step: float(rate(mx.array(step, mx.uint64))) for step in (0, 1, updates // 2, updates)}
+    except Exception as error:
+        # Numbers of any type reach arithmetic of any kind here.
+        raise ConfigError(f"lr_schedule is {schedule!r}, which cannot be followed ({error}); {takes}.") from error
+    for step, value in rates.items():
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"lr_schedule gives a learning rate of {value:g} at update {step}; {takes}.")
 
 
-def _check_optimizer(name, config):
-    given = (config or {}).get(name) or {}
-    allowed = set(inspect.signature(getattr(optimizers, _CLASSES[name])).parameters) - {"learning_rate"}
-    unknown = sorted(set(given) - allowed, key=str)
+def _checked_optimizers(configs):
+    """`optimizer_config`, each optimizer's own settings a dict."""
+    form = "it holds the settings of an optimizer below its name, such as adamw: {weight_decay: 0.01}"
+    if not isinstance(configs, dict):
+        raise ConfigError(f"optimizer_config is {configs!r}; {form}.")
+    for name, config in configs.items():
+        if name not in _CLASSES:
+            raise ConfigError(f"optimizer_config has {name}{nearest(name, _CLASSES)}; {form}.")
+        if not isinstance(config, (dict, type(None))):
+            raise ConfigError(f"optimizer_config's {name} is {config!r}; {form}.")
+    return {name: config or {} for name, config in configs.items()}
+
+
+def _try_optimizer(name, config):
+    make = getattr(optimizers, _CLASSES[name])
+    allowed = set(inspect.signature(make).parameters) - {"learning_rate"}
+    unknown = sorted(set(config) - allowed, key=str)
     if unknown:
         raise ConfigError(
             f"optimizer_config's {name} has {unknown[0]}{nearest(unknown[0], allowed)}; "
             f"it takes {', '.join(sorted(allowed))}."
         )
-
-
-_CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
+    try:
+        ones = {"weight": mx.ones((2, 2))}
+        updated = make(learning_rate=1e-3, **config).apply_gradients(ones, ones)
+        sound = mx.isfinite(updated["weight"]).all().item()
+    except Exception as error:
+        raise ConfigError(f"optimizer_config's {name} is {config!r}, which cannot be used ({error}).") from error
+    if not sound:
+        raise ConfigError(f"optimizer_config's {name} is {config!r}, whose first update is not finite.")

@@ -69,12 +69,24 @@ def load_dataset(args, tokenizer):
 def create_dataset(data, tokenizer, config):
     """A data set of rows that are in memory; of `PreferenceDataset` where `config` asks for a preference loss."""
     if not prefers(config):
-        return _upstream.create_dataset(data, tokenizer, config)
+        return _supervised(data, tokenizer, config)
     if len(data) == 0:
         return []
     origin, split = getattr(config, "path", None) or getattr(config, "data", None), getattr(data, "split", None)
     name = ", ".join([str(origin or "the data set"), *([f"split {split}"] if split else [])])
     return _preferences(_WithoutNone(data), tokenizer, config, name)
+
+
+def _supervised(data, tokenizer, config):
+    try:
+        return _upstream.create_dataset(data, tokenizer, config)
+    except ValueError as error:
+        if {"chosen", "rejected"} <= set(data[0]):
+            raise ConfigError(
+                "the data's rows have chosen and rejected, which are for preference training, but loss_type is sft; "
+                "set loss_type, for example to dpo."
+            ) from error
+        raise
 
 
 def load_local_dataset(data_path, tokenizer, config):
@@ -153,6 +165,9 @@ def _without_none(value):
 
 def _preferences(rows, tokenizer, config, name, where=None):
     keys = {key: getattr(config, key) for key in DATA_KEYS[:-1] if getattr(config, key, None) is not None}
+    if keys.get("prompt_feature") == "prompt":
+        # The usual key, which rows may leave out; only another one has to be there.
+        del keys["prompt_feature"]
     return PreferenceDataset(rows, tokenizer, **keys, name=name, where=where)
 
 

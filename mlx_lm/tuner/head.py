@@ -1,11 +1,22 @@
 """A model's output head run apart from its body: on chosen positions, with bounded memory."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..utils import token_logps
+from .modules import (
+    drawing_from,
+    evaluating,
+    first_output,
+    intercepted,
+    is_float32,
+    layers_of,
+    parameters_in,
+    relative_error,
+)
 
 # Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for any device.
 CHUNK_LOGITS = 2**25
@@ -27,38 +38,52 @@ class _HiddenStates(Exception):
 class Head:
     """The module of a model that turns hidden states into logits, and what the model does after it.
 
-    It is found by running the model, not by its name: it is the last module that gives as many values a
-    position as the model does. What follows it (soft caps, scales) is run by the model's own code.
+    It is found by running the model, not by its name: it is the last module that turns a position's hidden
+    state into as many values as the model does. What follows it (soft caps, scales) is run by the model's
+    own code.
     """
 
-    def __init__(self, model, module, method):
+    def __init__(self, model, module, method, vocabulary):
         self.model = model
         self.module = module
         self.method = method  # "__call__", or "as_linear" of a tied embedding
+        self.vocabulary = vocabulary
 
     @classmethod
     def find(cls, model):
         """The head of `model`, or None where response positions alone do not give the model's own logits."""
         tokens = mx.arange(1, 13).reshape(2, 6)
-        logits = model(tokens)
-        if not isinstance(logits, mx.array) or logits.ndim != 3:
-            return None
-        found = _last_projection(model, tokens, logits.shape[-1])
-        if found is None:
-            return None
-        head = cls(model, *found)
-        try:
-            states = head.hidden_states(tokens, None)
-            again = head.logits(states.reshape(12, -1))
-        except (_HiddenStates, ValueError, TypeError, AttributeError):
-            return None
-        expected = logits.reshape(12, -1).astype(mx.float32)
-        if again.shape != expected.shape:
-            return None
+        with evaluating(model):
+            logits = first_output(model(tokens))
+            found = _last_projection(model, tokens, logits.shape[-1])
+            if found is None:
+                return None
+            head = cls(model, *found, logits.shape[-1])
+            try:
+                states = head.hidden_states(tokens, None).reshape(12, -1)
+                again = head.logits(states)
+                complete = head._is_complete(states)
+            except Exception:  # run in parts, a model's own code may fail in any way
+                return None
+        expected = logits.reshape(12, -1)
         # Half-precision products of other shapes round otherwise; a missed soft cap or scale differs by far more.
-        tolerance = 1e-4 if logits.dtype == mx.float32 else 3e-2
-        error = mx.abs(again.astype(mx.float32) - expected).max() / mx.maximum(mx.abs(expected).max(), 1e-6)
-        return head if error.item() < tolerance else None
+        tolerance = 1e-4 if is_float32(model) else 3e-2
+        same = again.shape == expected.shape and relative_error(again, expected) < tolerance
+        return head if same and complete else None
+
+    def _is_complete(self, states):
+        """Whether the head's own are the only trainable parameters between hidden states and logits."""
+        others = _outside(self.model, [self.module, *layers_of(self.model)])
+        if not others:
+            return True
+
+        def total(parameters):
+            self.model.update(parameters)
+            return mx.square(self.logits(states)).sum()
+
+        gradients = mx.grad(total)(tree_unflatten(others))
+        self.model.update(tree_unflatten(others))
+        return not any(mx.any(gradient).item() for _, gradient in tree_flatten(gradients))
 
     def hidden_states(self, tokens, cache):
         """The head's input `(B, T, D)` for `tokens` `(B, T)`; `cache` is updated as in a forward pass."""
@@ -80,40 +105,63 @@ class Head:
         """
         project = getattr(type(self.module), self.method)
         with intercepted(self.module, self.method, lambda module, _: project(module, states[None])):
-            return self.model(mx.zeros((1, states.shape[0]), mx.int32))[0]
+            return first_output(self.model(mx.zeros((1, states.shape[0]), mx.int32)))[0]
 
     def token_logps(self, states, targets, alignment, gradient):
         """As `logps_and_squares` of the logits of `states` `(N, D)`, with bounded memory forward and backward."""
         if not gradient:
-            return self._chunked(states, targets, alignment, self._logps)
-        if self.module.trainable_parameters():
-            return self._chunked(states, targets, alignment, self._recomputed_logps)
-        return self._with_gradient(states, targets, alignment)
+            out = self._chunked(partial(self._logps, alignment=alignment), states, targets)
+        elif tree_flatten(self.module.trainable_parameters()):
+            out = self._recomputed(states, targets, alignment)
+        else:
+            out = self._with_gradient(states, targets, alignment)
+        return out[0], mx.stop_gradient(out[1]) if alignment else None
 
-    def _logps(self, states, targets, alignment):
-        return logps_and_squares(self.logits(states), targets, alignment)
-
-    def _recomputed_logps(self, states, targets, alignment):
-        """As `_logps`; the logits are computed again in the backward pass, so that none are kept."""
-
-        def logps(parameters, states):
-            self.module.update(parameters)
-            logps, squares = self._logps(states, targets, alignment)
-            return logps if squares is None else (logps, squares)
-
-        out = mx.checkpoint(logps)(self.module.trainable_parameters(), states)
-        return out if alignment else (out, None)
-
-    def _chunked(self, states, targets, alignment, function):
+    def _chunked(self, function, states, *rows):
+        """`function(states, *rows)` on one chunk after another, each array of its outputs joined again."""
         parts = []
         for start, stop in self._chunks(states):
             chunk = states[start:stop]
             if parts:
-                # One chunk after another: without the order, several chunks' logits could be alive at once.
-                chunk = mx.depends([chunk], list(parts[-1][:1]))[0]
-            parts.append(function(chunk, targets[start:stop], alignment))
-        logps, squares = zip(*parts, strict=True)
-        return mx.concatenate(logps), mx.concatenate(squares) if alignment else None
+                # Without an order, or with an output left for later, several chunks' logits could be alive at once.
+                chunk = mx.depends([chunk], parts[-1])[0]
+            parts.append(function(chunk, *(row[start:stop] for row in rows)))
+        return [mx.concatenate(column) for column in zip(*parts, strict=True)]
+
+    def _logps(self, states, targets, alignment):
+        return [out for out in logps_and_squares(self.logits(states), targets, alignment) if out is not None]
+
+    def _recomputed(self, states, targets, alignment):
+        """As `_logps` for a head with trainable parameters: the backward pass computes each chunk's logits again."""
+        names, values = zip(*tree_flatten(self.module.trainable_parameters()), strict=True)
+        key = mx.random.state[0]
+
+        def chunk_logps(*inputs, targets, alignment=False):
+            with parameters_in(self.module, tree_unflatten(list(zip(names, inputs[1:], strict=True)))):
+                return self._logps(inputs[0], targets, alignment)
+
+        @mx.custom_function
+        def logps(states, *values):
+            def function(chunk, targets):
+                return chunk_logps(chunk, *values, targets=targets, alignment=alignment)
+
+            return tuple(self._chunked(function, states, targets))
+
+        @logps.vjp
+        def backward(primals, cotangents, outputs):
+            sums = [mx.zeros_like(value) for value in primals[1:]]
+
+            def function(chunk, targets, cotangents):
+                nonlocal sums
+                _, (slope, *slopes) = mx.vjp(partial(chunk_logps, targets=targets), [chunk, *primals[1:]], [cotangents])
+                sums = [total + new for total, new in zip(sums, slopes, strict=True)]
+                return mx.depends([slope], sums)
+
+            with drawing_from(key):
+                slopes = self._chunked(function, primals[0], targets, cotangents[0])
+            return (*slopes, *sums)
+
+        return logps(states, *values)
 
     def _with_gradient(self, states, targets, alignment):
         """As `_logps` for a frozen head, with each position's gradient computed while its logits are there.
@@ -124,20 +172,13 @@ class Head:
 
         @mx.custom_function
         def logps(states):
-            parts = []
-            for start, stop in self._chunks(states):
-                chunk = states[start:stop]
-                if parts:
-                    chunk = mx.depends([chunk], [parts[-1][1]])[0]
-                parts.append(self._logps_and_gradient(chunk, targets[start:stop], alignment))
-            return tuple(mx.concatenate(column) for column in zip(*parts, strict=True))
+            return tuple(self._chunked(partial(self._logps_and_gradient, alignment=alignment), states, targets))
 
         @logps.vjp
         def backward(primals, cotangents, outputs):
-            return (cotangents[0][:, None] * outputs[1]).astype(primals.dtype)
+            return (cotangents[0][:, None] * outputs[-1]).astype(primals.dtype)
 
-        values, _, *squares = logps(states)
-        return values, mx.stop_gradient(squares[0]) if squares else None
+        return logps(states)
 
     def _logps_and_gradient(self, states, targets, alignment):
         logits = self.logits(states)
@@ -149,37 +190,27 @@ class Head:
         logps = mx.take_along_axis(wide, column, axis=-1).squeeze(-1) - normalizers
         falling = mx.put_along_axis(-softmax, column, 1 - mx.take_along_axis(softmax, column, axis=-1), axis=-1)
         _, (gradient,) = mx.vjp(self.logits, [states], [falling.astype(logits.dtype)])
-        if not alignment:
-            return logps, gradient
-        return logps, gradient, mx.log(mx.square(softmax).sum(axis=-1))
+        return [logps, *([mx.log(mx.square(softmax).sum(axis=-1))] if alignment else []), gradient]
 
     def _chunks(self, states):
         """Equal slices of `states` whose logits stay within CHUNK_LOGITS."""
         count = states.shape[0]
-        size = max(1, CHUNK_LOGITS // self._vocabulary())
+        size = max(1, CHUNK_LOGITS // self.vocabulary)
         chunks = -(-count // size)
         size = -(-count // chunks)
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _vocabulary(self):
-        weight = getattr(self.module, "weight", None)
-        if weight is None:
-            sizes = [value.shape[0] for _, value in tree_flatten(self.module.parameters()) if value.ndim > 1]
-            return max(sizes)
-        return weight.shape[0]
-
 
 def _last_projection(model, tokens, vocabulary):
-    """`(module, method)` of the last call in a forward pass that gives `vocabulary` values a position."""
+    """`(module, method)` of the last call in a forward pass that makes hidden states into `vocabulary` values."""
     calls = []
 
-    def recorder(module, method):
-        original = getattr(type(module), method)
-
-        def record(self, states, *args, **kwargs):
-            out = original(self, states, *args, **kwargs)
-            if isinstance(out, mx.array) and out.shape == (*tokens.shape, vocabulary) and not args and not kwargs:
-                calls.append((self, method))
+    def recorder(method, original):
+        def record(module, *args, **kwargs):
+            out = original(module, *args, **kwargs)
+            if len(args) == 1 and not kwargs and _width(args[0], tokens) not in (None, vocabulary):
+                if _width(out, tokens) == vocabulary:
+                    calls.append((module, method))
             return out
 
         return record
@@ -188,9 +219,16 @@ def _last_projection(model, tokens, vocabulary):
         for _, module in model.named_modules():
             for method in ("__call__", "as_linear"):
                 if hasattr(type(module), method) and module is not model and _is_projection(module):
-                    stack.enter_context(intercepted(module, method, recorder(module, method)))
+                    record = recorder(method, getattr(type(module), method))
+                    stack.enter_context(intercepted(module, method, record))
         model(tokens)
     return calls[-1] if calls else None
+
+
+def _width(value, tokens):
+    """The last dimension of an array that has a row for each token, else None."""
+    is_row_each = isinstance(value, mx.array) and value.ndim == 3 and value.shape[:2] == tokens.shape
+    return value.shape[-1] if is_row_each else None
 
 
 def _is_projection(module):
@@ -200,15 +238,7 @@ def _is_projection(module):
     )
 
 
-@contextmanager
-def intercepted(module, method, replacement):
-    """Within the context, this one module's `method` is `replacement(module, ...)`.
-
-    The module's class is exchanged, not the module: the tree of parameters stays as it is.
-    """
-    original = type(module)
-    module.__class__ = type(original.__name__, (original,), {method: replacement})
-    try:
-        yield
-    finally:
-        module.__class__ = original
+def _outside(model, modules):
+    """The `(name, array)` of the model's trainable parameters that are in none of `modules`."""
+    inside = {id(value) for module in modules for _, value in tree_flatten(module.trainable_parameters())}
+    return [item for item in tree_flatten(model.trainable_parameters()) if id(item[1]) not in inside]

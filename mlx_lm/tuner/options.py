@@ -60,9 +60,12 @@ class Option:
         """The allowed values in words, or an empty string where all are."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        low = None if self.low is None else f"{'>' if 'low' in self.open else '>='} {self.low:g}"
-        high = None if self.high is None else f"{'<' if 'high' in self.open else '<='} {self.high:g}"
+        low = None if self.low is None else f"{'>' if 'low' in self.open else '>='} {self._told(self.low)}"
+        high = None if self.high is None else f"{'<' if 'high' in self.open else '<='} {self._told(self.high)}"
         return " and ".join(bound for bound in (low, high) if bound)
+
+    def _told(self, bound):
+        return f"{bound:g}" if self.kind is float else str(bound)
 
     def check(self, value):
         """`value` as this option's type.
@@ -82,6 +85,8 @@ class Option:
         expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}[self.kind]
         if self.range:
             expected += f", {self.range}"
+        if self.kind is not str and isinstance(value, str):
+            expected += ", without quotes"
         wrong = ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
         if self.kind is float:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -104,8 +109,9 @@ class Option:
 
 def nearest(word, known):
     """A hint that names the known word most like `word`, or an empty string where none is like it."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    known = {str(name).lower(): name for name in known}
+    close = difflib.get_close_matches(str(word).lower(), list(known), n=1)
+    return f" (did you mean {known[close[0]]}?)" if close else ""
 
 
 # Options of a preference run besides those of its loss, which stand with the losses in `losses.py`.
@@ -188,4 +194,5 @@ RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS
 def is_preference(loss_type):
     """Whether a `loss_type` asks for preference training rather than for upstream's supervised training."""
     names = loss_type if isinstance(loss_type, (list, tuple)) else [loss_type]
-    return any(name not in (None, "sft") for name in names)
+    # An empty list is a mistake, which the check of a preference run tells.
+    return not names or any(name not in (None, "sft") for name in names)

@@ -7,13 +7,23 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..cli_ui import TrainUI, make_console, rprint
 from ..utils import maybe_set_recommended_wired_limit
 from .batches import make_batch, order_of_epoch, plan
 from .callbacks import MetricsFile, plot_metrics
-from .checkpoint import restore_state, save_adapters, save_state
+from .checkpoint import (
+    REMEDY,
+    read_state,
+    refuse_non_finite,
+    restore_state,
+    save_adapters,
+    save_state,
+    starting_point,
+)
+from .loading import check_same_tokens, load_named
 from .logps import Scorer
 from .losses import OPTIONS as LOSS_OPTIONS
 from .losses import preference_loss
@@ -36,17 +46,32 @@ def loss_of(args):
     return preference_loss(**{option.name: getattr(args, option.name) for option in LOSS_OPTIONS})
 
 
-def reference_of(model, args):
-    """The `Reference` that `args` ask for: `model` as it is now, or another one loaded for the purpose."""
+def reference_of(model, args, tokenizer=None, trust_remote_code=False):
+    """The `Reference` that `args` ask for: `model` as it is now, or another one loaded for the purpose.
+
+    Args:
+        model: the policy.
+        args: `TrainingArgs`.
+        tokenizer: the policy's, which `reference_model`'s is compared with, or None.
+        trust_remote_code: as upstream's `load` takes it.
+
+    Raises:
+        ConfigError: `reference_model` cannot be loaded, or has another vocabulary.
+    """
     cache = args.reference_cache
     if cache is None:
         cache = default_cache_folder()
     elif cache in ("none", "None", ""):
         cache = None
     if args.reference_model is not None:
-        from ..utils import load
-
-        model, _ = load(args.reference_model)
+        model, other = load_named(
+            "reference_model",
+            args.reference_model,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+        )
+        if tokenizer is not None:
+            check_same_tokens(tokenizer, other, args.reference_model)
     return Reference(model, args.reference_batch_size, args.share_prompt, cache, args.reference_cache_size)
 
 
@@ -69,8 +94,9 @@ def evaluate_preference(model, dataset, args, batch_size, num_batches, reference
     dataset = unwrapped(dataset)
     rows = evaluated_rows(dataset, batch_size, num_batches)
     objective = Objective(Scorer(model, args.share_prompt), loss_of(args))
-    if isinstance(reference, Reference) and objective.loss.needs_reference:
-        reference = reference.logps(dataset, rows)
+    if objective.loss.needs_reference:
+        reference = reference_of(model, args) if reference is None else reference
+        reference = reference.logps(dataset, rows) if isinstance(reference, Reference) else reference
     return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback)
 
 
@@ -174,6 +200,10 @@ class Run:
         self.rank = mx.distributed.init().rank()
         self._say_fallbacks()
         self._check_rows()
+        self.settings = self._settings()
+        if args.resume:
+            # A checkpoint that does not fit is told before the reference pass, which may be long.
+            read_state(self.folder, model, self.settings, args.iters)
         self.reference, self.val_reference = None, None
         self.val_rows = evaluated_rows(self.val_dataset, args.batch_size, args.val_batches) if self.val_dataset else []
         if self.loss.needs_reference:
@@ -181,7 +211,8 @@ class Run:
             self.reference = self._reference_table(reference, self.schedule.visited(1, args.iters))
             if len(self.val_rows):
                 self.val_reference = reference.logps(self.val_dataset, self.val_rows)
-        del reference
+            if args.reference_model is not None:
+                reference.release()
         compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
         self.step = Step(model, optimizer, self.objective, compiled, args.max_grad_norm)
         self.iteration, self.trained_tokens, self.updates = 0, 0, 0
@@ -210,27 +241,38 @@ class Run:
         table[rows] = reference.logps(self.dataset, rows)
         return table
 
-    def settings(self):
+    def _settings(self):
         """What has to be the same for a checkpoint to be gone on from."""
         names = ["batch_size", "grad_accumulation_steps", "max_seq_length", "seed", "share_prompt", "max_grad_norm"]
-        names += [option.name for option in LOSS_OPTIONS]
-        rows = b"".join(row_key(self.dataset[i]) for i in range(len(self.dataset)))
-        data = hashlib.blake2b(rows, digest_size=8).hexdigest()
-        return {name: getattr(self.args, name) for name in names} | {"training data": data}
+        settings = {name: getattr(self.args, name) for name in [*names, "reference_model"]} | self.loss.parameters
+        settings |= {"loss_type": list(self.loss.names), "loss_weights": self.loss.weights}
+        # Of the command's configuration, what the optimizer and the adapter were made from.
+        made = ("learning_rate", "lr_schedule", "optimizer", "optimizer_config", "fine_tune_type", "lora_parameters")
+        settings |= {name: (self.config or {}).get(name) for name in made}
+        data = hashlib.blake2b(digest_size=8)
+        for pair in (self.dataset[i] for i in range(len(self.dataset))):
+            data.update(row_key(pair) + repr((pair.margin, pair.weight)).encode())
+        start = starting_point(self.model)
+        return settings | {"the training data": data.hexdigest(), "the model or the adapter it begins with": start}
 
     def _restore(self):
-        self.iteration, extra = restore_state(self.folder, self.model, self.optimizer, self.settings())
-        if self.iteration > self.args.iters:
-            raise ConfigError(f"the checkpoint in {self.folder} is at iteration {self.iteration}; iters is fewer.")
+        self.iteration, extra = restore_state(self.folder, self.model, self.optimizer, self.settings, self.args.iters)
         self.trained_tokens, self.updates = (int(value) for value in extra.pop("counts").tolist())
         self.reference = np.array(extra.pop("reference")) if "reference" in extra else self.reference
         self.val_reference = np.array(extra.pop("val_reference")) if "val_reference" in extra else self.val_reference
         if "pairs" in extra:
-            pairs = extra.pop("pairs")
-            self.step.accumulated = (tree_unflatten(list(extra.items())), pairs)
+            # Parts of the tree that hold no array have left no trace in the file.
+            gradient = tree_map_with_path(lambda name, _: extra[name], self.model.trainable_parameters())
+            self.step.accumulated = (gradient, extra["pairs"])
 
     def save(self, numbered=True):
         """Write the adapters, and the state to go on from."""
+        accumulated, workers = self.step.accumulated, mx.distributed.init().size()
+        if accumulated is not None and workers > 1:
+            # Each worker goes on from the mean of all.
+            gradient, pairs = accumulated
+            accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs, stream=mx.cpu) / workers
+        refuse_non_finite([self.model.trainable_parameters(), self.optimizer.state, accumulated or []], self.iteration)
         if self.rank != 0:
             return None
         extra = [("counts", mx.array([self.trained_tokens, self.updates], mx.int64))]
@@ -238,11 +280,11 @@ class Run:
             extra.append(("reference", mx.array(self.reference)))
             if self.val_reference is not None:
                 extra.append(("val_reference", mx.array(self.val_reference)))
-        if self.step.accumulated is not None:
-            gradient, pairs = self.step.accumulated
+        if accumulated is not None:
+            gradient, pairs = accumulated
             extra += [("pairs", pairs), *tree_flatten(gradient)]
         saved = save_adapters(self.model, self.args.adapter_file, self.iteration if numbered else None, self.config)
-        save_state(self.folder, self.model, self.optimizer, self.iteration, self.settings(), extra)
+        save_state(self.folder, self.model, self.optimizer, self.iteration, self.settings, extra)
         return saved
 
     def validate(self, ui):
@@ -268,7 +310,7 @@ class Run:
         if not np.isfinite(figures["loss"]):
             raise ConfigError(
                 f"the loss is {figures['loss']} at iteration {self.iteration}; the adapters saved before stay as they "
-                "are. A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
+                f"are. {REMEDY}"
             )
         self.trained_tokens += int(trained)
         learning_rate = self.optimizer.learning_rate.item()
@@ -369,6 +411,5 @@ def train_preference(model, optimizer, train_dataset, val_dataset, args, callbac
         raise ConfigError(f"grad_accumulation_steps is {args.grad_accumulation_steps}; it must be at least 1.")
     maybe_set_recommended_wired_limit()
     run = Run(model, optimizer, train_dataset, val_dataset, args, callback, reference, config)
-    del reference
     with checkpointed_layers(model) if args.grad_checkpoint else nullcontext():
         run.train()

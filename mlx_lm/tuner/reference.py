@@ -1,7 +1,11 @@
 """The reference policy's logps: computed once, before the first update, and kept on disk."""
 
+import gc
 import hashlib
 import os
+import re
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,11 +16,15 @@ from ..cli_ui import make_console, make_train_progress, rprint
 from .batches import make_batch, plan
 from .files import replace_file
 from .logps import Scorer
-from .sharing import model_dtype
+from .modules import evaluating, first_output
+from .options import ConfigError
 
 # Part of every fingerprint: raise it whenever the way that logps are computed changes.
-FORMAT = 1
+FORMAT = 2
 ROW_BYTES = 16 + 4 * 4  # a row's key and its four float32 values
+# An entry of the cache, or one that a process is still writing or was stopped at: nothing else is ever deleted.
+ENTRY = re.compile(r"[0-9a-f]{32}\.npz|\.[0-9a-f]{32}\.\d+\.npz")
+CHECKSUM_WORDS = 2**22  # words in one part of a checksum: its temporaries take some 100 MB
 
 
 class Reference:
@@ -45,27 +53,37 @@ class Reference:
         Returns:
             `(n, 2, 2)` float32, a row each: chosen and rejected, and of each the total and the `common`
             logps of `RowLogps`.
+
+        Raises:
+            ConfigError: logps that are not finite.
         """
         pairs = [dataset[int(row)] for row in rows]
         keys = [row_key(pair) for pair in pairs]
         known = {} if self.cache is None else self.cache.read()
-        missing = [i for i, key in enumerate(keys) if key not in known]
-        if missing:
+        # Workers may have caches of their own, but they compute together.
+        unknown = mx.distributed.all_sum(mx.array([key not in known for key in keys], mx.int32), stream=mx.cpu)
+        missing = np.flatnonzero(np.array(unknown))
+        if len(missing):
             values = self._compute([pairs[i] for i in missing])
             known |= {keys[i]: value for i, value in zip(missing, values, strict=True)}
             if self.cache is not None:
                 self.cache.write(known)
         return np.array([known[key] for key in keys], np.float32).reshape(-1, 2, 2)
 
+    def release(self):
+        """Let go of the model, so that its memory is free; no more logps can be taken."""
+        self.scorer = None
+        # Looking into a model leaves cycles that hold parts of it until they are collected.
+        gc.collect()
+        mx.clear_cache()
+
     def _compute(self, pairs):
         world = mx.distributed.init()
         lengths = [[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs]
-        size = self.batch_size or ample_batch_size(self.scorer.model, max(p + max(c, r) for p, c, r in lengths))
         values = np.zeros((len(pairs), 4), np.float32)
-        batches = plan(lengths, size, self.scorer.shares_prompt)
-        model, training = self.scorer.model, self.scorer.model.training
-        model.eval()
-        with make_train_progress(make_console(), disable=world.rank() != 0) as progress:
+        batches = self._batches(np.array(lengths))
+        progress = make_train_progress(make_console(), disable=world.rank() != 0)
+        with evaluating(self.scorer.model), progress:
             task = progress.add_task("ref", total=len(pairs))
             for rows in batches[world.rank() :: world.size()]:
                 batch, *_ = make_batch([pairs[row] for row in rows], self.scorer.shares_prompt)
@@ -73,20 +91,53 @@ class Reference:
                 out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(rows), 2)
                 values[rows] = np.array(out.transpose(1, 0, 2)).reshape(len(rows), 4)
                 progress.advance(task, len(rows) * world.size())
-        model.train(training)
-        if world.size() > 1:
-            values = np.array(mx.distributed.all_sum(mx.array(values), stream=mx.cpu))
+        values = np.array(mx.distributed.all_sum(mx.array(values), stream=mx.cpu))
+        bad = (~np.isfinite(values).all(axis=1)).sum()
+        if bad:
+            raise ConfigError(
+                f"the reference gives logps that are not finite for {bad} of {len(pairs)} pairs: its weights are "
+                "damaged, or too large for their dtype; check what the model generates."
+            )
         return values
 
+    def _batches(self, lengths):
+        """Rows of like length together: `batch_size` of them, or as many as memory is ample for."""
+        if self.batch_size is not None:
+            return plan(lengths, self.batch_size, self.scorer.shares_prompt)
+        totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+        most = ample_tokens(self.scorer, int(totals.max()))
+        batches, rows, width = [], [], 0
+        for row in plan(lengths, len(lengths), self.scorer.shares_prompt)[0].tolist():
+            width = max(width, totals[row])
+            if rows and 2 * (len(rows) + 1) * width > most:
+                batches.append(rows)
+                rows, width = [], totals[row]
+            rows.append(row)
+        return [*batches, rows]
 
-def ample_batch_size(model, longest):
-    """Pairs of the longest length whose activations take a small part of the device's memory."""
-    memory = mx.device_info().get("memory_size", 8 * 2**30)
-    width = max(value.shape[-1] for _, value in tree_flatten(model.parameters()) if value.ndim == 1)
-    # A layer's activations in a forward pass: some forty vectors of the model's width a token.
-    per_token = 40 * width * model_dtype(model).size
-    tokens = min(max(memory // 20 // per_token, 2048), 65536)
-    return max(1, tokens // (2 * longest))
+
+def ample_tokens(scorer, longest):
+    """Tokens in a batch whose activations take a small part of the device's memory.
+
+    Args:
+        scorer: the `Scorer` that will run them.
+        longest: tokens of the longest row.
+    """
+    head, tokens = scorer.head, mx.zeros((1, 1), mx.int32)
+    states = head.hidden_states(tokens, None) if head is not None else first_output(scorer.model(tokens))
+    width = states.shape[-1]
+    # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused
+    # three float32 scores for each token before it and each head of 64.
+    per_token = width * (40 * states.dtype.size + 3 * 4 * longest / 64)
+    return min(max(int(device_memory() / 20 / per_token), 1024), 16384)
+
+
+def device_memory():
+    """Bytes of memory of the default device."""
+    info = mx.device_info()
+    if "memory_size" in info or "total_memory" in info:
+        return info.get("memory_size") or info["total_memory"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def row_key(pair):
@@ -101,23 +152,21 @@ def fingerprint(model):
 
     LoRA matrices whose product is zero are left out: they change nothing yet.
     """
-    from importlib.metadata import version
-
     digest = hashlib.blake2b(digest_size=16)
     device = mx.device_info().get("device_name", str(mx.default_device()))
-    digest.update(repr([FORMAT, device, version("mlx"), version("mlx-lm")]).encode())
-    digest.update(repr(getattr(model, "args", None)).encode())
+    config = getattr(model, "args", None) or getattr(model, "config", None)
+    digest.update(repr([FORMAT, device, version("mlx"), version("mlx-lm"), config]).encode())
     adapters = {}
     for name, module in model.named_modules():
         if "lora_b" in module:
-            adapters[name] = mx.any(module.lora_b != 0).item()
+            adapters[name] = any(mx.any(value != 0).item() for _, value in tree_flatten(module["lora_b"]))
             if adapters[name]:
-                digest.update(repr((name, getattr(module, "scale", None))).encode())
-    for name, value in tree_flatten(model.parameters()):
-        module, _, leaf = name.rpartition(".")
-        if leaf in ("lora_a", "lora_b") and not adapters[module]:
+                digest.update(repr((name, module.scale)).encode())
+    for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: item[0]):
+        if adapters.get(name.partition(".lora_")[0]) is False:
             continue
         # A base layer has one name whether or not an adapter wraps it.
+        module, _, leaf = name.rpartition(".")
         parent, _, last = module.rpartition(".")
         if last in ("linear", "embedding") and parent in adapters:
             name = f"{parent}.{leaf}"
@@ -126,18 +175,20 @@ def fingerprint(model):
 
 
 def checksum(array):
-    """Two 32-bit sums over an array's bits, each word weighed by its place; changes with any one word."""
+    """Two 32-bit sums of an array's words, each mixed with its place: any one changed bit changes them.
+
+    Source: the multiplications and shifts are the finalizer of MurmurHash3 (Appleby), which maps words one to one.
+    """
     words = mx.view(array.reshape(-1), mx.uint8 if array.nbytes % 4 else mx.uint32)
+    factors = [mx.array(factor, mx.uint32) for factor in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35)]
     sums = mx.zeros((2,), mx.uint32)
-    for start in range(0, words.size, 2**25):
-        part = words[start : start + 2**25].astype(mx.uint32)
-        place = mx.arange(start, start + part.size, dtype=mx.uint32)
-        sums = sums + mx.stack(
-            [
-                (part * (place * factor + 1)).sum()
-                for factor in (mx.array(0x9E3779B2, mx.uint32), mx.array(0x85EBCA6A, mx.uint32))
-            ]
-        )
+    for start in range(0, words.size, CHECKSUM_WORDS):
+        part = words[start : start + CHECKSUM_WORDS].astype(mx.uint32)
+        mixed = part ^ (mx.arange(start, start + part.size, dtype=mx.uint32) * factors[0])
+        mixed = (mixed ^ (mixed >> 16)) * factors[1]
+        mixed = (mixed ^ (mixed >> 13)) * factors[2]
+        sums = sums + mx.stack([mixed.sum(), (mixed ^ (mixed >> 16)).sum()])
+        # Part after part, so that the temporaries of only one are alive.
         mx.eval(sums)
     return sums.tolist()
 
@@ -156,7 +207,6 @@ class Cache:
         try:
             with np.load(self.path, allow_pickle=False) as entry:
                 keys, values, digest = entry["keys"], entry["values"], entry["digest"].tobytes()
-            os.utime(self.path)
         except FileNotFoundError:
             return {}
         except Exception as error:
@@ -167,28 +217,39 @@ class Cache:
         if not sound or digest != self._digest(keys, values) or not np.isfinite(values).all():
             rprint(f"[WARNING] The reference cache {self.path} is damaged; it is computed again.")
             return {}
+        # The time of use decides what goes first; a folder that cannot be written to is still good to read.
+        with suppress(OSError):
+            os.utime(self.path)
         return {key.tobytes(): value for key, value in zip(keys, values, strict=True)}
 
     def write(self, known):
-        """Replace the entry, then drop the entries used longest ago until the folder fits its size."""
-        if mx.distributed.init().rank() != 0:
+        """Replace the entry by the rows of `known`, the last ones where the folder's size does not hold them all."""
+        kept = min(len(known), int(self.size * 1e6 // ROW_BYTES))
+        if kept == 0 or mx.distributed.init().rank() != 0:
             return
-        keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16)
-        values = np.array(list(known.values()), np.float32).reshape(-1, 4)
-        if not np.isfinite(values).all() or len(keys) * ROW_BYTES > self.size * 1e6:
-            return
+        keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16)[-kept:]
+        values = np.array(list(known.values()), np.float32).reshape(-1, 4)[-kept:]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             digest = np.frombuffer(self._digest(keys, values), np.uint8)
             replace_file(self.path, lambda path: np.savez(path, keys=keys, values=values, digest=digest))
-            entries = sorted(self.folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-            total = sum(path.stat().st_size for path in entries)
-            for path in entries[:-1]:
-                if total > self.size * 1e6:
-                    total -= path.stat().st_size
-                    path.unlink(missing_ok=True)
+            self._drop_oldest()
         except OSError as error:
             rprint(f"[WARNING] The reference logps could not be kept in {self.folder} ({error}).")
+
+    def _drop_oldest(self):
+        """Delete the entries used longest ago until the folder fits its size."""
+        entries = []
+        for path in self.folder.iterdir():
+            # Another process may drop the same entries.
+            with suppress(FileNotFoundError):
+                if ENTRY.fullmatch(path.name):
+                    entries.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total > self.size * 1e6 and path != self.path:
+                total -= size
+                path.unlink(missing_ok=True)
 
     def _digest(self, keys, values):
         content = self.name.encode() + keys.tobytes() + np.ascontiguousarray(values, np.float32).tobytes()

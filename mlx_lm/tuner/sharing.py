@@ -1,20 +1,46 @@
 """Prompts computed once for two responses, and layers recomputed in the backward pass that leave caches alone."""
 
 import copy
+import re
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..models.cache import ArraysCache, CacheList, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
-from .head import intercepted
+from ..models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    ConcatenateKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+from .modules import evaluating, first_output, intercepted, is_float32, layers_of, recomputed, relative_error
+from .options import ConfigError
+
+# Tokens that `can_share_prompt` tries, and how many of them are prompt.
+PROBE, PROBE_PREFIX = 12, 7
+# The attention windows that it tries them with: shorter than the prompt.
+PROBE_WINDOW = 4
+
+
+class _WholeKVCache(ConcatenateKVCache):
+    """In a `ChunkedKVCache`'s place: keeps the chunks before the current one, which the model's mask leaves out."""
+
+    start_position = 0
+
+    def maybe_trim_front(self):
+        pass
 
 
 def prefix_cache(model):
     """A prompt cache of `model` through which gradients flow, one entry a layer.
 
-    Upstream's caches write into preallocated or rotating buffers; these concatenate. A sliding window needs
-    no cache of its own: the layer's mask keeps it.
+    Upstream's caches write into preallocated or rotating buffers; these concatenate. A sliding window or a
+    chunk needs no cache of its own: the layer's mask keeps it, by the same code that keeps it without a cache.
 
     Raises:
         TypeError: the model has a cache of another kind.
@@ -27,54 +53,88 @@ def _concatenating(cache):
         return CacheList(*(_concatenating(inner) for inner in cache.caches))
     if type(cache) in (KVCache, RotatingKVCache, ConcatenateKVCache):
         return ConcatenateKVCache()
+    if type(cache) is ChunkedKVCache:
+        return _WholeKVCache()
     if type(cache) is ArraysCache:
         return cache
     raise TypeError(f"{type(cache).__name__} cannot hold a shared prompt")
 
 
-def map_arrays(value, function):
-    """A copy of a cache, list, tuple or dict with `function` applied to every array in it."""
-    if isinstance(value, mx.array):
-        return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_arrays(item, function) for item in value)
-    if isinstance(value, dict):
-        return {key: map_arrays(item, function) for key, item in value.items()}
-    if is_cache(value):
-        out = copy.copy(value)
-        for key, item in vars(value).items():
-            setattr(out, key, map_arrays(item, function))
-        return out
-    return value
-
-
-def is_cache(value):
-    """Whether `value` is one of upstream's caches."""
-    return isinstance(value, _CACHE_BASE)
-
-
-_CACHE_BASE = KVCache.__mro__[-2]
-
-
 def can_share_prompt(model):
     """Whether a prompt that went through the cache gives the same logits as one that did not.
 
-    Tried on a few tokens, so that no list of architectures has to be kept.
+    Tried on a few tokens, so that no list of architectures has to be kept; and with windows of a few tokens,
+    so that a model which goes wrong beyond its window is found without running that many.
     """
-    tokens = mx.arange(1, 25).reshape(2, 12) % 13 + 1
-    try:
-        plain = model(tokens)
-        cache = prefix_cache(model)
-        model(tokens[:, :7], cache=cache)
-        rows = mx.array([1, 0, 1])
-        shared = model(tokens[rows, 7:], cache=[map_arrays(layer, lambda x: x[rows]) for layer in cache])
-        plain = plain[rows, 7:]
-    except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError):
-        return False
-    plain, shared = plain.astype(mx.float32), shared.astype(mx.float32)
-    error = mx.abs(plain - shared).max() / mx.maximum(mx.abs(plain).max(), 1e-6)
+    tokens = mx.arange(1, 2 * PROBE + 1).reshape(2, PROBE) % 13 + 1
+    rows = mx.array([1, 0, 1])
+    with evaluating(model), narrow_windows(model):
+        plain = first_output(model(tokens))[rows, PROBE_PREFIX:]
+        try:
+            cache = prefix_cache(model)
+            model(tokens[:, :PROBE_PREFIX], cache=cache)
+            cache = [map_arrays(layer, lambda x: x[rows]) for layer in cache]
+            shared = first_output(model(tokens[rows, PROBE_PREFIX:], cache=cache))
+            error = relative_error(shared, plain) if shared.shape == plain.shape else 1.0
+        except Exception:  # with a cache that it was not written for, a model's own code may fail in any way
+            return False
     # Half precision rounds other shapes otherwise; a wrong position or mask is off by far more.
-    return error.item() < (1e-4 if model_dtype(model) == mx.float32 else 5e-2)
+    return error < (1e-4 if is_float32(model) else 5e-2)
+
+
+@contextmanager
+def narrow_windows(model):
+    """Within the context, the model's attention windows and chunks that PROBE tokens would not fill are short ones."""
+    windows = [
+        (place, name, value)
+        for module in model.modules()
+        for place in _settings(module)
+        for name, value in place.items()
+        if type(value) is int and value > PROBE and re.search("window|chunk", name)
+    ]
+    for place, name, _ in windows:
+        place[name] = PROBE_WINDOW
+    try:
+        yield
+    finally:
+        for place, name, value in windows:
+            place[name] = value
+
+
+def _settings(value):
+    """The attributes of a module, and of the configurations that it holds, as dicts."""
+    attributes = vars(value)
+    return [attributes, *(place for item in attributes.values() if is_dataclass(item) for place in _settings(item))]
+
+
+def map_arrays(value, function, made=None):
+    """A copy of a cache, list, tuple or dict with `function` applied to every array in it.
+
+    Args:
+        value: what to copy; whatever else is in it, modules too, the copy has as well.
+        function: what to do with an array.
+        made: copies by the id of what they stand for, so that an object met twice has one copy.
+    """
+    made = {} if made is None else made
+    if isinstance(value, mx.array):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_arrays(item, function, made) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_arrays(item, function, made) for item in value)
+    if type(value) is dict:
+        return {key: map_arrays(item, function, made) for key, item in value.items()}
+    if _has_state(value):
+        if id(value) not in made:
+            made[id(value)] = out = copy.copy(value)
+            vars(out).update({key: map_arrays(item, function, made) for key, item in vars(value).items()})
+        return made[id(value)]
+    return value
+
+
+def _has_state(value):
+    """Whether a layer may keep arrays in `value` from one call to the next, as in a cache."""
+    return hasattr(value, "__dict__") and not isinstance(value, nn.Module) and not callable(value)
 
 
 def model_dtype(model):
@@ -92,51 +152,59 @@ def checkpointed_layers(model):
 
     A layer's cache goes in and comes out as values: a recomputation that appended to the cache itself would
     append the same keys twice.
+
+    Raises:
+        ConfigError: the model does not name its layers.
     """
+    layers = layers_of(model)
+    if not layers:
+        raise ConfigError("grad_checkpoint computes layer by layer, and this model has no `layers`; leave it out.")
     with ExitStack() as stack:
-        for layer in model.layers:
-            if layer is not None:
-                stack.enter_context(intercepted(layer, "__call__", _recomputed(type(layer).__call__)))
+        for layer in layers:
+            stack.enter_context(intercepted(layer, "__call__", _checkpointed(type(layer).__call__)))
         yield
 
 
-def _recomputed(call):
+def _checkpointed(call):
     def checkpointed(layer, *args, **kwargs):
-        keys = list(kwargs)
-        values = [*args, *kwargs.values()]
-        caches = {i: value for i, value in enumerate(values) if is_cache(value)}
-        # As they were before the layer ran: the recomputation has to start from there.
-        before = [map_arrays(cache, lambda x: x) for cache in caches.values()]
-        states = [_arrays(cache) for cache in before]
-        others = [None if i in caches else value for i, value in enumerate(values)]
+        objects = _objects((args, kwargs))
+        # As they are before the layer runs: the recomputation has to start from there.
+        before = map_arrays((args, kwargs), lambda x: x)
+        runs = []
 
-        def inner(parameters, states, others):
-            layer.update(parameters)
-            inputs = list(others)
-            copies = [_with_arrays(cache, state) for cache, state in zip(before, states, strict=True)]
-            for i, cache in zip(caches, copies, strict=True):
-                inputs[i] = cache
-            named = dict(zip(keys, inputs[len(args) :], strict=True))
-            out = call(layer, *inputs[: len(args)], **named)
-            updated.append(copies)
-            return out, [_arrays(cache) for cache in copies]
+        def run(differentiable):
+            values = iter(differentiable)
+            inputs = map_arrays(before, lambda x: next(values) if _is_differentiable(x) else x)
+            out = call(layer, *inputs[0], **inputs[1])
+            runs.append((_objects(inputs), out))
+            # MLX loses the gradient of an array that is returned twice, as an output and in a cache: views differ.
+            return [mx.expand_dims(x, 0) for x in _arrays(runs[-1])]
 
-        updated = []
-        out, after = mx.checkpoint(inner)(layer.trainable_parameters(), states, others)
-        for cache, run, state in zip(caches.values(), updated[0], after, strict=True):
-            vars(cache).update(vars(_with_arrays(run, state)))
-        return out
+        views = iter(recomputed(layer, run)([x for x in _arrays(before) if _is_differentiable(x)]))
+        after, out = map_arrays(runs[0], lambda _: next(views).squeeze(0))
+        originals = {id(new): old for new, old in zip(after, objects, strict=True)}
+        for new, old in zip(after, objects, strict=True):
+            vars(old).update(map_arrays(vars(new), lambda x: x, originals))
+        return map_arrays(out, lambda x: x, originals)
 
     return checkpointed
 
 
-def _arrays(cache) -> list:
-    arrays = []
-    map_arrays(cache, lambda x: arrays.append(x) or x)
-    return arrays
+def _objects(value):
+    """The caches and other objects with state in `value`, those within them too."""
+    if isinstance(value, (list, tuple)):
+        return [found for item in value for found in _objects(item)]
+    if type(value) is dict:
+        return _objects(list(value.values()))
+    return [value, *_objects(vars(value))] if _has_state(value) else []
 
 
-def _with_arrays(cache, arrays):
-    """A copy of `cache` with its arrays replaced, in `_arrays`' order."""
-    arrays = iter(arrays)
-    return map_arrays(cache, lambda _: next(arrays))
+def _arrays(value):
+    found = []
+    map_arrays(value, lambda x: found.append(x) or x)
+    return found
+
+
+def _is_differentiable(x):
+    """Whether gradients flow into `x`; MLX refuses to look for one where an integer array is an index."""
+    return mx.issubdtype(x.dtype, mx.floating)

@@ -88,7 +88,7 @@ def evaluate(
             each exactly once.
         max_seq_length, loss, iterate_batches, clear_cache_threshold: upstream's, read in its evaluation only.
         args: `TrainingArgs`; their `loss_type` chooses.
-        reference: a `Reference`, or what its `logps` gave for these pairs; None for a reference-free loss.
+        reference: a `Reference`, or what its `logps` gave for these pairs; by default the model as it is now.
 
     Returns:
         Upstream's mean loss, or for pairs a dict of the means of FIGURES.

@@ -1,0 +1,219 @@
+"""Loading the models and adapters that a configuration names, with every failure told in one sentence.
+
+Upstream has no module of this name.
+"""
+
+import json
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .checkpoint import check_adapter
+from .options import ConfigError, nearest
+from .utils import linear_to_lora_layers, load_adapters
+
+HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
+ADAPTER_FILES = "adapters.safetensors and the adapter_config.json of its training"
+
+
+def load_named(key, name, **options):
+    """`(model, tokenizer)` of the model that the configuration's `key` names.
+
+    Args:
+        key: the configuration's key, for errors.
+        name: a folder, or a repo of the Hugging Face hub.
+        options: as upstream's `load` takes them.
+
+    Raises:
+        ConfigError: whatever is wrong with the folder or the repo.
+    """
+    from ..utils import load
+
+    try:
+        return load(name, **options)
+    except Exception as error:
+        # A folder that is no model fails in as many ways as there are files in it.
+        raise ConfigError(f"{key} is {name!r}, which cannot be loaded: {_why(Path(name), error)}.") from error
+
+
+def _why(folder, error):
+    told = _told(error)
+    if not folder.exists():
+        if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(folder)):
+            return f"there is no such folder, and the hub's repo of this name cannot be had ({told})"
+        return "there is no such folder" if folder.is_absolute() else f"there is no such folder in {Path.cwd()}"
+    if not folder.is_dir():
+        return f"it is a file; {HOLDS}"
+    for pattern in ("config.json", "model*.safetensors"):
+        if not any(folder.glob(pattern)):
+            return f"there is no {pattern} in it; {HOLDS}"
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        return f"there is no tokenizer in it; {HOLDS}"
+    return f"{told}; {HOLDS}"
+
+
+def _told(error):
+    """An exception's message on one line, without a full stop."""
+    told = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+    return f"{told} is missing" if isinstance(error, KeyError) else told
+
+
+def check_tokens(model, datasets, key):
+    """Check that a model knows every token of the data, and warn where pairs are longer than it was made for.
+
+    Args:
+        model: an mlx-lm model.
+        datasets: sequences of `Pair`s.
+        key: the configuration's key that names the model.
+
+    Raises:
+        ConfigError: a token id is beyond the model's vocabulary: MLX would read some other memory there.
+    """
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    rows = max((module.weight.shape[0] for module in model.modules() if isinstance(module, kinds)), default=None)
+    highest = max((max(map(max, pair[:3])) for dataset in datasets for pair in dataset), default=0)
+    if rows is not None and highest >= rows:
+        raise ConfigError(
+            f"the data's tokens go up to id {highest}, but the model that {key} names has {rows}: "
+            "the tokenizer is another model's."
+        )
+    longest = max((len(pair[0]) + max(map(len, pair[1:3])) for dataset in datasets for pair in dataset), default=0)
+    most = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    if isinstance(most, int) and longest > most:
+        print(
+            f"[WARNING] Pairs are up to {longest} tokens long, and the model that {key} names was made for {most}; "
+            "lower max_seq_length.",
+            file=sys.stderr,
+        )
+
+
+def check_same_tokens(tokenizer, other, name):
+    """Check that a reference model reads tokens as the policy does.
+
+    Args:
+        tokenizer, other: the policy's tokenizer and the reference model's.
+        name: the reference model's name, for errors.
+
+    Raises:
+        ConfigError: a text has other token ids in `other`.
+    """
+    if not hasattr(tokenizer, "get_vocab") or not hasattr(other, "get_vocab"):
+        return
+    ids, theirs = tokenizer.get_vocab(), other.get_vocab()
+    for token, number in ids.items():
+        if theirs.get(token, number) != number:
+            raise ConfigError(
+                f"reference_model is {name!r}, where the token {token!r} is {theirs[token]}; in the model it is "
+                f"{number}: reference and model must share one vocabulary."
+            )
+
+
+def add_adapters(resume_adapter_file, model, num_layers, parameters, use_dora=False):
+    """As upstream's `linear_to_lora_layers`, with what it takes and what `resume_adapter_file` holds checked.
+
+    Raises:
+        ConfigError: a key of the parameters names no layer, or the file does not fit.
+    """
+    names = {name for layer in model.layers for name, _ in layer.named_modules()}
+    names |= {name for name, _ in model.named_modules()}
+    for key in parameters.get("keys") or ():
+        if key not in names:
+            raise ConfigError(
+                f"lora_parameters.keys has {key}{nearest(key, names)}, and this model has no module of that name."
+            )
+    try:
+        linear_to_lora_layers(model, num_layers, parameters, use_dora)
+    except (ValueError, AttributeError, TypeError) as error:
+        kind = "DoRA" if use_dora else "LoRA"
+        raise ConfigError(f"this model cannot be given {kind} adapters with these lora_parameters: {error}.") from error
+    if resume_adapter_file is not None:
+        check_adapter(model, resume_adapter_file)
+        _warn_of_scale(Path(resume_adapter_file), parameters["scale"])
+
+
+def _warn_of_scale(file, scale):
+    """LoRA's scale is not in its weights: an adapter with another one acts more or less than it was trained to."""
+    try:
+        was = json.loads(file.with_name("adapter_config.json").read_text())["lora_parameters"]["scale"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if was != scale:
+        print(
+            f"[WARNING] resume_adapter_file {file} was trained with a scale of {was}, and lora_parameters.scale is "
+            f"{scale}: the adapter's effect is not what it was.",
+            file=sys.stderr,
+        )
+
+
+def check_trainable(model):
+    """Check that a model to be fully trained has weights that can be.
+
+    Raises:
+        ConfigError: nothing is to be trained, or quantized weights, which have no gradient.
+    """
+    trainable = [value for _, value in tree_flatten(model.trainable_parameters())]
+    if not trainable:
+        raise ConfigError("there is nothing to train in the model's layers; use fine_tune_type lora.")
+    if not all(mx.issubdtype(value.dtype, mx.floating) for value in trainable):
+        raise ConfigError(
+            "fine_tune_type is full, but the model's weights are quantized, which cannot be trained; use lora or dora, "
+            "or a model that is not quantized."
+        )
+
+
+def read_adapter_config(adapter_path):
+    """Contents of a folder's `adapter_config.json`.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    path = Path(adapter_path) / "adapter_config.json"
+    told = f"adapter_path is {str(adapter_path)!r}"
+    if not Path(adapter_path).is_dir():
+        raise ConfigError(f"{told}, and there is no such folder; a test without train needs one with {ADAPTER_FILES}.")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{told}, but {path} cannot be read ({error}); it needs {ADAPTER_FILES}.") from error
+    if not isinstance(config, dict) or not {"num_layers", "lora_parameters"} <= set(config):
+        raise ConfigError(f"{told}, but {path} does not hold num_layers and lora_parameters; it needs {ADAPTER_FILES}.")
+    return config
+
+
+def load_trained(model, adapter_path):
+    """Put a folder's adapters on `model`.
+
+    Raises:
+        ConfigError: they are missing, damaged, or of another model.
+    """
+    with _told_of(f"the adapters in {adapter_path}"):
+        load_adapters(model, str(adapter_path))
+
+
+def load_start(model, config, start):
+    """Make `model` the policy that a run with `config` and the adapter file `start` began with.
+
+    Raises:
+        ConfigError: the file is missing, damaged, or of another model.
+    """
+    with _told_of(f"the adapter {start} that the training began with"):
+        if config.get("fine_tune_type") != "full":
+            use_dora = config.get("fine_tune_type") == "dora"
+            linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora)
+        check_adapter(model, start)
+        model.load_weights(str(start), strict=False)
+
+
+@contextmanager
+def _told_of(what):
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{what} cannot be loaded: {_told(error)}.") from error

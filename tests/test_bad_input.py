@@ -1,0 +1,657 @@
+"""A user's mistakes, each through the command: one sentence, exit status 2, and nothing that was saved is touched.
+
+Most cases run the command within this process, which takes a tenth of a second; a few are processes of their own.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+from chat_tokenizers import smollm
+
+import mlx_lm.lora
+from mlx_lm import convert
+from mlx_lm.tuner.loading import check_trainable
+from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.reference import Reference
+from mlx_lm.utils import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "mlx_lm" / "examples" / "tiny_chat_model"
+GOLDEN = ROOT / "tests" / "golden" / "tiny_llama"
+LORA = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+# What may have been saved before; a run that ends with an error leaves the bytes of each.
+SAVED = ("adapters.safetensors", "adapter_config.json", "checkpoint.safetensors", "metrics.jsonl", "training.png")
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def rows(count=8):
+    return [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"Go away, {i}."} for i in range(count)]
+
+
+def write_rows(folder, **splits):
+    """A data folder; a split is rows, or the text of its file."""
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        content = splits.get(split, rows())
+        if content is not None:
+            text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+            (folder / f"{split}.jsonl").write_text(text)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("mlx_lm.tuner.preference.plot_metrics", lambda folder: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "data")
+
+
+class Command:
+    """The command with a configuration, a data folder and a folder for adapters, each changed as a case needs it."""
+
+    def __init__(self, folder, data):
+        self.folder = folder
+        self.adapters = folder / "adapters"
+        self.values = {"model": str(MODEL), "data": data, "train": True, "loss_type": "dpo", "iters": 3}
+        self.values |= {"batch_size": 4, "val_batches": 1, "steps_per_report": 1, "steps_per_eval": 100}
+        self.values |= {"save_every": 2, "num_layers": 1, "max_seq_length": 64, "learning_rate": 1e-4}
+        self.values |= {"adapter_path": str(self.adapters), "reference_cache": "none", "lora_parameters": LORA}
+
+    def write(self, text=None, **changes):
+        file = self.folder / "config.yaml"
+        values = {key: value for key, value in {**self.values, **changes}.items() if value is not ...}
+        file.write_text(yaml.safe_dump(values) if text is None else text)
+        return file
+
+    def __call__(self, *flags, text=None, **changes):
+        """Run within this process; an exception that the command lets pass fails the test with its traceback."""
+        arguments = ["mlx_lm.lora", "--config", str(self.write(text, **changes)), *flags]
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.setattr(sys, "argv", arguments)
+            try:
+                mlx_lm.lora.main()
+            except SystemExit as stop:
+                status = stop.code
+        return Done(status, out.getvalue(), err.getvalue())
+
+    def process(self, *flags, module=("mlx_lm.lora",), **changes):
+        """The command as a process of its own, started."""
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            [sys.executable, "-m", *module, "--config", str(self.write(**changes)), *flags],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def files(self):
+        return {path.name: path.read_bytes() for path in self.adapters.iterdir()}
+
+    def refused(self, told, *flags, **changes):
+        """Run, and check that it ends with one sentence that tells `told`, and with no file touched."""
+        if not self.adapters.exists():
+            self.adapters.mkdir()
+            for name in SAVED:
+                (self.adapters / name).write_bytes(b"of an earlier run: " + name.encode())
+        before = self.files()
+        done = self(*flags, **changes)
+        assert done.status == 2, done
+        (line,) = [line for line in done.err.splitlines() if not line.startswith("[WARNING]")]
+        assert line.startswith("error: ") and re.search(told, line), line
+        assert line.endswith(".") and "Traceback" not in done.out
+        assert self.files() == before
+        return done
+
+
+@pytest.fixture
+def command(tmp_path, data):
+    return Command(tmp_path, data)
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory, data):
+    """The adapter folder of a run that ended well."""
+    command = Command(tmp_path_factory.mktemp("earlier"), data)
+    done = command()
+    assert done.status == 0 and {*SAVED} - {"training.png"} <= set(command.files()), done
+    return command.adapters
+
+
+@pytest.fixture
+def after(command, earlier):
+    """The command where an earlier run ended well."""
+    shutil.copytree(earlier, command.adapters)
+    return command
+
+
+def row(**changes):
+    return [{key: value for key, value in {**rows(1)[0], **changes}.items() if value is not ...}]
+
+
+class TestData:
+    @pytest.mark.parametrize(
+        "splits, told",
+        [
+            ({"train": None}, r"train.jsonl is missing; it must hold a JSON object"),
+            ({"train": ""}, r"train.jsonl holds no rows; it must hold a JSON object"),
+            ({"train": "\n\n"}, r"train.jsonl holds no rows"),
+            ({"train": '{"prompt": "a", '}, r"train.jsonl:1: the line is not JSON"),
+            ({"train": json.dumps(rows(1)[0]) + "\nword\n"}, r"train.jsonl:2: the line is not JSON"),
+            ({"train": "[1]\n"}, r"train.jsonl:1: the row is a list; expected an object with chosen and rejected"),
+            ({"train": row(rejected=...)}, r"train.jsonl:1: rejected is missing; the row's keys are prompt, chosen"),
+            ({"train": row(chosen=5)}, r"train.jsonl:1: chosen is a number; it must be a string or a list"),
+            ({"train": row(prompt={"a": 1})}, r"train.jsonl:1: prompt is an object; it must be a string or a list"),
+            ({"train": row(rejected="It is 0.")}, r"has no pair to learn from; of its 1 rows, 1 whose chosen"),
+            ({"train": row(margin="2")}, r"train.jsonl:1: margin is '2'; it must be a finite number"),
+            ({"valid": '{"prompt"'}, r"valid.jsonl:1: the line is not JSON"),
+            ({"valid": row(chosen=...)}, r"valid.jsonl:1: chosen is missing"),
+        ],
+    )
+    def test_files_and_rows(self, command, splits, told):
+        command.refused(told, data=write_rows(command.folder / "data", **splits))
+
+    def test_a_missing_test_set_is_told_before_training(self, command):
+        command.refused("test.jsonl is missing", test=True, data=write_rows(command.folder / "data", test=None))
+
+    def test_folders(self, command, data):
+        command.refused("data is '.*/nothing', and there is no such folder", data=str(command.folder / "nothing"))
+        command.refused("data is the file .*; give the folder that holds", data=f"{data}/train.jsonl")
+        command.refused("data is 5; it must be a name", data=5)
+
+    def test_features(self, command):
+        command.refused("train.jsonl:1: question .prompt_feature. is missing", prompt_feature="question")
+        command.refused("choosen is missing .did you mean chosen.*chosen_feature", chosen_feature="choosen")
+        command.refused("rejected_feature is 3; it must be a name", rejected_feature=3)
+
+    def test_a_length_that_leaves_nothing_to_learn_from(self, command):
+        command.refused("max_seq_length is 1; it must be a whole number, >= 2", max_seq_length=1)
+        same = row(chosen="It is so and so.", rejected="It is so and not so.")
+        folder = write_rows(command.folder / "data", train=same)
+        command.refused("1 whose responses are equal within max_seq_length", data=folder, max_seq_length=3)
+
+    def test_a_tokenizer_of_another_model(self, command):
+        """The tiny Llama knows 97 tokens, the tokenizer saved beside it some hundreds."""
+        model = shutil.copytree(GOLDEN, command.folder / "model")
+        smollm()._tokenizer.save_pretrained(model)
+        told = r"the data's tokens go up to id \d{3}, but the model that model names has 97: the tokenizer is another"
+        command.refused(told, model=str(model))
+
+    def test_pairs_longer_than_the_model_was_made_for_are_a_warning(self, command):
+        model = shutil.copytree(MODEL, command.folder / "model")
+        values = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 9}
+        (model / "config.json").write_text(json.dumps(values))
+        done = command(model=str(model), iters=1)
+        told = (
+            r"^\[WARNING\] Pairs are up to \d\d tokens long, and the model that model names was made for 9; lower max_s"
+        )
+        assert done.status == 0 and re.search(told, done.err)
+
+    def test_rows_without_a_prompt_key_are_read(self, command):
+        """The flag's default names the key that rows may leave out."""
+        talk = [{"role": "user", "content": "Hello?"}]
+        replies = {"chosen": "Hello, friend.", "rejected": "No."}
+        sides = {key: [*talk, {"role": "assistant", "content": text}] for key, text in replies.items()}
+        assert command(data=write_rows(command.folder / "data", train=[sides], valid=None)).status == 0
+
+    def test_preferences_without_a_loss_type(self, command):
+        done = command.refused("rows have chosen and rejected, .* but loss_type is sft; set loss_type", loss_type=...)
+        assert "[WARNING] reference_cache is set, but loss_type is sft" in done.err
+
+    @pytest.mark.parametrize("loss_type, key", [("dpo", "weight"), ("aot", "weight"), ("bco_pair", "margin")])
+    def test_keys_that_a_loss_cannot_heed(self, command, loss_type, key):
+        folder = write_rows(command.folder / "data", train=row(**{key: 0.5}))
+        if loss_type == "dpo":
+            assert command(data=folder, loss_type=loss_type).status == 0
+        else:
+            told = f"rows have a {key}, but loss_type {loss_type} .*; remove the key {key}"
+            command.refused(told, data=folder, loss_type=loss_type)
+
+
+class TestValues:
+    """Each value's check has its cases in test_config.py; here are a few through the whole command."""
+
+    @pytest.mark.parametrize(
+        "changes, told",
+        [
+            ({"loss_type": "dop"}, r"loss_type is 'dop' \(did you mean dpop\?\); it must be a name, one of dpo"),
+            ({"loss_type": "DPO"}, r"loss_type is 'DPO' \(did you mean dpo\?\)"),
+            ({"loss_type": []}, "loss_type is an empty list; give at least one value"),
+            ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "loss_weights has 1 value, but loss_type has 2"),
+            ({"beta": -1}, "beta is -1; it must be a number, >= 0"),
+            ({"beta": float("nan")}, "beta is nan; it must be a number, >= 0"),
+            ({"beta": float("inf")}, "beta is inf; it must be finite and >= 0"),
+            ({"beta": "0.1"}, "beta is '0.1'; it must be a number, >= 0, without quotes"),
+            ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it must be a number, >= 0 and < 0.5"),
+            ({"simpo_gamma": 1.0}, "simpo_gamma is 1.0, but loss_type dpo does not read it; remove it, or choose"),
+            ({"batch_size": 0}, "batch_size is 0; it must be a whole number, >= 1"),
+            ({"iters": 0}, "iters is 0; it must be a whole number, >= 1"),
+            ({"learning_rate": -1e-4}, "learning_rate is -0.0001; it must be a number, >= 0"),
+            ({"lora_parameters": {**LORA, "rank": 0}}, "lora_parameters.rank is 0; it must be a whole number, >= 1"),
+            ({"optimizer": "lion"}, "optimizer is 'lion'; it must be a name, one of adam"),
+            ({"optimizer_config": {"adam": {"beta1": 0.9}}}, "optimizer_config's adam has beta1 .did you mean betas"),
+            ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 0]}}, "lr_schedule is .* cannot be followed"),
+            ({"num_layers": 3}, "num_layers is 3, but the model has 2 layers; -1 takes them all"),
+            ({"lora_parameters": {**LORA, "keys": ["self_attn.qproj"]}}, r"qproj \(did you mean self_attn.q_proj\?\)"),
+            ({"lora_parameters": {**LORA, "keys": ["self_attn"]}}, "cannot be given LoRA adapters .*: Can't convert"),
+            ({"report_to": "foo"}, "report_to is 'foo', which cannot be used: foo .* wandb, swanlab"),
+            ({"train": False}, "there is nothing to do: set train, test or both to true"),
+        ],
+    )
+    def test_it_is_told(self, command, changes, told):
+        command.refused(told, **changes)
+
+    def test_a_service_that_fails_in_its_own_way(self, command, monkeypatch):
+        def refuse(**_):
+            raise KeyError("no API key")
+
+        monkeypatch.setitem(mlx_lm.lora.get_reporting_callbacks.__globals__["SUPPORT_CALLBACK"], "wandb", refuse)
+        command.refused("report_to is 'wandb', which cannot be used: ", report_to="wandb")
+
+    def test_an_unknown_key_is_a_warning_and_the_run_goes_on(self, command):
+        done = command(betta=0.3)
+        assert done.status == 0
+        assert done.err == "[WARNING] betta is not a key that this command reads (did you mean beta?).\n"
+
+    @pytest.mark.parametrize("text", ["", "- a\n", "a: [1\n", "hello"])
+    def test_a_file_that_is_no_configuration(self, command, text):
+        command.refused("the configuration file .*config.yaml", text=text)
+
+    def test_a_tag_that_yaml_cannot_make(self, command):
+        command.refused("the configuration file cannot be read: could not determine a constructor", text="a: !b c")
+
+    def test_a_missing_configuration_file(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "-c", "nothing.yaml"])
+        with pytest.raises(SystemExit) as stop:
+            mlx_lm.lora.main()
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == (
+            "error: config is 'nothing.yaml', which cannot be read (No such file or directory); give a file.\n"
+        )
+
+
+class TestModel:
+    def model(self, command, without=(), **config):
+        folder = shutil.copytree(MODEL, command.folder / "model")
+        for name in without:
+            (folder / name).unlink()
+        values = json.loads((folder / "config.json").read_text()) | config
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+        return folder
+
+    @pytest.mark.parametrize(
+        "changes, told",
+        [
+            ({"model_type": "llamma"}, "Model type llamma not supported"),
+            ({"model_type": ...}, "'model_type' is missing; a model's folder holds"),
+            ({"hidden_size": 64}, r"Expected shape \(960, 64\) but received shape \(960, 128\)"),
+            ({"without": ["model.safetensors"]}, r"there is no model\*.safetensors in it; a model's folder holds"),
+            ({"without": ["tokenizer.json", "tokenizer_config.json"]}, "there is no tokenizer in it; a model's folder"),
+            ({"without": ["tokenizer.json"]}, "tokenizer"),
+        ],
+    )
+    def test_folders_that_are_none(self, command, changes, told):
+        folder = self.model(command, **changes)
+        command.refused(f"model is '{re.escape(str(folder))}', which cannot be loaded: .*{told}", model=str(folder))
+
+    @pytest.mark.parametrize("content", [b"garbage" * 100, b""])
+    def test_weights_that_are_none(self, command, content):
+        folder = self.model(command)
+        (folder / "model.safetensors").write_bytes(content)
+        command.refused("which cannot be loaded: ", model=str(folder))
+
+    def test_weights_that_were_cut_short(self, command):
+        folder = self.model(command)
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[:100000])
+        command.refused("which cannot be loaded: .*exceeding the size of the file", model=str(folder))
+
+    def test_names_that_are_no_folder(self, command):
+        (command.folder / "empty").mkdir()
+        (command.folder / "file").write_text("")
+        command.refused("there is no config.json in it; a model's folder holds", model=str(command.folder / "empty"))
+        command.refused("it is a file; a model's folder holds", model=str(command.folder / "file"))
+        command.refused("cannot be loaded: there is no such folder.$", model=str(command.folder / "nothing"))
+        told = f"cannot be loaded: there is no such folder in {re.escape(os.getcwd())}.$"
+        command.refused(told, model="some/folder/nothing")
+        told = "model is 'no-such/model', which cannot be loaded: there is no such folder, and the hub's repo of this"
+        command.refused(told, model="no-such/model")
+
+
+class TestAdapterFile:
+    def test_files_that_are_none(self, command):
+        command.refused("and there is no such file", resume_adapter_file=str(command.folder / "nothing.safetensors"))
+        told = "which is a folder; give the file, such as the adapters.safetensors in it"
+        command.refused(told, resume_adapter_file=str(command.folder))
+        for name, content in (("a.safetensors", b"garbage" * 100), ("a.bin", b"garbage"), ("a.safetensors", b"")):
+            (command.folder / name).write_bytes(content)
+            command.refused(f"{name} cannot be read", resume_adapter_file=str(command.folder / name))
+        np.save(command.folder / "a.npy", np.zeros(3))
+        command.refused("a.npy holds no named weights", resume_adapter_file=str(command.folder / "a.npy"))
+
+    @pytest.mark.parametrize(
+        "changes, told",
+        [
+            ({"lora_parameters": {**LORA, "rank": 8}}, r"has .*lora_[ab] of shape .*4.*, where this model needs .*8"),
+            ({"fine_tune_type": "full"}, "lora_[ab], which this model has not; use the fine_tune_type, num_layers"),
+        ],
+    )
+    def test_one_of_another_shape(self, after, changes, told):
+        after.refused(told, resume_adapter_file=str(after.adapters / "adapters.safetensors"), **changes)
+
+    def test_one_of_more_layers(self, command, earlier):
+        weights = mx.load(str(earlier / "adapters.safetensors"))
+        more = {name.replace("layers.1", "layers.0"): value for name, value in weights.items()}
+        mx.save_safetensors(str(command.folder / "more.safetensors"), weights | more)
+        told = "has model.layers.0.*, which this model has not"
+        command.refused(told, resume_adapter_file=str(command.folder / "more.safetensors"))
+
+    def test_another_scale_is_a_warning(self, command, earlier):
+        file = str(earlier / "adapters.safetensors")
+        told = f"{file} was trained with a scale of 20.0, and lora_parameters.scale is 10.0"
+        done = command(resume_adapter_file=file, lora_parameters={**LORA, "scale": 10.0})
+        assert done.status == 0 and told in done.err
+        assert command(resume_adapter_file=file).err == ""
+
+
+class TestFullTraining:
+    def test_quantized_weights_cannot_be_trained(self, command):
+        model = command.folder / "model"
+        convert(str(MODEL), str(model), quantize=True, q_bits=4, q_group_size=64)
+        told = "fine_tune_type is full, but the model's weights are quantized, which cannot be trained; use lora"
+        command.refused(told, model=str(model), fine_tune_type="full")
+        assert command(model=str(model), iters=1).status == 0
+        assert command(fine_tune_type="full", iters=1).status == 0
+
+    def test_nothing_to_train_is_told(self):
+        model, _ = load_model(GOLDEN)
+        model.freeze()
+        with pytest.raises(ConfigError, match="there is nothing to train in the model's layers"):
+            check_trainable(model)
+
+
+class TestAdapterFolder:
+    def test_one_that_cannot_be(self, command):
+        (command.folder / "file").write_text("")
+        command.refused("/file is a file; give a folder", adapter_path=str(command.folder / "file"))
+        command.refused("/file is a file; give a folder", adapter_path=str(command.folder / "file" / "below"))
+        command.refused("adapter_path is empty; training needs a folder", adapter_path="")
+        assert (command.folder / "file").read_text() == ""
+
+    def test_one_that_the_system_refuses(self, command, monkeypatch):
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied", "/there")
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        done = command(adapter_path="there")
+        assert done.status == 2
+        told = "error: the run stopped ([Errno 13] Permission denied: '/there'); files saved before are complete.\n"
+        assert done.err == told
+
+    def test_a_test_needs_adapters(self, command):
+        nothing = str(command.folder / "nothing")
+        told = "and there is no such folder; a test without train needs one with adapters.safetensors"
+        command.refused(told, train=False, test=True, adapter_path=nothing)
+        assert not Path(nothing).exists()
+        empty = command.folder / "empty"
+        empty.mkdir()
+        command.refused("adapter_config.json cannot be read", train=False, test=True, adapter_path=str(empty))
+
+    @pytest.mark.parametrize(
+        "name, content, told",
+        [
+            ("adapter_config.json", b"{", "adapter_config.json cannot be read"),
+            ("adapter_config.json", b"[]", "does not hold num_layers and lora_parameters"),
+            ("adapter_config.json", b"{}", "does not hold num_layers and lora_parameters"),
+            ("adapters.safetensors", None, "the adapters in .* cannot be loaded: .*adapters.safetensors"),
+            ("adapters.safetensors", b"garbage" * 100, "the adapters in .* cannot be loaded"),
+        ],
+    )
+    def test_adapters_that_are_damaged(self, after, name, content, told):
+        (after.adapters / name).unlink()
+        if content is not None:
+            (after.adapters / name).write_bytes(content)
+        after.refused(told, train=False, test=True)
+
+    def test_adapters_of_another_model(self, after):
+        config = json.loads((after.adapters / "adapter_config.json").read_text())
+        config["lora_parameters"]["rank"] = 8
+        (after.adapters / "adapter_config.json").write_text(json.dumps(config))
+        after.refused("the adapters in .* cannot be loaded: .*does not match", train=False, test=True)
+
+    def test_the_adapter_that_they_began_with_is_gone(self, after):
+        config = json.loads((after.adapters / "adapter_config.json").read_text())
+        config["resume_adapter_file"] = "gone.safetensors"
+        (after.adapters / "adapter_config.json").write_text(json.dumps(config))
+        after.refused("gone.safetensors.*there is no such file", train=False, test=True)
+
+
+class TestTestAlone:
+    """What a test without training compares with, where a run began with an adapter or has none."""
+
+    def loss(self, done):
+        assert done.status == 0, done
+        return float(re.search(r"Test loss ([\d.]+)", done.out)[1])
+
+    def test_without_adapters_policy_and_reference_are_one(self, command):
+        done = command(train=False, test=True, adapter_path="")
+        assert self.loss(done) == pytest.approx(np.log(2), abs=1e-3) and "margin +0.000" in done.out
+
+    def test_it_gives_the_figures_of_the_test_after_training(self, command, earlier):
+        """The reference is the policy that the run began with: base plus its first adapter, here of one layer."""
+        begun = {"resume_adapter_file": str(earlier / "adapters.safetensors"), "num_layers": 2, "learning_rate": 1e-2}
+        trained = command(test=True, **begun)
+        alone = command(train=False, test=True)
+        assert self.loss(alone) == self.loss(trained) != pytest.approx(np.log(2), abs=1e-2)
+        figures = [re.search("Test loss.*", done.out)[0] for done in (trained, alone)]
+        assert figures[0] == figures[1]
+
+
+class TestResume:
+    def test_without_a_checkpoint(self, command):
+        command.adapters.mkdir()
+        command.refused("resume needs .*checkpoint.safetensors, and there is none; leave resume out", "--resume")
+
+    @pytest.mark.parametrize(
+        "changes, told",
+        [
+            ({"beta": 0.5}, "as it was begun, but beta was 0.1 and is 0.5"),
+            ({"learning_rate": 1e-3}, "as it was begun, but learning_rate was 0.0001 and is 0.001"),
+            ({"optimizer": "muon"}, "as it was begun, but optimizer was 'adam' and is 'muon'"),
+            ({"lora_parameters": {**LORA, "scale": 1.0}}, "but lora_parameters was .* and is "),
+            ({"lora_parameters": {**LORA, "rank": 2}}, "but lora_parameters was .* and is "),
+            ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 9]}}, "but lr_schedule was None and is "),
+            ({"num_layers": 2}, "holds other weights than this run trains; use the num_layers that it began with"),
+            ({"iters": 1}, "is at iteration 3, and iters is 1; raise iters to go on"),
+            ({"max_seq_length": 32}, "max_seq_length was 64 and is 32"),
+        ],
+    )
+    def test_with_other_settings(self, after, changes, told):
+        after.refused(told, "--resume", **changes)
+
+    def test_with_another_adapter_to_begin_with(self, after, earlier):
+        told = "but the model or the adapter it begins with changed"
+        after.refused(told, "--resume", resume_adapter_file=str(earlier / "adapters.safetensors"))
+
+    @pytest.mark.parametrize("content", [b"", b"garbage" * 100, "half", "adapters"])
+    def test_with_a_damaged_checkpoint(self, after, content):
+        file = after.adapters / "checkpoint.safetensors"
+        if content == "half":
+            content = file.read_bytes()[: file.stat().st_size // 2]
+        elif content == "adapters":
+            content = (after.adapters / "adapters.safetensors").read_bytes()
+        file.write_bytes(content)
+        after.refused("checkpoint.safetensors is damaged or no checkpoint of this project", "--resume")
+
+    def test_goes_on(self, after):
+        done = after("--resume", iters=5)
+        assert done.status == 0 and "0000004_adapters.safetensors" in after.files()
+        lines = [json.loads(line) for line in (after.adapters / "metrics.jsonl").read_text().splitlines()]
+        assert [line["iteration"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+class TestReference:
+    def test_models_that_are_none(self, command):
+        told = "reference_model is .*/nothing', which cannot be loaded: there is no such folder"
+        command.refused(told, reference_model=str(command.folder / "nothing"))
+        command.refused("reference_model is 'no-such/model', which cannot be loaded", reference_model="no-such/model")
+        command.refused("there is no tokenizer in it; a model's folder holds", reference_model=str(GOLDEN))
+
+    def test_a_model_with_another_vocabulary(self, command):
+        model = shutil.copytree(GOLDEN, command.folder / "reference")
+        smollm()._tokenizer.save_pretrained(model)
+        told = r"where the token '.*' is \d+; in the model it is \d+: reference and model must share one vocabulary"
+        command.refused(told, reference_model=str(model))
+
+    def test_a_model_with_fewer_tokens(self, command):
+        model = shutil.copytree(GOLDEN, command.folder / "reference")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(MODEL / name, model)
+        told = "but the model that reference_model names has 97: the tokenizer is another model's"
+        command.refused(told, reference_model=str(model))
+
+    def test_the_model_itself_is_one(self, command):
+        assert command(reference_model=str(MODEL), iters=1).status == 0
+
+    def test_a_loss_that_reads_none(self, command):
+        command.refused("but dpo with beta 0 reads no reference", reference_model=str(MODEL), beta=0.0)
+
+    def test_a_cache_that_cannot_be_written_is_a_warning(self, command):
+        (command.folder / "file").write_text("")
+        for folder in ("file", "file/below"):
+            done = command(reference_cache=str(command.folder / folder), iters=1)
+            assert done.status == 0
+            assert "[WARNING] The reference logps could not be kept in" in done.out
+        assert (command.folder / "file").read_text() == ""
+
+
+class TestDisk:
+    """Errors of the system while a run saves: one sentence, and the files of the earlier run stay."""
+
+    def test_a_full_disk(self, after, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        before = after.files()
+        monkeypatch.setattr(os, "replace", full)
+        done = after()
+        assert done.status == 2
+        assert done.err == (
+            "error: the run stopped ([Errno 28] No space left on device); files saved before are complete.\n"
+        )
+        assert after.files() == before
+
+    def test_mlx_cannot_write(self, after, monkeypatch):
+        def full(path, *_):
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[write] Unable to write 300092 bytes to file.")
+
+        before = {name: content for name, content in after.files().items() if name != "metrics.jsonl"}
+        monkeypatch.setattr(mx, "save_safetensors", full)
+        done = after(save_every=1)
+        assert done.status == 2
+        assert "0000001_adapters.safetensors cannot be written: [write] Unable to write 300092 bytes" in done.err
+        assert {name: content for name, content in after.files().items() if name != "metrics.jsonl"} == before
+
+
+class TestMemory:
+    @pytest.mark.parametrize("error", [RuntimeError("[malloc] Unable to allocate 9 bytes."), MemoryError()])
+    def test_it_does_not_suffice(self, after, monkeypatch, error):
+        def fail(*_):
+            raise error
+
+        before = after.files()
+        monkeypatch.setattr(Reference, "logps", fail)
+        done = after()
+        assert done.status == 2 and after.files() == before
+        assert re.search("^error: memory does not suffice .*; a smaller batch_size", done.err)
+
+    def test_other_errors_are_not_hidden(self, after, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("a fault of this project's own")
+
+        monkeypatch.setattr(Reference, "logps", fail)
+        with pytest.raises(RuntimeError, match="own"):
+            after()
+
+
+class TestWhatWasSavedStays:
+    def test_the_metrics_stay_until_the_reference_pass_is_done(self, after, monkeypatch):
+        before = after.files()
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Reference, "logps", interrupt)
+        done = after()
+        assert done.status == 130 and done.err == "interrupted; nothing had been saved yet.\n"
+        assert after.files() == before
+
+    def test_a_loss_that_becomes_nan(self, after):
+        before = after.files()
+        done = after(learning_rate=1e30, optimizer="sgd", save_every=3)
+        assert done.status == 2
+        assert re.search("^error: the loss is nan at iteration 2; .* A lower learning_rate", done.err)
+        assert {name for name, content in after.files().items() if before.get(name) != content} == {"metrics.jsonl"}
+
+    def test_weights_that_become_nan_between_two_reports(self, after):
+        before = after.files()
+        done = after(learning_rate=1e30, optimizer="sgd", save_every=2, steps_per_report=3)
+        assert done.status == 2 and "weights are not finite after iteration 2" in done.err
+        assert {name for name, content in after.files().items() if before.get(name) != content} == {"metrics.jsonl"}
+
+
+class TestProcesses:
+    def test_a_mistake(self, command):
+        for module in (("mlx_lm.lora",), ("mlx_lm", "lora")):
+            process = command.process("--beta", "-1", module=module)
+            out, err = process.communicate()
+            assert (process.returncode, err) == (2, "error: beta is -1.0; it must be a number, >= 0.\n"), out
+
+    def test_an_interruption_leaves_a_checkpoint_to_go_on_from(self, command):
+        process = command.process(iters=100000, save_every=1, steps_per_report=1000)
+        state = command.adapters / "checkpoint.safetensors"
+        deadline = time.monotonic() + 120
+        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, (out, err)
+        assert err == f"interrupted; {state} is complete, and --resume goes on from it.\n"
+        names = set(command.files())
+        assert not [name for name in names if name.startswith(".")], "no half-written file"
+        for name in names:
+            if name.endswith(".safetensors"):
+                assert all(mx.isfinite(value).all().item() for value in mx.load(str(command.adapters / name)).values())
+        json.loads((command.adapters / "adapter_config.json").read_text())
+        reached = int(mx.load(str(state), return_metadata=True)[1]["iteration"])
+        # The run goes on as if it had been begun with the iterations that are left.
+        done = command("--resume", iters=reached + 2, save_every=1, steps_per_report=1000)
+        assert done.status == 0, done
+        assert int(mx.load(str(state), return_metadata=True)[1]["iteration"]) == reached + 2

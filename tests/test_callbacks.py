@@ -1,0 +1,179 @@
+"""The reports of a run: their names, the file, the plot, and whoever else listens."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import mlx.optimizers as optim
+import pytest
+from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
+
+import mlx_lm.lora
+from mlx_lm.tuner import callbacks
+from mlx_lm.tuner.callbacks import MetricsFile, plot_metrics, read_metrics
+from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.trainer import TrainingArgs, train
+
+PAIRS = some_pairs(8)
+# TRL's names, and beside them what upstream reports.
+FIGURES = {
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+}
+SPEED = {"iterations_per_second", "pairs_per_second", "tokens_per_second", "trained_tokens", "peak_memory"}
+
+
+class Listener:
+    """Keeps every report; upstream's interface."""
+
+    def __init__(self):
+        self.training, self.validation = [], []
+
+    def on_train_loss_report(self, info):
+        self.training.append(dict(info))
+
+    def on_val_loss_report(self, info):
+        self.validation.append(dict(info))
+
+
+def test_a_line_a_report_with_trls_names(tmp_path):
+    listener = Listener()
+    training, validation = short_run(
+        tiny_llama(), PAIRS, tmp_path, valid=PAIRS, callback=listener, iters=5, steps_per_report=2, steps_per_eval=2
+    )
+    assert [line["iteration"] for line in training] == [2, 4, 5]
+    assert [line["iteration"] for line in validation] == [0, 2, 4, 5]
+    for line in training:
+        assert set(line) == FIGURES | SPEED | {"iteration", "grad_norm", "learning_rate", "padding_share"}
+    for line in validation:
+        assert set(line) == {f"eval_{name}" for name in FIGURES} | {"iteration", "val_time"}
+    # In the order of the run: validation comes before the first step and after the report of its own.
+    order = [("eval_loss" in line, line["iteration"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert order == [(True, 0), (False, 2), (True, 2), (False, 4), (True, 4), (False, 5), (True, 5)]
+    # A callback gets the same reports under upstream's names of the losses.
+    for line, report in zip(training + validation, listener.training + listener.validation, strict=True):
+        names = {"train_loss": "loss", "val_loss": "eval_loss"}
+        assert {names.get(name, name): value for name, value in report.items()} == line
+
+
+def test_no_grad_norm_where_no_update_was_made(tmp_path):
+    training, _ = short_run(tiny_llama(), PAIRS, tmp_path, iters=4, grad_accumulation_steps=2)
+    assert ["grad_norm" in line for line in training] == [False, True, False, True]
+
+
+def fake_service(name, told):
+    """A module that takes the calls of wandb and swanlab."""
+    module = ModuleType(name)
+    module.init = lambda **given: told.append(("init", given))
+    module.log = lambda figures, step: told.append((step, figures))
+    return module
+
+
+def test_every_service_and_callback_hears_every_report(tmp_path, monkeypatch):
+    told = {"wandb": [], "swanlab": []}
+    for name, calls in told.items():
+        monkeypatch.setattr(callbacks, name, fake_service(name, calls))
+    services = callbacks.get_reporting_callbacks("wandb,swanlab", "project", str(tmp_path / "run"), {"beta": 0.1})
+    training, validation = short_run(tiny_llama(), PAIRS, tmp_path, valid=PAIRS, callback=services, iters=3)
+    for calls in told.values():
+        (init, given), *reports = calls
+        assert init == "init" and given["project"] == "project" and given["config"] == {"beta": 0.1}
+        assert [step for step, _ in reports] == [0, 1, 2, 3, 3]
+        losses = [figures["train_loss"] for _, figures in reports if "train_loss" in figures]
+        assert losses == [line["loss"] for line in training]
+        margins = [figures["eval_rewards/margins"] for _, figures in reports if "val_loss" in figures]
+        assert margins == [line["eval_rewards/margins"] for line in validation]
+
+
+def test_the_command_reports_to_a_service(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(callbacks, "wandb", fake_service("wandb", calls))
+    monkeypatch.setattr(mlx_lm.lora, "load", lambda *_, **__: (tiny_llama(lora=False), None))
+    monkeypatch.setattr("mlx_lm.utils.load", lambda *_, **__: (tiny_llama(lora=False), None))
+    monkeypatch.setattr(mlx_lm.lora, "load_dataset", lambda *_: (PAIRS, PAIRS, []))
+    options = {"model": str(TINY_LLAMA), "loss_type": "dpo", "train": True, "num_layers": 2, "iters": 2}
+    options |= {"adapter_path": str(tmp_path), "report_to": "wandb", "project_name": "mine", "reference_cache": "none"}
+    mlx_lm.lora.run(SimpleNamespace(**{**mlx_lm.lora.CONFIG_DEFAULTS, **options}))
+    assert calls[0][1]["project"] == "mine" and calls[0][1]["config"]["loss_type"] == "dpo"
+    assert [step for step, _ in calls[1:]] == [0, 2, 2]
+    with pytest.raises(ConfigError, match="report_to is 'elsewhere'"):
+        mlx_lm.lora.run(SimpleNamespace(**{**mlx_lm.lora.CONFIG_DEFAULTS, **options, "report_to": "elsewhere"}))
+
+
+def test_a_run_draws_its_curves(tmp_path):
+    args = TrainingArgs(loss_type="dpo", iters=2, reference_cache="none", adapter_file=tmp_path / "a.safetensors")
+    train(tiny_llama(), optim.Adam(1e-3), PAIRS, PAIRS, args)
+    drawn = (tmp_path / "training.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG\r\n\x1a\n") and drawn.endswith(b"IEND\xaeB`\x82")
+    (tmp_path / "training.png").unlink()
+    assert plot_metrics(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    """Training as a line, validation as points, from the file's figures; a gap where there was no number."""
+    from matplotlib.figure import Figure
+
+    callback = MetricsFile(tmp_path)
+    for step, loss in enumerate((0.7, float("nan"), 0.5), 1):
+        callback.on_train_loss_report({"iteration": step, "train_loss": loss, "rewards/margins": step / 10})
+    callback.on_val_loss_report({"iteration": 3, "val_loss": 0.6})
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self) or savefig(self, *args))
+    plot_metrics(tmp_path)
+    (figure,) = figures
+    drawn = {
+        axes.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes
+    }
+    assert drawn["loss"] == {"loss, training": [[1, 0.7], [3, 0.5]], "loss, validation": [[3, 0.6]]}
+    assert drawn["rewards"] == {"margins, training": [[1, 0.1], [2, 0.2], [3, 0.3]]}
+    assert set(drawn) == {"loss", "reward accuracy", "rewards", "logps (nats)"}
+
+
+def test_nothing_is_drawn_without_figures_or_matplotlib(tmp_path, monkeypatch, capsys):
+    assert plot_metrics(tmp_path) is None and not list(tmp_path.iterdir())
+    MetricsFile(tmp_path).on_train_loss_report({"iteration": 1, "train_loss": 0.5})
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plot_metrics(tmp_path) is None
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_every_line_is_json_whatever_the_figure(tmp_path):
+    callback = MetricsFile(tmp_path)
+    callback.on_val_loss_report({"iteration": 1, "val_loss": float("nan"), "eval_rewards/margins": float("inf")})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"iteration": 1, "eval_loss": None, "eval_rewards/margins": None}
+
+
+def test_a_new_run_begins_a_new_file_and_a_resumed_one_goes_on(tmp_path):
+    first = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        first.on_train_loss_report({"iteration": step, "train_loss": 1.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "lo')  # as an interruption leaves it
+    assert [line["iteration"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    resumed = MetricsFile(tmp_path, iteration=2)
+    resumed.on_train_loss_report({"iteration": 3, "train_loss": 0.5})
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["iteration"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+    MetricsFile(tmp_path)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("text", ["[1, 2]\n", '{"loss": 1}\n', "\xff\xfe\n", "null"])
+def test_lines_that_are_no_reports_are_left_out(tmp_path, text):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1, "loss": 0.5}\n' + text.encode("latin-1"))
+    assert read_metrics(path) == [{"iteration": 1, "loss": 0.5}]
+    MetricsFile(tmp_path, iteration=1)
+    assert path.read_text() == '{"iteration": 1, "loss": 0.5}\n'

@@ -1,0 +1,416 @@
+"""What a run saves: a resumed run ends with the weights of one that was never interrupted, bit for bit."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
+
+from mlx_lm.tuner.checkpoint import (
+    STATE_FILE,
+    check_adapter,
+    refuse_non_finite,
+    restore_state,
+    save_adapters,
+    save_state,
+    starting_point,
+)
+from mlx_lm.tuner.files import replace_file, replace_files
+from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.pairs import Pair
+from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
+from mlx_lm.utils import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "tiny_llama"
+RANK = 4
+
+
+def pairs(count=12, seed=3):
+    """Pairs of uneven lengths, in which no length repeats a batch's shape everywhere."""
+    random = np.random.default_rng(seed)
+
+    def tokens(low, high):
+        return random.integers(3, 97, random.integers(low, high)).tolist()
+
+    return [Pair(tokens(9, 16), tokens(2, 8), tokens(2, 8)) for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch):
+    """Drawing takes longer than training here."""
+    monkeypatch.setattr("mlx_lm.tuner.preference.plot_metrics", lambda folder: None)
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(TrainingCallback):
+    """Ends the run in the middle of an iteration, as a crash would: the file of that report is written, no more."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def on_train_loss_report(self, train_info):
+        if train_info["iteration"] == self.iteration:
+            raise Stopped
+
+
+def trained(
+    folder, stop=None, kind="lora", layers=2, make=optimizers.Adam, rate=1e-2, dropout=0.0, config=None, **options
+):
+    """Train the tiny Llama on `pairs`; returns the last checkpoint's arrays, by name."""
+    mx.random.seed(7)
+    model, _ = load_model(GOLDEN)
+    model.freeze()
+    if kind == "full":
+        for layer in model.layers[-layers:]:
+            layer.unfreeze()
+    else:
+        if kind == "qlora":
+            nn.quantize(model, group_size=32, bits=4)
+        linear_to_lora_layers(model, layers, {"rank": RANK, "scale": 4.0, "dropout": dropout}, use_dora=kind == "dora")
+    schedule = options.pop("lr_schedule", None)
+    given = {"iters": 7, "batch_size": 2, "steps_per_report": 1, "steps_per_save": 3, "steps_per_eval": 100, "seed": 5}
+    given |= {"loss_type": "dpo", "reference_cache": "none", "adapter_file": str(folder / "adapters.safetensors")}
+    train(
+        model=model,
+        optimizer=make(learning_rate=build_schedule(schedule) if schedule else rate),
+        train_dataset=pairs(),
+        val_dataset=pairs(3, seed=4),
+        args=TrainingArgs(**(given | options)),
+        training_callback=StopAt(stop),
+        config=config,
+    )
+    return mx.load(str(folder / STATE_FILE))
+
+
+CASES = {
+    "lora": {},
+    "in the middle of an accumulation": {"grad_accumulation_steps": 2},
+    "before the first update": {"grad_accumulation_steps": 5},
+    "dropout": {"dropout": 0.3},
+    "reference updates": {"reference_update_steps": 2},
+    "reference updates, accumulation, dropout": {
+        "reference_update_steps": 1,
+        "grad_accumulation_steps": 2,
+        "dropout": 0.2,
+    },
+    "schedule": {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-2, 7], "warmup": 2}},
+    "full": {"kind": "full", "rate": 1e-3},
+    "full, accumulation": {"kind": "full", "rate": 1e-3, "grad_accumulation_steps": 2},
+    "the last layer": {"layers": 1, "grad_accumulation_steps": 2},
+    "the last layer, full": {"kind": "full", "layers": 1, "rate": 1e-3},
+    "dora": {"kind": "dora"},
+    "qlora": {"kind": "qlora"},
+    "sgd": {"make": lambda learning_rate: optimizers.SGD(learning_rate, momentum=0.9)},
+    "muon": {"make": optimizers.Muon},
+    "adafactor": {"make": optimizers.Adafactor},
+    "adamw, clipped": {"make": optimizers.AdamW, "max_grad_norm": 0.1},
+    "compiled, accumulation, dropout": {"compile": True, "grad_accumulation_steps": 2, "dropout": 0.2},
+    "gradient checkpointing, dropout": {"grad_checkpoint": True, "dropout": 0.2},
+    "without a reference": {"loss_type": "simpo", "beta": 2.0},
+    "plain prompts": {"share_prompt": False},
+    "two losses": {"loss_type": ["dpo", "sft"], "loss_weights": [1.0, 0.5]},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(name, tmp_path):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    expected = trained(whole, **CASES[name])
+    # Saved after iteration 3, stopped in 5: two iterations are lost and taken again.
+    with pytest.raises(Stopped):
+        trained(parted, stop=5, **CASES[name])
+    before = mx.load(str(parted / "adapters.safetensors"))
+    found = trained(parted, resume=True, **CASES[name])
+    assert found.keys() == expected.keys()
+    different = [key for key in expected if not mx.array_equal(found[key], expected[key], equal_nan=True).item()]
+    assert different == []
+    after = mx.load(str(parted / "adapters.safetensors"))
+    assert any(not mx.array_equal(after[key], before[key]).item() for key in after)
+    assert [line["iteration"] for line in metrics(parted) if "loss" in line] == list(range(1, 8))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_runs_above_have_what_they_are_named_for(tmp_path):
+    plain = trained(tmp_path / "plain")
+    # Dropout moves the weights, so that a lost random state would be seen.
+    dropped = trained(tmp_path / "dropout", dropout=0.3)
+    assert any(not mx.array_equal(plain[key], dropped[key]).item() for key in plain if key.startswith("model."))
+    with pytest.raises(Stopped):
+        trained(tmp_path / "accumulation", stop=4, grad_accumulation_steps=2)
+    middle = mx.load(str(tmp_path / "accumulation" / STATE_FILE))
+    # Iteration 3 begins an accumulation of two: 2 pairs of a gradient that is not zero.
+    assert middle["extra.pairs"].item() == 2
+    assert mx.abs(middle["extra.model.layers.1.self_attn.q_proj.lora_b"]).max().item() > 0
+    updated = trained(tmp_path / "reference", reference_update_steps=2)
+    assert "extra.reference" in updated and "extra.reference" not in plain
+
+
+def test_resume_goes_on_at_the_checkpoint_and_not_from_the_start(tmp_path, capsys):
+    with pytest.raises(Stopped):
+        trained(tmp_path, stop=5)
+    assert mx.load(str(tmp_path / STATE_FILE), return_metadata=True)[1]["iteration"] == "3"
+    # A line that the interruption cut short is dropped with the iterations that are taken again.
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 6, "lo')
+    capsys.readouterr()
+    trained(tmp_path, resume=True)
+    # Iteration 0 is validated at a run's start only.
+    shown = capsys.readouterr().out
+    assert [line["iteration"] for line in metrics(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["iteration"] for line in metrics(tmp_path) if "eval_loss" in line] == [0, 7]
+    # A line each for iterations 4 to 7, and one for the validation at the end.
+    assert shown.count("margin") == 5
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    trained(tmp_path / "parted", iters=3)
+    found = trained(tmp_path / "parted", resume=True)
+    expected = trained(tmp_path / "whole")
+    # Close, not equal: the shorter run took the reference of fewer rows at once, which rounds otherwise.
+    for key in expected:
+        assert mx.allclose(found[key], expected[key], rtol=1e-3, atol=1e-4).item(), key
+
+
+CONFIG = {"learning_rate": 1e-2, "optimizer": "adam", "lora_parameters": {"rank": RANK, "scale": 4.0, "dropout": 0.0}}
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"beta": 0.5}, "beta was 0.1 and is 0.5"),
+        ({"batch_size": 3}, "batch_size was 2 and is 3"),
+        ({"seed": 6}, "seed was 5 and is 6"),
+        ({"loss_type": "ipo"}, r"loss_type was \['dpo'\] and is \['ipo'\]"),
+        ({"config": CONFIG | {"learning_rate": 1e-3}}, "learning_rate was 0.01 and is 0.001"),
+        ({"config": CONFIG | {"optimizer": "sgd"}}, "optimizer was 'adam' and is 'sgd'"),
+        ({"config": CONFIG | {"lora_parameters": {"rank": RANK, "scale": 8.0}}}, "lora_parameters was .*8.0"),
+        ({"iters": 2}, "is at iteration 3, and iters is 2; raise iters"),
+        ({"kind": "full"}, "holds other weights than this run trains"),
+        ({"kind": "qlora"}, "the model or the adapter it begins with changed"),
+    ],
+)
+def test_resume_refuses_another_run(options, told, tmp_path):
+    trained(tmp_path, iters=3, config=CONFIG)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=told):
+        trained(tmp_path, resume=True, **({"config": CONFIG} | options))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resume_refuses_other_data_and_other_weights_of_pairs(tmp_path, monkeypatch):
+    trained(tmp_path, iters=3)
+    for change in ({"chosen": [5, 6, 7]}, {"weight": 0.5}):
+        changed = [pairs()[0]._replace(**change), *pairs()[1:]]
+        monkeypatch.setattr(sys.modules[__name__], "pairs", lambda *_, changed=changed, **__: changed)
+        with pytest.raises(ConfigError, match="the training data changed"):
+            trained(tmp_path, resume=True)
+        monkeypatch.undo()
+
+
+def test_settings_left_at_their_default_are_the_same_as_the_default_given(tmp_path):
+    trained(tmp_path, iters=3)
+    trained(tmp_path, resume=True, beta=0.1, loss_type=["dpo"], loss_weights=[1.0], label_smoothing=0.0)
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_before_the_reference_pass(tmp_path, monkeypatch):
+    trained(tmp_path, iters=3)
+    monkeypatch.setattr("mlx_lm.tuner.reference.Reference.logps", lambda *_: pytest.fail("the reference pass ran"))
+    with pytest.raises(ConfigError, match="beta was 0.1 and is 0.5"):
+        trained(tmp_path, resume=True, beta=0.5)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-4],
+        lambda content: b"x" * 1000,
+        lambda content: content.replace(b'"iteration"', b'"iteratium"'),
+        lambda content: content.replace(b'"random"', b'"ramdom"'),
+    ],
+)
+def test_a_damaged_checkpoint_is_told(damage, tmp_path):
+    trained(tmp_path, iters=3)
+    state = tmp_path / STATE_FILE
+    content = state.read_bytes()
+    state.write_bytes(damage(content))
+    assert state.read_bytes() != content
+    with pytest.raises(ConfigError, match=f"{re.escape(str(state))} is damaged or no checkpoint of this project"):
+        trained(tmp_path, resume=True)
+
+
+def test_resume_without_a_checkpoint_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="resume needs .*checkpoint.safetensors, and there is none; leave resume out"):
+        trained(tmp_path, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_random_state_is_that_of_the_saved_run(tmp_path):
+    model, _ = load_model(GOLDEN)
+    optimizer = optimizers.Adam(learning_rate=0.1)
+    mx.random.seed(2**40 + 12345)
+    mx.random.normal((3,))
+    save_state(tmp_path, model, optimizer, 1, {})
+    expected = [mx.random.uniform(shape=(5,)).tolist() for _ in range(3)]
+    mx.random.seed(0)
+    restore_state(tmp_path, model, optimizer, {}, 1)
+    assert [mx.random.uniform(shape=(5,)).tolist() for _ in range(3)] == expected
+
+
+class TestNonFinite:
+    def test_a_loss_that_becomes_nan_leaves_the_saved_adapters(self, tmp_path):
+        trained(tmp_path, iters=3)
+        saved = {name: (tmp_path / name).read_bytes() for name in ("adapters.safetensors", STATE_FILE)}
+        with pytest.raises(ConfigError, match="the loss is nan at iteration 2; the adapters saved before stay"):
+            trained(tmp_path, rate=1e30, make=optimizers.SGD)
+        assert {name: (tmp_path / name).read_bytes() for name in saved} == saved
+        # Iteration 1's loss is log 2, but the weights that follow from it are no numbers.
+        with pytest.raises(ConfigError, match="weights are not finite after iteration 1"):
+            trained(tmp_path, rate=float("inf"), steps_per_save=1, make=optimizers.SGD)
+        assert {name: (tmp_path / name).read_bytes() for name in saved} == saved
+
+    def test_weights_are_checked_where_no_report_came_before_the_save(self, tmp_path):
+        with pytest.raises(ConfigError, match="weights are not finite after iteration 3; .* A lower learning_rate"):
+            trained(tmp_path, rate=1e30, steps_per_report=100, make=optimizers.SGD)
+        assert not (tmp_path / "adapters.safetensors").exists()
+
+    def test_every_array_of_a_tree_counts(self):
+        refuse_non_finite([{"a": mx.zeros(3), "b": [mx.array([1, 2])]}, []], 1)
+        for value in (float("nan"), float("inf"), -float("inf")):
+            with pytest.raises(ConfigError, match="not finite after iteration 9"):
+                refuse_non_finite([{"a": mx.zeros(3), "b": [mx.array([1.0, value])]}], 9)
+
+
+class TestStartingPoint:
+    def test_it_is_the_same_whatever_is_wrapped_and_however_an_adapter_that_does_nothing_is_drawn(self):
+        points = set()
+        for seed, layers, rank in ((1, 2, 4), (2, 1, 8), (3, 0, 0)):
+            mx.random.seed(seed)
+            model, _ = load_model(GOLDEN)
+            if rank:
+                linear_to_lora_layers(model, layers, {"rank": rank, "scale": 4.0, "dropout": 0.0})
+            points.add(starting_point(model))
+        assert len(points) == 1
+
+    def test_another_weight_or_an_adapter_gives_another(self):
+        model, _ = load_model(GOLDEN)
+        linear_to_lora_layers(model, 2, {"rank": 4, "scale": 4.0, "dropout": 0.0})
+        points = [starting_point(model)]
+        for path, change in tree_flatten(model.parameters()):
+            if path.endswith(("layers.1.mlp.up_proj.lora_b", "layers.0.self_attn.q_proj.linear.weight")):
+                model.load_weights([(path, change + 1e-3)], strict=False)
+                points.append(starting_point(model))
+        assert len(set(points)) == 3
+
+
+class TestFiles:
+    def write(self, text):
+        return lambda path: Path(path).write_text(text)
+
+    def test_a_failure_while_writing_leaves_the_file_and_no_other(self, tmp_path):
+        path = tmp_path / "a.txt"
+        path.write_text("old")
+
+        def fail(temporary):
+            Path(temporary).write_text("half")
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(OSError, match="No space left"):
+            replace_file(path, fail)
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]
+
+    def test_no_file_is_replaced_before_all_are_written(self, tmp_path):
+        first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+        first.write_text("old a")
+        second.write_text("old b")
+
+        def fail(temporary):
+            raise RuntimeError("[write] Unable to write 5 bytes to file.")
+
+        with pytest.raises(OSError, match="b.txt cannot be written: .write. Unable"):
+            replace_files((first, self.write("new a")), (second, fail))
+        assert sorted((file.name, file.read_text()) for file in tmp_path.iterdir()) == [
+            ("a.txt", "old a"),
+            ("b.txt", "old b"),
+        ]
+        replace_files((first, self.write("new a")), (second, self.write("new b")))
+        assert [first.read_text(), second.read_text()] == ["new a", "new b"]
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_adapters_and_their_configuration_change_together(self, tmp_path, monkeypatch):
+        model, _ = load_model(GOLDEN)
+        save_adapters(model, tmp_path / "adapters.safetensors", config={"a": 1})
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert set(before) == {"adapters.safetensors", "adapter_config.json"}
+        model.update({"lm_head": {"weight": model.lm_head.weight + 1}})
+        monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            save_adapters(model, tmp_path / "adapters.safetensors", config={"a": 2})
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_a_full_disk_while_saving_leaves_what_was_saved(self, tmp_path):
+        """MLX writes safetensors itself; with a limit on a file's size its write fails as on a full disk."""
+        trained(tmp_path, iters=3)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        script = (
+            "import resource, sys; from pathlib import Path; import mlx.core as mx;"
+            "from mlx_lm.tuner.checkpoint import *; from mlx_lm.utils import load_model;"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); model, _ = load_model(Path(sys.argv[1]));"
+            "save_adapters(model, Path(sys.argv[2]) / 'adapters.safetensors')"
+        )
+        done = command("-c", script, GOLDEN, tmp_path)
+        assert done.returncode == 1 and "adapters.safetensors cannot be written: [write]" in done.stderr
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class TestAdapter:
+    def lora(self, rank=4, layers=2):
+        model, _ = load_model(GOLDEN)
+        model.freeze()
+        linear_to_lora_layers(model, layers, {"rank": rank, "scale": 4.0, "dropout": 0.0})
+        return model
+
+    def test_one_that_fits_passes_and_others_are_told(self, tmp_path):
+        file = tmp_path / "adapters.safetensors"
+        save_adapters(self.lora(), file)
+        check_adapter(self.lora(), file)
+        with pytest.raises(ConfigError, match=r"has .*lora_[ab] of shape .*4.*, where this model needs .*8"):
+            check_adapter(self.lora(rank=8), file)
+        with pytest.raises(ConfigError, match="has model.layers.0.*, which this model has not; use the fine_tune_type"):
+            check_adapter(self.lora(layers=1), file)
+
+    def test_files_that_are_none(self, tmp_path):
+        model = self.lora()
+        with pytest.raises(ConfigError, match="and there is no such file"):
+            check_adapter(model, tmp_path / "nothing.safetensors")
+        for name, content in (("a.safetensors", b"x" * 100), ("a.bin", b"x"), ("a.safetensors", b"")):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ConfigError, match="cannot be read"):
+                check_adapter(model, tmp_path / name)
+        np.save(tmp_path / "a.npy", np.zeros(3))
+        with pytest.raises(ConfigError, match="holds no named weights"):
+            check_adapter(model, tmp_path / "a.npy")
+
+
+def command(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, **options
+    )

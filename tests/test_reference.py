@@ -1,0 +1,573 @@
+"""The reference: taken once and of the right policy, kept on disk, and never trusted where it may be wrong."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from architectures import make_model
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
+
+import mlx_lm.lora
+import mlx_lm.utils
+from mlx_lm.tuner import reference as module
+from mlx_lm.tuner.batches import make_batch, plan
+from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.reference import Cache, Reference, ample_tokens, checksum, fingerprint, row_key
+from mlx_lm.utils import get_batched_logps
+
+ROOT = Path(__file__).parents[1]
+PAIRS = some_pairs(10)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The number of pairs of each reference pass, in order."""
+    counts, compute = [], Reference._compute
+
+    def counted(self, pairs):
+        counts.append(len(pairs))
+        return compute(self, pairs)
+
+    monkeypatch.setattr(Reference, "_compute", counted)
+    return counts
+
+
+def row_by_row(model, pairs=PAIRS):
+    """`(n, 2)`, the logps of chosen and rejected by upstream's forward pass over one row at a time."""
+
+    def logps(prompt, response):
+        tokens, targets = (prompt + response)[:-1], [-100] * (len(prompt) - 1) + response
+        return get_batched_logps(model, mx.array([tokens] * 2), mx.array([targets] * 2), -100)[0].item()
+
+    return np.array([[logps(pair.prompt, response) for response in (pair.chosen, pair.rejected)] for pair in pairs])
+
+
+# What is taken
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"batch_size": 100, "share_prompt": False}])
+def test_logps_are_those_of_the_model_without_dropout(options):
+    model = tiny_llama(moved=True, dropout=0.5)
+    model.train()
+    rows = [7, 0, 3, 3]
+    logps = Reference(model, **options).logps(PAIRS, rows)
+    assert all(part.training for part in model.modules())
+    model.eval()
+    assert logps.dtype == np.float32 and logps.shape == (4, 2, 2)
+    assert np.allclose(logps[:, :, 0], row_by_row(model)[rows], atol=1e-4)
+    shorter = [min(len(pair.chosen), len(pair.rejected)) for pair in PAIRS]
+    cut = [
+        pair._replace(chosen=pair.chosen[:n], rejected=pair.rejected[:n])
+        for pair, n in zip(PAIRS, shorter, strict=True)
+    ]
+    assert np.allclose(logps[:, :, 1], row_by_row(model, cut)[rows], atol=1e-4)
+
+
+def test_only_rows_that_the_run_visits_are_taken_and_each_once(tmp_path, computed):
+    short_run(tiny_llama(), some_pairs(40), tmp_path, valid=some_pairs(9), iters=3, val_batches=2)
+    assert computed == [12, 8]
+    short_run(tiny_llama(), PAIRS, tmp_path, iters=9)  # ten rows, three epochs
+    assert computed[2:] == [10]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_reference_stays_while_the_policy_moves(tmp_path, full):
+    model = tiny_llama(lora=not full)
+    if full:
+        model.unfreeze()
+    before = row_by_row(model)
+    _, validation = short_run(model, PAIRS, tmp_path, optim.Adam(1e-2), valid=PAIRS, iters=8, beta=0.5)
+    rewards = 0.5 * (row_by_row(model) - before)
+    assert abs(rewards).max() > 0.5
+    assert validation[-1]["eval_rewards/chosen"] == pytest.approx(rewards[:, 0].mean(), abs=1e-3)
+    assert validation[-1]["eval_rewards/rejected"] == pytest.approx(rewards[:, 1].mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", [{"beta": 0.0}, {"loss_type": "simpo"}, {"loss_type": "orpo"}, {"loss_type": "cpo"}])
+def test_no_reference_where_the_loss_reads_none(tmp_path, monkeypatch, loss):
+    monkeypatch.setattr(Reference, "__init__", lambda *_: pytest.fail("a reference was made"))
+    training, validation = short_run(tiny_llama(), PAIRS, tmp_path, valid=PAIRS, iters=2, **loss)
+    assert len(training) == 2 and len(validation) == 2
+
+
+def test_batches_are_as_large_as_memory_is_ample_for(monkeypatch):
+    scorer = Reference(tiny_llama()).scorer
+    for memory, tokens in ((2**20, 1024), (2**40, 16384)):
+        monkeypatch.setattr(module, "device_memory", lambda memory=memory: memory)
+        assert ample_tokens(scorer, 30) == tokens
+    # Width 32 in float32: 32 x (40 x 4 + 12 x 1024 / 64) = 11264 bytes a token, of a twentieth of the memory.
+    monkeypatch.setattr(module, "device_memory", lambda: 20 * 11264 * 5000)
+    assert ample_tokens(scorer, 1024) == 5000
+    monkeypatch.undo()
+    assert 2**28 < module.device_memory() < 2**45
+
+
+def test_batches_within_the_tokens_hold_every_row_once(monkeypatch):
+    pairs = some_pairs(200, prompt=(5, 60), response=(1, 60))
+    reference = Reference(tiny_llama())
+    lengths = np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    monkeypatch.setattr(module, "ample_tokens", lambda *_: 1200)
+    batches = reference._batches(lengths)
+    assert sorted(row for rows in batches for row in rows) == list(range(200))
+    sizes = [2 * len(rows) * totals[rows].max() for rows in batches]
+    assert max(sizes) <= 1200 and np.mean(sizes[:-1]) > 900
+    monkeypatch.setattr(module, "ample_tokens", lambda *_: 50)  # less than the longest pair: alone, but not left out
+    assert max(map(len, reference._batches(lengths))) < 6
+    assert sorted(row for rows in reference._batches(lengths) for row in rows) == list(range(200))
+    fixed = Reference(tiny_llama(), batch_size=7)._batches(lengths)
+    assert [rows.tolist() for rows in fixed] == [rows.tolist() for rows in plan(lengths, 7, True)]
+
+
+def test_large_batches_waste_little():
+    pairs = some_pairs(300, prompt=(20, 120), response=(5, 120))
+    reference = Reference(tiny_llama())
+    batches = reference._batches(np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]))
+    assert len(batches) < 10
+    counts = [make_batch([pairs[row] for row in rows], True)[1:] for rows in batches]
+    processed, padding = np.sum(counts, axis=0)
+    assert padding / processed < 0.15
+
+
+def test_logps_that_are_not_finite_are_refused(tmp_path):
+    model = tiny_llama()
+    model.model.norm.weight = model.model.norm.weight * float("nan")
+    reference = Reference(model, cache=tmp_path)
+    with pytest.raises(ConfigError, match="not finite for 10 of 10 pairs"):
+        reference.logps(PAIRS, range(10))
+    assert list(tmp_path.iterdir()) == []
+
+
+# The reference of a run
+
+
+def run_args(folder, **changes):
+    """The command's configuration of a short run."""
+    values = {"model": str(TINY_LLAMA), "adapter_path": str(folder / "adapters"), "reference_cache": "none", "iters": 2}
+    values |= {"loss_type": "dpo", "train": True, "num_layers": 2, "learning_rate": 1e-3, "steps_per_report": 1}
+    values |= {"lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}, "val_batches": -1, "beta": 0.1}
+    return SimpleNamespace(**mlx_lm.lora.CONFIG_DEFAULTS | values | changes)
+
+
+class Reports:
+    """A callback that keeps the reports, and asks something at each training report."""
+
+    def __init__(self, ask=lambda: None):
+        self.training, self.validation, self.answers, self.ask = [], [], [], ask
+
+    def on_train_loss_report(self, info):
+        self.training.append(info)
+        self.answers.append(self.ask())
+
+    def on_val_loss_report(self, info):
+        self.validation.append(info)
+
+
+def test_another_models_logps_are_read_and_the_model_is_freed_before_training(tmp_path, monkeypatch):
+    other = tiny_llama(moved=True, seed=9)
+    expected = row_by_row(other)
+    holder = [other]
+    alive = [weakref.ref(other), *(weakref.ref(part) for part in other.modules())]
+    del other
+    monkeypatch.setattr(mlx_lm.utils, "load", lambda name, **_: (holder.pop(), None) if name == "other" else None)
+    policy = tiny_llama(lora=False)
+    start = row_by_row(policy)
+    reports = Reports(lambda: sum(part() is not None for part in alive))
+    gc.disable()  # what is freed must not be left to chance
+    try:
+        args = run_args(tmp_path, reference_model="other", batch_size=10)
+        test_logps = mlx_lm.lora.train_model(args, policy, PAIRS, PAIRS, reports, PAIRS[:4])
+    finally:
+        gc.enable()
+    assert reports.answers == [0, 0]
+    rewards = 0.1 * (start - expected)
+    assert abs(rewards).max() > 0.05
+    assert reports.validation[0]["eval_rewards/chosen"] == pytest.approx(rewards[:, 0].mean(), abs=1e-4)
+    assert reports.training[0]["rewards/rejected"] == pytest.approx(rewards[:, 1].mean(), abs=1e-4)
+    assert np.allclose(test_logps[:, :, 0], expected[:4], atol=1e-4)
+
+
+def test_a_reference_of_the_policy_itself_stays_usable(tmp_path):
+    model = tiny_llama()
+    reference = Reference(model)
+    short_run(model, PAIRS, tmp_path, reference=reference)
+    assert np.allclose(reference.logps(PAIRS, [2])[:, :, 0], row_by_row(model)[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [20.0, 5.0])
+def test_an_adapter_that_training_begins_with_is_part_of_the_reference(tmp_path, scale):
+    sft = tiny_llama(moved=True, scale=scale)
+    start = row_by_row(sft)
+    assert abs(start - row_by_row(tiny_llama(lora=False))).max() > 0.1
+    mx.save_safetensors(str(tmp_path / "sft.safetensors"), dict(tree_flatten(sft.trainable_parameters())))
+    args = run_args(tmp_path, resume_adapter_file=str(tmp_path / "sft.safetensors"), batch_size=10)
+    args.lora_parameters["scale"] = scale
+    reports = Reports()
+    test_logps = mlx_lm.lora.train_model(args, tiny_llama(lora=False), PAIRS, PAIRS, reports, PAIRS)
+    assert reports.validation[0]["val_loss"] == pytest.approx(np.log(2), abs=1e-3)
+    assert reports.training[0]["train_loss"] == pytest.approx(np.log(2), abs=1e-3)
+    assert reports.training[1]["train_loss"] < np.log(2)
+    assert np.allclose(test_logps[:, :, 0], start, atol=1e-4)
+
+
+# The fingerprint
+
+
+def with_adapters(model, rank=4, seed=0, scale=20.0, use_dora=False, keys=None):
+    mx.random.seed(seed)
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0} | ({"keys": keys} if keys else {})
+    linear_to_lora_layers(model, len(model.layers), parameters, use_dora=use_dora)
+    return model
+
+
+def quantized(model, bits=4, mode="affine"):
+    nn.quantize(model, 32, bits, mode=mode)
+    return model
+
+
+BASES = {
+    "plain": lambda: tiny_llama(lora=False),
+    "quantized": lambda: quantized(tiny_llama(lora=False)),
+    "mxfp4": lambda: quantized(tiny_llama(lora=False), mode="mxfp4"),
+    "experts": lambda: make_model("mixtral"),  # LoRASwitchLinear
+    "fused": lambda: make_model("afm7"),  # lora_b is a list
+}
+
+
+@pytest.mark.parametrize("base", list(BASES))
+def test_adapters_that_change_nothing_yet_have_the_base_models_fingerprint(base):
+    bare = fingerprint(BASES[base]())
+    assert fingerprint(BASES[base]()) == bare
+    assert fingerprint(with_adapters(BASES[base]())) == bare
+    assert fingerprint(with_adapters(BASES[base](), rank=8, seed=5, scale=1.0)) == bare
+
+
+def test_adapters_on_embedding_and_head_have_the_base_models_fingerprint():
+    bare = fingerprint(tiny_llama(lora=False))
+    model = with_adapters(tiny_llama(lora=False), keys=["model.embed_tokens", "lm_head", "self_attn.q_proj"])
+    assert "lora_b" in model.model.embed_tokens and "lora_b" in model.lm_head
+    assert fingerprint(model) == bare
+    model.model.embed_tokens.lora_b = model.model.embed_tokens.lora_b + 1
+    assert fingerprint(model) != bare
+
+
+def test_fingerprints_of_adapters_with_doras_magnitudes():
+    """DoRA computes otherwise than the bare model, so it has a fingerprint of its own, but one for every draw."""
+    first = fingerprint(with_adapters(tiny_llama(lora=False), use_dora=True))
+    assert fingerprint(with_adapters(tiny_llama(lora=False), rank=2, seed=3, use_dora=True)) == first
+    assert first != fingerprint(tiny_llama(lora=False))
+    moved = with_adapters(tiny_llama(lora=False), use_dora=True)
+    moved.layers[0].mlp.up_proj.m = moved.layers[0].mlp.up_proj.m * 1.01
+    assert fingerprint(moved) != first
+
+
+def flip_bit(array, place, bit):
+    words = np.array(mx.view(array.reshape(-1), mx.uint32))
+    words[place] ^= 1 << bit
+    return mx.view(mx.array(words), mx.float32).reshape(array.shape)
+
+
+def change_weight(change):
+    def changed():
+        model = tiny_llama(moved=True)
+        linear = model.layers[1].self_attn.o_proj.linear
+        linear.weight = change(linear.weight)
+        return model
+
+    return changed
+
+
+def change_theta():
+    model = tiny_llama(moved=True)
+    model.args.rope_theta = 20000.0
+    return model
+
+
+def change_dtype():
+    model = tiny_llama(moved=True)
+    model.set_dtype(mx.bfloat16)
+    # The values are the same, in another dtype.
+    return model
+
+
+def change_adapter(name, place=0):
+    def changed():
+        model = tiny_llama(moved=True)
+        layer = model.layers[0].mlp.gate_proj
+        layer[name] = flip_bit(layer[name], place, 0)
+        return model
+
+    return changed
+
+
+CHANGES = {
+    "the lowest bit of a weight": change_weight(lambda w: flip_bit(w, 0, 0)),
+    "the sign of a weight": change_weight(lambda w: flip_bit(w, 700, 31)),
+    "the sign of two weights": change_weight(lambda w: flip_bit(flip_bit(w, 3, 31), 700, 31)),
+    "the order of rows": change_weight(lambda w: w[mx.array([16, *range(1, 16), 0, *range(17, 32)])]),
+    "lora_a": change_adapter("lora_a"),
+    "lora_b": change_adapter("lora_b", place=5),
+    "LoRA's scale": lambda: tiny_llama(moved=True, scale=19.0),
+    "the adapter": lambda: tiny_llama(moved=True, seed=1),
+    "no adapter": lambda: tiny_llama(lora=False),
+    "rope_theta": change_theta,
+    "the dtype": change_dtype,
+    "4 bits": lambda: quantized(tiny_llama(moved=True)),
+    "8 bits": lambda: quantized(tiny_llama(moved=True), bits=8),
+    "mxfp4": lambda: quantized(tiny_llama(moved=True), mode="mxfp4"),
+}
+
+
+def test_whatever_changes_logps_changes_the_fingerprint():
+    prints = {name: fingerprint(make()) for name, make in CHANGES.items()} | {"": fingerprint(tiny_llama(moved=True))}
+    assert fingerprint(tiny_llama(moved=True)) == prints[""]
+    assert len(set(prints.values())) == len(prints), prints
+
+
+@pytest.mark.parametrize(
+    "dtype, shape", [(mx.float32, (7, 5)), (mx.bfloat16, (3, 3)), (mx.uint8, (5,)), (mx.int32, ())]
+)
+def test_a_checksum_sees_every_bit(dtype, shape):
+    array = mx.random.randint(0, 100, shape, key=mx.random.key(0)).astype(dtype)
+    seen = {tuple(checksum(array))}
+    raw = np.array(mx.view(array.reshape(-1), mx.uint8))
+    for place in range(raw.size):
+        for bit in range(8):
+            other = raw.copy()
+            other[place] ^= 1 << bit
+            seen.add(tuple(checksum(mx.view(mx.array(other), dtype))))
+    assert len(seen) == 1 + 8 * raw.size
+
+
+def test_a_checksum_over_several_parts(monkeypatch):
+    array = mx.random.normal((100,), key=mx.random.key(0))
+    whole = checksum(array)
+    monkeypatch.setattr(module, "CHECKSUM_WORDS", 7)
+    assert checksum(array) == whole
+    assert checksum(mx.concatenate([array[50:], array[:50]])) != whole
+
+
+def test_a_rows_key_tells_where_prompt_and_responses_part():
+    pair = PAIRS[0]._replace(prompt=[1, 2, 3], chosen=[4, 5], rejected=[6])
+    others = [
+        pair._replace(prompt=[1, 2], chosen=[3, 4, 5]),
+        pair._replace(chosen=[4], rejected=[5, 6]),
+        pair._replace(chosen=[5, 4]),
+        pair._replace(rejected=[4, 5], chosen=[6]),
+    ]
+    assert len({row_key(other) for other in (pair, *others)}) == 5
+    assert row_key(pair._replace(margin=1.0, weight=0.5)) == row_key(pair)
+
+
+# The cache on disk
+
+
+def test_a_second_run_over_the_same_data_takes_no_reference_pass(tmp_path, computed):
+    cache = {"reference_cache": str(tmp_path / "cache")}
+    first, _ = short_run(tiny_llama(), PAIRS, tmp_path / "1", valid=PAIRS[:3], **cache)
+    assert computed == [10]  # validation rows are training rows here, so they are known already
+    for changes in ({"beta": 0.5}, {"loss_type": "ipo"}, {"batch_size": 3, "share_prompt": False}):
+        short_run(tiny_llama(rank=2, seed=7), PAIRS, tmp_path / "2", optim.Adam(1e-2), **cache, **changes)
+    assert computed == [10]
+    again, _ = short_run(tiny_llama(), PAIRS, tmp_path / "3", **cache)
+    assert [line["loss"] for line in again] == [line["loss"] for line in first]
+    short_run(tiny_llama(), [*PAIRS[:9], some_pairs(11)[10]], tmp_path / "4", **cache)
+    assert computed == [10, 1]  # one row is new
+    short_run(tiny_llama(moved=True), PAIRS, tmp_path / "5", **cache)
+    assert computed == [10, 1, 10]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_no_cache_where_none_is_wanted(tmp_path, computed, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    for _ in range(2):
+        short_run(tiny_llama(), PAIRS, tmp_path / "run")
+    assert computed == [10, 10] and not (tmp_path / "user").exists()
+    for _ in range(2):
+        short_run(tiny_llama(), PAIRS, tmp_path / "run", reference_cache=None)
+    assert computed == [10, 10, 10]
+    assert len(list((tmp_path / "user/mlx_lm/reference_logps").iterdir())) == 1
+
+
+def rewritten(path, **changes):
+    with np.load(path) as entry:
+        arrays = dict(entry)
+    np.savez(path, **arrays | {name: change(arrays[name]) for name, change in changes.items()})
+
+
+def not_a_number(values):
+    values = values.copy()
+    values[0, 0] = np.nan
+    return values
+
+
+def sealed(path):
+    """NaN with a digest that fits it."""
+    rewritten(path, values=not_a_number)
+    with np.load(path) as entry:
+        arrays = dict(entry)
+    digest = Cache(path.parent, path.stem, 1)._digest(arrays["keys"], arrays["values"])
+    np.savez(path, **arrays | {"digest": np.frombuffer(digest, np.uint8)})
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
+    "empty": lambda path: path.write_bytes(b""),
+    "no archive": lambda path: path.write_text("something else"),
+    "another archive": lambda path: np.savez(path, other=np.zeros(3)),
+    "pickled": lambda path: np.savez(path, keys=np.array([{}], object), values=np.zeros(1), digest=np.zeros(1)),
+    "a value changed": lambda path: rewritten(path, values=lambda values: values + np.float32(1e-3)),
+    "values exchanged": lambda path: rewritten(path, values=lambda values: values[::-1]),
+    "a row lost": lambda path: rewritten(path, keys=lambda keys: keys[1:]),
+    "not a number": lambda path: rewritten(path, values=not_a_number),
+    "not a number, with a digest": sealed,
+    "of another model": lambda path: path.write_bytes(another_entry(path.parent.parent / "other").read_bytes()),
+}
+
+
+def another_entry(folder):
+    Reference(tiny_llama(moved=True), cache=folder).logps(PAIRS, range(10))
+    return next(folder.iterdir())
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_entry_is_computed_again_and_said(tmp_path, computed, capsys, damage):
+    model, folder = tiny_llama(), tmp_path / "cache"
+    good = Reference(model, cache=folder).logps(PAIRS, range(10))
+    (path,) = folder.iterdir()
+    DAMAGES[damage](path)
+    computed.clear()
+    capsys.readouterr()
+    assert np.array_equal(Reference(model, cache=folder).logps(PAIRS, range(10)), good)
+    assert computed == [10]
+    told = capsys.readouterr().out
+    assert told.count("[WARNING]") == 1 and "computed again" in told and str(path) in told
+    assert np.array_equal(Reference(model, cache=folder).logps(PAIRS, range(10)), good)
+    assert computed == [10] and "[WARNING]" not in capsys.readouterr().out
+
+
+WRITER = """
+import sys, numpy as np
+from mlx_lm.tuner.reference import Cache
+cache = Cache(sys.argv[1], "0" * 32, 1.0)
+print("ready", flush=True); sys.stdin.readline()
+for i in range(60):
+    cache.write({bytes([j]) * 16: np.full(4, float(sys.argv[2]), np.float32) for j in range(200)})
+"""
+
+
+def test_two_processes_write_at_once(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), value], **pipes) for value in "12"]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        cache, seen = Cache(tmp_path, "0" * 32, 1.0), set()
+        while any(writer.poll() is None for writer in writers):
+            known = cache.read()
+            assert len(known) in (0, 200)
+            # An entry is one process's, whole.
+            values = {float(value) for row in known.values() for value in row}
+            assert len(values) < 2
+            seen |= values
+        outputs = [writer.communicate(timeout=60)[0] for writer in writers]
+    finally:
+        for writer in writers:
+            writer.kill()
+    assert [writer.returncode for writer in writers] == [0, 0] and outputs == ["", ""]
+    assert seen <= {1.0, 2.0} and len(cache.read()) == 200
+    assert [path.name for path in tmp_path.iterdir()] == ["0" * 32 + ".npz"]
+
+
+def rows(count, first=0):
+    return {i.to_bytes(16, "big"): np.full(4, -float(i), np.float32) for i in range(first, first + count)}
+
+
+def test_the_folder_keeps_its_size_and_drops_what_was_used_longest_ago(tmp_path):
+    names = [digit * 32 for digit in "abcd"]
+    for age, name in enumerate(names[:3]):
+        Cache(tmp_path, name, 100).write(rows(1000))
+        os.utime(tmp_path / f"{name}.npz", (age, age))
+    (tmp_path / "results.npz").write_bytes(b"x" * 10**6)
+    (tmp_path / f".{names[0]}.4711.npz").write_bytes(b"x" * 1000)  # left by a process that was stopped
+    os.utime(tmp_path / f".{names[0]}.4711.npz", (0, 0))
+    entry = (tmp_path / f"{names[0]}.npz").stat().st_size
+    assert Cache(tmp_path, names[0], 100).read()  # in use again: the second is now the oldest
+    Cache(tmp_path, names[3], 3.5 * entry / 1e6).write(rows(1000))
+    kept = {f"{name}.npz" for name in (names[0], names[2], names[3])}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"results.npz"}
+
+
+def test_an_entry_larger_than_the_folder_may_be_keeps_its_last_rows(tmp_path):
+    cache = Cache(tmp_path, "e" * 32, 100 * module.ROW_BYTES / 1e6)
+    cache.write(rows(90) | rows(60, first=1000))
+    assert list(cache.read()) == list(rows(40, first=50) | rows(60, first=1000))
+    Cache(tmp_path / "nothing", "e" * 32, 0.0).write(rows(3))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path, capsys, computed):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "cache"
+    for _ in range(2):
+        assert Reference(tiny_llama(), cache=folder).logps(PAIRS, range(10)).shape == (10, 2, 2)
+    told = capsys.readouterr().out
+    assert computed == [10, 10] and f"could not be kept in {folder}" in told
+
+
+def test_a_folder_that_can_only_be_read_is_read(tmp_path, capsys, monkeypatch):
+    cache = Cache(tmp_path, "f" * 32, 1.0)
+    cache.write(rows(5))
+
+    def refused(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.read().keys() == rows(5).keys() and "[WARNING]" not in capsys.readouterr().out
+
+
+def test_an_interrupted_write_leaves_the_entry_as_it_was(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, "f" * 32, 1.0)
+    cache.write(rows(5))
+
+    def interrupted(path, **_):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.write(rows(9))
+    monkeypatch.undo()
+    assert cache.read().keys() == rows(5).keys() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_folder_is_the_users_cache_unless_the_run_names_one(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert module.default_cache_folder() == Path("/somewhere/mlx_lm/reference_logps")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert module.default_cache_folder() == Path.home() / ".cache/mlx_lm/reference_logps"
+    assert Cache("~/kept", "a", 1).folder == Path.home() / "kept"
+
+
+def test_weights_in_another_order_are_the_same_model():
+    model, other = tiny_llama(), tiny_llama()
+    attention = other.layers[0].self_attn
+    for name in sorted(attention.children(), reverse=True):
+        attention[name] = attention.pop(name)
+    assert fingerprint(other) == fingerprint(model)
+    other.update(tree_map_with_path(lambda path, value: value + 1 if "q_proj" in path else value, other.parameters()))
+    assert fingerprint(other) != fingerprint(model)
