@@ -1,0 +1,130 @@
+"""Every model type of the installed mlx-lm through the scorer, against upstream's own forward pass."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from architectures import (
+    ARCHITECTURES,
+    SKIPPED,
+    UNSHARED,
+    UNTRAINABLE,
+    WITHOUT_LORA,
+    installed_model_types,
+    make_model,
+)
+from make_architecture_table import BEGIN, END, table_row
+from plain_pass import (
+    PAIRS,
+    add_lora,
+    gradient_error,
+    make_pairs,
+    plain_gradient,
+    plain_logps,
+    reference_of,
+    scored_gradient,
+)
+
+import mlx_lm
+from mlx_lm.tuner.batches import SHORTEST_PREFIX, make_batch
+from mlx_lm.tuner.logps import Scorer
+from mlx_lm.tuner.sharing import PROBE_WINDOW, narrow_windows
+from mlx_lm.utils import MODEL_REMAPPING
+
+TOLERANCE = 1e-4
+TRAINABLE = [name for name in ARCHITECTURES if name not in UNTRAINABLE]
+# Their logits are a product with an array, without a call of the module that holds it.
+RAW_HEADS = {"llama4_text", "seed_oss", "talkie"}
+# Its tokens see the padding behind them: rows of one length have none.
+NOT_CAUSAL = {"phi3small"}
+WINDOWS = {
+    "sliding_window",
+    "window_size",
+    "sliding_window_size",
+    "attention_window_size",
+    "loop_window_size",
+    "attention_chunk_size",
+}
+
+
+@pytest.fixture(autouse=True)
+def uncompiled():
+    """Compiling upstream's small functions for each type would take longer than all else."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def lora_keys(name, model):
+    """None for all layers that upstream puts LoRA on, or their names without those that cannot have it."""
+    left_out = WITHOUT_LORA.get(name)
+    if left_out is None:
+        return None
+    paths = {path for layer in model.layers for path, module in layer.named_modules() if "weight" in module}
+    return {path for path in paths if path.endswith("proj") and not any(part in path for part in left_out)}
+
+
+def make_policy(name):
+    model = make_model(name)
+    return add_lora(model, lora_keys(name, model))
+
+
+def test_every_model_type_is_tried_or_listed():
+    tried = {MODEL_REMAPPING.get(name, name) for name in ARCHITECTURES}
+    assert set(installed_model_types()) <= tried | set(SKIPPED)
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_scores_and_gradients_are_those_of_the_plain_pass(name):
+    model = make_policy(name)
+    pairs = make_pairs([(12, 5, 5)] * 3) if name in NOT_CAUSAL else PAIRS
+    expected = plain_logps(model, pairs)
+    reference = reference_of(expected)
+    gradient = plain_gradient(model, reference, pairs)
+    scorer, full = Scorer(model), Scorer(model, share_prompt=False, response_only=False)
+    assert model.training
+    assert scorer.shares_prompt == (name not in UNSHARED)
+    assert (scorer.head is None) == (name in RAW_HEADS)
+    assert full.head is None and not full.shares_prompt
+    for share_prompt in (False, True) if scorer.shares_prompt else (False,):
+        batch, *_ = make_batch(pairs, share_prompt)
+        assert (batch.prefix.shape[1] >= SHORTEST_PREFIX) == share_prompt
+        assert (len(batch.groups) > 1) == (pairs is PAIRS)
+        for way in (scorer, full):
+            assert mx.abs(way(batch).total - expected).max().item() < TOLERANCE, (share_prompt, way)
+        for checkpoint in (False, True):
+            found = scored_gradient(scorer, reference, pairs, share_prompt, checkpoint)
+            assert gradient_error(found, gradient) < TOLERANCE, (share_prompt, checkpoint)
+    _check_documented(name, scorer)
+
+
+def _check_documented(name, scorer):
+    document = Path(__file__).parents[1] / "LORA.md"
+    text = document.read_text() if document.exists() else ""
+    table = text[text.index(BEGIN) : text.index(END)] if BEGIN in text else ""
+    if f"mlx-lm {mlx_lm.__version__}:" in table:
+        assert table_row(name, scorer) in table, "run tests/make_architecture_table.py"
+
+
+@pytest.mark.parametrize("name", UNTRAINABLE)
+def test_upstream_still_cannot_train_what_is_listed_so(name):
+    with pytest.raises((ValueError, AttributeError)):
+        model = make_policy(name)
+        mx.eval(plain_gradient(model, reference_of(plain_logps(model))))
+
+
+def window_keys(name):
+    config = ARCHITECTURES[name]
+    return WINDOWS & set(config.get("text_config", config))
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if window_keys(name)])
+def test_windows_can_be_narrowed_in_a_built_model(name):
+    keys = window_keys(name)
+    tokens = mx.arange(40).reshape(2, 20)
+    wide, narrow = (make_model(name, **dict.fromkeys(keys, size)) for size in (64, PROBE_WINDOW))
+    expected, before = narrow(tokens), wide(tokens)
+    with narrow_windows(wide):
+        assert mx.allclose(wide(tokens), expected, atol=1e-5)
+    assert mx.array_equal(wide(tokens), before)
+    assert not mx.allclose(before, expected, atol=1e-3)
