@@ -207,9 +207,7 @@ class TestData:
         values = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 9}
         (model / "config.json").write_text(json.dumps(values))
         done = command(model=str(model), iters=1)
-        told = (
-            r"^\[WARNING\] Pairs are up to \d\d tokens long, and the model that model names was made for 9; lower max_s"
-        )
+        told = r"^\[WARNING\] Pairs are up to \d\d tokens long, and the model that model names was made for 9; lower"
         assert done.status == 0 and re.search(told, done.err)
 
     def test_rows_without_a_prompt_key_are_read(self, command):
@@ -256,7 +254,7 @@ class TestValues:
             ({"optimizer": "lion"}, "optimizer is 'lion'; it must be a name, one of adam"),
             ({"optimizer_config": {"adam": {"beta1": 0.9}}}, "optimizer_config's adam has beta1 .did you mean betas"),
             ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 0]}}, "lr_schedule is .* cannot be followed"),
-            ({"num_layers": 3}, "num_layers is 3, but the model has 2 layers; -1 takes them all"),
+            ({"num_layers": 99}, r"num_layers is 99, but the model has \d layers; -1 takes them all"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn.qproj"]}}, r"qproj \(did you mean self_attn.q_proj\?\)"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn"]}}, "cannot be given LoRA adapters .*: Can't convert"),
             ({"report_to": "foo"}, "report_to is 'foo', which cannot be used: foo .* wandb, swanlab"),
@@ -309,7 +307,7 @@ class TestModel:
         [
             ({"model_type": "llamma"}, "Model type llamma not supported"),
             ({"model_type": ...}, "'model_type' is missing; a model's folder holds"),
-            ({"hidden_size": 64}, r"Expected shape \(960, 64\) but received shape \(960, 128\)"),
+            ({"hidden_size": 32}, r"Expected shape \(.*32\) but received shape"),
             ({"without": ["model.safetensors"]}, r"there is no model\*.safetensors in it; a model's folder holds"),
             ({"without": ["tokenizer.json", "tokenizer_config.json"]}, "there is no tokenizer in it; a model's folder"),
             ({"without": ["tokenizer.json"]}, "tokenizer"),
@@ -366,7 +364,8 @@ class TestAdapterFile:
 
     def test_one_of_more_layers(self, command, earlier):
         weights = mx.load(str(earlier / "adapters.safetensors"))
-        more = {name.replace("layers.1", "layers.0"): value for name, value in weights.items()}
+        more = {re.sub(r"layers\.\d", "layers.0", name): value for name, value in weights.items()}
+        assert not more.keys() & weights.keys()
         mx.save_safetensors(str(command.folder / "more.safetensors"), weights | more)
         told = "has model.layers.0.*, which this model has not"
         command.refused(told, resume_adapter_file=str(command.folder / "more.safetensors"))

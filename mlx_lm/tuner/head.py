@@ -18,8 +18,9 @@ from .modules import (
     relative_error,
 )
 
-# Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for any device.
-CHUNK_LOGITS = 2**25
+# Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for a GPU; a CPU is as fast
+# with an eighth of them.
+CHUNK_LOGITS = 2**25 if mx.default_device() == mx.gpu else 2**22
 
 
 def logps_and_squares(logits, targets, alignment):
@@ -54,13 +55,15 @@ class Head:
         """The head of `model`, or None where response positions alone do not give the model's own logits."""
         tokens = mx.arange(1, 13).reshape(2, 6)
         with evaluating(model):
-            logits = first_output(model(tokens))
-            found = _last_projection(model, tokens, logits.shape[-1])
+            logits, found = _last_projection(model, tokens)
             if found is None:
                 return None
-            head = cls(model, *found, logits.shape[-1])
+            module, method, states = found
+            head = cls(model, module, method, logits.shape[-1])
             try:
-                states = head.hidden_states(tokens, None).reshape(12, -1)
+                if head.hidden_states(tokens, None).shape != states.shape:
+                    return None
+                states = states.reshape(12, -1)
                 again = head.logits(states)
                 complete = head._is_complete(states)
             except Exception:  # run in parts, a model's own code may fail in any way
@@ -201,16 +204,19 @@ class Head:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _last_projection(model, tokens, vocabulary):
-    """`(module, method)` of the last call in a forward pass that makes hidden states into `vocabulary` values."""
+def _last_projection(model, tokens):
+    """The logits of a forward pass, and the last call in it that makes hidden states into as many values.
+
+    Returns:
+        `(logits, (module, method, hidden states))`, or `(logits, None)` where there was no such call.
+    """
     calls = []
 
     def recorder(method, original):
         def record(module, *args, **kwargs):
             out = original(module, *args, **kwargs)
-            if len(args) == 1 and not kwargs and _width(args[0], tokens) not in (None, vocabulary):
-                if _width(out, tokens) == vocabulary:
-                    calls.append((module, method))
+            if len(args) == 1 and not kwargs and None not in (_width(args[0], tokens), _width(out, tokens)):
+                calls.append((out.shape[-1], (module, method, args[0])))
             return out
 
         return record
@@ -221,8 +227,10 @@ def _last_projection(model, tokens, vocabulary):
                 if hasattr(type(module), method) and module is not model and _is_projection(module):
                     record = recorder(method, getattr(type(module), method))
                     stack.enter_context(intercepted(module, method, record))
-        model(tokens)
-    return calls[-1] if calls else None
+        logits = first_output(model(tokens))
+    vocabulary = _width(logits, tokens)
+    found = [call for width, call in calls if width == vocabulary != _width(call[2], tokens)]
+    return logits, found[-1] if found else None
 
 
 def _width(value, tokens):

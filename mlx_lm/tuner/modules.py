@@ -14,11 +14,13 @@ def intercepted(module, method, replacement):
     The module's class is exchanged, not the module: the tree of parameters stays as it is.
     """
     original = type(module)
-    module.__class__ = type(original.__name__, (original,), {method: replacement})
+    module.__class__ = exchanged = type(original.__name__, (original,), {method: replacement})
     try:
         yield
     finally:
         module.__class__ = original
+        # A class is only freed when cycles are collected, and until then keeps the arrays that its methods hold.
+        delattr(exchanged, method)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The reference policy's logps: computed once, before the first update, and kept on disk."""
 
-import gc
 import hashlib
 import os
 import re
@@ -73,8 +72,6 @@ class Reference:
     def release(self):
         """Let go of the model, so that its memory is free; no more logps can be taken."""
         self.scorer = None
-        # Looking into a model leaves cycles that hold parts of it until they are collected.
-        gc.collect()
         mx.clear_cache()
 
     def _compute(self, pairs):
@@ -129,7 +126,7 @@ def ample_tokens(scorer, longest):
     # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused
     # three float32 scores for each token before it and each head of 64.
     per_token = width * (40 * states.dtype.size + 3 * 4 * longest / 64)
-    return min(max(int(device_memory() / 20 / per_token), 1024), 16384)
+    return min(max(int(device_memory() / 20 / per_token), 1024), 8192)
 
 
 def device_memory():
