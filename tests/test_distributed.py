@@ -1,0 +1,135 @@
+"""Two workers on one machine's loopback: the same losses and weights as one worker with the whole batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
+
+from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.preference import Schedule
+from mlx_lm.tuner.trainer import TrainingArgs
+
+ROOT = Path(__file__).parents[1]
+# Nine pairs in batches of four: of the last batch's one pair, the second worker has none.
+PAIRS = some_pairs(9, response=(1, 25))
+VALID = some_pairs(7, seed=1)
+RUNS = {
+    "plain": {"batch_size": 4, "iters": 4, "max_grad_norm": 0.05},
+    "accumulated": {"batch_size": 4, "iters": 5, "grad_accumulation_steps": 3, "steps_per_report": 5},
+    "tr-dpo": {"batch_size": 2, "iters": 6, "reference_update_steps": 2},
+}
+OPTIONS = {"val_batches": -1, "beta": 0.5, "steps_per_save": 2}
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import mlx.core as mx
+import numpy as np
+from test_distributed import OPTIONS, PAIRS, RUNS, VALID
+from tiny import short_run, tiny_llama, trained
+
+folder, world = Path(sys.argv[2]), mx.distributed.init(strict=True)
+assert world.size() == 2
+if world.rank() == 1:
+    # Only the first worker writes; the second has a folder of its own to show it.
+    folder = folder / "second"
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+for name, options in RUNS.items():
+    (folder / name).mkdir()
+    (folder / name / "metrics.jsonl").touch()
+    model = tiny_llama(moved=name == "tr-dpo")
+    cache = str(folder / "cache")
+    short_run(model, PAIRS, folder / name, valid=VALID, reference_cache=cache, **OPTIONS, **options)
+    np.savez(folder / f"{name}.{world.rank()}.npz", **trained(model))
+    if name == "plain" and world.rank() == 1:
+        # Workers of several machines keep caches of their own, and one may be gone.
+        assert not Path(cache).exists()
+print("done")
+"""
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """The folder in which two workers trained each of RUNS."""
+    if not mx.distributed.is_available("ring"):
+        pytest.skip("this build of MLX has no ring backend")
+    folder = tmp_path_factory.mktemp("workers")
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    command = [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(folder)]
+    environment = {**os.environ, "MLX_HOSTFILE": str(hosts), "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    running = [subprocess.Popen(command, env={**environment, "MLX_RANK": rank}, **pipes) for rank in "01"]
+    try:
+        outputs = [worker.communicate(timeout=300)[0] for worker in running]
+    finally:
+        for worker in running:
+            worker.kill()
+    assert [worker.returncode for worker in running] == [0, 0], "\n".join(outputs)
+    return folder, outputs
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_two_workers_do_what_one_does(workers, tmp_path, name):
+    folder, _ = workers
+    model = tiny_llama(moved=name == "tr-dpo")
+    start = trained(model)
+    expected, validation = short_run(model, PAIRS, tmp_path, valid=VALID, **OPTIONS, **RUNS[name])
+    weights = [dict(np.load(folder / place)) for place in (f"{name}.0.npz", f"second/{name}.1.npz")]
+    assert largest_difference(weights[0], weights[1]) == 0
+    assert largest_difference(weights[0], trained(model)) < 2e-5
+    assert largest_difference(trained(model), start) > 1e-3
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    assert_like([line for line in lines if "loss" in line], expected, 9)
+    assert_like([line for line in lines if "eval_loss" in line], validation, 7)
+
+
+def assert_like(found, expected, figures):
+    names = [
+        key for key in expected[0] if key.startswith(("loss", "rewards", "logps", "grad_norm", "trained", "eval_"))
+    ]
+    assert len(names) == figures
+    for line, alone in zip(found, expected, strict=True):
+        # Where policy and reference are the same, rounding decides which reward is higher.
+        tie = any(abs(value) < 1e-5 for key, value in alone.items() if key.endswith("margins"))
+        told = [key for key in names if not (tie and key.endswith("accuracies"))]
+        assert [line[key] for key in told] == pytest.approx([alone[key] for key in told], abs=1e-4, rel=1e-4)
+
+
+def test_only_the_first_worker_writes_and_speaks(workers):
+    folder, outputs = workers
+    second = folder / "second"
+    files = {path.relative_to(second).as_posix() for path in second.rglob("*") if path.is_file()}
+    assert files == {"metrics.jsonl", *(f"{name}/metrics.jsonl" for name in RUNS), *(f"{name}.1.npz" for name in RUNS)}
+    saved = {path.name for path in (folder / "plain").iterdir()}
+    assert saved >= {"adapters.safetensors", "0000002_adapters.safetensors"}
+    assert len(list((folder / "cache").iterdir())) == 2  # the base model, and tr-dpo's adapter
+    assert "loss" in outputs[0] and outputs[1] == "done\n"
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
+    class Three:
+        rank, size = (lambda self: 0), (lambda self: 3)
+
+    monkeypatch.setattr(mx.distributed, "init", lambda *_: Three())
+    with pytest.raises(ConfigError, match="batch_size is 4; it must be a multiple of the number of workers, 3"):
+        Schedule(PAIRS, TrainingArgs(batch_size=4), shares_prompt=True)
