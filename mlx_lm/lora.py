@@ -19,6 +19,7 @@ from .tuner.checkpoint import STATE_FILE, check_adapter, first_line
 from .tuner.config import (
     check_config,
     check_file,
+    holds_preferences,
     known_keys,
     size,
     warn_of_preference_keys,
@@ -126,7 +127,8 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         train=train_from_reference,
         TrainingArgs=lambda adapter_file, **_: training_args(args, adapter_file),
         # The configuration is saved with the first adapters: until then the ones there keep their own.
-        save_config=lambda values, _: config.update(values),
+        # It is the whole run's, so that a resumed one leaves the file of one that was not interrupted.
+        save_config=lambda values, _: config.update(values, resume=False),
         CacheDataset=lambda dataset: dataset,
         linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),
     )
@@ -182,7 +184,15 @@ def run(args, training_callback=None):
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
     if not preference:
         warn_of_preference_keys(args)
-        return _upstream_run(args, training_callback)
+        try:
+            return _upstream_run(args, training_callback)
+        except ValueError as error:
+            if not holds_preferences(args.data):
+                raise
+            raise ConfigError(
+                f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
+                "is sft; set loss_type, for example to dpo."
+            ) from error
     check_config(args)
     if (slow_blas := hint()) is not None:
         rprint(slow_blas)

@@ -218,8 +218,18 @@ class TestData:
         assert command(data=write_rows(command.folder / "data", train=[sides], valid=None)).status == 0
 
     def test_preferences_without_a_loss_type(self, command):
-        done = command.refused("rows have chosen and rejected, .* but loss_type is sft; set loss_type", loss_type=...)
+        done = command.refused(
+            "the rows in .* have chosen and rejected, .* but loss_type is sft; set loss_type", loss_type=...
+        )
         assert "[WARNING] reference_cache is set, but loss_type is sft" in done.err
+
+    def test_without_a_preference_loss_other_errors_are_upstreams(self, command):
+        folder = write_rows(command.folder / "data", train=[{"question": "Who?"}])
+        (command.folder / "data" / "valid.jsonl").unlink()
+        (command.folder / "data" / "test.jsonl").unlink()
+        with pytest.raises(ValueError, match="Unsupported data format") as raised:
+            command(loss_type=..., data=folder)
+        assert type(raised.value) is ValueError
 
     @pytest.mark.parametrize("loss_type, key", [("dpo", "weight"), ("aot", "weight"), ("bco_pair", "margin")])
     def test_keys_that_a_loss_cannot_heed(self, command, loss_type, key):
@@ -512,6 +522,8 @@ class TestResume:
         assert done.status == 0 and "0000004_adapters.safetensors" in after.files()
         lines = [json.loads(line) for line in (after.adapters / "metrics.jsonl").read_text().splitlines()]
         assert [line["iteration"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+        # Used as a configuration, the file begins the run anew.
+        assert json.loads((after.adapters / "adapter_config.json").read_text())["resume"] is False
 
 
 class TestReference:

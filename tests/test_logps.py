@@ -308,6 +308,13 @@ def test_layers_computed_again_draw_the_same_dropout(share_prompt):
     assert gradient_error(gradient(2, True), gradient(1, False)) > 0.1
 
 
+def test_a_scorer_made_while_layers_are_computed_again_is_the_same():
+    model = add_lora(make_model(UNTIED))
+    with checkpointed_layers(model):
+        scorer = check(model)
+    assert scorer.head is not None and scorer.shares_prompt
+
+
 def test_recomputing_leaves_parameters_in_their_places():
     linear = nn.Linear(3, 2)
     weight = linear.weight

@@ -1,6 +1,7 @@
 """Checks of a preference run's configuration, before anything is loaded."""
 
 import inspect
+import json
 import math
 import os
 import re
@@ -115,6 +116,19 @@ def warn_of_preference_keys(args):
             "supervised training does not read that; for preference training set loss_type, for example to dpo.",
             file=sys.stderr,
         )
+
+
+def holds_preferences(data):
+    """Whether the files of a data folder begin with preferences."""
+    for path in (Path(data, f"{split}.jsonl") for split in ("train", "valid", "test")):
+        try:
+            with open(path, encoding="utf-8") as file:
+                row = json.loads(file.readline())
+        except (OSError, ValueError):
+            continue
+        if isinstance(row, dict) and {"chosen", "rejected"} <= set(row):
+            return True
+    return False
 
 
 def check_config(args):

@@ -69,24 +69,12 @@ def load_dataset(args, tokenizer):
 def create_dataset(data, tokenizer, config):
     """A data set of rows that are in memory; of `PreferenceDataset` where `config` asks for a preference loss."""
     if not prefers(config):
-        return _supervised(data, tokenizer, config)
+        return _upstream.create_dataset(data, tokenizer, config)
     if len(data) == 0:
         return []
     origin, split = getattr(config, "path", None) or getattr(config, "data", None), getattr(data, "split", None)
     name = ", ".join([str(origin or "the data set"), *([f"split {split}"] if split else [])])
     return _preferences(_WithoutNone(data), tokenizer, config, name)
-
-
-def _supervised(data, tokenizer, config):
-    try:
-        return _upstream.create_dataset(data, tokenizer, config)
-    except ValueError as error:
-        if {"chosen", "rejected"} <= set(data[0]):
-            raise ConfigError(
-                "the data's rows have chosen and rejected, which are for preference training, but loss_type is sft; "
-                "set loss_type, for example to dpo."
-            ) from error
-        raise
 
 
 def load_local_dataset(data_path, tokenizer, config):

@@ -4,13 +4,13 @@ import hashlib
 import os
 import re
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .._version import __version__
 from ..cli_ui import make_console, make_train_progress, rprint
 from .batches import make_batch, plan
 from .files import replace_file
@@ -152,7 +152,7 @@ def fingerprint(model):
     digest = hashlib.blake2b(digest_size=16)
     device = mx.device_info().get("device_name", str(mx.default_device()))
     config = getattr(model, "args", None) or getattr(model, "config", None)
-    digest.update(repr([FORMAT, device, version("mlx"), version("mlx-lm"), config]).encode())
+    digest.update(repr([FORMAT, device, mx.__version__, __version__, config]).encode())
     adapters = {}
     for name, module in model.named_modules():
         if "lora_b" in module:
