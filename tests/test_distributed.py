@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -124,6 +125,9 @@ def test_only_the_first_worker_writes_and_speaks(workers):
     assert saved >= {"adapters.safetensors", "0000002_adapters.safetensors"}
     assert len(list((folder / "cache").iterdir())) == 2  # the base model, and tr-dpo's adapter
     assert "loss" in outputs[0] and outputs[1] == "done\n"
+    # The reference pass is shared out, and its bar ends where all pairs are done.
+    told = re.sub(r"\x1b\[[0-9;]*m", "", outputs[0])
+    assert re.findall(r"ref.*?(\d+)/(\d+)", told)[:2] == [("9", "9"), ("7", "7")]
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):

@@ -82,12 +82,13 @@ class Reference:
         progress = make_train_progress(make_console(), disable=world.rank() != 0)
         with evaluating(self.scorer.model), progress:
             task = progress.add_task("ref", total=len(pairs))
-            for rows in batches[world.rank() :: world.size()]:
+            for turn in range(world.rank(), len(batches), world.size()):
+                rows = batches[turn]
                 batch, *_ = make_batch([pairs[row] for row in rows], self.scorer.shares_prompt)
                 logps = self.scorer(batch)
                 out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(rows), 2)
                 values[rows] = np.array(out.transpose(1, 0, 2)).reshape(len(rows), 4)
-                progress.advance(task, len(rows) * world.size())
+                progress.advance(task, sum(map(len, batches[turn : turn + world.size()])))
         values = np.array(mx.distributed.all_sum(mx.array(values), stream=mx.cpu))
         bad = (~np.isfinite(values).all(axis=1)).sum()
         if bad:
@@ -102,11 +103,11 @@ class Reference:
         if self.batch_size is not None:
             return plan(lengths, self.batch_size, self.scorer.shares_prompt)
         totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-        most = ample_tokens(self.scorer, int(totals.max()))
+        most, share = ample_tokens(self.scorer, int(totals.max())), -(-len(lengths) // mx.distributed.init().size())
         batches, rows, width = [], [], 0
         for row in plan(lengths, len(lengths), self.scorer.shares_prompt)[0].tolist():
             width = max(width, totals[row])
-            if rows and 2 * (len(rows) + 1) * width > most:
+            if rows and (2 * (len(rows) + 1) * width > most or len(rows) == share):
                 batches.append(rows)
                 rows, width = [], totals[row]
             rows.append(row)
