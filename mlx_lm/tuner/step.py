@@ -22,6 +22,9 @@ FIGURES = (
     "logps/rejected",
 )
 
+# Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
+ROUNDING = 2e-6
+
 
 class Objective:
     """The loss of a batch of pairs and its figures.
@@ -57,14 +60,24 @@ class Objective:
         figures = (
             chosen,
             rejected,
-            # A tie is a coin toss: a policy that still equals its reference is right half of the time.
-            (mx.sign(chosen - rejected) + 1) / 2,
+            (self._order(chosen - rejected, pairs) + 1) / 2,
             chosen - rejected,
             mx.stop_gradient(pairs.policy_chosen),
             mx.stop_gradient(pairs.policy_rejected),
         )
         sums = [mx.stop_gradient(loss), *((figure * batch.counts).sum() for figure in figures)]
         return loss, mx.stack([*sums, batch.counts.sum(), batch.tokens.astype(mx.float32)])
+
+    def _order(self, margins, pairs):
+        """The margins' signs, 0 for a tie, which is a coin toss.
+
+        A policy that still equals its reference ties with it, although it was run in batches of other shapes.
+        """
+        if not self.loss.needs_reference:
+            return mx.sign(margins)
+        sizes = 1 + mx.abs(pairs.policy_chosen) + mx.abs(pairs.policy_rejected)
+        tied = mx.abs(margins) <= ROUNDING * self.loss.parameters["beta"] * mx.stop_gradient(sizes)
+        return mx.where(tied, 0.0, mx.sign(margins))
 
     def _pair_logps(self, rows, batch, reference):
         def weighed(total, common):
