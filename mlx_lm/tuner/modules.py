@@ -1,10 +1,9 @@
 """What is done to a model's modules from outside: other calls, other modes, activations computed again."""
 
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 
 @contextmanager
@@ -40,22 +39,36 @@ def evaluating(model):
 def recomputed(module, function):
     """`function`, whose activations are not kept but computed again in the backward pass.
 
-    MLX's checkpoint does that; here the gradient reaches the trainable parameters of `module` too, which are
-    in their places again afterwards, and the second run draws the dropout of the first.
+    MLX's checkpoint waits for the function's own output before it computes again; here the second run waits for
+    the gradient to arrive, without which every layer could run again before the first is done with. The gradient
+    reaches the trainable parameters of `module` too, which are in their places again afterwards, and the second
+    run draws the dropout of the first.
 
     Args:
         module: what holds the parameters that `function` uses.
-        function: takes and returns trees of arrays; an array that it returned twice would lose a gradient.
+        function: takes arrays and returns a list of arrays; one that it returned twice would lose a gradient.
     """
-    key, runs = mx.random.state[0], []
+    key = mx.random.state[0]
+    parameters = tree_flatten(module.trainable_parameters())
+    names, values = [name for name, _ in parameters], [value for _, value in parameters]
 
-    def run(parameters, *inputs):
-        drawing = drawing_from(key) if runs else nullcontext()
-        runs.append(function)
-        with parameters_in(module, parameters), drawing:
-            return function(*inputs)
+    def run(*arrays):
+        with parameters_in(module, tree_unflatten(list(zip(names, arrays, strict=False)))):
+            return function(*arrays[len(names) :])
 
-    return partial(mx.checkpoint(run), module.trainable_parameters())
+    @mx.custom_function
+    def once(*arrays):
+        return tuple(run(*arrays))
+
+    @once.vjp
+    def again(arrays, cotangents, _):
+        arrays = mx.depends(list(arrays), list(cotangents))
+        with drawing_from(key):
+            _, slopes = mx.vjp(run, arrays, list(cotangents))
+        own, passed_on = slopes[: len(names)], slopes[len(names) :]
+        return (*own, *(mx.depends(passed_on, own) if own else passed_on))
+
+    return lambda *inputs: once(*values, *inputs)
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def _checkpointed(call):
         before = map_arrays((args, kwargs), lambda x: x)
         runs = []
 
-        def run(differentiable):
+        def run(*differentiable):
             values = iter(differentiable)
             inputs = map_arrays(before, lambda x: next(values) if _is_differentiable(x) else x)
             out = call(layer, *inputs[0], **inputs[1])
@@ -180,7 +180,7 @@ def _checkpointed(call):
             # MLX loses the gradient of an array that is returned twice, as an output and in a cache: views differ.
             return [mx.expand_dims(x, 0) for x in _arrays(runs[-1])]
 
-        views = iter(recomputed(layer, run)([x for x in _arrays(before) if _is_differentiable(x)]))
+        views = iter(recomputed(layer, run)(*(x for x in _arrays(before) if _is_differentiable(x))))
         after, out = map_arrays(runs[0], lambda _: next(views).squeeze(0))
         originals = {id(new): old for new, old in zip(after, objects, strict=True)}
         for new, old in zip(after, objects, strict=True):
