@@ -1,6 +1,6 @@
 """A measured preference step of a random Llama on made-up pairs.
 
-python benchmarks/harness.py '{"shape": "tiny", "prompt": 64, "response": 32}'    # see `measure`
+PYTHONPATH=. python benchmarks/harness.py '{"shape": "tiny", "prompt": 64, "response": 32}'    # see `measure`
 """
 
 import json

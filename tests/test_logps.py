@@ -113,6 +113,24 @@ def test_all_sums_are_the_same_with_the_head_apart(share_prompt):
     assert mx.array_equal(apart(batch).alignment, mx.zeros(6))
 
 
+@pytest.mark.parametrize("seeds", [head_module._seeds_on_cpu, head_module._seeds_on_gpu])
+def test_logps_and_their_gradients_are_those_of_a_softmax(seeds):
+    draw = np.random.default_rng(0)
+    logits, targets = draw.normal(size=(6, 300)) * 30, draw.integers(0, 300, (6, 1))
+    shifted = logits - logits.max(-1, keepdims=True)
+    softmax = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    logps, squares, gradient, scale = seeds(mx.array(logits, mx.float32), mx.array(targets), alignment=True)
+    assert np.allclose(logps, np.take_along_axis(np.log(softmax), targets, -1)[:, 0], rtol=1e-5, atol=1e-5)
+    assert np.allclose(squares, np.log((softmax**2).sum(-1)), atol=1e-5)
+    assert np.allclose(scale * gradient, (np.arange(300) == targets) - softmax, atol=1e-5)
+    assert seeds(mx.array(logits, mx.float32), mx.array(targets), alignment=False)[1] is None
+
+
+def test_a_gpu_scores_by_a_formula_of_its_own(monkeypatch):
+    monkeypatch.setattr(head_module, "_seeds_on_cpu", head_module._seeds_on_gpu)
+    check(add_lora(make_model(UNTIED)))
+
+
 def test_half_precision_models_are_scored_in_float32():
     model = make_model(UNTIED)
     expected = plain_logps(model)
@@ -318,7 +336,8 @@ def test_a_scorer_made_while_layers_are_computed_again_is_the_same():
 def test_recomputing_leaves_parameters_in_their_places():
     linear = nn.Linear(3, 2)
     weight = linear.weight
-    gradient = mx.grad(lambda x: mx.square(recomputed(linear, linear)(x)).sum())(mx.ones((1, 3)))
+    run = recomputed(linear, lambda x: [linear(x)])
+    gradient = mx.grad(lambda x: mx.square(run(x)[0]).sum())(mx.ones((1, 3)))
     assert linear.weight is weight
     assert mx.allclose(gradient, 2 * (linear(mx.ones((1, 3))) @ weight))
 
@@ -351,6 +370,25 @@ def test_layers_that_index_with_their_arguments_and_return_them_are_computed_aga
     with checkpointed_layers(model):
         assert gradient_error(gradient(model)[1], expected) < 1e-6
     assert type(model.layers[0]) is Layer
+
+
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_checkpointed_layers_keep_little_but_their_inputs(share_prompt):
+    """Left to itself, MLX takes the adapters' gradients last and keeps all that they need until then."""
+    pairs = make_pairs([(40, 40, 40)] * 3)
+
+    def peak(layers, checkpoint):
+        model = add_lora(make_model(UNTIED, hidden_size=64, intermediate_size=256, num_hidden_layers=layers))
+        mx.eval(model.parameters())
+        scorer, reference = Scorer(model), reference_of(mx.zeros(6))
+        mx.eval(scored_gradient(scorer, reference, pairs, share_prompt, checkpoint))
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(scored_gradient(scorer, reference, pairs, share_prompt, checkpoint))
+        return mx.get_peak_memory() - before
+
+    kept, recomputed = (peak(12, checkpoint) - peak(4, checkpoint) for checkpoint in (False, True))
+    assert recomputed < kept / 4
 
 
 def test_a_model_without_layers_cannot_be_checkpointed():

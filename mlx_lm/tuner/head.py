@@ -1,5 +1,6 @@
 """A model's output head run apart from its body: on chosen positions, with bounded memory."""
 
+import math
 from contextlib import ExitStack
 from functools import partial
 
@@ -185,15 +186,10 @@ class Head:
 
     def _logps_and_gradient(self, states, targets, alignment):
         logits = self.logits(states)
-        wide = logits.astype(mx.float32)
-        # One softmax serves value and gradient: the exponentials are what an output head costs besides its product.
-        softmax = mx.softmax(wide, axis=-1)
-        normalizers = wide.max(axis=-1) - mx.log(softmax.max(axis=-1))
-        column = targets[:, None]
-        logps = mx.take_along_axis(wide, column, axis=-1).squeeze(-1) - normalizers
-        falling = mx.put_along_axis(-softmax, column, 1 - mx.take_along_axis(softmax, column, axis=-1), axis=-1)
+        seeds = _seeds_on_gpu if mx.default_device() == mx.gpu else _seeds_on_cpu
+        logps, squares, falling, scale = seeds(logits.astype(mx.float32), targets[:, None], alignment)
         _, (gradient,) = mx.vjp(self.logits, [states], [falling.astype(logits.dtype)])
-        return [logps, *([mx.log(mx.square(softmax).sum(axis=-1))] if alignment else []), gradient]
+        return [logps, *([squares] if alignment else []), gradient * scale.astype(gradient.dtype)]
 
     def _chunks(self, states):
         """Equal slices of `states` whose logits stay within CHUNK_LOGITS."""
@@ -202,6 +198,39 @@ class Head:
         chunks = -(-count // size)
         size = -(-count // chunks)
         return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _seeds_on_gpu(logits, column, alignment):
+    """Logps of the targets, and their gradients with respect to the logits, for a device that lacks memory first.
+
+    Args:
+        logits: `(N, V)` float32.
+        column: `(N, 1)` int, the targets.
+        alignment: whether log sum_v p(v)^2 is wanted too.
+
+    Returns:
+        `(logps, squares, gradient, scale)`: `(N,)`, `(N,)` or None, and a gradient `(N, V)` of which
+        `scale` `(N, 1)` times is meant.
+    """
+    normalizers = mx.logsumexp(logits, axis=-1, keepdims=True)
+    # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
+    gradient = (mx.arange(logits.shape[-1]) == column) - mx.exp(logits - normalizers)
+    logps = (mx.take_along_axis(logits, column, axis=-1) - normalizers).squeeze(-1)
+    squares = mx.logsumexp(2 * logits, axis=-1) - 2 * normalizers.squeeze(-1) if alignment else None
+    return logps, squares, gradient, mx.ones_like(normalizers)
+
+
+def _seeds_on_cpu(logits, column, alignment):
+    """As `_seeds_on_gpu`, for a device on which exponentials are what an output head costs besides its products."""
+    top = logits.max(axis=-1, keepdims=True)
+    # MLX's exp takes three times as long as libm's pow where it has no vector instructions: Linux CPUs.
+    exponentials = mx.power(mx.array(math.e), logits - top)
+    totals = exponentials.sum(axis=-1, keepdims=True)
+    own = mx.take_along_axis(exponentials, column, axis=-1)
+    gradient = mx.put_along_axis(-exponentials, column, totals - own, axis=-1)
+    logps = (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1)
+    squares = (mx.log(mx.square(exponentials).sum(axis=-1)) - 2 * mx.log(totals.squeeze(-1))) if alignment else None
+    return logps, squares, gradient, 1 / totals
 
 
 def _last_projection(model, tokens):
