@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from mlx_lm.convert import main as convert
 
 import mlx_lm
 import mlx_lm.lora
+from mlx_lm.tuner import loading
 from mlx_lm.tuner.batches import make_batch
 from mlx_lm.tuner.logps import Scorer
+from mlx_lm.utils import load_model
 
 EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"
 MODEL = EXAMPLES / "tiny_chat_model"
@@ -242,3 +245,15 @@ def test_a_test_without_adapters_is_of_the_model_itself(data, capsys):
     shared = ["--model", MODEL, "--data", data, "--loss-type", "dpo", "--reference-cache", "none", "--test"]
     call(mlx_lm.lora.main, *shared, "--adapter-path", "")
     assert "Test loss 0.693, reward accuracy 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_half_precision_models_are_computed_in_float32_where_that_is_faster(tmp_path, monkeypatch, capsys, slow):
+    model, _ = load_model(Path(MODEL))
+    model.set_dtype(mx.bfloat16)
+    shutil.copytree(MODEL, tmp_path / "half")
+    mx.save_safetensors(str(tmp_path / "half" / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    monkeypatch.setattr(loading, "concerns_this_machine", lambda: slow)
+    loaded, _ = loading.load_named("model", str(tmp_path / "half"))
+    assert {value.dtype for _, value in tree_flatten(loaded.parameters())} == {mx.float32 if slow else mx.bfloat16}
+    assert ("computed in float32" in capsys.readouterr().out) == slow

@@ -25,6 +25,7 @@ from mlx_lm.tuner import head as head_module
 from mlx_lm.tuner.batches import make_batch
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.head import Head
+from mlx_lm.tuner.lean import UnpackedEmbedding, UnpackedLinear, lean_layers, unpacked_head
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.losses import preference_loss
 from mlx_lm.tuner.modules import recomputed
@@ -129,6 +130,37 @@ def test_logps_and_their_gradients_are_those_of_a_softmax(seeds):
 def test_a_gpu_scores_by_a_formula_of_its_own(monkeypatch):
     monkeypatch.setattr(head_module, "_seeds_on_cpu", head_module._seeds_on_gpu)
     check(add_lora(make_model(UNTIED)))
+
+
+class TwoQuantized(nn.Module):
+    def __init__(self, bits, mode):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.embedding = nn.Embedding(32, 64)
+        self.linear.bias = mx.random.normal((64,))
+        nn.quantize(self, group_size=32, bits=bits, mode=mode)
+
+    def __call__(self, x):
+        return self.embedding.as_linear(self.linear(x))
+
+
+@pytest.mark.parametrize("bits, mode", [(4, "affine"), (8, "affine"), (4, "mxfp4")])
+def test_weights_are_unpacked_for_products_on_a_cpu(bits, mode):
+    model = TwoQuantized(bits, mode)
+    packed = [type(model.linear), type(model.embedding)]
+    x = mx.random.normal((2, 5, 64))
+    slope = mx.grad(lambda x: mx.square(model(x)).sum())
+    expected, expected_slope = model(x), slope(x)
+    with lean_layers(model):
+        assert [type(model.linear), type(model.embedding)] == [UnpackedLinear, UnpackedEmbedding]
+        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+        assert mx.allclose(slope(x), expected_slope, rtol=1e-4, atol=1e-3)
+    with unpacked_head(model.embedding, "as_linear"):
+        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+        assert mx.allclose(slope(x), expected_slope, rtol=1e-4, atol=1e-3)
+    with unpacked_head(model.linear, "__call__"):
+        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert [type(model.linear), type(model.embedding)] == packed
 
 
 def test_half_precision_models_are_scored_in_float32():

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..utils import token_logps
+from .lean import lean_layers, unpacked_head
 from .modules import (
     drawing_from,
     evaluating,
@@ -55,7 +56,7 @@ class Head:
     def find(cls, model):
         """The head of `model`, or None where response positions alone do not give the model's own logits."""
         tokens = mx.arange(1, 13).reshape(2, 6)
-        with evaluating(model):
+        with evaluating(model), lean_layers(model):
             logits, found = _last_projection(model, tokens)
             if found is None:
                 return None
@@ -113,12 +114,14 @@ class Head:
 
     def token_logps(self, states, targets, alignment, gradient):
         """As `logps_and_squares` of the logits of `states` `(N, D)`, with bounded memory forward and backward."""
-        if not gradient:
-            out = self._chunked(partial(self._logps, alignment=alignment), states, targets)
-        elif tree_flatten(self.module.trainable_parameters()):
+        if gradient and tree_flatten(self.module.trainable_parameters()):
             out = self._recomputed(states, targets, alignment)
         else:
-            out = self._with_gradient(states, targets, alignment)
+            with unpacked_head(self.module, self.method):
+                if gradient:
+                    out = self._with_gradient(states, targets, alignment)
+                else:
+                    out = self._chunked(partial(self._logps, alignment=alignment), states, targets)
         return out[0], mx.stop_gradient(out[1]) if alignment else None
 
     def _chunked(self, function, states, *rows):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .adapters import lean_adapters
 from .head import Head, logps_and_squares
+from .lean import lean_layers
 from .sharing import can_share_prompt, map_arrays, prefix_cache
 
 
@@ -56,11 +56,11 @@ class Scorer:
         Returns:
             `RowLogps`.
         """
-        with lean_adapters(self.model):
+        with lean_layers(self.model):
             rows = [self._run(group, prefix) for group, prefix in self._groups(batch)]
-        width = rows[0].shape[-1]
-        states = mx.concatenate([row.reshape(-1, width) for row in rows])[batch.positions]  # (N, D)
-        logps, squares = self._token_logps(states, batch.targets, alignment, gradient)
+            width = rows[0].shape[-1]
+            states = mx.concatenate([row.reshape(-1, width) for row in rows])[batch.positions]  # (N, D)
+            logps, squares = self._token_logps(states, batch.targets, alignment, gradient)
         per_row = _gather_rows(logps, batch.response_index)  # (2B, R)
         aligned = mx.zeros_like(batch.lengths)
         if alignment:

@@ -18,6 +18,7 @@ from ..models.cache import (
     RotatingKVCache,
     make_prompt_cache,
 )
+from .lean import lean_layers
 from .modules import evaluating, first_output, intercepted, is_float32, layers_of, recomputed, relative_error
 from .options import ConfigError
 
@@ -68,7 +69,7 @@ def can_share_prompt(model):
     """
     tokens = mx.arange(1, 2 * PROBE + 1).reshape(2, PROBE) % 13 + 1
     rows = mx.array([1, 0, 1])
-    with evaluating(model), narrow_windows(model):
+    with evaluating(model), lean_layers(model), narrow_windows(model):
         plain = first_output(model(tokens))[rows, PROBE_PREFIX:]
         try:
             cache = prefix_cache(model)

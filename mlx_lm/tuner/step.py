@@ -9,6 +9,7 @@ from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
 from .batches import Batch, Group
+from .lean import lean_layers
 from .losses import PairLogps, wpo_weights
 
 # What is summed over pairs, in this order; TRL's names.
@@ -152,7 +153,9 @@ class Step:
     def _take(self, update, batch, reference, accumulated):
         groups = tuple(Group(*group) for group in batch[1])
         batch = Batch(*batch)._replace(groups=groups)
-        (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
+        # Around the backward pass too, for layers that it computes again.
+        with lean_layers(self.model):
+            (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
         pairs = sums[len(FIGURES)]
         if accumulated is not None:
             gradient = tree_map(lambda new, old: new + old, gradient, accumulated[0])
