@@ -5,6 +5,7 @@ than OpenBLAS or MKL. Symbols loaded first win, so loading one of these before M
 """
 
 import ctypes
+import ctypes.util
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,6 +13,10 @@ LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
 HINT = (
     "MLX multiplies with its slow built-in BLAS here; some forty times faster with OpenBLAS: "
     "apt-get install libopenblas0-pthread (or your distribution's OpenBLAS)."
+)
+LATE = (
+    "MLX was imported before mlx_lm and multiplies with its slow built-in BLAS: import mlx_lm first, or start Python "
+    "with LD_PRELOAD={}; that is some forty times faster."
 )
 
 
@@ -45,9 +50,12 @@ def load_fast_blas():
 
 
 def hint():
-    """One line that says how to get a fast BLAS, or None where there is one or it does not matter."""
+    """One line that says how to get a fast BLAS, or None where one is in use or it does not matter."""
     if not concerns_this_machine():
         return None
     with open("/proc/self/maps") as maps:
         loaded = maps.read()
-    return None if "libopenblas" in loaded or "libmkl_rt" in loaded else HINT
+    if "libopenblas" in loaded or "libmkl_rt" in loaded:
+        return None
+    found = ctypes.util.find_library("openblas") or ctypes.util.find_library("mkl_rt")
+    return LATE.format(found) if found else HINT

@@ -14,7 +14,9 @@ run_upstream(
 
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
+from .cli_ui import print_header_panel
 from .tuner.checkpoint import STATE_FILE, check_adapter, first_line
 from .tuner.config import (
     check_config,
@@ -34,6 +36,7 @@ from .tuner.loading import (
     load_trained,
     read_adapter_config,
 )
+from .tuner.losses import DEFAULTS as LOSS_DEFAULTS
 from .tuner.losses import OPTIONS as LOSS_OPTIONS
 from .tuner.options import RUN_OPTIONS, ConfigError, is_preference
 from .tuner.preference import DEFAULTS, evaluated_rows, loss_of, reference_of
@@ -131,9 +134,27 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         save_config=lambda values, _: config.update(values, resume=False),
         CacheDataset=lambda dataset: dataset,
         linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),
+        print_lora_run_header=partial(_print_header, layers=len(model.layers)),
     )
     run_training(args, model, train_set, valid_set, training_callback)
     return test_logps
+
+
+def _print_header(console, args, layers):
+    """Upstream's panel of a run, with the loss in it and the number of layers for -1."""
+    loss = loss_of(args)
+    names = [
+        name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(loss.names, loss.weights, strict=True)
+    ]
+    # Of the parameters, beta and what is not at its default.
+    shown = {name: value for name, value in loss.parameters.items() if name == "beta" or value != LOSS_DEFAULTS[name]}
+    told = " · ".join([" + ".join(names), *(f"{name} {value}" for name, value in shown.items())])
+    header = rebound(
+        print_lora_run_header,
+        print_header_panel=lambda console, title, rows: print_header_panel(console, title, [*rows, ("loss", told)]),
+    )
+    counted = {"num_layers": layers if args.num_layers == -1 else args.num_layers}
+    header(console, SimpleNamespace(**vars(args) | counted))
 
 
 def _reference(args, model, tokenizer, datasets):
@@ -194,8 +215,8 @@ def run(args, training_callback=None):
                 "is sft; set loss_type, for example to dpo."
             ) from error
     check_config(args)
-    if (slow_blas := hint()) is not None:
-        rprint(slow_blas)
+    if not args.train and (slow_blas := hint()) is not None:
+        rprint(slow_blas)  # training says it itself
     with _told_plainly(args):
         _run(args, training_callback)
 

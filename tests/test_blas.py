@@ -1,7 +1,9 @@
 """A fast BLAS is loaded before MLX on Linux CPUs, and nowhere else."""
 
+import os
 import subprocess
 import sys
+from ctypes.util import find_library
 
 from mlx_lm import _blas
 
@@ -40,3 +42,13 @@ def test_the_hint_names_the_remedy_exactly_where_no_library_was_loaded():
     )[:2]
     assert (told == "None") == (found == "True")
     assert found == "True" or "libopenblas0-pthread" in told
+
+
+def test_a_program_that_imports_mlx_first_is_told():
+    if not _blas.concerns_this_machine():
+        return
+    code = "import mlx.core; from mlx_lm import _blas; print(_blas.hint())"
+    alone = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=alone).stdout
+    library = find_library("openblas") or find_library("mkl_rt")
+    assert (f"LD_PRELOAD={library}" if library else "libopenblas0-pthread") in told

@@ -44,7 +44,7 @@ class Option:
 
     def argument(self):
         """The keywords of `ArgumentParser.add_argument` for this option's flag."""
-        told = self.help
+        told = self.help[0].upper() + self.help[1:]
         if self.range:
             told += f" ({self.range})"
         if self.default is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from .._blas import hint
 from ..cli_ui import TrainUI, make_console, rprint
 from ..utils import maybe_set_recommended_wired_limit
 from .batches import make_batch, order_of_epoch, plan
@@ -410,6 +411,8 @@ def train_preference(model, optimizer, train_dataset, val_dataset, args, callbac
     if args.grad_accumulation_steps < 1:
         raise ConfigError(f"grad_accumulation_steps is {args.grad_accumulation_steps}; it must be at least 1.")
     maybe_set_recommended_wired_limit()
+    if (slow_blas := hint()) is not None:
+        rprint(slow_blas)
     run = Run(model, optimizer, train_dataset, val_dataset, args, callback, reference, config)
     with checkpointed_layers(model) if args.grad_checkpoint else nullcontext():
         run.train()
