@@ -4,10 +4,10 @@
     python benchmarks/compare_trl.py --shape tiny --lengths 64/32 --steps 3 --python PYTHON_WITH_TRL    # on a CPU
 
 Both train LoRA of rank 8 on all linear layers of a random Llama of the same shape on pairs of the same lengths: in
-bfloat16 on a GPU and float32 on a CPU, without gradient checkpointing or clipping. Each setting runs in a process of
-its own, ours and TRL's in turn. Peak memory is what the arrays or tensors of the timed steps held at most; for TRL on
-a CPU it is the process's. The last column is the floating-point operations that a step cannot do without, over its
-time, over those that a large product of the same type reaches.
+bfloat16 on a GPU and float32 on a CPU, without clipping, and without gradient checkpointing but where a row says so.
+Each setting runs in a process of its own, ours and TRL's in turn. Peak memory is what the arrays or tensors of the
+timed steps held at most; for TRL on a CPU it is the process's. The last column is the floating-point operations that a
+step cannot do without, over its time, over those that a large product of the same type reaches.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from common import HERE, SHAPES, lengths, own_step, print_head, print_row, run_j
 OURS = {
     "ours": {},
     "ours, each prompt twice": {"share_prompt": False},
+    "ours, grad_checkpoint": {"checkpoint": True},
 }
 TRL = {
     "TRL, precomputed": "precomputed",
@@ -28,7 +29,8 @@ TRL = {
     "TRL, online": "online",
 }
 # Ours and TRL's in turn, the ones that matter most first.
-ORDER = ("ours", "TRL, precomputed", "ours, each prompt twice", "TRL, precomputed, Liger", "TRL, online")
+ORDER = ("ours", "TRL, precomputed", "ours, each prompt twice", "TRL, precomputed, Liger", "ours, grad_checkpoint",
+         "TRL, online")  # fmt: skip
 
 
 def measure(name, prompt, response, options):

@@ -12,7 +12,8 @@ from mlx_lm.tuner.batches import make_batch, order_of_epoch, plan
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.losses import preference_loss
-from mlx_lm.tuner.preference import Schedule, mean_figures
+from mlx_lm.tuner.preference import mean_figures
+from mlx_lm.tuner.schedule import Schedule
 from mlx_lm.tuner.step import FIGURES, Objective
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.utils import get_batched_logps

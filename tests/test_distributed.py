@@ -14,7 +14,7 @@ import pytest
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.options import ConfigError
-from mlx_lm.tuner.preference import Schedule
+from mlx_lm.tuner.schedule import Schedule
 from mlx_lm.tuner.trainer import TrainingArgs
 
 ROOT = Path(__file__).parents[1]
