@@ -35,9 +35,9 @@ def computed(monkeypatch):
     """The number of pairs of each reference pass, in order."""
     counts, compute = [], Reference._compute
 
-    def counted(self, pairs):
+    def counted(self, pairs, values):
         counts.append(len(pairs))
-        return compute(self, pairs)
+        compute(self, pairs, values)
 
     monkeypatch.setattr(Reference, "_compute", counted)
     return counts
@@ -387,6 +387,28 @@ def test_a_second_run_over_the_same_data_takes_no_reference_pass(tmp_path, compu
     short_run(tiny_llama(moved=True), PAIRS, tmp_path / "5", **cache)
     assert computed == [10, 1, 10]
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_an_interrupted_pass_goes_on_where_it_was(tmp_path, computed):
+    class Interrupted(Reference):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            score, self.batches = self.scorer, 0
+
+            def scorer(batch):
+                self.batches += 1
+                if self.batches == 3:
+                    raise KeyboardInterrupt
+                return score(batch)
+
+            self.scorer = scorer
+            scorer.model, scorer.shares_prompt = score.model, score.shares_prompt
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(tiny_llama(), batch_size=3, cache=tmp_path).logps(PAIRS, range(10))
+    found = Reference(tiny_llama(), batch_size=3, cache=tmp_path).logps(PAIRS, range(10))
+    assert computed == [10, 4]
+    assert np.allclose(found, Reference(tiny_llama()).logps(PAIRS, range(10)), atol=1e-5)
 
 
 def test_no_cache_where_none_is_wanted(tmp_path, computed, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 # A row group costs a forward pass of its own; it is worth that where it saves this share of the tokens.
 GROUP_SAVING = 0.04
 # More groups pad less, but on a GPU each way to split a batch is a shape to trace the step for.
-MOST_GROUPS, MOST_GROUPS_ON_GPU = 4, 2
+MOST_GROUPS, MOST_GROUPS_ON_GPU = 4, 3
 # A shared prompt shorter than this costs more in a pass of its own than it saves.
 SHORTEST_PREFIX = 8
 

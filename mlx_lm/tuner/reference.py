@@ -63,10 +63,15 @@ class Reference:
         unknown = mx.distributed.all_sum(mx.array([key not in known for key in keys], mx.int32), stream=mx.cpu)
         missing = np.flatnonzero(np.array(unknown))
         if len(missing):
-            values = self._compute([pairs[i] for i in missing])
-            known |= {keys[i]: value for i, value in zip(missing, values, strict=True)}
-            if self.cache is not None:
-                self.cache.write(known)
+            values = np.full((len(missing), 4), np.nan, np.float32)
+            try:
+                self._compute([pairs[i] for i in missing], values)
+            finally:
+                # An interrupted pass goes on where it was.
+                done = np.isfinite(values).all(axis=1)
+                known |= {keys[i]: value for i, value in zip(missing[done], values[done], strict=True)}
+                if self.cache is not None and done.any():
+                    self.cache.write(known)
         return np.array([known[key] for key in keys], np.float32).reshape(-1, 2, 2)
 
     def release(self):
@@ -74,10 +79,10 @@ class Reference:
         self.scorer = None
         mx.clear_cache()
 
-    def _compute(self, pairs):
+    def _compute(self, pairs, values):
+        """Fill `values` `(n, 4)`, batch by batch."""
         world = mx.distributed.init()
         lengths = [[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs]
-        values = np.zeros((len(pairs), 4), np.float32)
         batches = self._batches(np.array(lengths))
         progress = make_train_progress(make_console(), disable=world.rank() != 0)
         with evaluating(self.scorer.model), progress:
@@ -89,14 +94,17 @@ class Reference:
                 out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(rows), 2)
                 values[rows] = np.array(out.transpose(1, 0, 2)).reshape(len(rows), 4)
                 progress.advance(task, sum(map(len, batches[turn : turn + world.size()])))
-        values = np.array(mx.distributed.all_sum(mx.array(values), stream=mx.cpu))
+        if world.size() > 1:
+            mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
+            shares = np.zeros_like(values)
+            shares[mine] = values[mine]
+            values[:] = np.array(mx.distributed.all_sum(mx.array(shares), stream=mx.cpu))
         bad = (~np.isfinite(values).all(axis=1)).sum()
         if bad:
             raise ConfigError(
                 f"the reference gives logps that are not finite for {bad} of {len(pairs)} pairs: its weights are "
                 "damaged, or too large for their dtype; check what the model generates."
             )
-        return values
 
     def _batches(self, lengths):
         """Rows of like length together: `batch_size` of them, or as many as memory is ample for."""
