@@ -136,7 +136,12 @@ class Head:
         return [mx.concatenate(column) for column in zip(*parts, strict=True)]
 
     def _logps(self, states, targets, alignment):
-        return [out for out in logps_and_squares(self.logits(states), targets, alignment) if out is not None]
+        logits = self.logits(states)
+        if mx.default_device() == mx.gpu:
+            out = logps_and_squares(logits, targets, alignment)
+        else:
+            out = _exponentials_on_cpu(logits.astype(mx.float32), targets[:, None], alignment)[:2]
+        return [part for part in out if part is not None]
 
     def _recomputed(self, states, targets, alignment):
         """As `_logps` for a head with trainable parameters: the backward pass computes each chunk's logits again."""
@@ -225,15 +230,23 @@ def _seeds_on_gpu(logits, column, alignment):
 
 def _seeds_on_cpu(logits, column, alignment):
     """As `_seeds_on_gpu`, for a device on which exponentials are what an output head costs besides its products."""
-    top = logits.max(axis=-1, keepdims=True)
+    logps, squares, exponentials, totals = _exponentials_on_cpu(logits, column, alignment)
+    own = mx.take_along_axis(exponentials, column, axis=-1)
+    gradient = mx.put_along_axis(-exponentials, column, totals - own, axis=-1)
+    return logps, squares, gradient, 1 / totals
+
+
+def _exponentials_on_cpu(logits, column, alignment):
+    """`(logps, squares)` as `_seeds_on_gpu`, with the exponentials `(N, V)` and their sums `(N, 1)` they come from."""
+    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
     # MLX's exp takes three times as long as libm's pow where it has no vector instructions: Linux CPUs.
     exponentials = mx.power(mx.array(math.e), logits - top)
     totals = exponentials.sum(axis=-1, keepdims=True)
-    own = mx.take_along_axis(exponentials, column, axis=-1)
-    gradient = mx.put_along_axis(-exponentials, column, totals - own, axis=-1)
     logps = (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1)
-    squares = (mx.log(mx.square(exponentials).sum(axis=-1)) - 2 * mx.log(totals.squeeze(-1))) if alignment else None
-    return logps, squares, gradient, 1 / totals
+    squares = None
+    if alignment:
+        squares = mx.log(mx.square(exponentials).sum(axis=-1)) - 2 * mx.log(totals.squeeze(-1))
+    return logps, squares, exponentials, totals
 
 
 def _last_projection(model, tokens):
