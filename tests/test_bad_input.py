@@ -177,7 +177,8 @@ class TestData:
         command.refused(told, data=write_rows(command.folder / "data", **splits))
 
     def test_a_missing_test_set_is_told_before_training(self, command):
-        command.refused("test.jsonl is missing", test=True, data=write_rows(command.folder / "data", test=None))
+        data = write_rows(command.folder / "data", test=None)
+        command.refused("test.jsonl is missing.* or set test: false", test=True, data=data)
 
     def test_folders(self, command, data):
         command.refused("data is '.*/nothing', and there is no such folder", data=str(command.folder / "nothing"))

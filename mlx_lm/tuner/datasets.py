@@ -89,7 +89,8 @@ def load_local_dataset(data_path, tokenizer, config):
         rows, lines = _read_rows(path) if wanted and path.exists() else ([], [])
         if wanted and not rows and split != "valid":
             state = "holds no rows" if path.exists() else "is missing"
-            raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line.")
+            advice = ", or set test: false" if split == "test" else ""
+            raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line{advice}.")
         where = [f"{path}:{line}" for line in lines].__getitem__
         splits.append(_preferences(rows, tokenizer, config, str(path), where) if rows else [])
     return tuple(splits)
