@@ -7,7 +7,6 @@ from dataclasses import is_dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..models.cache import (
     ArraysCache,
@@ -136,15 +135,6 @@ def map_arrays(value, function, made=None):
 def _has_state(value):
     """Whether a layer may keep arrays in `value` from one call to the next, as in a cache."""
     return hasattr(value, "__dict__") and not isinstance(value, nn.Module) and not callable(value)
-
-
-def model_dtype(model):
-    """The floating dtype that most of the model's parameters have."""
-    sizes = {}
-    for _, value in tree_flatten(model.parameters()):
-        if mx.issubdtype(value.dtype, mx.floating):
-            sizes[value.dtype] = sizes.get(value.dtype, 0) + value.size
-    return max(sizes, key=sizes.get, default=mx.float32)
 
 
 @contextmanager
