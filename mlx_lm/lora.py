@@ -277,9 +277,7 @@ def _callbacks(args):
 
 
 def _load_model(args):
-    trusted = args.trust_remote_code
-    tokenizer_config = {"trust_remote_code": trusted}
-    return load_named("model", args.model, tokenizer_config=tokenizer_config, trust_remote_code=trusted)
+    return load_named("model", args.model, args.trust_remote_code)
 
 
 def _adopt_adapters(args, model, tokenizer, test_set):

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
+from plain_pass import padded_rows
 
+from mlx_lm.tuner.datasets import Pair
 from mlx_lm.utils import dpo_loss, get_batched_logps, load_model, token_logps
 
 ROOT = Path(__file__).parents[1]
@@ -201,23 +203,11 @@ def test_gradient_against_finite_differences():
     assert np.allclose(np.array(gradient["table"]), expected, rtol=1e-4, atol=1e-6)
 
 
-def padded(pairs):
-    """`inputs` and `targets` of TRL's pairs, prompts and padding masked with -100."""
-    rows = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in rows) - 1
-    inputs, targets = np.zeros((len(rows), width), np.int32), np.full((len(rows), width), -100, np.int32)
-    for i, (prompt, response) in enumerate(rows):
-        sequence = prompt + response
-        inputs[i, : len(sequence) - 1] = sequence[:-1]
-        targets[i, len(prompt) - 1 : len(sequence) - 1] = response
-    return mx.array(inputs), mx.array(targets)
-
-
 @pytest.mark.parametrize("case", ["nonzero", "zero"])
 def test_agrees_with_trl(case):
     expected = TRL["cases"][case]
     model, _ = load_model(GOLDEN / "tiny_llama")
-    inputs, targets = padded(TRL["batch"])
+    inputs, targets = padded_rows([Pair(*row) for row in TRL["batch"]])
     reference = get_batched_logps(model, inputs, targets, -100)
     for got, name in zip(reference, ("reference_chosen_logps", "reference_rejected_logps"), strict=True):
         assert np.allclose(np.array(got), expected[name], atol=1e-4)

@@ -117,7 +117,7 @@ class Head:
         if gradient and tree_flatten(self.module.trainable_parameters()):
             out = self._recomputed(states, targets, alignment)
         else:
-            with unpacked_head(self.module, self.method):
+            with unpacked_head(self.module, self.method, states):
                 if gradient:
                     out = self._with_gradient(states, targets, alignment)
                 else:

@@ -44,20 +44,26 @@ def _unpacked_product(module, x):
 
     @mx.custom_function
     def product(x):
-        return (x.astype(mx.float32) @ _unpacked(module).T).astype(x.dtype)
+        return _in_float32(x, _unpacked(module, after=x).T)
 
     @product.vjp
     def backward(x, cotangent, _):
-        weight = mx.depends([_unpacked(module)], [cotangent])[0]
-        return (cotangent.astype(mx.float32) @ weight).astype(x.dtype)
+        return _in_float32(cotangent, _unpacked(module, after=cotangent))
 
     return product(x)
 
 
-def _unpacked(module):
-    """The weights `(out, in)`, float32, of a quantized linear layer or embedding."""
+def _unpacked(module, after):
+    """The weights `(out, in)`, float32, of a quantized linear layer or embedding, unpacked once there is `after`."""
+    names = [name for name in ("weight", "scales", "biases") if name in module]
+    packed = mx.depends([module[name] for name in names], [after])
     settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    return mx.dequantize(module["weight"], module["scales"], module.get("biases"), **settings).astype(mx.float32)
+    return mx.dequantize(*packed, **settings).astype(mx.float32)
+
+
+def _in_float32(x, weight):
+    """`x @ weight`, computed in float32, in `x`'s dtype."""
+    return (x.astype(mx.float32) @ weight).astype(x.dtype)
 
 
 @contextmanager
@@ -77,19 +83,20 @@ def lean_layers(model):
 
 
 @contextmanager
-def unpacked_head(module, method):
+def unpacked_head(module, method, states):
     """Within the context, a quantized output head is unpacked once for all its products, on a CPU.
 
     Args:
         module, method: the head's, as in `Head`; it is frozen.
+        states: what it will be given, all of it together.
     """
     if mx.default_device() == mx.gpu or not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         yield
         return
-    weight, bias = _unpacked(module), module.get("bias")
+    weight, bias = _unpacked(module, after=states), module.get("bias")
 
     def project(_, x):
-        out = (x.astype(mx.float32) @ weight.T).astype(x.dtype)
+        out = _in_float32(x, weight.T)
         return out if bias is None else out + bias
 
     with intercepted(module, method, project):

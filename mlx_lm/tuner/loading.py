@@ -24,7 +24,7 @@ HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and 
 ADAPTER_FILES = "adapters.safetensors and the adapter_config.json of its training"
 
 
-def load_named(key, name, **options):
+def load_named(key, name, trust_remote_code=False):
     """`(model, tokenizer)` of the model that the configuration's `key` names.
 
     On a Linux CPU a half-precision model comes in float32: MLX's half-precision products are ten times slower
@@ -33,7 +33,7 @@ def load_named(key, name, **options):
     Args:
         key: the configuration's key, for errors.
         name: a folder, or a repo of the Hugging Face hub.
-        options: as upstream's `load` takes them.
+        trust_remote_code: whether code that comes with the model or its tokenizer may run.
 
     Raises:
         ConfigError: whatever is wrong with the folder or the repo.
@@ -41,7 +41,8 @@ def load_named(key, name, **options):
     from ..utils import load
 
     try:
-        model, tokenizer = load(name, **options)
+        trusted = {"trust_remote_code": trust_remote_code}
+        model, tokenizer = load(name, tokenizer_config=dict(trusted), **trusted)
     except Exception as error:
         # A folder that is no model fails in as many ways as there are files in it.
         raise ConfigError(f"{key} is {name!r}, which cannot be loaded: {_why(Path(name), error)}.") from error

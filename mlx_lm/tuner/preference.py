@@ -28,6 +28,7 @@ from .loading import check_same_tokens, load_named
 from .logps import Scorer
 from .losses import OPTIONS as LOSS_OPTIONS
 from .losses import preference_loss
+from .modules import evaluating
 from .options import RUN_OPTIONS, ConfigError, is_preference
 from .reference import Reference, default_cache_folder, row_key
 from .schedule import Schedule, pair_lengths, reference_rows
@@ -66,12 +67,7 @@ def reference_of(model, args, tokenizer=None, trust_remote_code=False):
     elif cache in ("none", "None", ""):
         cache = None
     if args.reference_model is not None:
-        model, other = load_named(
-            "reference_model",
-            args.reference_model,
-            tokenizer_config={"trust_remote_code": trust_remote_code},
-            trust_remote_code=trust_remote_code,
-        )
+        model, other = load_named("reference_model", args.reference_model, trust_remote_code)
         if tokenizer is not None:
             check_same_tokens(tokenizer, other, args.reference_model)
     return Reference(model, args.reference_batch_size, args.share_prompt, cache, args.reference_cache_size)
@@ -105,23 +101,26 @@ def evaluate_preference(model, dataset, args, batch_size, num_batches, reference
 def mean_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
     """The means of FIGURES over `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
     world = mx.distributed.init()
-    model, training = objective.scorer.model, objective.scorer.model.training
-    model.eval()
     pairs = [dataset[int(row)] for row in rows]
     lengths = [pair_lengths(pair) for pair in pairs]
     totals = mx.zeros((len(FIGURES) + 2,))
     shares = objective.scorer.shares_prompt
-    for chosen in plan(lengths, batch_size, shares):
-        here = chosen[world.rank() :: world.size()]
-        if len(here):
-            batch, *_ = make_batch([pairs[i] for i in here], shares)
-            totals = totals + objective(batch, reference_rows(reference, here))[1]
-            mx.eval(totals)
-        if progress_callback is not None:
-            progress_callback()
-    model.train(training)
-    totals = np.array(mx.distributed.all_sum(totals, stream=mx.cpu), np.float64)
-    return dict(zip(FIGURES, (totals[: len(FIGURES)] / totals[len(FIGURES)]).tolist(), strict=True))
+    with evaluating(objective.scorer.model):
+        for chosen in plan(lengths, batch_size, shares):
+            here = chosen[world.rank() :: world.size()]
+            if len(here):
+                batch, *_ = make_batch([pairs[i] for i in here], shares)
+                totals = totals + objective(batch, reference_rows(reference, here))[1]
+                mx.eval(totals)
+            if progress_callback is not None:
+                progress_callback()
+    return means(totals)[0]
+
+
+def means(totals):
+    """`(means of FIGURES, pairs, tokens)` over all workers, of `Objective`'s sums on this one."""
+    *sums, pairs, tokens = np.array(mx.distributed.all_sum(totals, stream=mx.cpu), np.float64).tolist()
+    return {name: total / pairs for name, total in zip(FIGURES, sums, strict=True)}, pairs, tokens
 
 
 class Run:
@@ -243,9 +242,7 @@ class Run:
 
     def report(self, ui, totals, norms, seconds, steps, tokens):
         """Report on the steps since the last report."""
-        totals = np.array(mx.distributed.all_sum(totals, stream=mx.cpu), np.float64)
-        pairs, trained = totals[len(FIGURES) :]
-        figures = dict(zip(FIGURES, (totals[: len(FIGURES)] / pairs).tolist(), strict=True))
+        figures, pairs, trained = means(totals)
         if not np.isfinite(figures["loss"]):
             raise ConfigError(
                 f"the loss is {figures['loss']} at iteration {self.iteration}; the adapters saved before stay as they "
