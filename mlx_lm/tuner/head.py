@@ -110,7 +110,8 @@ class Head:
         """
         project = getattr(type(self.module), self.method)
         with intercepted(self.module, self.method, lambda module, _: project(module, states[None])):
-            return first_output(self.model(mx.zeros((1, states.shape[0]), mx.int32)))[0]
+            # An index would copy the logits, and scatter their gradient.
+            return first_output(self.model(mx.zeros((1, states.shape[0]), mx.int32))).squeeze(0)
 
     def token_logps(self, states, targets, alignment, gradient):
         """As `logps_and_squares` of the logits of `states` `(N, D)`, with bounded memory forward and backward."""
