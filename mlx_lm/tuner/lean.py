@@ -1,12 +1,18 @@
 """Layers that compute what mlx-lm's do with less work, put in their places while a model is scored."""
 
-from contextlib import contextmanager
+import sys
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models import activations
 from .lora import LoRALinear
-from .modules import intercepted
+from .modules import exchanged, intercepted
+
+# MLX's CUDA backend has a fused backward pass of attention for numbers of queries that are multiples of this.
+ATTENTION_TILE = 128
 
 
 class LeanLoRALinear(LoRALinear):
@@ -17,8 +23,11 @@ class LeanLoRALinear(LoRALinear):
     """
 
     def __call__(self, x):
-        low = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        return mx.addmm(self.linear(x), low, self.lora_b.astype(x.dtype), alpha=self.scale)
+        lora_a, lora_b = self.lora_a.astype(x.dtype), (self.scale * self.lora_b).astype(x.dtype)
+        dropped = self.dropout(x)
+        if dropped is x and not self.linear.trainable_parameters():
+            return _adapted_product(self.linear, x, lora_a, lora_b)
+        return mx.addmm(self.linear(x), dropped @ lora_a, lora_b)
 
 
 class UnpackedLinear(nn.QuantizedLinear):
@@ -37,6 +46,32 @@ class UnpackedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x):
         return _unpacked_product(self, x)
+
+
+def _adapted_product(linear, x, lora_a, lora_b):
+    """`linear(x) + x @ lora_a @ lora_b` of a frozen layer, with a backward pass that reads large arrays seldom.
+
+    MLX evaluates gradients of parameters last and keeps what they need until then: here the gradient that is
+    passed on waits for them.
+    """
+
+    @mx.custom_function
+    def product(x, lora_a, lora_b):
+        low = x @ lora_a
+        return mx.addmm(linear(x), low, lora_b), low
+
+    @product.vjp
+    def backward(inputs, cotangents, outputs):
+        x, lora_a, lora_b = inputs
+        rows, low, slope = (value.reshape(-1, value.shape[-1]) for value in (x, outputs[1], cotangents[0]))
+        low_slope = slope @ lora_b.T
+        own = [rows.T @ low_slope, low.T @ slope]
+        cotangent, low_slope = mx.depends([cotangents[0], low_slope], own)
+        _, (passed_on,) = mx.vjp(linear, [x], [cotangent])
+        passed_on = mx.addmm(passed_on.reshape(rows.shape), low_slope, lora_a.T)
+        return passed_on.reshape(x.shape), *own
+
+    return product(x, lora_a, lora_b)[0]
 
 
 def _unpacked_product(module, x):
@@ -66,20 +101,85 @@ def _in_float32(x, weight):
     return (x.astype(mx.float32) @ weight).astype(x.dtype)
 
 
+def computed_again(function):
+    """`function` of arrays, of which nothing but its inputs is kept for the backward pass."""
+
+    @mx.custom_function
+    def once(*inputs):
+        return function(*inputs)
+
+    @once.vjp
+    def again(inputs, cotangent, _):
+        slopes = []
+        for i in range(len(inputs)):
+            # One gradient after another: what they have in common would be an array, which a fused kernel needs not.
+            values = mx.depends(list(inputs), [cotangent, *slopes])
+            slopes.append(mx.vjp(function, values, [cotangent])[1][i])
+        return tuple(slopes)
+
+    return once
+
+
+def padded_attention(attention, queries, keys, values, *args, mask=None, **kwargs):
+    """MLX's `attention`, its queries padded to a length for which CUDA has a fused backward pass.
+
+    Queries attend to the keys up to their own, the last query to the last key: zeros after both change nothing
+    for those before, nor do zeros before the queries. Keys are padded where that takes no more queries, because
+    each pair of lengths has a plan that takes time to make.
+
+    Args:
+        attention: `mx.fast.scaled_dot_product_attention`; what follows are its arguments.
+    """
+    length = queries.shape[2]
+    before, after = -length % ATTENTION_TILE, -keys.shape[2] % ATTENTION_TILE
+    before, after = (before - after, after) if after <= before else (before, 0)
+    fusible = queries.dtype in (mx.float16, mx.bfloat16) and isinstance(mask, str)
+    if not fusible or not (before or after):
+        return attention(queries, keys, values, *args, mask=mask, **kwargs)
+    queries, keys, values = _padded(queries, before, after), _padded(keys, 0, after), _padded(values, 0, after)
+    return attention(queries, keys, values, *args, mask=mask, **kwargs)[:, :, before : before + length]
+
+
+def _padded(x, before, after):
+    """`x` `(B, H, T, D)` with zeros before and after its T positions, laid out as projections are: T before H."""
+    if not (before or after):
+        return x
+    return mx.pad(x.swapaxes(1, 2), [(0, 0), (before, after), (0, 0), (0, 0)]).swapaxes(1, 2)
+
+
 @contextmanager
 def lean_layers(model):
     """Within the context, the model's layers are lean ones where there are; their parameters are untouched."""
+    on_gpu = mx.default_device() == mx.gpu
     lean = {LoRALinear: LeanLoRALinear}
-    if mx.default_device() != mx.gpu:
+    if not on_gpu:
         lean |= {nn.QuantizedLinear: UnpackedLinear, nn.QuantizedEmbedding: UnpackedEmbedding}
     layers = [(module, type(module)) for _, module in model.named_modules() if type(module) in lean]
     for module, original in layers:
         module.__class__ = lean[original]
     try:
-        yield
+        with ExitStack() as stack:
+            if on_gpu:
+                # A CPU is slower at the exponentials that would be computed again than at keeping them.
+                swiglu = activations.swiglu
+                for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
+                    if getattr(namespace, "swiglu", None) is swiglu:
+                        stack.enter_context(exchanged(namespace, "swiglu", computed_again(swiglu)))
+            yield
     finally:
         for module, original in layers:
             module.__class__ = original
+
+
+@contextmanager
+def fused_attention():
+    """Within the context, attention is `padded_attention` where that is faster: in a backward pass on CUDA."""
+    if mx.default_device() != mx.gpu or mx.metal.is_available():
+        yield
+        return
+    attention = mx.fast.scaled_dot_product_attention
+    with exchanged(mx.fast, "scaled_dot_product_attention", partial(padded_attention, attention)):
+        yield
 
 
 @contextmanager

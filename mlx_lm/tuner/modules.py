@@ -23,6 +23,17 @@ def intercepted(module, method, replacement):
 
 
 @contextmanager
+def exchanged(owner, name, replacement):
+    """Within the context, this attribute of a module of Python or MLX is `replacement`."""
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
 def evaluating(model):
     """Within the context, the model is in evaluation mode: no dropout."""
     modes = [(module, module.training) for module in model.modules()]
@@ -93,11 +104,8 @@ def drawing_from(key):
         key, own = mx.random.split(key)
         return original(*args, **kwargs | {"key": own})
 
-    mx.random.bernoulli = bernoulli
-    try:
+    with exchanged(mx.random, "bernoulli", bernoulli):
         yield
-    finally:
-        mx.random.bernoulli = original
 
 
 def layers_of(model):

@@ -1,0 +1,257 @@
+"""Layers that compute what mlx-lm's do with less work."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from architectures import make_model
+from mlx_lm.models import qwen3
+from mlx_lm.models.activations import swiglu
+from mlx_lm.tuner.lora import LoRALinear
+from plain_pass import PAIRS, add_lora, gradient_error, plain_gradient, plain_logps, reference_of, scored_gradient
+
+from mlx_lm.tuner import lean
+from mlx_lm.tuner.batches import make_batch
+from mlx_lm.tuner.lean import (
+    LeanLoRALinear,
+    UnpackedEmbedding,
+    UnpackedLinear,
+    computed_again,
+    fused_attention,
+    lean_layers,
+    padded_attention,
+    unpacked_head,
+)
+from mlx_lm.tuner.logps import Scorer
+
+ATTENTION = mx.fast.scaled_dot_product_attention
+
+
+def adapted(**options):
+    """A `LoRALinear` of 24 inputs and 40 outputs, no matrix of it zero."""
+    layer = LoRALinear.from_base(nn.Linear(24, 40), r=4, **options)
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    layer.freeze()
+    layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+    return layer.train()
+
+
+def outputs_and_gradients(layer, x):
+    """`(output, gradients of the parameters and of x)` of a sum of the layer's outputs that is not linear."""
+
+    def total(parameters, x):
+        layer.update(parameters)
+        return mx.sin(layer(x)).sum()
+
+    out = layer(x)
+    _, (parameters, slope) = mx.value_and_grad(total, argnums=(0, 1))(layer.trainable_parameters(), x)
+    return [out, slope, *(value for _, value in sorted(parameters.items()) if isinstance(value, mx.array))]
+
+
+@pytest.mark.parametrize("shape", [(24,), (6, 24), (2, 3, 24)])
+def test_a_lean_lora_layer_is_upstreams(shape):
+    layer, x = adapted(scale=3.0), mx.random.normal(shape)
+    expected = outputs_and_gradients(layer, x)
+    with lean_layers(layer):
+        assert type(layer) is LeanLoRALinear
+        found = outputs_and_gradients(layer, x)
+    assert type(layer) is LoRALinear and len(found) == 4
+    assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_lean_lora_layer_keeps_dropout_and_trains_its_base_where_that_is_not_frozen():
+    layer, x = adapted(scale=0.5, dropout=0.5), mx.random.normal((6, 24))
+
+    def drawn():
+        mx.random.seed(5)
+        return outputs_and_gradients(layer, x)
+
+    expected = drawn()
+    with lean_layers(layer):
+        assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(drawn(), expected, strict=True))
+
+    layer = adapted(scale=0.5)
+    layer.linear.unfreeze()
+    base = nn.value_and_grad(layer, lambda layer: mx.sin(layer(x)).sum())
+    expected = base(layer)[1]["linear"]["weight"]
+    with lean_layers(layer):
+        assert mx.allclose(base(layer)[1]["linear"]["weight"], expected, atol=1e-5)
+    assert mx.abs(expected).max().item() > 0.1
+
+
+def test_gradients_of_adapters_do_not_wait_for_those_of_other_layers():
+    """What a layer passes on depends on its own gradients: they are taken first, and what they need is let go."""
+    layers = [adapted(scale=0.1) for _ in range(12)]
+    ups = [mx.random.normal((40, 24)) / 6 for _ in layers]
+    x = mx.random.normal((20000, 24))
+
+    def peak():
+        def total(parameters):
+            h = x
+            for layer, own, up in zip(layers, parameters, ups, strict=True):
+                layer.update(own)
+                h = h + layer(h) @ up
+            return h.sum()
+
+        gradient = mx.grad(total)([layer.trainable_parameters() for layer in layers])
+        mx.eval(x, ups)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(gradient)
+        return mx.get_peak_memory() - before
+
+    plain = peak()
+    for layer in layers:
+        layer.__class__ = LeanLoRALinear
+    assert peak() < 0.75 * plain
+
+
+def test_nothing_but_inputs_is_kept_where_it_is_computed_again():
+    def wave(a, b):
+        return mx.sin(mx.exp(mx.sin(a)) * mx.exp(b))
+
+    inputs = [mx.random.normal((50, 1000)) for _ in range(2)]
+
+    def taken(function):
+        def total(a, b):
+            for _ in range(6):
+                a, b = function(a, b), function(b, a)
+            return (a * b).sum()
+
+        gradient = mx.grad(total, argnums=(0, 1))(*inputs)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(gradient)
+        return gradient, mx.get_peak_memory() - before
+
+    (expected, whole), (found, kept) = taken(wave), taken(computed_again(wave))
+    assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    assert kept < 0.6 * whole
+
+
+def test_a_gpu_keeps_no_activations_that_it_can_compute_again(monkeypatch):
+    model = add_lora(make_model("qwen3"))
+    reference = reference_of(plain_logps(model))
+    expected = plain_gradient(model, reference)
+    with lean_layers(model):
+        assert qwen3.swiglu is swiglu
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    with lean_layers(model):
+        assert qwen3.swiglu is not swiglu
+        scorer = Scorer(model)
+        assert gradient_error(scored_gradient(scorer, reference), expected) < 1e-4
+    assert qwen3.swiglu is swiglu
+
+
+# Lengths of queries and keys, and those that attention is given.
+LENGTHS = [
+    ((5, 5), (128, 128)),
+    ((128, 128), (128, 128)),
+    ((130, 130), (256, 256)),
+    ((20, 24), (128, 128)),
+    ((10, 400), (128, 512)),
+    ((100, 300), (128, 300)),  # padded keys would take another 128 queries
+    ((126, 129), (128, 129)),
+]
+
+
+@pytest.mark.parametrize("lengths, given", LENGTHS)
+def test_padded_attention_is_attention(lengths, given):
+    queries, keys = lengths
+    draw = np.random.default_rng(0)
+    arrays = [
+        mx.array(draw.normal(size=(2, heads, length, 8)), mx.bfloat16)
+        for heads, length in ((4, queries), (2, keys), (2, keys), (4, queries))
+    ]
+    seen = []
+
+    def attention(*args, **options):
+        seen.append((args[0].shape[2], args[1].shape[2]))
+        assert args[1].shape == args[2].shape
+        return ATTENTION(*args, **options)
+
+    def taken(function, dtype):
+        q, k, v, cotangent = (value.astype(dtype) for value in arrays)
+        (out,), slopes = mx.vjp(lambda *qkv: function(*qkv, scale=0.4, mask="causal"), [q, k, v], [cotangent])
+        return [out, *slopes]
+
+    # Rounded to bfloat16, or a token off.
+    expected = taken(ATTENTION, mx.float32)
+    for a, b in zip(taken(lambda *qkv, **options: padded_attention(attention, *qkv, **options), mx.bfloat16), expected,
+                    strict=True):  # fmt: skip
+        assert a.shape == b.shape
+        assert (mx.linalg.norm(a.astype(mx.float32) - b) / mx.linalg.norm(b)).item() < 2e-2
+    assert seen == [given]
+
+
+def test_attention_that_cannot_be_fused_is_not_padded():
+    seen = []
+
+    def attention(*args, **options):
+        seen.append(args[0].shape[2])
+        return ATTENTION(*args, **options)
+
+    half, single = (mx.zeros((1, 2, 5, 8), dtype) for dtype in (mx.bfloat16, mx.float32))
+    padded_attention(attention, single, single, single, scale=1.0, mask="causal")
+    padded_attention(attention, half, half, half, scale=1.0)
+    padded_attention(attention, half, half, half, scale=1.0, mask=mx.ones((5, 5), mx.bool_))
+    assert seen == [5, 5, 5]
+
+
+def test_attention_is_padded_on_cuda_alone(monkeypatch):
+    with fused_attention():
+        assert mx.fast.scaled_dot_product_attention is ATTENTION
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    with fused_attention():
+        assert mx.fast.scaled_dot_product_attention is ATTENTION
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    with fused_attention():
+        assert mx.fast.scaled_dot_product_attention.func is padded_attention
+    assert mx.fast.scaled_dot_product_attention is ATTENTION
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_scores_with_padded_attention_are_the_plain_ones(share_prompt, monkeypatch):
+    model = add_lora(make_model("qwen3"))
+    model.set_dtype(mx.bfloat16)
+    expected = plain_logps(model)
+    gradient = plain_gradient(model, reference_of(expected))
+    monkeypatch.setattr(lean, "ATTENTION_TILE", 16)
+    scorer = Scorer(model)
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda *args, **options: padded_attention(ATTENTION, *args, **options)
+    )
+    assert mx.abs(scorer(make_batch(PAIRS, share_prompt)[0]).total - expected).max().item() < 0.3
+    assert gradient_error(scored_gradient(scorer, reference_of(expected), PAIRS, share_prompt), gradient) < 0.1
+
+
+class TwoQuantized(nn.Module):
+    def __init__(self, bits, mode):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.embedding = nn.Embedding(32, 64)
+        self.linear.bias = mx.random.normal((64,))
+        nn.quantize(self, group_size=32, bits=bits, mode=mode)
+
+    def __call__(self, x):
+        return self.embedding.as_linear(self.linear(x))
+
+
+@pytest.mark.parametrize("bits, mode", [(4, "affine"), (8, "affine"), (4, "mxfp4")])
+def test_weights_are_unpacked_for_products_on_a_cpu(bits, mode):
+    model = TwoQuantized(bits, mode)
+    packed = [type(model.linear), type(model.embedding)]
+    x = mx.random.normal((2, 5, 64))
+    slope = mx.grad(lambda x: mx.square(model(x)).sum())
+    expected, expected_slope = model(x), slope(x)
+    with lean_layers(model):
+        assert [type(model.linear), type(model.embedding)] == [UnpackedLinear, UnpackedEmbedding]
+        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+        assert mx.allclose(slope(x), expected_slope, rtol=1e-4, atol=1e-3)
+    with unpacked_head(model.embedding, "as_linear", x):
+        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+        assert mx.allclose(slope(x), expected_slope, rtol=1e-4, atol=1e-3)
+    with unpacked_head(model.linear, "__call__", x):
+        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert [type(model.linear), type(model.embedding)] == packed
