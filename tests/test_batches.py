@@ -152,6 +152,29 @@ def test_rows_are_split_where_that_saves_enough(lengths, expected):
     assert all(width % 8 == 0 and max(lengths[row] for row in rows) <= width for rows, width in rounded)
 
 
+def test_a_pass_of_its_own_has_to_save_what_it_costs(monkeypatch):
+    pairs = [Pair([1] * 101, [2] * 8, [3] * 8), Pair([1] * 101, [2] * 64, [3] * 64)]
+
+    def passes(least):
+        monkeypatch.setattr(module, "least_saving", lambda: least)
+        batch, *_ = make_batch(pairs, share_prompt=True, multiple=1)
+        return batch.prefix.shape[1], len(batch.groups)
+
+    # 100 tokens of two prompts, and 56 of two rows.
+    assert passes(0) == passes(111) == (100, 2)
+    assert passes(112) == passes(200) == (100, 1)
+    assert passes(201) == (0, 1)
+
+
+def test_passes_are_dear_on_cuda(monkeypatch):
+    assert module.least_saving() == 0
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert module.least_saving() == 0
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert module.least_saving() == module.PASS_ON_CUDA
+
+
 def test_fillers_count_for_nothing():
     model = tiny_llama(moved=True)
     pairs = some_pairs(3)

@@ -11,6 +11,8 @@ GROUP_SAVING = 0.04
 MOST_GROUPS, MOST_GROUPS_ON_GPU = 4, 3
 # A shared prompt shorter than this costs more in a pass of its own than it saves.
 SHORTEST_PREFIX = 8
+# On CUDA a pass has to save so many tokens: launching its kernels takes that long (1.24 B parameters on an H200).
+PASS_ON_CUDA = 512
 
 
 class Group(NamedTuple):
@@ -61,17 +63,19 @@ def round_up(number, multiple):
 def length_multiple():
     """What sequence lengths are rounded up to on the default device.
 
-    A compiled step is traced anew for each shape, so a GPU should see few of them; and CUDA's fused attention
-    takes lengths that are multiples of 64 only: others fall back to one four times slower.
+    A compiled step is traced anew for each shape, so a GPU should see few of them.
     """
-    if mx.default_device() != mx.gpu:
-        return 1
-    return 16 if mx.metal.is_available() else 64
+    return 16 if mx.default_device() == mx.gpu else 1
 
 
 def most_groups():
     """How many row groups a batch may have on the default device."""
     return MOST_GROUPS if mx.default_device() != mx.gpu else MOST_GROUPS_ON_GPU
+
+
+def least_saving():
+    """How many tokens a pass of its own, of a prefix or a row group, has to save on the default device."""
+    return PASS_ON_CUDA if mx.default_device() == mx.gpu and not mx.metal.is_available() else 0
 
 
 def plan(lengths, size, share_prompt):
@@ -117,7 +121,7 @@ def make_batch(pairs, share_prompt, multiple=None, size=None):
         pairs = list(pairs) + [pairs[0]] * (size - len(pairs))
     shared = min(len(pair.prompt) for pair in pairs) - 1 if share_prompt else 0
     shared -= shared % multiple
-    if shared < SHORTEST_PREFIX:
+    if shared < SHORTEST_PREFIX or len(pairs) * shared < least_saving():
         shared = 0
     prompts = [pair.prompt[shared:] for pair in pairs] * 2
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -165,7 +169,8 @@ def _row_groups(lengths, multiple):
             choices = costs[groups - 1, :stop] + np.arange(stop, 0, -1) * widths[stop - 1]
             cuts[groups, stop] = cut = np.argmin(choices)
             costs[groups, stop] = choices[cut]
-    groups = 1 + int(np.argmin(costs[1:, count] + np.arange(most) * GROUP_SAVING * costs[1, count]))
+    price = max(GROUP_SAVING * costs[1, count], least_saving())
+    groups = 1 + int(np.argmin(costs[1:, count] + np.arange(most) * price))
     split, stop = [], count
     for k in range(groups, 0, -1):
         split.insert(0, (sorted(order[cuts[k, stop] : stop].tolist()), int(widths[stop - 1])))
