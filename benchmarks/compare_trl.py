@@ -98,7 +98,7 @@ def main():
     parser.add_argument("--lengths", type=lengths, default="256/256,1024/256", help="prompt/response, several by comma")
     parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1, help="times that each setting is measured; the median counts")
     parser.add_argument("--settings", type=lambda text: text.split(";"), default=";".join(ORDER), help="by semicolon")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has TRL")

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_lm._cuda import suit_training
 from mlx_lm.tuner.batches import make_batch
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.logps import Scorer
@@ -72,7 +73,7 @@ def matmul_rate(dtype, size=8192, repeats=10):
     return 2 * size**3 / best
 
 
-def measure_step(model, pairs, steps=10, warmup=3, compiled=False, share_prompt=True, response_only=True,
+def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=True, response_only=True,
                  checkpoint=False, online_reference=False, loss="dpo"):  # fmt: skip
     """Time a training step on one batch.
 
@@ -95,8 +96,8 @@ def measure_step(model, pairs, steps=10, warmup=3, compiled=False, share_prompt=
                 logps = scorer(batch)
                 reference = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(pairs), 2).transpose(1, 0, 2)
                 mx.eval(reference)
-            sums, norm = step(batch, reference, True)
-            mx.eval(step.state(), sums, norm)
+            sums, _ = step(batch, reference, True)
+            mx.eval(step.state(), sums)
             seconds.append(time.perf_counter() - tic)
     median = float(np.median(seconds[warmup:]))
     return {
@@ -122,6 +123,7 @@ def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, devi
     Returns:
         `measure_step`'s dict with `device`, `flops` a step, the measured `rate` and the `share` of it.
     """
+    suit_training()
     if device is not None:
         mx.set_default_device(getattr(mx, device))
     on_gpu = mx.default_device() == mx.gpu

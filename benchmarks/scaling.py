@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "gpu"), help="instead of the default one")
     parser.add_argument("--response", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--base", type=json.loads, default={"prompt": 512, "pairs": 4, "vocabulary": 32768})
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds that one setting may take")
     for factor, values in FACTORS.items():

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ._blas import hint
+from ._cuda import suit_training
 from ._upstream import rebound, run_upstream
 
 run_upstream(
@@ -215,6 +216,7 @@ def run(args, training_callback=None):
                 "is sft; set loss_type, for example to dpo."
             ) from error
     check_config(args)
+    suit_training()
     if not args.train and (slow_blas := hint()) is not None:
         rprint(slow_blas)  # training says it itself
     with _told_plainly(args):
