@@ -66,6 +66,15 @@ def test_no_grad_norm_where_no_update_was_made(tmp_path):
     assert ["grad_norm" in line for line in training] == [False, True, False, True]
 
 
+def test_the_grad_norm_is_the_last_updates(tmp_path):
+    options = {"iters": 7, "grad_accumulation_steps": 2}
+    each, _ = short_run(tiny_llama(), PAIRS, tmp_path, **options)
+    norms = {line["iteration"]: line["grad_norm"] for line in each if "grad_norm" in line}
+    assert list(norms) == [2, 4, 6, 7] and len(set(norms.values())) == 4
+    some, _ = short_run(tiny_llama(), PAIRS, tmp_path, **options, steps_per_report=3)
+    assert [line["grad_norm"] for line in some] == [norms[2], norms[6], norms[7]]
+
+
 def fake_service(name, told):
     """A module that takes the calls of wandb and swanlab."""
     module = ModuleType(name)

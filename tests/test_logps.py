@@ -22,10 +22,10 @@ from plain_pass import (
 )
 
 from mlx_lm.tuner import head as head_module
+from mlx_lm.tuner import step as step_module
 from mlx_lm.tuner.batches import make_batch
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.head import Head
-from mlx_lm.tuner.lean import UnpackedEmbedding, UnpackedLinear, lean_layers, unpacked_head
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.losses import preference_loss
 from mlx_lm.tuner.modules import recomputed
@@ -130,37 +130,6 @@ def test_logps_and_their_gradients_are_those_of_a_softmax(seeds):
 def test_a_gpu_scores_by_a_formula_of_its_own(monkeypatch):
     monkeypatch.setattr(head_module, "_seeds_on_cpu", head_module._seeds_on_gpu)
     check(add_lora(make_model(UNTIED)))
-
-
-class TwoQuantized(nn.Module):
-    def __init__(self, bits, mode):
-        super().__init__()
-        self.linear = nn.Linear(64, 64)
-        self.embedding = nn.Embedding(32, 64)
-        self.linear.bias = mx.random.normal((64,))
-        nn.quantize(self, group_size=32, bits=bits, mode=mode)
-
-    def __call__(self, x):
-        return self.embedding.as_linear(self.linear(x))
-
-
-@pytest.mark.parametrize("bits, mode", [(4, "affine"), (8, "affine"), (4, "mxfp4")])
-def test_weights_are_unpacked_for_products_on_a_cpu(bits, mode):
-    model = TwoQuantized(bits, mode)
-    packed = [type(model.linear), type(model.embedding)]
-    x = mx.random.normal((2, 5, 64))
-    slope = mx.grad(lambda x: mx.square(model(x)).sum())
-    expected, expected_slope = model(x), slope(x)
-    with lean_layers(model):
-        assert [type(model.linear), type(model.embedding)] == [UnpackedLinear, UnpackedEmbedding]
-        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
-        assert mx.allclose(slope(x), expected_slope, rtol=1e-4, atol=1e-3)
-    with unpacked_head(model.embedding, "as_linear", x):
-        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
-        assert mx.allclose(slope(x), expected_slope, rtol=1e-4, atol=1e-3)
-    with unpacked_head(model.linear, "__call__", x):
-        assert mx.allclose(model(x), expected, rtol=1e-4, atol=1e-4)
-    assert [type(model.linear), type(model.embedding)] == packed
 
 
 def test_half_precision_models_are_scored_in_float32():
@@ -433,8 +402,9 @@ def test_a_model_without_layers_cannot_be_checkpointed():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
 @pytest.mark.parametrize("keys", [{"self_attn.q_proj"}, {"self_attn.q_proj", "lm_head"}])
-def test_a_compiled_step_is_the_eager_one(keys):
+def test_a_compiled_step_is_the_eager_one(keys, monkeypatch):
     mx.enable_compile()
+    monkeypatch.setattr(step_module, "VISITS_UNCOMPILED", 0)
 
     def steps(compiled):
         model = add_lora(make_model(UNTIED), keys, dropout=0.25)
@@ -452,3 +422,28 @@ def test_a_compiled_step_is_the_eager_one(keys):
     assert mx.allclose(eager[0], compiled[0], rtol=1e-4)
     assert mx.allclose(eager[1], compiled[1], rtol=1e-4)
     assert all(mx.allclose(value, compiled[2][name], atol=1e-5) for name, value in eager[2].items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
+def test_a_step_is_compiled_for_shapes_that_come_often():
+    mx.enable_compile()
+    model = add_lora(make_model(UNTIED))
+    objective, runs = Objective(Scorer(model), preference_loss("dpo")), []
+
+    def counted(*args, **options):
+        runs.append(1)
+        return objective(*args, **options)
+
+    step = Step(model, optim.SGD(0.1), counted, compiled=True)
+
+    def taken(share_prompt, times):
+        before = len(runs)
+        for _ in range(times):
+            batch, *_ = make_batch(PAIRS, share_prompt)
+            mx.eval(step(batch, reference_of(mx.zeros(6)), True), step.state())
+        return len(runs) - before
+
+    # Traced once by the compiler, then never run again; another shape is run until it has come as often.
+    assert taken(True, step_module.VISITS_UNCOMPILED + 3) == step_module.VISITS_UNCOMPILED + 1
+    assert taken(False, 2) == 2
+    assert taken(True, 2) == 0

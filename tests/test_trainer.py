@@ -16,6 +16,7 @@ from mlx_lm.tuner.utils import build_schedule, load_adapters
 from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner import preference
+from mlx_lm.tuner import step as step_module
 from mlx_lm.tuner.batches import make_batch
 from mlx_lm.tuner.datasets import CacheDataset, Pair
 from mlx_lm.tuner.logps import Scorer
@@ -168,7 +169,8 @@ def one_update(sizes, optimizer, compiled=False, max_grad_norm=None, loss_type="
 @pytest.mark.parametrize(
     "sizes, compiled", [([4, 4, 4], False), ([5, 5, 2], False), ([1, 11], False), ([1] * 12, False), ([6, 6], True)]
 )
-def test_small_batches_make_the_large_ones_update(sizes, compiled):
+def test_small_batches_make_the_large_ones_update(sizes, compiled, monkeypatch):
+    monkeypatch.setattr(step_module, "VISITS_UNCOMPILED", 0)
     expected, norm = one_update([12], optim.SGD(1e-2))
     found, found_norm = one_update(sizes, optim.SGD(1e-2), compiled)
     assert largest_difference(expected, trained(tiny_llama(moved=True))) > 1e-3
@@ -223,7 +225,8 @@ def run_with(folder, **options):
         {"grad_checkpoint": True, "compile": True},
     ],
 )
-def test_how_a_step_is_computed_changes_nothing(tmp_path, options):
+def test_how_a_step_is_computed_changes_nothing(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(step_module, "VISITS_UNCOMPILED", 1)
     expected, losses = run_with(tmp_path, compile=False)
     found, found_losses = run_with(tmp_path, **options)
     assert found_losses == pytest.approx(losses, abs=1e-5) and losses[0] != losses[-1]

@@ -198,6 +198,10 @@ class Run:
         self.trained_tokens, self.updates = (int(value) for value in extra.pop("counts").tolist())
         self.reference = np.array(extra.pop("reference")) if "reference" in extra else self.reference
         self.val_reference = np.array(extra.pop("val_reference")) if "val_reference" in extra else self.val_reference
+        if self.step.compiled:
+            # A compiled step rounds otherwise: the same ones are compiled as if there had been no interruption.
+            for iteration in range(1, self.iteration + 1):
+                self.step.visit(self.schedule.batch(iteration, None)[0])
         if "pairs" in extra:
             # Parts of the tree that hold no array have left no trace in the file.
             gradient = tree_map_with_path(lambda name, _: extra[name], self.model.trainable_parameters())
@@ -240,8 +244,8 @@ class Run:
             report = {"iteration": self.iteration, "val_loss": figures.pop("loss"), "val_time": seconds}
             self.callback.on_val_loss_report(report | {f"eval_{name}": value for name, value in figures.items()})
 
-    def report(self, ui, totals, norms, seconds, steps, tokens):
-        """Report on the steps since the last report."""
+    def report(self, ui, totals, norm, seconds, steps, tokens):
+        """Report on the steps since the last report; `norm` is the last update's gradient norm, None without one."""
         figures, pairs, trained = means(totals)
         if not np.isfinite(figures["loss"]):
             raise ConfigError(
@@ -256,8 +260,8 @@ class Run:
         if self.callback is not None:
             processed, padding = tokens
             report = {"iteration": self.iteration, "train_loss": figures.pop("loss"), **figures}
-            if norms:
-                report["grad_norm"] = float(np.mean([norm.item() for norm in norms]))
+            if norm is not None:
+                report["grad_norm"] = norm.item()
             self.callback.on_train_loss_report(
                 report
                 | {
@@ -270,6 +274,12 @@ class Run:
                     "peak_memory": peak_memory,
                 }
             )
+
+    def _is_last_update_of_report(self):
+        """Whether no other update is made from this iteration to the next report."""
+        every, report = self.args.grad_accumulation_steps, self.args.steps_per_report
+        next_update, next_report = self.iteration + every, -(-self.iteration // report) * report
+        return min(next_update, self.args.iters) > next_report or self.iteration == self.args.iters
 
     def _say(self, figures, more=""):
         if self.rank != 0:
@@ -293,43 +303,56 @@ class Run:
     def train(self):
         """Take the steps that are left."""
         args = self.args
-        totals, norms, tokens, seconds, steps = mx.zeros((len(FIGURES) + 2,)), [], np.zeros(2), 0.0, 0
+        totals, norm, tokens, seconds, steps = mx.zeros((len(FIGURES) + 2,)), None, np.zeros(2), 0.0, 0
         with TrainUI(args.iters, rank=self.rank) as ui:
             for _ in range(self.iteration):
                 ui.advance()
             if self.iteration == 0 and len(self.val_rows):
                 self.validate(ui)
             self.model.train()
-            tic = time.perf_counter()
+            tic, running = time.perf_counter(), totals
             upcoming = self.schedule.batch(self.iteration + 1, self.reference) if self.iteration < args.iters else None
             while self.iteration < args.iters:
                 batch, reference, counts = upcoming
                 self.iteration += 1
+                last = self.iteration == args.iters
                 # The steps that are left over at the end make an update of their own: no pair is dropped.
-                update = self.iteration % args.grad_accumulation_steps == 0 or self.iteration == args.iters
-                sums, norm = self.step(batch, reference, update)
+                update = self.iteration % args.grad_accumulation_steps == 0 or last
+                sums, new_norm = self.step(batch, reference, update)
                 totals, tokens, steps = totals + sums, tokens + counts, steps + 1
-                norms += [norm] if update else []
                 self.updates += update
-                mx.async_eval(self.step.state(), totals, norms, self.step.accumulated)
                 refresh = update and args.reference_update_steps and self.updates % args.reference_update_steps == 0
-                if self.iteration < args.iters and not (refresh and self.loss.needs_reference):
+                refresh = refresh and self.loss.needs_reference and not last
+                reports = last or self.iteration % args.steps_per_report == 0
+                evaluates = len(self.val_rows) and (last or self.iteration % args.steps_per_eval == 0)
+                saves = self.iteration % args.steps_per_save == 0
+                if update and self._is_last_update_of_report():
+                    # The others' norms are never computed.
+                    norm = new_norm
+                work = [self.step.state(), totals, [] if norm is None else norm, self.step.accumulated or []]
+                mx.async_eval(work)
+                if not (refresh or last):
                     # The next batch is made while the device works on this one.
                     upcoming = self.schedule.batch(self.iteration + 1, self.reference)
-                mx.eval(self.step.state(), totals, norms, self.step.accumulated)
+                if refresh or reports or evaluates or saves:
+                    mx.eval(work)
+                else:
+                    # The next step is traced while the device works on this one, but no more than that.
+                    mx.eval(running)
+                running = totals
                 if mx.get_cache_memory() > (args.clear_cache_threshold or mx.get_peak_memory()):
                     mx.clear_cache()
                 seconds += time.perf_counter() - tic
                 ui.advance()
-                if self.iteration % args.steps_per_report == 0 or self.iteration == args.iters:
-                    self.report(ui, totals, norms, seconds, steps, tokens)
-                    totals, norms, tokens, seconds, steps = mx.zeros_like(totals), [], np.zeros(2), 0.0, 0
-                if self.iteration < args.iters and refresh and self.loss.needs_reference:
+                if reports:
+                    self.report(ui, totals, norm, seconds, steps, tokens)
+                    totals, norm, tokens, seconds, steps = mx.zeros_like(totals), None, np.zeros(2), 0.0, 0
+                if refresh:
                     self._update_reference()
                     upcoming = self.schedule.batch(self.iteration + 1, self.reference)
-                if len(self.val_rows) and (self.iteration % args.steps_per_eval == 0 or self.iteration == args.iters):
+                if evaluates:
                     self.validate(ui)
-                if self.iteration % args.steps_per_save == 0:
+                if saves:
                     saved = self.save()
                     if saved is not None:
                         ui.report_save(saved)

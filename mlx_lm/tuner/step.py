@@ -1,6 +1,7 @@
 """The training step of a preference run: logps, loss, gradient, accumulation, update."""
 
-from functools import partial
+from collections import Counter
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,8 +10,9 @@ from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
 from .batches import Batch, Group
-from .lean import lean_layers
+from .lean import fused_attention, lean_layers
 from .losses import PairLogps, wpo_weights
+from .modules import parameters_in
 
 # What is summed over pairs, in this order; TRL's names.
 FIGURES = (
@@ -25,6 +27,10 @@ FIGURES = (
 
 # Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
 ROUNDING = 2e-6
+
+# To compile a step for a shape takes about as long as so many compiled steps save, measured on an H200: in the first
+# epochs most batches of a data set have a shape of their own.
+VISITS_UNCOMPILED = 3
 
 
 class Objective:
@@ -115,7 +121,7 @@ class Step:
     Args:
         model, optimizer: what is trained.
         objective: an `Objective`.
-        compiled: whether to compile the step.
+        compiled: whether to compile the step: the update, and the gradient of batches whose shape comes often.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
     """
 
@@ -124,8 +130,8 @@ class Step:
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         self._value_and_grad = nn.value_and_grad(model, lambda _, *inputs: objective(*inputs, gradient=True))
-        self._compiled = {}
-        self._compile = compiled
+        self.compiled = compiled
+        self._visits = Counter()  # of each shape of a batch
         self.accumulated = None  # (gradient, number of pairs) of the batches since the last update
 
     def __call__(self, batch, reference, update):
@@ -135,33 +141,49 @@ class Step:
             `(sums, gradient norm)`: `Objective`'s sums, and the mean gradient's norm before clipping, None
             where there was no update. Nothing is evaluated yet.
         """
-        sums, norm, self.accumulated = self._function(update)(batch, reference, self.accumulated)
-        return sums, norm
+        take = self._compiled_gradient if self.visit(batch) > VISITS_UNCOMPILED else self._take_gradient
+        sums, gradient = take(batch, reference)
+        pairs = sums[len(FIGURES)]
+        if self.accumulated is not None:
+            gradient = tree_map(lambda new, old: new + old, gradient, self.accumulated[0])
+            pairs = pairs + self.accumulated[1]
+        if not update:
+            self.accumulated = gradient, pairs
+            return sums, None
+        self.accumulated = None
+        return sums, self._compiled_update(gradient, pairs)
+
+    def visit(self, batch):
+        """Count a batch, a resumed run the earlier ones too, and return how often there was one of its shape."""
+        shape = tuple(value.shape for _, value in tree_flatten(batch))
+        self._visits[shape] += 1
+        return self._visits[shape]
+
+    # Compiled when first used: what they change is only then what it will be.
+
+    @cached_property
+    def _compiled_gradient(self):
+        if not self.compiled:
+            return self._take_gradient
+        return mx.compile(self._take_gradient, inputs=[self.model.state, mx.random.state], outputs=[mx.random.state])
+
+    @cached_property
+    def _compiled_update(self):
+        return mx.compile(self._update, inputs=self.state(), outputs=self.state()) if self.compiled else self._update
 
     def state(self):
         """All that the step changes."""
         return [self.model.state, self.optimizer.state, mx.random.state]
 
-    def _function(self, update):
-        if not self._compile:
-            return partial(self._take, update)
-        if update not in self._compiled:
-            state = self.state()
-            self._compiled[update] = mx.compile(partial(self._take, update), inputs=state, outputs=state)
-        return self._compiled[update]
-
-    def _take(self, update, batch, reference, accumulated):
+    def _take_gradient(self, batch, reference):
         groups = tuple(Group(*group) for group in batch[1])
         batch = Batch(*batch)._replace(groups=groups)
-        # Around the backward pass too, for layers that it computes again.
-        with lean_layers(self.model):
+        # Around the backward pass too, for layers that it computes again. MLX leaves its tracers in the model.
+        with lean_layers(self.model), fused_attention(), parameters_in(self.model, self.model.trainable_parameters()):
             (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
-        pairs = sums[len(FIGURES)]
-        if accumulated is not None:
-            gradient = tree_map(lambda new, old: new + old, gradient, accumulated[0])
-            pairs = pairs + accumulated[1]
-        if not update:
-            return sums, None, (gradient, pairs)
+        return sums, gradient
+
+    def _update(self, gradient, pairs):
         world = mx.distributed.init()
         if world.size() > 1:
             gradient, pairs = average_gradients(gradient), mx.distributed.all_sum(pairs) / world.size()
@@ -171,4 +193,4 @@ class Step:
         else:
             gradient, norm = clip_grad_norm(gradient, self.max_grad_norm)
         self.optimizer.update(self.model, gradient)
-        return sums, norm, None
+        return norm
