@@ -11,7 +11,7 @@ from ..models import activations
 from .lora import LoRALinear
 from .modules import exchanged, intercepted
 
-# MLX's CUDA backend has a fused backward pass of attention for numbers of queries that are multiples of this.
+# MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
 ATTENTION_TILE = 128
 
 
@@ -121,18 +121,17 @@ def computed_again(function):
 
 
 def padded_attention(attention, queries, keys, values, *args, mask=None, **kwargs):
-    """MLX's `attention`, its queries padded to a length for which CUDA has a fused backward pass.
+    """MLX's `attention`, padded to lengths for which CUDA has a fused backward pass.
 
     Queries attend to the keys up to their own, the last query to the last key: zeros after both change nothing
-    for those before, nor do zeros before the queries. Keys are padded where that takes no more queries, because
-    each pair of lengths has a plan that takes time to make.
+    for those before, nor do zeros before the queries. There are fewer such lengths too, and each pair of them has a
+    plan that takes time to make.
 
     Args:
         attention: `mx.fast.scaled_dot_product_attention`; what follows are its arguments.
     """
     length = queries.shape[2]
-    before, after = -length % ATTENTION_TILE, -keys.shape[2] % ATTENTION_TILE
-    before, after = (before - after, after) if after <= before else (before, 0)
+    before, after = (keys.shape[2] - length) % ATTENTION_TILE, -keys.shape[2] % ATTENTION_TILE
     fusible = queries.dtype in (mx.float16, mx.bfloat16) and isinstance(mask, str)
     if not fusible or not (before or after):
         return attention(queries, keys, values, *args, mask=mask, **kwargs)

@@ -167,7 +167,7 @@ STEP_OPTIONS = (
         "compile",
         None,
         bool,
-        "Compile the training step; by default on a GPU only, where it is faster",
+        "Compile the step for batches of a shape that comes often; by default on a GPU only, where it is faster",
         group="step",
     ),
     Option(
