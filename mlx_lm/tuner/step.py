@@ -187,10 +187,12 @@ class Step:
         world = mx.distributed.init()
         if world.size() > 1:
             gradient, pairs = average_gradients(gradient), mx.distributed.all_sum(pairs) / world.size()
-        gradient = tree_map(lambda value: (value / pairs).astype(value.dtype), gradient)
+        mean = tree_map(lambda value: (value / pairs).astype(value.dtype), gradient)
         if self.max_grad_norm is None:
-            norm = mx.sqrt(sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradient)))
+            # Of the sum: the mean, which the optimizer alone reads then, is no array of its own in a compiled update.
+            squares = sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradient))
+            norm = mx.sqrt(squares) / pairs
         else:
-            gradient, norm = clip_grad_norm(gradient, self.max_grad_norm)
-        self.optimizer.update(self.model, gradient)
+            mean, norm = clip_grad_norm(mean, self.max_grad_norm)
+        self.optimizer.update(self.model, mean)
         return norm
