@@ -5,9 +5,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import make_model
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen3
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from plain_pass import PAIRS, add_lora, gradient_error, plain_gradient, plain_logps, reference_of, scored_gradient
 
 from mlx_lm.tuner import lean
@@ -141,6 +143,44 @@ def test_a_gpu_keeps_no_activations_that_it_can_compute_again(monkeypatch):
         scorer = Scorer(model)
         assert gradient_error(scored_gradient(scorer, reference), expected) < 1e-4
     assert qwen3.swiglu is swiglu
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = qwen3.MLP(32, 256)
+
+    def __call__(self, x):
+        return x + self.mlp(x)
+
+
+def test_a_gpu_keeps_neither_activations_nor_what_they_make(monkeypatch):
+    """Of a block's wide arrays gate and up stay: not the sigmoid, its products, or down's input."""
+    blocks = nn.Sequential(*(Block() for _ in range(8)))
+    blocks.freeze()
+    linear_to_lora_layers(blocks, 8, {"rank": 2, "dropout": 0.0, "scale": 2.0})
+    x = mx.random.normal((4000, 32))
+
+    def total(parameters):
+        blocks.update(parameters)
+        return mx.sin(blocks(x)).sum()
+
+    def taken():
+        with lean_layers(blocks):
+            gradient = mx.grad(total)(kept)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(gradient)
+        return dict(tree_flatten(gradient)), mx.get_peak_memory() - before
+
+    kept = tree_map(lambda value: value + 0.01, blocks.trainable_parameters())
+    mx.eval(x, blocks.parameters(), kept)
+    expected, most = taken()
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    found, least = taken()
+    assert all(mx.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
+    assert any(mx.abs(value).max().item() > 0.1 for value in expected.values())
+    assert least < 0.7 * most
 
 
 # Lengths of queries and keys, and those that attention is given.

@@ -26,7 +26,8 @@ class LeanLoRALinear(LoRALinear):
         lora_a, lora_b = self.lora_a.astype(x.dtype), (self.scale * self.lora_b).astype(x.dtype)
         dropped = self.dropout(x)
         if dropped is x and not self.linear.trainable_parameters():
-            return _adapted_product(self.linear, x, lora_a, lora_b)
+            _, function, inputs = _recipes.get(id(x), (x, lambda x: x, (x,)))
+            return _adapted_product(self.linear, function, inputs, lora_a, lora_b)
         return mx.addmm(self.linear(x), dropped @ lora_a, lora_b)
 
 
@@ -48,30 +49,32 @@ class UnpackedEmbedding(nn.QuantizedEmbedding):
         return _unpacked_product(self, x)
 
 
-def _adapted_product(linear, x, lora_a, lora_b):
-    """`linear(x) + x @ lora_a @ lora_b` of a frozen layer, with a backward pass that reads large arrays seldom.
+def _adapted_product(linear, function, inputs, lora_a, lora_b):
+    """`linear(x) + x @ lora_a @ lora_b` of a frozen layer and x = `function(*inputs)`, with a lean backward pass.
 
-    MLX evaluates gradients of parameters last and keeps what they need until then: here the gradient that is
-    passed on waits for them.
+    It reads large arrays seldom, and keeps the inputs and not x. MLX evaluates gradients of parameters last and keeps
+    what they need until then: here the gradient that is passed on waits for them.
     """
 
     @mx.custom_function
-    def product(x, lora_a, lora_b):
+    def product(lora_a, lora_b, *inputs):
+        x = function(*inputs)
         low = x @ lora_a
         return mx.addmm(linear(x), low, lora_b), low
 
     @product.vjp
-    def backward(inputs, cotangents, outputs):
-        x, lora_a, lora_b = inputs
+    def backward(arrays, cotangents, outputs):
+        lora_a, lora_b, *inputs = arrays
+        x = function(*mx.depends(inputs, [cotangents[0]]))
         rows, low, slope = (value.reshape(-1, value.shape[-1]) for value in (x, outputs[1], cotangents[0]))
         low_slope = slope @ lora_b.T
         own = [rows.T @ low_slope, low.T @ slope]
         cotangent, low_slope = mx.depends([cotangents[0], low_slope], own)
         _, (passed_on,) = mx.vjp(linear, [x], [cotangent])
         passed_on = mx.addmm(passed_on.reshape(rows.shape), low_slope, lora_a.T)
-        return passed_on.reshape(x.shape), *own
+        return *own, *_slopes(function, inputs, passed_on.reshape(x.shape))
 
-    return product(x, lora_a, lora_b)[0]
+    return product(lora_a, lora_b, *inputs)[0]
 
 
 def _unpacked_product(module, x):
@@ -101,6 +104,11 @@ def _in_float32(x, weight):
     return (x.astype(mx.float32) @ weight).astype(x.dtype)
 
 
+# How arrays were made that can be computed again, while lean layers are in place, by their identity: the array, which
+# keeps that its own, the function and its inputs.
+_recipes = {}
+
+
 def computed_again(function):
     """`function` of arrays, of which nothing but its inputs is kept for the backward pass."""
 
@@ -110,14 +118,24 @@ def computed_again(function):
 
     @once.vjp
     def again(inputs, cotangent, _):
-        slopes = []
-        for i in range(len(inputs)):
-            # One gradient after another: what they have in common would be an array, which a fused kernel needs not.
-            values = mx.depends(list(inputs), [cotangent, *slopes])
-            slopes.append(mx.vjp(function, values, [cotangent])[1][i])
-        return tuple(slopes)
+        return tuple(_slopes(function, inputs, cotangent))
 
-    return once
+    def remembered(*inputs):
+        out = once(*inputs)
+        _recipes[id(out)] = out, function, inputs
+        return out
+
+    return remembered
+
+
+def _slopes(function, inputs, cotangent):
+    """The gradients of `inputs`, from them and the gradient of `function`'s output alone."""
+    slopes = []
+    for i in range(len(inputs)):
+        # One after another: what they have in common would be an array, which a fused kernel needs not write.
+        values = mx.depends(list(inputs), [cotangent, *slopes])
+        slopes.append(mx.vjp(function, values, [cotangent])[1][i])
+    return slopes
 
 
 def padded_attention(attention, queries, keys, values, *args, mask=None, **kwargs):
@@ -166,6 +184,7 @@ def lean_layers(model):
                         stack.enter_context(exchanged(namespace, "swiglu", computed_again(swiglu)))
             yield
     finally:
+        _recipes.clear()
         for module, original in layers:
             module.__class__ = original
 
