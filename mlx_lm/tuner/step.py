@@ -141,7 +141,8 @@ class Step:
             `(sums, gradient norm)`: `Objective`'s sums, and the mean gradient's norm before clipping, None
             where there was no update. Nothing is evaluated yet.
         """
-        take = self._compiled_gradient if self.visit(batch) > VISITS_UNCOMPILED else self._take_gradient
+        often = self.visit(batch) > VISITS_UNCOMPILED
+        take = self._compiled_gradient if self.compiled and often else self._take_gradient
         sums, gradient = take(batch, reference)
         pairs = sums[len(FIGURES)]
         if self.accumulated is not None:
@@ -151,7 +152,7 @@ class Step:
             self.accumulated = gradient, pairs
             return sums, None
         self.accumulated = None
-        return sums, self._compiled_update(gradient, pairs)
+        return sums, (self._compiled_update if self.compiled else self._update)(gradient, pairs)
 
     def visit(self, batch):
         """Count a batch, a resumed run the earlier ones too, and return how often there was one of its shape."""
@@ -163,13 +164,11 @@ class Step:
 
     @cached_property
     def _compiled_gradient(self):
-        if not self.compiled:
-            return self._take_gradient
         return mx.compile(self._take_gradient, inputs=[self.model.state, mx.random.state], outputs=[mx.random.state])
 
     @cached_property
     def _compiled_update(self):
-        return mx.compile(self._update, inputs=self.state(), outputs=self.state()) if self.compiled else self._update
+        return mx.compile(self._update, inputs=self.state(), outputs=self.state())
 
     def state(self):
         """All that the step changes."""
