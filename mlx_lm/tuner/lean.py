@@ -26,8 +26,9 @@ class LeanLoRALinear(LoRALinear):
         lora_a, lora_b = self.lora_a.astype(x.dtype), (self.scale * self.lora_b).astype(x.dtype)
         dropped = self.dropout(x)
         if dropped is x and not self.linear.trainable_parameters():
-            _, function, inputs = _recipes.get(id(x), (x, lambda x: x, (x,)))
-            return _adapted_product(self.linear, function, inputs, lora_a, lora_b)
+            _, function, inputs = _recipes.get(id(x), (x, None, (x,)))
+            out = _adapted_product(self.linear, function, inputs, lora_a, lora_b)
+            return out.reshape(*x.shape[:-1], out.shape[-1])
         return mx.addmm(self.linear(x), dropped @ lora_a, lora_b)
 
 
@@ -50,29 +51,37 @@ class UnpackedEmbedding(nn.QuantizedEmbedding):
 
 
 def _adapted_product(linear, function, inputs, lora_a, lora_b):
-    """`linear(x) + x @ lora_a @ lora_b` of a frozen layer and x = `function(*inputs)`, with a lean backward pass.
+    """The rows `(N, out)` of `linear(x) + x @ lora_a @ lora_b`, with a lean backward pass.
 
     It reads large arrays seldom, and keeps the inputs and not x. MLX evaluates gradients of parameters last and keeps
     what they need until then: here the gradient that is passed on waits for them.
+
+    Args:
+        linear: a frozen layer.
+        function, inputs: x is `function(*inputs)`, elementwise, or with None the one input.
+        lora_a, lora_b: `(in, rank)` and `(rank, out)`.
     """
+
+    def rows_of(inputs):
+        x = function(*inputs) if function else inputs[0]
+        return x.reshape(-1, x.shape[-1])
 
     @mx.custom_function
     def product(lora_a, lora_b, *inputs):
-        x = function(*inputs)
-        low = x @ lora_a
-        return mx.addmm(linear(x), low, lora_b), low
+        rows = rows_of(inputs)
+        low = rows @ lora_a
+        return mx.addmm(linear(rows), low, lora_b), low
 
     @product.vjp
     def backward(arrays, cotangents, outputs):
-        lora_a, lora_b, *inputs = arrays
-        x = function(*mx.depends(inputs, [cotangents[0]]))
-        rows, low, slope = (value.reshape(-1, value.shape[-1]) for value in (x, outputs[1], cotangents[0]))
+        (lora_a, lora_b, *inputs), (slope, _), (_, low) = arrays, cotangents, outputs
+        rows = rows_of(mx.depends(inputs, [slope]) if function else inputs)
         low_slope = slope @ lora_b.T
         own = [rows.T @ low_slope, low.T @ slope]
-        cotangent, low_slope = mx.depends([cotangents[0], low_slope], own)
-        _, (passed_on,) = mx.vjp(linear, [x], [cotangent])
-        passed_on = mx.addmm(passed_on.reshape(rows.shape), low_slope, lora_a.T)
-        return *own, *_slopes(function, inputs, passed_on.reshape(x.shape))
+        slope, low_slope = mx.depends([slope, low_slope], own)
+        _, (passed_on,) = mx.vjp(linear, [rows], [slope])
+        passed_on = mx.addmm(passed_on, low_slope, lora_a.T).reshape(inputs[0].shape)
+        return *own, *(_slopes(function, inputs, passed_on) if function else [passed_on])
 
     return product(lora_a, lora_b, *inputs)[0]
 
@@ -110,7 +119,7 @@ _recipes = {}
 
 
 def computed_again(function):
-    """`function` of arrays, of which nothing but its inputs is kept for the backward pass."""
+    """`function` of arrays, elementwise, of which nothing but its inputs is kept for the backward pass."""
 
     @mx.custom_function
     def once(*inputs):
@@ -179,7 +188,7 @@ def lean_layers(model):
             if on_gpu:
                 # A CPU is slower at the exponentials that would be computed again than at keeping them.
                 swiglu = activations.swiglu
-                for namespace in {sys.modules[type(module).__module__] for module in model.modules()}:
+                for namespace in {sys.modules.get(type(module).__module__) for module in model.modules()}:
                     if getattr(namespace, "swiglu", None) is swiglu:
                         stack.enter_context(exchanged(namespace, "swiglu", computed_again(swiglu)))
             yield
