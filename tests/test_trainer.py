@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -189,6 +190,21 @@ def test_a_run_of_small_batches_makes_the_large_ones_updates(tmp_path):
     assert largest_difference(trained(small), trained(large)) < 1e-5
     assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in one], abs=1e-5)
     assert [line["trained_tokens"] for line in many] == [line["trained_tokens"] for line in one]
+
+
+def test_a_model_is_freed_with_its_step():
+    """At once: memory that waits for the collection of cycles may be the next model's."""
+    model = tiny_llama()
+    step = Step(model, optim.SGD(1e-2), Objective(Scorer(model), preference_loss("dpo")), compiled=False)
+    mx.eval(step(make_batch(PAIRS[:4], True)[0], mx.zeros((4, 2, 2)), True), step.state())
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, step
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_steps_left_over_at_the_end_make_an_update(tmp_path):
