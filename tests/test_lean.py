@@ -1,5 +1,7 @@
 """Layers that compute what mlx-lm's do with less work."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -18,8 +20,10 @@ from mlx_lm.tuner.lean import (
     LeanLoRALinear,
     UnpackedEmbedding,
     UnpackedLinear,
+    blocked_attention,
     computed_again,
-    fused_attention,
+    lean_attention,
+    lean_attentions,
     lean_layers,
     padded_attention,
     unpacked_head,
@@ -195,60 +199,121 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize("lengths, given", LENGTHS)
-def test_padded_attention_is_attention(lengths, given):
-    queries, keys = lengths
+def attended(function, lengths, dtype=mx.float32, mask="causal", heads=(4, 2)):
+    """`[output, gradients of queries, keys and values]` of random ones, 8 dimensions a head."""
     draw = np.random.default_rng(0)
-    arrays = [
-        mx.array(draw.normal(size=(2, heads, length, 8)), mx.bfloat16)
-        for heads, length in ((4, queries), (2, keys), (2, keys), (4, queries))
+    shapes = [(2, count, length, 8) for count, length in zip((heads[0], heads[1], heads[1]), (*lengths, lengths[1]),
+                                                             strict=True)]  # fmt: skip
+    arrays = [mx.array(draw.normal(size=shape), mx.bfloat16).astype(dtype) for shape in (*shapes, shapes[0])]
+    (out,), slopes = mx.vjp(lambda *qkv: function(*qkv, scale=0.4, mask=mask), arrays[:3], arrays[3:])
+    return [out, *slopes]
+
+
+def errors(found, expected):
+    assert [value.shape for value in found] == [value.shape for value in expected]
+    return [
+        (mx.linalg.norm(a.astype(mx.float32) - b) / mx.linalg.norm(b)).item()
+        for a, b in zip(found, expected, strict=True)
     ]
-    seen = []
+
+
+def spied(function, seen):
+    """`function` whose attention notes the lengths of its queries and keys."""
 
     def attention(*args, **options):
         seen.append((args[0].shape[2], args[1].shape[2]))
         assert args[1].shape == args[2].shape
         return ATTENTION(*args, **options)
 
-    def taken(function, dtype):
-        q, k, v, cotangent = (value.astype(dtype) for value in arrays)
-        (out,), slopes = mx.vjp(lambda *qkv: function(*qkv, scale=0.4, mask="causal"), [q, k, v], [cotangent])
-        return [out, *slopes]
+    return partial(function, attention)
 
-    # Rounded to bfloat16, or a token off.
-    expected = taken(ATTENTION, mx.float32)
-    for a, b in zip(taken(lambda *qkv, **options: padded_attention(attention, *qkv, **options), mx.bfloat16), expected,
-                    strict=True):  # fmt: skip
-        assert a.shape == b.shape
-        assert (mx.linalg.norm(a.astype(mx.float32) - b) / mx.linalg.norm(b)).item() < 2e-2
+
+@pytest.mark.parametrize("lengths, given", LENGTHS)
+def test_padded_attention_is_attention(lengths, given):
+    seen = []
+    found = attended(spied(padded_attention, seen), lengths, mx.bfloat16)
+    assert max(errors(found, attended(ATTENTION, lengths))) < 2e-2  # rounded to bfloat16, or a token off
     assert seen == [given]
 
 
-def test_attention_that_cannot_be_fused_is_not_padded():
+@pytest.mark.parametrize("lengths", [(100, 100), (40, 100), (33, 33), (1, 50)])
+@pytest.mark.parametrize("mask", ["causal", None, "window", "rows"])
+def test_attention_in_blocks_is_attention(lengths, mask, monkeypatch):
+    queries, keys = lengths
+    place, key = mx.arange(keys - queries, keys)[:, None], mx.arange(keys)
+    if mask == "window":
+        mask = (key <= place) & (key > place - 7)
+    elif mask == "rows":
+        mask = (key > 3)[None]
+    monkeypatch.setattr(lean, "BLOCK_SCORES", 2 * 4 * keys * 32)
     seen = []
-
-    def attention(*args, **options):
-        seen.append(args[0].shape[2])
-        return ATTENTION(*args, **options)
-
-    half, single = (mx.zeros((1, 2, 5, 8), dtype) for dtype in (mx.bfloat16, mx.float32))
-    padded_attention(attention, single, single, single, scale=1.0, mask="causal")
-    padded_attention(attention, half, half, half, scale=1.0)
-    padded_attention(attention, half, half, half, scale=1.0, mask=mx.ones((5, 5), mx.bool_))
-    assert seen == [5, 5, 5]
+    found = attended(spied(blocked_attention, seen), lengths, mask=mask)
+    assert max(errors(found, attended(ATTENTION, lengths, mask=mask))) < 1e-5
+    blocks = -(-queries // 32)
+    assert len(seen) == 2 * blocks and {length for length, _ in seen} <= {32, queries % 32, queries}
+    causal = isinstance(mask, str)
+    assert sorted({length for _, length in seen})[0] == (keys - queries + min(32, queries) if causal else keys)
 
 
-def test_attention_is_padded_on_cuda_alone(monkeypatch):
-    with fused_attention():
-        assert mx.fast.scaled_dot_product_attention is ATTENTION
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    with fused_attention():
-        assert mx.fast.scaled_dot_product_attention is ATTENTION
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    with fused_attention():
-        assert mx.fast.scaled_dot_product_attention.func is padded_attention
+def test_memory_of_attention_in_blocks_grows_with_its_length(monkeypatch):
+    monkeypatch.setattr(lean, "BLOCK_SCORES", 2**16)
+
+    def peak(function, length):
+        gradient = mx.grad(lambda x: function(x, x, x, scale=0.4, mask="causal").sum())(mx.ones((1, 4, length, 8)))
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(gradient)
+        return mx.get_peak_memory() - before
+
+    blocked = partial(blocked_attention, ATTENTION)
+    assert peak(ATTENTION, 1024) > 3.5 * peak(ATTENTION, 512)
+    assert peak(blocked, 1024) < 2.5 * peak(blocked, 512) < peak(ATTENTION, 512) / 2
+
+
+@pytest.mark.parametrize(
+    "device, dtype, mask, dimension, chosen",
+    [
+        ("cpu", mx.float32, "causal", 8, "blocked"),
+        ("cpu", mx.float32, "causal", 32, "plain"),  # few keys for its width
+        ("cpu", mx.float32, None, 8, "blocked"),
+        ("cpu", mx.float32, mx.ones((100, 100), mx.bool_), 8, "blocked"),
+        ("cpu", mx.float32, mx.zeros((100, 100)), 8, "plain"),  # it may have a gradient
+        ("metal", mx.bfloat16, "causal", 8, "blocked"),
+        ("cuda", mx.bfloat16, "causal", 8, "padded"),
+        ("cuda", mx.bfloat16, "causal", 32, "padded"),
+        ("cuda", mx.bfloat16, "causal", 136, "plain"),
+        ("cuda", mx.float32, "causal", 8, "blocked"),
+        ("cuda", mx.bfloat16, None, 8, "blocked"),
+    ],
+)
+def test_which_attention_a_step_takes(device, dtype, mask, dimension, chosen, monkeypatch):
+    taken = []
+    monkeypatch.setattr(lean, "padded_attention", lambda *_, **__: taken.append("padded"))
+    monkeypatch.setattr(lean, "blocked_attention", lambda *_, **__: taken.append("blocked"))
+    if device != "cpu":
+        monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+        monkeypatch.setattr(mx.metal, "is_available", lambda: device == "metal")
+    x = mx.zeros((1, 2, 100, dimension), dtype)
+    lean_attention(lambda *_, **__: taken.append("plain"), x, x, x, scale=1.0, mask=mask)
+    assert taken == [chosen]
+    lean_attention(lambda *_, **__: taken.append("with sinks"), x, x, x, scale=1.0, mask=None, sinks=mx.zeros((2,)))
+    assert taken == [chosen, "with sinks"]
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_gradients_with_lean_attention_are_the_plain_ones(share_prompt, checkpoint, monkeypatch):
+    model = add_lora(make_model("qwen3"))
+    expected = plain_logps(model)
+    gradient = plain_gradient(model, reference_of(expected))
+    monkeypatch.setattr(lean, "KEYS_A_DIMENSION", 0)
+    monkeypatch.setattr(lean, "BLOCK_SCORES", 1)
+    scorer = Scorer(model)
+    with lean_attentions():
+        assert mx.fast.scaled_dot_product_attention is not ATTENTION
+        found = scored_gradient(scorer, reference_of(expected), PAIRS, share_prompt, checkpoint)
     assert mx.fast.scaled_dot_product_attention is ATTENTION
+    assert gradient_error(found, gradient) < 1e-4
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -259,9 +324,7 @@ def test_scores_with_padded_attention_are_the_plain_ones(share_prompt, monkeypat
     gradient = plain_gradient(model, reference_of(expected))
     monkeypatch.setattr(lean, "ATTENTION_TILE", 16)
     scorer = Scorer(model)
-    monkeypatch.setattr(
-        mx.fast, "scaled_dot_product_attention", lambda *args, **options: padded_attention(ATTENTION, *args, **options)
-    )
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", partial(padded_attention, ATTENTION))
     assert mx.abs(scorer(make_batch(PAIRS, share_prompt)[0]).total - expected).max().item() < 0.3
     assert gradient_error(scored_gradient(scorer, reference_of(expected), PAIRS, share_prompt), gradient) < 0.1
 

@@ -13,6 +13,10 @@ from .modules import exchanged, intercepted
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
 ATTENTION_TILE = 128
+# Where there is none, a query's scores are kept for each key. With so many keys a head's dimension they are more than
+# what it takes to compute them again, which is done for so many scores at a time.
+KEYS_A_DIMENSION = 4
+BLOCK_SCORES = 2**23
 
 
 class LeanLoRALinear(LoRALinear):
@@ -147,23 +151,78 @@ def _slopes(function, inputs, cotangent):
     return slopes
 
 
-def padded_attention(attention, queries, keys, values, *args, mask=None, **kwargs):
-    """MLX's `attention`, padded to lengths for which CUDA has a fused backward pass.
-
-    Queries attend to the keys up to their own, the last query to the last key: zeros after both change nothing
-    for those before, nor do zeros before the queries. There are fewer such lengths too, and each pair of them has a
-    plan that takes time to make.
+def lean_attention(attention, queries, keys, values, *, mask=None, **options):
+    """MLX's `attention` with a backward pass that does not keep a score for each query and key.
 
     Args:
         attention: `mx.fast.scaled_dot_product_attention`; what follows are its arguments.
     """
+    causal, half = isinstance(mask, str), queries.dtype in (mx.float16, mx.bfloat16)
+    on_cuda = mx.default_device() == mx.gpu and not mx.metal.is_available()
+    if on_cuda and half and causal and max(queries.shape[3], values.shape[3]) <= 128:
+        return padded_attention(attention, queries, keys, values, mask=mask, **options)
+    # Sinks, and masks of numbers, may have gradients of their own.
+    plain = options.get("sinks") is None and (mask is None or causal or mask.dtype == mx.bool_)
+    if plain and keys.shape[2] > KEYS_A_DIMENSION * queries.shape[3]:
+        return blocked_attention(attention, queries, keys, values, mask=mask, **options)
+    return attention(queries, keys, values, mask=mask, **options)
+
+
+def blocked_attention(attention, queries, keys, values, mask=None, **options):
+    """`attention` in blocks of queries, each computed again in the backward pass; arguments as for `lean_attention`."""
+    batch, heads, length, _ = queries.shape
+    whole = keys.shape[2]
+    size = max(32, BLOCK_SCORES // (batch * heads * whole))
+    causal = isinstance(mask, str)
+    spans = [(start, min(start + size, length)) for start in range(0, length, size)]
+
+    def block(queries, keys, values, start, stop):
+        rows = mask if mask is None or causal or mask.shape[-2] == 1 else mask[..., start:stop, :]
+        return attention(queries, keys, values, mask=rows, **options)
+
+    def seen(stop):
+        """How many keys a block's queries may attend to: the last query to the last key."""
+        return whole - length + stop if causal else whole
+
+    @mx.custom_function
+    def blocks(queries, keys, values):
+        parts = []
+        for start, stop in spans:
+            own = queries[:, :, start:stop]
+            if parts:
+                own = mx.depends([own], [parts[-1]])[0]
+            parts.append(block(own, keys[:, :, : seen(stop)], values[:, :, : seen(stop)], start, stop))
+        return mx.concatenate(parts, axis=2)
+
+    @blocks.vjp
+    def backward(inputs, cotangent, _):
+        queries, keys, values = inputs
+        slopes, sums = [], [mx.zeros(x.shape) for x in (keys, values)]
+        for start, stop in spans:
+            own, slope = mx.depends([queries[:, :, start:stop], cotangent[:, :, start:stop]], sums)
+            others = [x[:, :, : seen(stop)] for x in (keys, values)]
+            _, (first, *rest) = mx.vjp(partial(block, start=start, stop=stop), [own, *others], [slope])
+            slopes.append(first)
+            after = [(0, 0), (0, 0), (0, whole - seen(stop)), (0, 0)]
+            sums = [total + mx.pad(x.astype(mx.float32), after) for total, x in zip(sums, rest, strict=True)]
+            # Left for later, the queries' gradients would keep each block's scores.
+            sums = mx.depends(sums, [first])
+        return mx.concatenate(slopes, axis=2), *(total.astype(keys.dtype) for total in sums)
+
+    return blocks(queries, keys, values)
+
+
+def padded_attention(attention, queries, keys, values, mask, **options):
+    """Causal `attention`, padded to lengths for which CUDA has a fused backward pass; arguments as `lean_attention`.
+
+    Queries attend to the keys up to their own, the last query to the last key: zeros after both change nothing
+    for those before, nor do zeros before the queries. There are fewer such lengths too, and each pair of them has a
+    plan that takes time to make.
+    """
     length = queries.shape[2]
     before, after = (keys.shape[2] - length) % ATTENTION_TILE, -keys.shape[2] % ATTENTION_TILE
-    fusible = queries.dtype in (mx.float16, mx.bfloat16) and isinstance(mask, str)
-    if not fusible or not (before or after):
-        return attention(queries, keys, values, *args, mask=mask, **kwargs)
     queries, keys, values = _padded(queries, before, after), _padded(keys, 0, after), _padded(values, 0, after)
-    return attention(queries, keys, values, *args, mask=mask, **kwargs)[:, :, before : before + length]
+    return attention(queries, keys, values, mask=mask, **options)[:, :, before : before + length]
 
 
 def _padded(x, before, after):
@@ -199,13 +258,10 @@ def lean_layers(model):
 
 
 @contextmanager
-def fused_attention():
-    """Within the context, attention is `padded_attention` where that is faster: in a backward pass on CUDA."""
-    if mx.default_device() != mx.gpu or mx.metal.is_available():
-        yield
-        return
+def lean_attentions():
+    """Within the context, in which gradients are taken, MLX's attention is `lean_attention`."""
     attention = mx.fast.scaled_dot_product_attention
-    with exchanged(mx.fast, "scaled_dot_product_attention", partial(padded_attention, attention)):
+    with exchanged(mx.fast, "scaled_dot_product_attention", partial(lean_attention, attention)):
         yield
 
 

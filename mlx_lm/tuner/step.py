@@ -10,7 +10,7 @@ from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
 from .batches import Batch, Group
-from .lean import fused_attention, lean_layers
+from .lean import lean_attentions, lean_layers
 from .losses import PairLogps, wpo_weights
 from .modules import parameters_in
 
@@ -178,7 +178,7 @@ class Step:
         groups = tuple(Group(*group) for group in batch[1])
         batch = Batch(*batch)._replace(groups=groups)
         # Around the backward pass too, for layers that it computes again. MLX leaves its tracers in the model.
-        with lean_layers(self.model), fused_attention(), parameters_in(self.model, self.model.trainable_parameters()):
+        with lean_layers(self.model), lean_attentions(), parameters_in(self.model, self.model.trainable_parameters()):
             (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
         return sums, gradient
 
