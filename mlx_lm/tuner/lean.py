@@ -177,7 +177,8 @@ def blocked_attention(attention, queries, keys, values, mask=None, **options):
     spans = [(start, min(start + size, length)) for start in range(0, length, size)]
 
     def block(queries, keys, values, start, stop):
-        rows = mask if mask is None or causal or mask.shape[-2] == 1 else mask[..., start:stop, :]
+        whole_mask = mask is None or causal or mask.ndim < 2 or mask.shape[-2] == 1
+        rows = mask if whole_mask else mask[..., start:stop, :]
         return attention(queries, keys, values, mask=rows, **options)
 
     def seen(stop):
