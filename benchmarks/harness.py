@@ -83,7 +83,7 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     scorer = Scorer(model, share_prompt, response_only)
     optimizer = optim.Adam(1e-5)
     step = Step(model, optimizer, Objective(scorer, preference_loss(loss)), compiled)
-    batch, processed, _ = make_batch(pairs, scorer.shares_prompt)
+    batch, processed, _ = make_batch(pairs, scorer.arrangement)
     reference = mx.zeros((len(pairs), 2, 2))
     model.train()
     seconds = []

@@ -13,6 +13,7 @@ import mlx.core as mx
 from architectures import ARCHITECTURES, SKIPPED, UNSHARED, UNTRAINABLE, make_model
 
 import mlx_lm
+from mlx_lm.tuner.batches import CACHED, PACKED, PLAIN
 from mlx_lm.tuner.logps import Scorer
 
 BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"
@@ -26,7 +27,11 @@ def table_row(name, scorer):
     if head is not None:
         path = next(path for path, module in scorer.model.named_modules() if module is head.module)
         where = f"`{path}`" + (", tied" if head.method == "as_linear" else "")
-    shared = "yes" if scorer.shares_prompt else f"no: {UNSHARED.get(name, 'its cache is of a kind of its own')}"
+    shared = {
+        PACKED: "in one packed row",
+        CACHED: "through its cache",
+        PLAIN: f"no: {UNSHARED.get(name, 'its cache is of a kind of its own')}",
+    }[scorer.arrangement]
     return f"| {name} | {where} | {shared} |\n"
 
 

@@ -6,10 +6,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_lm.tuner.batches import make_batch
+from mlx_lm.tuner.batches import CACHED, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.losses import preference_loss
-from mlx_lm.tuner.sharing import checkpointed_layers
+from mlx_lm.tuner.sharing import can_share_prompt, checkpointed_layers
 from mlx_lm.tuner.step import Objective
 from mlx_lm.utils import dpo_loss, get_batched_logps
 
@@ -74,9 +74,20 @@ def plain_gradient(model, reference, pairs=PAIRS):
     return nn.value_and_grad(model, loss)(model)[1]
 
 
-def scored_gradient(scorer, reference, pairs=PAIRS, share_prompt=False, checkpoint=False):
+def arrangements_for(scorer):
+    """The arrangements of batches that a scorer's model can run."""
+    if scorer.arrangement == PLAIN:
+        return [PLAIN]
+    return [
+        PLAIN,
+        scorer.arrangement,
+        *([CACHED] if scorer.arrangement == PACKED and can_share_prompt(scorer.model) else []),
+    ]
+
+
+def scored_gradient(scorer, reference, pairs=PAIRS, arrangement=PLAIN, checkpoint=False):
     """The same through a scorer."""
-    batch, *_ = make_batch(pairs, share_prompt)
+    batch, *_ = make_batch(pairs, arrangement)
     objective = Objective(scorer, preference_loss("dpo", beta=BETA))
     function = nn.value_and_grad(scorer.model, lambda _: objective(batch, reference, gradient=True)[0])
     if not checkpoint:

@@ -17,6 +17,7 @@ from make_architecture_table import BEGIN, END, table_row
 from plain_pass import (
     PAIRS,
     add_lora,
+    arrangements_for,
     gradient_error,
     make_pairs,
     plain_gradient,
@@ -26,7 +27,7 @@ from plain_pass import (
 )
 
 import mlx_lm
-from mlx_lm.tuner.batches import SHORTEST_PREFIX, make_batch
+from mlx_lm.tuner.batches import CACHED, PACKED, PLAIN, SHORTEST_PREFIX, make_batch
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.sharing import PROBE_WINDOW, narrow_windows
 from mlx_lm.utils import MODEL_REMAPPING
@@ -83,18 +84,18 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(name):
     gradient = plain_gradient(model, reference, pairs)
     scorer, full = Scorer(model), Scorer(model, share_prompt=False, response_only=False)
     assert model.training
-    assert scorer.shares_prompt == (name not in UNSHARED)
+    assert (scorer.arrangement == PLAIN) == (name in UNSHARED)
     assert (scorer.head is None) == (name in RAW_HEADS)
-    assert full.head is None and not full.shares_prompt
-    for share_prompt in (False, True) if scorer.shares_prompt else (False,):
-        batch, *_ = make_batch(pairs, share_prompt)
-        assert (batch.prefix.shape[1] >= SHORTEST_PREFIX) == share_prompt
-        assert (len(batch.groups) > 1) == (pairs is PAIRS)
+    assert full.head is None and full.arrangement == PLAIN
+    for arrangement in arrangements_for(scorer):
+        batch, *_ = make_batch(pairs, arrangement)
+        assert (batch.prefix.shape[1] >= SHORTEST_PREFIX) == (arrangement == CACHED)
+        assert (len(batch.groups) > 1) == (pairs is PAIRS and arrangement != PACKED)
         for way in (scorer, full):
-            assert mx.abs(way(batch).total - expected).max().item() < TOLERANCE, (share_prompt, way)
+            assert mx.abs(way(batch).total - expected).max().item() < TOLERANCE, (arrangement, way)
         for checkpoint in (False, True):
-            found = scored_gradient(scorer, reference, pairs, share_prompt, checkpoint)
-            assert gradient_error(found, gradient) < TOLERANCE, (share_prompt, checkpoint)
+            found = scored_gradient(scorer, reference, pairs, arrangement, checkpoint)
+            assert gradient_error(found, gradient) < TOLERANCE, (arrangement, checkpoint)
     _check_documented(name, scorer)
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import some_pairs, tiny_llama
 
 from mlx_lm.tuner import batches as module
-from mlx_lm.tuner.batches import make_batch, order_of_epoch, plan
+from mlx_lm.tuner.batches import ARRANGEMENTS, CACHED, PACKED, PLAIN, make_batch, order_of_epoch, plan
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.losses import preference_loss
@@ -23,10 +23,10 @@ def lengths_of(pairs):
     return np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("rows, size, sizes", [(8, 4, [4, 4]), (9, 4, [4, 4, 1]), (3, 8, [3]), (1, 1, [1])])
-def test_a_plan_holds_every_row_once(rows, size, sizes, share_prompt):
-    planned = plan(lengths_of(some_pairs(rows)), size, share_prompt)
+def test_a_plan_holds_every_row_once(rows, size, sizes, arrangement):
+    planned = plan(lengths_of(some_pairs(rows)), size, arrangement)
     assert [len(batch) for batch in planned] == sizes
     assert sorted(np.concatenate(planned).tolist()) == list(range(rows))
 
@@ -35,16 +35,16 @@ def test_rows_of_like_length_come_together():
     pairs = some_pairs(64, prompt=(3, 100), response=(1, 100))
     lengths = lengths_of(pairs)
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    plain = [totals[rows] for rows in plan(lengths, 8, share_prompt=False)]
+    plain = [totals[rows] for rows in plan(lengths, 8, PLAIN)]
     assert all(shorter.max() <= longer.min() for shorter, longer in pairwise(plain))
     # A shared prompt is as long as the batch's shortest: prompts within 16 tokens of each other come first.
-    prompts = [lengths[rows, 0] // 16 for rows in plan(lengths, 8, share_prompt=True)]
+    prompts = [lengths[rows, 0] // 16 for rows in plan(lengths, 8, CACHED)]
     assert all(shorter.max() <= longer.min() for shorter, longer in pairwise(prompts))
 
 
 @pytest.mark.parametrize("rows, size", [(12, 4), (10, 4), (3, 4), (7, 1)])
 def test_an_epoch_visits_every_row_once(rows, size):
-    schedule = Schedule(some_pairs(rows), TrainingArgs(batch_size=size), shares_prompt=True)
+    schedule = Schedule(some_pairs(rows), TrainingArgs(batch_size=size), arrangement=PACKED)
     steps = -(-rows // size)
     for epoch in range(3):
         visited = [schedule.rows(epoch * steps + step) for step in range(1, steps + 1)]
@@ -59,14 +59,14 @@ def test_the_order_comes_from_the_seed_and_the_epoch_alone():
     def order(seed):
         np.random.seed(seed + 1)
         np.random.permutation(5)  # what others draw has no effect
-        schedule = Schedule(pairs, TrainingArgs(batch_size=4, seed=seed), shares_prompt=True)
+        schedule = Schedule(pairs, TrainingArgs(batch_size=4, seed=seed), arrangement=PACKED)
         return [schedule.rows(step).tolist() for step in range(1, 21)]
 
     first = order(seed=0)
     assert first == order(seed=0) != order(seed=1)
     assert first[:10] != first[10:] and sorted(first[:10]) == sorted(first[10:])
     # A later iteration is the same whichever was asked for before: what a resumed run does.
-    schedule = Schedule(pairs, TrainingArgs(batch_size=4), shares_prompt=True)
+    schedule = Schedule(pairs, TrainingArgs(batch_size=4), arrangement=PACKED)
     assert [schedule.rows(step).tolist() for step in (15, 3, 20)] == [first[14], first[2], first[19]]
     assert order_of_epoch(9, 0, 0).tolist() != order_of_epoch(9, 0, 1).tolist()
 
@@ -87,40 +87,69 @@ def one_at_a_time(model, pairs):
     return np.array(mx.concatenate(logps))
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-@pytest.mark.parametrize("multiple", [1, 16])
-def test_padding_changes_no_number(share_prompt, multiple):
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("multiple", [1, 8, 16])
+def test_padding_changes_no_number(arrangement, multiple):
     model = tiny_llama(moved=True)
     pairs = some_pairs(5, response=(1, 40))
-    batch, processed, padding = make_batch(pairs, share_prompt, multiple)
-    assert bool(batch.prefix.shape[1]) == (share_prompt and multiple == 1)  # 16 is more than the shortest prompt has
-    assert len(batch.groups) > 1 and padding > 0
-    scores = Scorer(model, share_prompt)(batch)
+    batch, processed, padding = make_batch(pairs, arrangement, multiple)
+    # 16 is more than the shortest prompt has.
+    assert bool(batch.prefix.shape[1]) == (arrangement == CACHED and multiple < 16)
+    scores = Scorer(model, arrangement != PLAIN)(batch)
     assert np.allclose(np.array(scores.total), one_at_a_time(model, pairs), atol=1e-4)
     whole = lengths_of(pairs)
-    shared = 2 * sum(whole[:, 0]) - batch.prefix.shape[1] * len(pairs)
-    assert processed - padding == shared + whole[:, 1:].sum() - 2 * len(pairs)
-    assert batch.tokens.item() == 2 * whole[:, 0].sum() + whole[:, 1:].sum()
+    prompts = sum(whole[:, 0])
+    run = prompts if arrangement == PACKED else 2 * prompts - batch.prefix.shape[1] * len(pairs)
+    assert processed - padding == run + whole[:, 1:].sum() - 2 * len(pairs)
+    assert batch.tokens.item() == 2 * prompts + whole[:, 1:].sum()
     assert processed == batch.prefix.size + sum(group.tokens.size for group in batch.groups)
+    if arrangement == PACKED:
+        assert padding < multiple
+        assert len(batch.layout.body.parts) > 2 - (multiple == 16) and len(batch.layout.last.parts) > 1
+    else:
+        assert len(batch.groups) > 1 and padding > 0
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_packed_row_holds_each_token_once(multiple):
+    pairs = some_pairs(5, response=(1, 40))
+    batch, processed, padding = make_batch(pairs, PACKED, multiple)
+    (group,) = batch.groups
+    used = np.array(group.tokens)[0, : processed - padding].tolist()
+    wanted = [pair.prompt for pair in pairs] + [pair.chosen[:-1] for pair in pairs]
+    assert used == [token for tokens in wanted + [pair.rejected[:-1] for pair in pairs] for token in tokens]
+    body, last = batch.layout.body, batch.layout.last
+    places, tokens = np.array(body.places), np.array(group.tokens)[0]
+    rows = [(pair.prompt + response)[:-1] for side in ("chosen", "rejected") for pair in pairs
+            for response in [getattr(pair, side)]]  # fmt: skip
+    found = [tokens[keys[: places[keys].argmax() + 1]].tolist() for part in last.parts for keys in np.array(part.keys)]
+    assert sorted(found) == sorted(rows)
+    # Every token asks once; the scored ones are those that response tokens follow, in the targets' order.
+    assert (np.array(body.outputs) >= 0).sum() == processed - padding
+    assert len(set(np.array(body.outputs).tolist()) - {-1}) == processed - padding
+    scored = np.array(batch.layout.scored)[: sum(len(p.chosen) + len(p.rejected) for p in pairs)]
+    ends = {(tokens[number], places[number]) for number in scored}
+    assert (pairs[0].prompt[-1], len(pairs[0].prompt) - 1) in ends
+    assert np.array_equal(scored, np.array(batch.positions)[: len(scored)])
 
 
 def test_common_logps_stop_where_the_shorter_response_ends():
     model = tiny_llama(moved=True)
     pair = some_pairs(1, response=(6, 7))[0]._replace(rejected=[5, 6])
-    scores = Scorer(model)(make_batch([pair], share_prompt=True)[0])
+    scores = Scorer(model)(make_batch([pair], PACKED)[0])
     cut = one_at_a_time(model, [pair._replace(chosen=pair.chosen[:2])])
     assert np.allclose(np.array(scores.common), cut, atol=1e-4)
     assert scores.common[1].item() == scores.total[1].item()
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_row_groups_waste_little(share_prompt):
+@pytest.mark.parametrize("arrangement", [CACHED, PLAIN])
+def test_row_groups_waste_little(arrangement):
     """Of a third of the tokens, whatever share of them is padding in batches that are not split."""
     pairs = some_pairs(64, prompt=(20, 100), response=(5, 100))
 
     def padding_share(size):
         counts = [
-            make_batch([pairs[i] for i in rows], share_prompt)[1:] for rows in plan(lengths_of(pairs), size, True)
+            make_batch([pairs[i] for i in rows], arrangement)[1:] for rows in plan(lengths_of(pairs), size, CACHED)
         ]
         processed, padding = np.sum(counts, axis=0)
         return padding / processed
@@ -157,7 +186,7 @@ def test_a_pass_of_its_own_has_to_save_what_it_costs(monkeypatch):
 
     def passes(least):
         monkeypatch.setattr(module, "least_saving", lambda: least)
-        batch, *_ = make_batch(pairs, share_prompt=True, multiple=1)
+        batch, *_ = make_batch(pairs, CACHED, multiple=1)
         return batch.prefix.shape[1], len(batch.groups)
 
     # 100 tokens of two prompts, and 56 of two rows.
@@ -181,8 +210,8 @@ def test_fillers_count_for_nothing():
     reference = mx.random.normal((3, 2, 2), key=mx.random.key(1))
     for loss_type in ("dpo", "aot", ["dpo", "sft"]):
         objective = Objective(Scorer(model), preference_loss(loss_type))
-        exact = objective(make_batch(pairs, True)[0], reference)[1]
-        filled = make_batch(pairs, True, size=5)[0]
+        exact = objective(make_batch(pairs, PACKED)[0], reference)[1]
+        filled = make_batch(pairs, PACKED, size=5)[0]
         assert filled.counts.tolist() == [1, 1, 1, 0, 0]
         padded = mx.concatenate([reference, mx.full((2, 2, 2), 1e3)])
         assert np.allclose(np.array(objective(filled, padded)[1]), np.array(exact), rtol=1e-5), loss_type
@@ -207,5 +236,5 @@ def test_evaluation_scores_each_pair_once(rows, size):
 def test_a_pair_of_the_shortest_kind_is_scored():
     model = tiny_llama(moved=True)
     pair = Pair([3], [4], [5])
-    scores = Scorer(model)(make_batch([pair], share_prompt=True)[0])
+    scores = Scorer(model)(make_batch([pair], PACKED)[0])
     assert np.allclose(np.array(scores.total), one_at_a_time(model, [pair]), atol=1e-5)

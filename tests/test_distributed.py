@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
+from mlx_lm.tuner.batches import PACKED
 from mlx_lm.tuner.options import ConfigError
 from mlx_lm.tuner.schedule import Schedule
 from mlx_lm.tuner.trainer import TrainingArgs
@@ -133,4 +134,4 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
 
     monkeypatch.setattr(mx.distributed, "init", lambda *_: Three())
     with pytest.raises(ConfigError, match="batch_size is 4; it must be a multiple of the number of workers, 3"):
-        Schedule(PAIRS, TrainingArgs(batch_size=4), shares_prompt=True)
+        Schedule(PAIRS, TrainingArgs(batch_size=4), arrangement=PACKED)

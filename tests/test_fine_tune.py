@@ -20,7 +20,7 @@ from mlx_lm.convert import main as convert
 import mlx_lm
 import mlx_lm.lora
 from mlx_lm.tuner import loading
-from mlx_lm.tuner.batches import make_batch
+from mlx_lm.tuner.batches import PACKED, make_batch
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.utils import load_model
 
@@ -78,7 +78,7 @@ def runs(tmp_path_factory, data):
             patch.setattr(mlx_lm.lora, "train_model", watched)
             call(mlx_lm.lora.main, *arguments)
         pairs = seen["pairs"]
-        logps = Scorer(seen["model"].eval())(make_batch(pairs, True)[0]).total
+        logps = Scorer(seen["model"].eval())(make_batch(pairs, PACKED)[0]).total
         told = {"model": str(model), "pairs": [pair[:3] for pair in pairs], "logps": logps.tolist()}
         (place / "pairs.json").write_text(json.dumps(told))
     return folder

@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from plain_pass import PAIRS, add_lora, gradient_error, plain_gradient, plain_logps, reference_of, scored_gradient
 
 from mlx_lm.tuner import lean
-from mlx_lm.tuner.batches import make_batch
+from mlx_lm.tuner.batches import ARRANGEMENTS, make_batch
 from mlx_lm.tuner.lean import (
     LeanLoRALinear,
     UnpackedEmbedding,
@@ -300,9 +300,9 @@ def test_which_attention_a_step_takes(device, dtype, mask, dimension, chosen, mo
     assert taken == [chosen, "with sinks"]
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("checkpoint", [True, False])
-def test_gradients_with_lean_attention_are_the_plain_ones(share_prompt, checkpoint, monkeypatch):
+def test_gradients_with_lean_attention_are_the_plain_ones(arrangement, checkpoint, monkeypatch):
     model = add_lora(make_model("qwen3"))
     expected = plain_logps(model)
     gradient = plain_gradient(model, reference_of(expected))
@@ -311,13 +311,13 @@ def test_gradients_with_lean_attention_are_the_plain_ones(share_prompt, checkpoi
     scorer = Scorer(model)
     with lean_attentions():
         assert mx.fast.scaled_dot_product_attention is not ATTENTION
-        found = scored_gradient(scorer, reference_of(expected), PAIRS, share_prompt, checkpoint)
+        found = scored_gradient(scorer, reference_of(expected), PAIRS, arrangement, checkpoint)
     assert mx.fast.scaled_dot_product_attention is ATTENTION
     assert gradient_error(found, gradient) < 1e-4
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_scores_with_padded_attention_are_the_plain_ones(share_prompt, monkeypatch):
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_scores_with_padded_attention_are_the_plain_ones(arrangement, monkeypatch):
     model = add_lora(make_model("qwen3"))
     model.set_dtype(mx.bfloat16)
     expected = plain_logps(model)
@@ -325,8 +325,8 @@ def test_scores_with_padded_attention_are_the_plain_ones(share_prompt, monkeypat
     monkeypatch.setattr(lean, "ATTENTION_TILE", 16)
     scorer = Scorer(model)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", partial(padded_attention, ATTENTION))
-    assert mx.abs(scorer(make_batch(PAIRS, share_prompt)[0]).total - expected).max().item() < 0.3
-    assert gradient_error(scored_gradient(scorer, reference_of(expected), PAIRS, share_prompt), gradient) < 0.1
+    assert mx.abs(scorer(make_batch(PAIRS, arrangement)[0]).total - expected).max().item() < 0.3
+    assert gradient_error(scored_gradient(scorer, reference_of(expected), PAIRS, arrangement), gradient) < 0.1
 
 
 class TwoQuantized(nn.Module):

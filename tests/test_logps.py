@@ -13,6 +13,7 @@ from mlx_lm.models import llama
 from plain_pass import (
     PAIRS,
     add_lora,
+    arrangements_for,
     gradient_error,
     make_pairs,
     plain_gradient,
@@ -23,7 +24,7 @@ from plain_pass import (
 
 from mlx_lm.tuner import head as head_module
 from mlx_lm.tuner import step as step_module
-from mlx_lm.tuner.batches import make_batch
+from mlx_lm.tuner.batches import ARRANGEMENTS, CACHED, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.head import Head
 from mlx_lm.tuner.logps import Scorer
@@ -61,15 +62,15 @@ class Wrapped(nn.Module):
 
 
 def check(model, pairs=PAIRS, tolerance=1e-4, scorer=None):
-    """Scores and gradients, prompts shared or not, are the plain pass's; returns the scorer."""
+    """Scores and gradients, in every arrangement, are the plain pass's; returns the scorer."""
     scorer = scorer or Scorer(model)
     expected = plain_logps(model, pairs)
     reference = reference_of(expected)
     gradient = plain_gradient(model, reference, pairs)
-    for share_prompt in (False, True) if scorer.shares_prompt else (False,):
-        batch, *_ = make_batch(pairs, share_prompt)
+    for arrangement in arrangements_for(scorer):
+        batch, *_ = make_batch(pairs, arrangement)
         assert mx.abs(scorer(batch).total - expected).max().item() < tolerance
-        assert gradient_error(scored_gradient(scorer, reference, pairs, share_prompt), gradient) < tolerance
+        assert gradient_error(scored_gradient(scorer, reference, pairs, arrangement), gradient) < tolerance
     return scorer
 
 
@@ -91,8 +92,8 @@ def test_sums_are_over_responses_over_their_common_length_and_aligned():
     probabilities = np.array([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.2, 0.3, 0.5]])
     # After the prompt's last token 1: chosen 2 0 1 with 0.125, 0.2, 0.25; rejected 1 with 0.75.
     scorer = Scorer(Table(probabilities))
-    assert scorer.head is None and not scorer.shares_prompt
-    rows = scorer(make_batch([Pair([0, 1], [2, 0, 1], [1])], False)[0], alignment=True)
+    assert scorer.head is None and scorer.arrangement == PLAIN
+    rows = scorer(make_batch([Pair([0, 1], [2, 0, 1], [1])], PLAIN)[0], alignment=True)
     assert np.allclose(rows.total, np.log([0.125 * 0.2 * 0.25, 0.75]), rtol=1e-6)
     assert np.allclose(rows.common, np.log([0.125, 0.75]), rtol=1e-6)
     # The sums of squares of the rows that predict them: 1 0.59375, 2 0.38, 0 0.375.
@@ -101,10 +102,10 @@ def test_sums_are_over_responses_over_their_common_length_and_aligned():
     assert all(row.dtype == mx.float32 for row in rows)
 
 
-@pytest.mark.parametrize("share_prompt", [False, True])
-def test_all_sums_are_the_same_with_the_head_apart(share_prompt):
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_all_sums_are_the_same_with_the_head_apart(arrangement):
     model = make_model(UNTIED)
-    batch, *_ = make_batch(PAIRS, share_prompt)
+    batch, *_ = make_batch(PAIRS, arrangement)
     apart, whole = (Scorer(model, response_only=response_only) for response_only in (True, False))
     assert apart.head is not None and whole.head is None
     for gradient in (False, True):
@@ -137,8 +138,8 @@ def test_half_precision_models_are_scored_in_float32():
     expected = plain_logps(model)
     model.set_dtype(mx.bfloat16)
     scorer = Scorer(model)
-    assert scorer.head is not None and scorer.shares_prompt
-    total = scorer(make_batch(PAIRS, True)[0], gradient=True).total
+    assert scorer.head is not None and scorer.arrangement == PACKED
+    total = scorer(make_batch(PAIRS, PACKED)[0], gradient=True).total
     assert total.dtype == mx.float32
     # Up to nine tokens of logits that bfloat16 rounds to 0.4 %; summed in bfloat16, -40 would be a multiple of 0.25.
     assert mx.abs(total - expected).max().item() < 0.15
@@ -166,7 +167,7 @@ def test_logits_in_chunks_give_the_same_scores_and_gradients(kind, monkeypatch):
     model = trained(kind)
     scorer = check(model)
     assert bool(tree_flatten(scorer.head.module.trainable_parameters())) == ("head" in kind or "full" in kind)
-    batch, *_ = make_batch(PAIRS, True)
+    batch, *_ = make_batch(PAIRS, PACKED)
     whole = scorer(batch, alignment=True, gradient=True)
     monkeypatch.setattr(head_module, "CHUNK_LOGITS", 4 * 101)
     assert len(scorer.head._chunks(mx.zeros((27, 1)))) == 7
@@ -225,7 +226,7 @@ def test_head_and_cache_are_recognised_while_dropout_is_on():
     model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     scorer = Scorer(model)
-    assert scorer.head is not None and scorer.shares_prompt
+    assert scorer.head is not None and scorer.arrangement == PACKED
     assert [module.training for module in model.modules()] == modes
 
 
@@ -244,7 +245,7 @@ def test_logits_of_minus_infinity_are_no_difference():
 
 def test_models_that_return_a_tuple():
     scorer = check(add_lora(Wrapped(make_model(UNTIED), lambda logits: (logits, None))))
-    assert scorer.head is not None and scorer.shares_prompt
+    assert scorer.head is not None and scorer.arrangement == PACKED
 
 
 class Scaled(Wrapped):
@@ -284,7 +285,8 @@ def test_quantized_models(name, bits, mode, group_size):
     model = make_model(name, **sizes)
     nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
     scorer = check(add_lora(model))
-    assert isinstance(scorer.head.module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) and scorer.shares_prompt
+    assert isinstance(scorer.head.module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    assert scorer.arrangement == PACKED
 
 
 # The shared prompt
@@ -310,18 +312,19 @@ def test_a_cache_of_an_unknown_kind_is_refused():
 
     model = make_model(UNTIED)
     model.__class__ = Unknown
-    assert not check(add_lora(model)).shares_prompt
+    assert not can_share_prompt(model)
+    assert check(add_lora(model)).arrangement == PACKED
 
 
-@pytest.mark.parametrize("share_prompt", [False, True])
-def test_layers_computed_again_draw_the_same_dropout(share_prompt):
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_layers_computed_again_draw_the_same_dropout(arrangement):
     model = add_lora(make_model(UNTIED), dropout=0.5)
     scorer = Scorer(model)
     reference = reference_of(plain_logps(model))
 
     def gradient(seed, checkpoint):
         mx.random.seed(seed)
-        return scored_gradient(scorer, reference, PAIRS, share_prompt, checkpoint)
+        return scored_gradient(scorer, reference, PAIRS, arrangement, checkpoint)
 
     assert gradient_error(gradient(1, True), gradient(1, False)) < 1e-5
     assert gradient_error(gradient(2, True), gradient(1, False)) > 0.1
@@ -331,7 +334,7 @@ def test_a_scorer_made_while_layers_are_computed_again_is_the_same():
     model = add_lora(make_model(UNTIED))
     with checkpointed_layers(model):
         scorer = check(model)
-    assert scorer.head is not None and scorer.shares_prompt
+    assert scorer.head is not None and scorer.arrangement == PACKED
 
 
 def test_recomputing_leaves_parameters_in_their_places():
@@ -373,8 +376,8 @@ def test_layers_that_index_with_their_arguments_and_return_them_are_computed_aga
     assert type(model.layers[0]) is Layer
 
 
-@pytest.mark.parametrize("share_prompt", [False, True])
-def test_checkpointed_layers_keep_little_but_their_inputs(share_prompt):
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_checkpointed_layers_keep_little_but_their_inputs(arrangement):
     """Left to itself, MLX takes the adapters' gradients last and keeps all that they need until then."""
     pairs = make_pairs([(40, 40, 40)] * 3)
 
@@ -382,10 +385,10 @@ def test_checkpointed_layers_keep_little_but_their_inputs(share_prompt):
         model = add_lora(make_model(UNTIED, hidden_size=64, intermediate_size=256, num_hidden_layers=layers))
         mx.eval(model.parameters())
         scorer, reference = Scorer(model), reference_of(mx.zeros(6))
-        mx.eval(scored_gradient(scorer, reference, pairs, share_prompt, checkpoint))
+        mx.eval(scored_gradient(scorer, reference, pairs, arrangement, checkpoint))
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(scored_gradient(scorer, reference, pairs, share_prompt, checkpoint))
+        mx.eval(scored_gradient(scorer, reference, pairs, arrangement, checkpoint))
         return mx.get_peak_memory() - before
 
     kept, recomputed = (peak(12, checkpoint) - peak(4, checkpoint) for checkpoint in (False, True))
@@ -411,8 +414,8 @@ def test_a_compiled_step_is_the_eager_one(keys, monkeypatch):
         objective = Objective(Scorer(model), preference_loss("dpo", beta=0.5))
         step = Step(model, optim.SGD(0.5), objective, compiled, max_grad_norm=1.0)
         mx.random.seed(4)
-        for update, share_prompt in ((False, True), (True, True), (True, False)):
-            batch, *_ = make_batch(PAIRS, share_prompt)
+        for update, arrangement in ((False, PACKED), (True, CACHED), (False, PLAIN), (True, PACKED)):
+            batch, *_ = make_batch(PAIRS, arrangement)
             with checkpointed_layers(model):
                 sums, norm = step(batch, reference_of(mx.zeros(6)), update)
                 mx.eval(step.state(), sums, step.accumulated)
@@ -436,14 +439,14 @@ def test_a_step_is_compiled_for_shapes_that_come_often():
 
     step = Step(model, optim.SGD(0.1), counted, compiled=True)
 
-    def taken(share_prompt, times):
+    def taken(arrangement, times):
         before = len(runs)
         for _ in range(times):
-            batch, *_ = make_batch(PAIRS, share_prompt)
+            batch, *_ = make_batch(PAIRS, arrangement)
             mx.eval(step(batch, reference_of(mx.zeros(6)), True), step.state())
         return len(runs) - before
 
     # Traced once by the compiler, then never run again; another shape is run until it has come as often.
-    assert taken(True, step_module.VISITS_UNCOMPILED + 3) == step_module.VISITS_UNCOMPILED + 1
-    assert taken(False, 2) == 2
-    assert taken(True, 2) == 0
+    assert taken(PACKED, step_module.VISITS_UNCOMPILED + 3) == step_module.VISITS_UNCOMPILED + 1
+    assert taken(PLAIN, 2) == 2
+    assert taken(PACKED, 2) == 0

@@ -21,7 +21,7 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 import mlx_lm.lora
 import mlx_lm.utils
 from mlx_lm.tuner import reference as module
-from mlx_lm.tuner.batches import make_batch, plan
+from mlx_lm.tuner.batches import CACHED, PACKED, make_batch, plan
 from mlx_lm.tuner.options import ConfigError
 from mlx_lm.tuner.reference import Cache, Reference, ample_tokens, checksum, fingerprint, row_key
 from mlx_lm.utils import get_batched_logps
@@ -127,15 +127,16 @@ def test_batches_within_the_tokens_hold_every_row_once(monkeypatch):
     assert max(map(len, reference._batches(lengths))) < 6
     assert sorted(row for rows in reference._batches(lengths) for row in rows) == list(range(200))
     fixed = Reference(tiny_llama(), batch_size=7)._batches(lengths)
-    assert [rows.tolist() for rows in fixed] == [rows.tolist() for rows in plan(lengths, 7, True)]
+    assert [rows.tolist() for rows in fixed] == [rows.tolist() for rows in plan(lengths, 7, PACKED)]
 
 
 def test_large_batches_waste_little():
     pairs = some_pairs(300, prompt=(20, 120), response=(5, 120))
     reference = Reference(tiny_llama())
+    reference.scorer.arrangement = CACHED  # a packed row has none
     batches = reference._batches(np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]))
     assert len(batches) < 15
-    counts = [make_batch([pairs[row] for row in rows], True)[1:] for rows in batches]
+    counts = [make_batch([pairs[row] for row in rows], CACHED)[1:] for rows in batches]
     processed, padding = np.sum(counts, axis=0)
     assert padding / processed < 0.15
 
@@ -402,7 +403,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path, computed):
                 return score(batch)
 
             self.scorer = scorer
-            scorer.model, scorer.shares_prompt = score.model, score.shares_prompt
+            scorer.model, scorer.arrangement = score.model, score.arrangement
 
     with pytest.raises(KeyboardInterrupt):
         Interrupted(tiny_llama(), batch_size=3, cache=tmp_path).logps(PAIRS, range(10))

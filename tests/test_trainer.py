@@ -18,7 +18,7 @@ from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_lla
 
 from mlx_lm.tuner import preference
 from mlx_lm.tuner import step as step_module
-from mlx_lm.tuner.batches import make_batch
+from mlx_lm.tuner.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.datasets import CacheDataset, Pair
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.losses import preference_loss
@@ -40,20 +40,20 @@ def trl_model(adapter):
     return load_adapters(model, str(TINY_LLAMA / f"adapter_{adapter}"))
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("case", ["nonzero", "zero"])
-def test_a_step_has_trls_logps_rewards_and_gradient(case, share_prompt):
+def test_a_step_has_trls_logps_rewards_and_gradient(case, arrangement):
     expected, model = TRL["cases"][case], trl_model(case)
-    batch = make_batch([Pair(*pair) for pair in TRL["batch"]], share_prompt)[0]
-    scores = np.array(Scorer(model, share_prompt)(batch).total)
+    batch = make_batch([Pair(*pair) for pair in TRL["batch"]], arrangement)[0]
+    scores = np.array(Scorer(model)(batch).total)
     logps = np.array([expected[f"{name}_logps"] for name in ("policy_chosen", "policy_rejected")])
     assert np.allclose(scores, logps.reshape(-1), atol=1e-4)
     # The reference is the bare model, as in TRL.
-    bare = Reference(tiny_llama(lora=False), share_prompt=share_prompt)
+    bare = Reference(tiny_llama(lora=False), share_prompt=arrangement != PLAIN)
     reference = mx.array(bare.logps([Pair(*pair) for pair in TRL["batch"]], range(5)))
     assert np.allclose(reference[:, 0, 0], expected["reference_chosen_logps"], atol=1e-4)
     assert np.allclose(reference[:, 1, 0], expected["reference_rejected_logps"], atol=1e-4)
-    objective = Objective(Scorer(model, share_prompt), preference_loss("sigmoid", beta=TRL["beta"]))
+    objective = Objective(Scorer(model), preference_loss("sigmoid", beta=TRL["beta"]))
 
     def loss(_):
         loss, sums = objective(batch, reference, gradient=True)
@@ -139,7 +139,7 @@ def test_the_first_loss_in_half_precision(tmp_path, dtype):
     pairs = some_pairs(12, response=(20, 60))
     training, _ = short_run(with_lora(base), pairs, tmp_path, iters=1, batch_size=12)
     assert training[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    scores = Scorer(base)(make_batch(pairs, True)[0])
+    scores = Scorer(base)(make_batch(pairs, PACKED)[0])
     assert scores.total.dtype == scores.common.dtype == mx.float32
     # In the model's dtype sums of this size would be multiples of a quarter or more.
     assert min(abs(scores.total).tolist()) > 60
@@ -149,16 +149,16 @@ def test_the_first_loss_in_half_precision(tmp_path, dtype):
 # Accumulation
 
 
-def one_update(sizes, optimizer, compiled=False, max_grad_norm=None, loss_type="dpo", share_prompt=True):
+def one_update(sizes, optimizer, compiled=False, max_grad_norm=None, loss_type="dpo", arrangement=PACKED):
     """The weights after one update from all of PAIRS, taken in batches of `sizes`, and the gradient's norm."""
     model = tiny_llama(moved=True)
-    objective = Objective(Scorer(model, share_prompt), preference_loss(loss_type))
+    objective = Objective(Scorer(model), preference_loss(loss_type))
     step = Step(model, optimizer, objective, compiled, max_grad_norm)
     reference = Reference(tiny_llama(lora=False)).logps(PAIRS, range(len(PAIRS)))
     start = 0
     for i, size in enumerate(sizes):
         rows = range(start, start + size)
-        batch = make_batch([PAIRS[row] for row in rows], share_prompt)[0]
+        batch = make_batch([PAIRS[row] for row in rows], arrangement)[0]
         sums, norm = step(batch, mx.array(reference[list(rows)]), update=i == len(sizes) - 1)
         mx.eval(sums, norm, step.state(), step.accumulated)
         start += size
@@ -196,7 +196,7 @@ def test_a_model_is_freed_with_its_step():
     """At once: memory that waits for the collection of cycles may be the next model's."""
     model = tiny_llama()
     step = Step(model, optim.SGD(1e-2), Objective(Scorer(model), preference_loss("dpo")), compiled=False)
-    mx.eval(step(make_batch(PAIRS[:4], True)[0], mx.zeros((4, 2, 2)), True), step.state())
+    mx.eval(step(make_batch(PAIRS[:4], PACKED)[0], mx.zeros((4, 2, 2)), True), step.state())
     gone = weakref.ref(model)
     gc.collect()
     gc.disable()
@@ -285,17 +285,17 @@ def test_weights_of_rows_weigh_their_losses():
     assert figures["loss"] == pytest.approx((0.5 * alone[0] + 2 * alone[2]) / 3, abs=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"grad_checkpoint": True}, {"share_prompt": False}])
-def test_a_step_leaves_nothing_in_memory(options):
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_step_leaves_nothing_in_memory(arrangement, checkpoint):
     """Without the collector of cycles, which may come late: what a step ran on is freed with it."""
     model = tiny_llama(moved=True)
     step = Step(model, optim.SGD(0.0), Objective(Scorer(model), preference_loss("dpo")), compiled=False)
-    share_prompt = options.get("share_prompt", True)
-    batch, used = make_batch(some_pairs(8, response=(40, 60)), share_prompt)[0], []
+    batch, used = make_batch(some_pairs(8, response=(40, 60)), arrangement)[0], []
     gc.collect()
     gc.disable()
     try:
-        with checkpointed_layers(model) if options.get("grad_checkpoint") else nullcontext():
+        with checkpointed_layers(model) if checkpoint else nullcontext():
             for _ in range(4):
                 sums, norm = step(batch, mx.zeros((8, 2, 2)), update=True)
                 mx.eval(sums, norm, step.state())

@@ -5,14 +5,24 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from .lean import ATTENTION_TILE
+from .packing import Layout, Part, Pass, make_pass
+
+# How a batch is arranged: all its tokens in one row, a prompt's once; rows that go on from a cache with a prompt's
+# first tokens; or rows with a prompt each.
+ARRANGEMENTS = PACKED, CACHED, PLAIN = "packed", "cached", "plain"
 # A row group costs a forward pass of its own; it is worth that where it saves this share of the tokens.
 GROUP_SAVING = 0.04
 # More groups pad less, but on a GPU each way to split a batch is a shape to trace the step for.
 MOST_GROUPS, MOST_GROUPS_ON_GPU = 4, 3
+# What lengths are rounded up to on a GPU; CUDA's attention needs as much, and a packed row loses little by it.
+MULTIPLE_ON_GPU, MULTIPLE_ON_CUDA = 16, ATTENTION_TILE
 # A shared prompt shorter than this costs more in a pass of its own than it saves.
 SHORTEST_PREFIX = 8
 # On CUDA a pass has to save so many tokens: launching its kernels takes that long (1.24 B parameters on an H200).
 PASS_ON_CUDA = 512
+# On CUDA attention takes prompts apart where that saves it so many products of a query and a key, for the same reason.
+PRODUCTS_ON_CUDA = 2**21
 
 
 class Group(NamedTuple):
@@ -31,8 +41,9 @@ class Batch(NamedTuple):
     """B pairs as arrays; a pair's chosen response is row i, its rejected one row B + i.
 
     Attributes:
-        prefix: `(B, S)` int32, the first S tokens of each prompt; S is 0 where prompts are not shared.
-        groups: the rows' tokens after the prefix, without each row's last token.
+        prefix: `(B, S)` int32, the first S tokens of each prompt, for the cache; S is 0 where there is none.
+        groups: the rows' tokens after the prefix, without each row's last token; or one row with all the tokens.
+        layout: the `Layout` of that one row; an empty tuple where there are rows.
         positions: `(N,)` int32, where in the groups' flattened positions each response token is predicted.
         targets: `(N,)` int32, the token predicted there.
         response_index: `(2B, R)` int32, each row's entries of `positions` in order; N where there is none.
@@ -45,6 +56,7 @@ class Batch(NamedTuple):
 
     prefix: mx.array
     groups: tuple
+    layout: tuple
     positions: mx.array
     targets: mx.array
     response_index: mx.array
@@ -56,8 +68,24 @@ class Batch(NamedTuple):
     tokens: mx.array
 
 
+def as_batch(parts):
+    """The `Batch` of the plain tuples into which MLX's compiler has turned one."""
+    batch = Batch(*parts)
+    layout = ()
+    if batch.layout:
+        *passes, scored = batch.layout
+        passes = [Pass(*made)._replace(parts=tuple(Part(*part) for part in made[1])) for made in passes]
+        layout = Layout(*passes, scored)
+    return batch._replace(groups=tuple(Group(*group) for group in batch.groups), layout=layout)
+
+
 def round_up(number, multiple):
     return -(-number // multiple) * multiple
+
+
+def on_cuda():
+    """Whether the default device is a GPU of NVIDIA's."""
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
 def length_multiple():
@@ -65,7 +93,7 @@ def length_multiple():
 
     A compiled step is traced anew for each shape, so a GPU should see few of them.
     """
-    return 16 if mx.default_device() == mx.gpu else 1
+    return 1 if mx.default_device() != mx.gpu else MULTIPLE_ON_CUDA if on_cuda() else MULTIPLE_ON_GPU
 
 
 def most_groups():
@@ -75,16 +103,16 @@ def most_groups():
 
 def least_saving():
     """How many tokens a pass of its own, of a prefix or a row group, has to save on the default device."""
-    return PASS_ON_CUDA if mx.default_device() == mx.gpu and not mx.metal.is_available() else 0
+    return PASS_ON_CUDA if on_cuda() else 0
 
 
-def plan(lengths, size, share_prompt):
+def plan(lengths, size, arrangement):
     """Rows grouped into batches of like length.
 
     Args:
         lengths: `(n, 3)` int, tokens of prompt, chosen and rejected of each row.
         size: pairs in a batch; the last batch has what is left.
-        share_prompt: whether prompts will be shared, so that they should be of like length too.
+        arrangement: as for `make_batch`; where prompts are shared, they should be of like length too.
 
     Returns:
         A list of int arrays that holds each row once.
@@ -92,7 +120,7 @@ def plan(lengths, size, share_prompt):
     lengths = np.asarray(lengths).reshape(-1, 3)
     responses = lengths[:, 1:].max(axis=1)
     total = lengths[:, 0] + responses
-    order = np.lexsort((responses, lengths[:, 0] // 16)) if share_prompt else np.lexsort((responses, total))
+    order = np.lexsort((responses, lengths[:, 0] // 16)) if arrangement != PLAIN else np.lexsort((responses, total))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -101,12 +129,12 @@ def order_of_epoch(batches, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(batches)
 
 
-def make_batch(pairs, share_prompt, multiple=None, size=None):
+def make_batch(pairs, arrangement, multiple=None, size=None):
     """Arrays for a list of pairs.
 
     Args:
         pairs: B `Pair`s.
-        share_prompt: whether to lift the prompts' common number of tokens into a prefix.
+        arrangement: PACKED, CACHED or PLAIN.
         multiple: sequence lengths are rounded up to this; by default the device's `length_multiple`.
         size: fill up to so many pairs with repetitions that count for nothing.
 
@@ -119,22 +147,18 @@ def make_batch(pairs, share_prompt, multiple=None, size=None):
     if size is not None and len(pairs) < size:
         counts += [0.0] * (size - len(pairs))
         pairs = list(pairs) + [pairs[0]] * (size - len(pairs))
-    shared = min(len(pair.prompt) for pair in pairs) - 1 if share_prompt else 0
-    shared -= shared % multiple
-    if shared < SHORTEST_PREFIX or len(pairs) * shared < least_saving():
-        shared = 0
-    prompts = [pair.prompt[shared:] for pair in pairs] * 2
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    groups = _row_groups([len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)], multiple)
+    if arrangement == PACKED:
+        prefix, groups, layout, places, padding = _pack(pairs, responses, multiple)
+    else:
+        prefix, groups, layout, places, padding = _lay_out(pairs, responses, multiple, arrangement == CACHED)
+    positions, targets, index = _scored(places, responses, multiple)
     lengths = np.array([len(response) for response in responses], np.float32)
     common = np.minimum(lengths[: len(pairs)], lengths[len(pairs) :])
-    tokens, index, positions, targets = _lay_out(prompts, responses, groups, multiple)
     batch = Batch(
-        prefix=mx.array(np.array([pair.prompt[:shared] for pair in pairs], np.int32).reshape(len(pairs), shared)),
-        groups=tuple(
-            Group(mx.array(block), mx.array(np.array(rows, np.int32) % len(pairs)))
-            for block, (rows, _) in zip(tokens, groups, strict=True)
-        ),
+        prefix=mx.array(prefix),
+        groups=tuple(Group(mx.array(block), mx.array(np.array(rows, np.int32))) for block, rows in groups),
+        layout=layout,
         positions=mx.array(positions),
         targets=mx.array(targets),
         response_index=mx.array(index),
@@ -151,9 +175,79 @@ def make_batch(pairs, share_prompt, multiple=None, size=None):
             mx.int32,
         ),
     )
-    needed = sum(len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True))
-    run = sum(len(rows) * width for rows, width in groups)
-    return batch, len(pairs) * shared + run, run - needed
+    return batch, prefix.size + sum(block.size for block, _ in groups), padding
+
+
+def _pack(pairs, responses, multiple):
+    """All tokens in one row: the prompts, then the responses without their last tokens.
+
+    Returns:
+        `(prefix, groups, layout, places, padding)`: as in `Batch`, the first two not yet as arrays of MLX; where in
+        the flattened groups each row's response tokens are predicted; how many tokens are padding.
+    """
+    prompts = [pair.prompt for pair in pairs]
+    pieces = [*prompts, *(response[:-1] for response in responses)]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    numbers = [np.arange(end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
+    sequences = [
+        np.concatenate([numbers[row % len(pairs)], numbers[len(pairs) + row]]) for row in range(len(responses))
+    ]
+    places = [sequence[-len(response) :] for sequence, response in zip(sequences, responses, strict=True)]
+    block = np.zeros((1, round_up(int(ends[-1]), multiple)), np.int32)
+    block[0, : ends[-1]] = np.concatenate(pieces)
+    in_sequence = np.zeros(block.size, np.int32)
+    for sequence in sequences:
+        in_sequence[sequence] = np.arange(len(sequence))
+    scored, *_ = _scored(places, responses, multiple)
+    asking, asked = [], 0
+    for sequence, response in zip(sequences, responses, strict=True):
+        numbers = np.full(len(sequence), -1)
+        numbers[-len(response) :] = np.arange(asked, asked + len(response))
+        asking.append(numbers)
+        asked += len(response)
+    # A prompt's last token is asked for by both responses in the last layer.
+    shared = min(map(len, prompts)) - 1
+    shared -= shared % multiple
+    if shared < SHORTEST_PREFIX or (on_cuda() and len(pairs) * shared**2 < PRODUCTS_ON_CUDA):
+        shared = 0
+    groups = _row_groups([max(1, len(sequence) - shared) for sequence in sequences], multiple)
+    groups = [(rows, shared + width) for rows, width in groups]
+    body = make_pass(block.size, in_sequence, sequences, sequences, groups, shared)
+    last = make_pass(block.size, in_sequence[scored], sequences, asking, groups, shared)
+    layout = Layout(body, last, mx.array(scored))
+    return np.zeros((len(pairs), 0), np.int32), [(block, [0])], layout, places, block.size - int(ends[-1])
+
+
+def _lay_out(pairs, responses, multiple, share):
+    """Rows of a prompt and a response; with `share`, without what their prompts have in common; returns as `_pack`."""
+    shared = min(len(pair.prompt) for pair in pairs) - 1 if share else 0
+    shared -= shared % multiple
+    if shared < SHORTEST_PREFIX or len(pairs) * shared < least_saving():
+        shared = 0
+    rows = [[*pairs[i % len(pairs)].prompt[shared:], *response[:-1]] for i, response in enumerate(responses)]
+    groups, places, offset = [], [None] * len(rows), 0
+    for members, width in _row_groups([len(row) for row in rows], multiple):
+        block = np.zeros((len(members), width), np.int32)
+        for i, row in enumerate(members):
+            block[i, : len(rows[row])] = rows[row]
+            stop = offset + i * width + len(rows[row])
+            places[row] = np.arange(stop - len(responses[row]), stop)
+        groups.append((block, [row % len(pairs) for row in members]))
+        offset += block.size
+    prefix = np.array([pair.prompt[:shared] for pair in pairs], np.int32).reshape(len(pairs), shared)
+    return prefix, groups, (), places, offset - sum(map(len, rows))
+
+
+def _scored(places, responses, multiple):
+    """`positions`, `targets` and `response_index` of a batch."""
+    ends = np.cumsum([len(response) for response in responses])
+    count = round_up(int(ends[-1]), multiple)
+    index = np.full((len(responses), round_up(max(map(len, responses)), multiple)), count, np.int32)
+    positions, targets = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    positions[: ends[-1]], targets[: ends[-1]] = np.concatenate(places), np.concatenate(responses)
+    for row, (response, end) in enumerate(zip(responses, ends, strict=True)):
+        index[row, : len(response)] = np.arange(end - len(response), end)
+    return positions, targets, index
 
 
 def _row_groups(lengths, multiple):
@@ -176,25 +270,3 @@ def _row_groups(lengths, multiple):
         split.insert(0, (sorted(order[cuts[k, stop] : stop].tolist()), int(widths[stop - 1])))
         stop = cuts[k, stop]
     return split
-
-
-def _lay_out(prompts, responses, groups, multiple):
-    """Token blocks of the groups, and where each response token is predicted in them."""
-    count = round_up(sum(len(response) for response in responses), multiple)
-    index = np.full((len(responses), round_up(max(len(r) for r in responses), multiple)), count, np.int32)
-    positions, targets = np.zeros(count, np.int32), np.zeros(count, np.int32)
-    tokens, scored, offset = [], 0, 0
-    for rows, width in groups:
-        block = np.zeros((len(rows), width), np.int32)
-        for i, row in enumerate(rows):
-            prompt, response = prompts[row], responses[row]
-            sequence = [*prompt, *response]
-            block[i, : len(sequence) - 1] = sequence[:-1]
-            here = slice(scored, scored + len(response))
-            positions[here] = offset + i * width + len(prompt) - 1 + np.arange(len(response))
-            targets[here] = response
-            index[row, : len(response)] = np.arange(scored, scored + len(response))
-            scored += len(response)
-        tokens.append(block)
-        offset += block.size
-    return tokens, index, positions, targets

@@ -1,7 +1,7 @@
 """Logps of a batch of pairs with no more work than they need.
 
-The body of the model runs once, over prompts once where its cache allows sharing them; its output head
-runs on response positions only, a bounded chunk of logits at a time.
+The body of the model runs once, over prompts once where it can; its output head runs on response positions
+only, a bounded chunk of logits at a time.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from .head import Head, logps_and_squares
 from .lean import lean_layers
-from .sharing import can_share_prompt, map_arrays, prefix_cache
+from .packing import packing
+from .sharing import arrangement_of, map_arrays, prefix_cache
 
 
 class RowLogps(NamedTuple):
@@ -32,18 +33,18 @@ class Scorer:
 
     Args:
         model: an mlx-lm model.
-        share_prompt: run a prompt once for both its responses, where the model's cache allows it.
+        share_prompt: run a prompt once for both its responses, where the model allows it.
         response_only: run the output head on response positions only, where the head can be found.
 
     Attributes:
-        shares_prompt: whether prompts are shared.
+        arrangement: how batches for it are best arranged, as `make_batch` takes it.
         head: the output head, or None where the full projection has to run.
     """
 
     def __init__(self, model, share_prompt=True, response_only=True):
         self.model = model
         self.head = Head.find(model) if response_only else None
-        self.shares_prompt = share_prompt and can_share_prompt(model)
+        self.arrangement = arrangement_of(model, share_prompt)
 
     def __call__(self, batch, alignment=False, gradient=False):
         """The logps of a batch.
@@ -57,9 +58,11 @@ class Scorer:
             `RowLogps`.
         """
         with lean_layers(self.model):
-            rows = [self._run(group, prefix) for group, prefix in self._groups(batch)]
-            width = rows[0].shape[-1]
-            states = mx.concatenate([row.reshape(-1, width) for row in rows])[batch.positions]  # (N, D)
+            with packing(self.model, batch.layout):
+                rows = [self._run(group, prefix) for group, prefix in self._groups(batch)]
+            states = mx.concatenate([row.flatten(0, 1) for row in rows])
+            if not batch.layout:
+                states = states[batch.positions]  # (N, D); a packed row's are these alone
             logps, squares = self._token_logps(states, batch.targets, alignment, gradient)
         per_row = _gather_rows(logps, batch.response_index)  # (2B, R)
         aligned = mx.zeros_like(batch.lengths)

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from .._blas import hint
 from ..cli_ui import TrainUI, make_console, rprint
 from ..utils import maybe_set_recommended_wired_limit
-from .batches import make_batch, plan
+from .batches import PLAIN, make_batch, plan
 from .callbacks import MetricsFile, plot_metrics
 from .checkpoint import (
     REMEDY,
@@ -104,12 +104,12 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
     pairs = [dataset[int(row)] for row in rows]
     lengths = [pair_lengths(pair) for pair in pairs]
     totals = mx.zeros((len(FIGURES) + 2,))
-    shares = objective.scorer.shares_prompt
+    arrangement = objective.scorer.arrangement
     with evaluating(objective.scorer.model):
-        for chosen in plan(lengths, batch_size, shares):
+        for chosen in plan(lengths, batch_size, arrangement):
             here = chosen[world.rank() :: world.size()]
             if len(here):
-                batch, *_ = make_batch([pairs[i] for i in here], shares)
+                batch, *_ = make_batch([pairs[i] for i in here], arrangement)
                 totals = totals + objective(batch, reference_rows(reference, here))[1]
                 mx.eval(totals)
             if progress_callback is not None:
@@ -133,7 +133,7 @@ class Run:
         self.val_dataset = unwrapped(val_dataset) if val_dataset else None
         self.loss = loss_of(args)
         self.scorer = Scorer(model, args.share_prompt)
-        self.schedule = Schedule(self.dataset, args, self.scorer.shares_prompt)
+        self.schedule = Schedule(self.dataset, args, self.scorer.arrangement)
         self.objective = Objective(self.scorer, self.loss)
         self.rank = mx.distributed.init().rank()
         self._say_fallbacks()
@@ -161,7 +161,7 @@ class Run:
             self.callback = MetricsFile(self.folder, callback, self.iteration)
 
     def _say_fallbacks(self):
-        if self.args.share_prompt and not self.scorer.shares_prompt:
+        if self.args.share_prompt and self.scorer.arrangement == PLAIN:
             rprint("This model's cache cannot hold a shared prompt: each prompt is run for both of its responses.")
         if self.scorer.head is None:
             rprint("This model's output head cannot be run apart: it projects prompt positions too.")

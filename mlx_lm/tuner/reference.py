@@ -19,7 +19,7 @@ from .modules import evaluating, first_output
 from .options import ConfigError
 
 # Part of every fingerprint: raise it whenever the way that logps are computed changes.
-FORMAT = 2
+FORMAT = 3
 ROW_BYTES = 16 + 4 * 4  # a row's key and its four float32 values
 # An entry of the cache, or one that a process is still writing or was stopped at: nothing else is ever deleted.
 ENTRY = re.compile(r"[0-9a-f]{32}\.npz|\.[0-9a-f]{32}\.\d+\.npz")
@@ -89,7 +89,7 @@ class Reference:
             task = progress.add_task("ref", total=len(pairs))
             for turn in range(world.rank(), len(batches), world.size()):
                 rows = batches[turn]
-                batch, *_ = make_batch([pairs[row] for row in rows], self.scorer.shares_prompt)
+                batch, *_ = make_batch([pairs[row] for row in rows], self.scorer.arrangement)
                 logps = self.scorer(batch)
                 out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(rows), 2)
                 values[rows] = np.array(out.transpose(1, 0, 2)).reshape(len(rows), 4)
@@ -109,11 +109,11 @@ class Reference:
     def _batches(self, lengths):
         """Rows of like length together: `batch_size` of them, or as many as memory is ample for."""
         if self.batch_size is not None:
-            return plan(lengths, self.batch_size, self.scorer.shares_prompt)
+            return plan(lengths, self.batch_size, self.scorer.arrangement)
         totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
         most, share = ample_tokens(self.scorer, int(totals.max())), -(-len(lengths) // mx.distributed.init().size())
         batches, rows, width = [], [], 0
-        for row in plan(lengths, len(lengths), self.scorer.shares_prompt)[0].tolist():
+        for row in plan(lengths, len(lengths), self.scorer.arrangement)[0].tolist():
             width = max(width, totals[row])
             if rows and (2 * (len(rows) + 1) * width > most or len(rows) == share):
                 batches.append(rows)

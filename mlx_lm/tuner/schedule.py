@@ -25,13 +25,13 @@ class Schedule:
     Args:
         dataset: gives a `Pair` for a row number.
         args: `TrainingArgs`.
-        shares_prompt: whether prompts are shared.
+        arrangement: of its batches, as `make_batch` takes it.
 
     Raises:
         ConfigError: the batch size is not a multiple of the number of workers.
     """
 
-    def __init__(self, dataset, args, shares_prompt):
+    def __init__(self, dataset, args, arrangement):
         world = mx.distributed.init()
         if args.batch_size % world.size():
             raise ConfigError(
@@ -40,8 +40,8 @@ class Schedule:
         self.dataset = dataset
         self.seed = args.seed
         self.rank, self.workers = world.rank(), world.size()
-        self.shares_prompt = shares_prompt
-        self.batches = plan([pair_lengths(dataset[i]) for i in range(len(dataset))], args.batch_size, shares_prompt)
+        self.arrangement = arrangement
+        self.batches = plan([pair_lengths(dataset[i]) for i in range(len(dataset))], args.batch_size, arrangement)
         self._epoch, self._order = None, None
 
     def rows(self, iteration):
@@ -63,7 +63,7 @@ class Schedule:
         size = -(-len(rows) // self.workers)
         # A worker without a row of its own runs one that counts for nothing.
         taken = mine if len(mine) else rows[:1]
-        batch, processed, padding = make_batch([self.dataset[int(i)] for i in taken], self.shares_prompt, size=size)
+        batch, processed, padding = make_batch([self.dataset[int(i)] for i in taken], self.arrangement, size=size)
         if not len(mine):
             batch = batch._replace(counts=mx.zeros_like(batch.counts), tokens=mx.zeros_like(batch.tokens))
         filled = np.concatenate([taken, np.repeat(taken[:1], size - len(taken))])

@@ -17,14 +17,33 @@ from ..models.cache import (
     RotatingKVCache,
     make_prompt_cache,
 )
+from .batches import CACHED, PACKED, PLAIN, make_batch
 from .lean import lean_layers
-from .modules import evaluating, first_output, intercepted, is_float32, layers_of, recomputed, relative_error
+from .modules import (
+    evaluating,
+    exchanged,
+    first_output,
+    intercepted,
+    is_float32,
+    layers_of,
+    recomputed,
+    relative_error,
+)
 from .options import ConfigError
+from .packing import on_this_row, packing
+from .pairs import Pair
 
 # Tokens that `can_share_prompt` tries, and how many of them are prompt.
 PROBE, PROBE_PREFIX = 12, 7
 # The attention windows that it tries them with: shorter than the prompt.
 PROBE_WINDOW = 4
+
+
+# Pairs of these that `can_pack` tries: 41 tokens in one row, a number that no part of a model has for a size.
+PROBE_PAIRS = [
+    Pair([*range(1, 10)], [3, 1, 4, 1, 5, 9], [2, 7, 1, 8]),
+    Pair([*range(2, 13)], [1, 6, 1, 8, 0, 3, 3, 9], [5, 7, 7, 2, 1, 5, 6]),
+]
 
 
 class _WholeKVCache(ConcatenateKVCache):
@@ -80,6 +99,43 @@ def can_share_prompt(model):
             return False
     # Half precision rounds other shapes otherwise; a wrong position or mask is off by far more.
     return error < (1e-4 if is_float32(model) else 5e-2)
+
+
+def can_pack(model):
+    """Whether the model gives a packed row the logits of rows of their own: tried on a few tokens, as above."""
+    length = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in PROBE_PAIRS)
+    arange, counts_positions = mx.arange, False
+
+    def watched(*args, **kwargs):
+        nonlocal counts_positions
+        bounds = [0, *args][-2:] if len(args) < 3 else args[:2]
+        counts_positions |= all(isinstance(bound, int) for bound in bounds) and bounds[1] - bounds[0] == length
+        return arange(*args, **kwargs)
+
+    def logits(arrangement):
+        batch, *_ = make_batch(PROBE_PAIRS, arrangement, multiple=1)
+        with packing(model, batch.layout):
+            rows = [first_output(model(group.tokens)) for group in batch.groups]
+        rows = mx.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
+        return rows if batch.layout else rows[batch.positions]
+
+    with evaluating(model), lean_layers(model), narrow_windows(model):
+        plain = logits(PLAIN)
+        try:
+            with exchanged(mx, "arange", watched):
+                packed = logits(PACKED)
+            error = relative_error(packed, plain)
+        except Exception:  # in a row that it was not written for, a model's own code may fail in any way
+            return False
+    # A model that numbers a row's positions itself may go wrong only farther on than these few tokens.
+    return error < (1e-4 if is_float32(model) else 5e-2) and not counts_positions
+
+
+def arrangement_of(model, share_prompt):
+    """How batches of `model` are best arranged: PACKED, CACHED or PLAIN."""
+    if share_prompt and can_pack(model):
+        return PACKED
+    return CACHED if share_prompt and can_share_prompt(model) else PLAIN
 
 
 @contextmanager
@@ -151,7 +207,8 @@ def checkpointed_layers(model):
     if not layers:
         raise ConfigError("grad_checkpoint computes layer by layer, and this model has no `layers`; leave it out.")
     with ExitStack() as stack:
-        for layer in layers:
+        # The backward pass begins with the last one: to compute that again at once would save nothing.
+        for layer in layers[:-1]:
             stack.enter_context(intercepted(layer, "__call__", _checkpointed(type(layer).__call__)))
         yield
 
@@ -163,6 +220,7 @@ def _checkpointed(call):
         before = map_arrays((args, kwargs), lambda x: x)
         runs = []
 
+        @on_this_row
         def run(*differentiable):
             values = iter(differentiable)
             inputs = map_arrays(before, lambda x: next(values) if _is_differentiable(x) else x)

@@ -9,7 +9,7 @@ from mlx.nn.utils import average_gradients
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
-from .batches import Batch, Group
+from .batches import as_batch
 from .lean import lean_attentions, lean_layers
 from .losses import PairLogps, wpo_weights
 from .modules import parameters_in
@@ -175,8 +175,7 @@ class Step:
         return [self.model.state, self.optimizer.state, mx.random.state]
 
     def _take_gradient(self, batch, reference):
-        groups = tuple(Group(*group) for group in batch[1])
-        batch = Batch(*batch)._replace(groups=groups)
+        batch = as_batch(batch)
         # Around the backward pass too, for layers that it computes again. MLX leaves its tracers in the model.
         with lean_layers(self.model), lean_attentions(), parameters_in(self.model, self.model.trainable_parameters()):
             (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
