@@ -21,6 +21,7 @@ from mlx_lm.tuner.batches import make_batch
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.losses import preference_loss
+from mlx_lm.tuner.memory import Dispatch
 from mlx_lm.tuner.sharing import checkpointed_layers
 from mlx_lm.tuner.step import Objective, Step
 
@@ -84,7 +85,7 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     optimizer = optim.Adam(1e-5)
     step = Step(model, optimizer, Objective(scorer, preference_loss(loss)), compiled)
     batch, processed, _ = make_batch(pairs, scorer.arrangement)
-    reference = mx.zeros((len(pairs), 2, 2))
+    reference, dispatch = mx.zeros((len(pairs), 2, 2)), Dispatch()
     model.train()
     seconds = []
     with checkpointed_layers(model) if checkpoint else nullcontext():
@@ -97,7 +98,9 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
                 reference = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(pairs), 2).transpose(1, 0, 2)
                 mx.eval(reference)
             sums, _ = step(batch, reference, True)
-            mx.eval(step.state(), sums)
+            work = [step.state(), sums]
+            dispatch(work, processed, True)
+            mx.eval(work)
             seconds.append(time.perf_counter() - tic)
     median = float(np.median(seconds[warmup:]))
     return {

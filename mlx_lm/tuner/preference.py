@@ -28,6 +28,7 @@ from .loading import check_same_tokens, load_named
 from .logps import Scorer
 from .losses import OPTIONS as LOSS_OPTIONS
 from .losses import preference_loss
+from .memory import Dispatch
 from .modules import evaluating
 from .options import RUN_OPTIONS, ConfigError, is_preference
 from .reference import Reference, default_cache_folder, row_key
@@ -153,6 +154,7 @@ class Run:
                 reference.release()
         compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
         self.step = Step(model, optimizer, self.objective, compiled, args.max_grad_norm)
+        self.dispatch = Dispatch()
         self.iteration, self.trained_tokens, self.updates = 0, 0, 0
         if args.resume:
             self._restore()
@@ -254,7 +256,7 @@ class Run:
             )
         self.trained_tokens += int(trained)
         learning_rate = self.optimizer.learning_rate.item()
-        peak_memory = mx.get_peak_memory() / 1e9
+        peak_memory = self.dispatch.peak_memory() / 1e9
         ui.report_train(self.iteration, figures["loss"], trained / seconds, self.trained_tokens)
         self._say(figures, f"lr {learning_rate:.2e} · {peak_memory:.2f} GB")
         if self.callback is not None:
@@ -330,7 +332,7 @@ class Run:
                     # The others' norms are never computed.
                     norm = new_norm
                 work = [self.step.state(), totals, [] if norm is None else norm, self.step.accumulated or []]
-                mx.async_eval(work)
+                self.dispatch(work, counts[0], update)
                 if not (refresh or last):
                     # The next batch is made while the device works on this one.
                     upcoming = self.schedule.batch(self.iteration + 1, self.reference)
@@ -340,7 +342,7 @@ class Run:
                     # The next step is traced while the device works on this one, but no more than that.
                     mx.eval(running)
                 running = totals
-                if mx.get_cache_memory() > (args.clear_cache_threshold or mx.get_peak_memory()):
+                if mx.get_cache_memory() > (args.clear_cache_threshold or self.dispatch.peak_memory()):
                     mx.clear_cache()
                 seconds += time.perf_counter() - tic
                 ui.advance()
