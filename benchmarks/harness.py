@@ -99,7 +99,7 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
                 mx.eval(reference)
             sums, _ = step(batch, reference, True)
             work = [step.state(), sums]
-            dispatch(work, processed, True)
+            dispatch(work, processed, True, step.was_compiled)
             mx.eval(work)
             seconds.append(time.perf_counter() - tic)
     median = float(np.median(seconds[warmup:]))

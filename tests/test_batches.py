@@ -5,10 +5,23 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from tiny import some_pairs, tiny_llama
 
 from mlx_lm.tuner import batches as module
-from mlx_lm.tuner.batches import ARRANGEMENTS, CACHED, PACKED, PLAIN, make_batch, order_of_epoch, plan
+from mlx_lm.tuner.batches import (
+    ARRANGEMENTS,
+    CACHED,
+    CPU,
+    CUDA,
+    METAL,
+    PACKED,
+    PLAIN,
+    device,
+    make_batch,
+    order_of_epoch,
+    plan,
+)
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.losses import preference_loss
@@ -143,7 +156,7 @@ def test_common_logps_stop_where_the_shorter_response_ends():
 
 
 @pytest.mark.parametrize("arrangement", [CACHED, PLAIN])
-def test_row_groups_waste_little(arrangement):
+def test_row_groups_waste_little(arrangement, monkeypatch):
     """Of a third of the tokens, whatever share of them is padding in batches that are not split."""
     pairs = some_pairs(64, prompt=(20, 100), response=(5, 100))
 
@@ -155,11 +168,9 @@ def test_row_groups_waste_little(arrangement):
         return padding / processed
 
     split = padding_share(8)
-    whole, module.MOST_GROUPS = module.MOST_GROUPS, 1
-    try:
-        unsplit = padding_share(8)
-    finally:
-        module.MOST_GROUPS = whole
+    monkeypatch.setattr(module, "CPU", CPU._replace(most_groups=1))
+    unsplit = padding_share(8)
+    monkeypatch.undo()
     assert unsplit > 0.25 and split < unsplit / 2
     assert padding_share(1) < 0.02
 
@@ -175,8 +186,8 @@ def test_row_groups_waste_little(arrangement):
     ],
 )
 def test_rows_are_split_where_that_saves_enough(lengths, expected):
-    assert module._row_groups(lengths, 1) == expected
-    rounded = module._row_groups(lengths, 8)
+    assert module._row_groups(lengths, 1, 4) == expected
+    rounded = module._row_groups(lengths, 8, 4)
     assert sorted(row for rows, _ in rounded for row in rows) == list(range(len(lengths)))
     assert all(width % 8 == 0 and max(lengths[row] for row in rows) <= width for rows, width in rounded)
 
@@ -185,7 +196,7 @@ def test_a_pass_of_its_own_has_to_save_what_it_costs(monkeypatch):
     pairs = [Pair([1] * 101, [2] * 8, [3] * 8), Pair([1] * 101, [2] * 64, [3] * 64)]
 
     def passes(least):
-        monkeypatch.setattr(module, "least_saving", lambda: least)
+        monkeypatch.setattr(module, "CPU", CPU._replace(least_saving=least))
         batch, *_ = make_batch(pairs, CACHED, multiple=1)
         return batch.prefix.shape[1], len(batch.groups)
 
@@ -195,13 +206,27 @@ def test_a_pass_of_its_own_has_to_save_what_it_costs(monkeypatch):
     assert passes(201) == (0, 1)
 
 
-def test_passes_are_dear_on_cuda(monkeypatch):
-    assert module.least_saving() == 0
+def test_every_device_is_known_by_its_kind(monkeypatch):
+    assert device() == CPU
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    assert module.least_saving() == 0
+    assert device() == METAL
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    assert module.least_saving() == module.PASS_ON_CUDA
+    assert device() == CUDA
+
+
+@pytest.mark.parametrize("kind, most", [(CPU, 64), (METAL, 60), (CUDA, 30)])
+def test_packed_batches_have_few_shapes_on_a_gpu(kind, most, monkeypatch):
+    monkeypatch.setattr(module, "device", lambda: kind)
+    pairs = some_pairs(256, prompt=(20, 200), response=(5, 300))
+    shapes, counts = set(), []
+    for rows in plan(lengths_of(pairs), 4, PACKED):
+        batch, *tokens = make_batch([pairs[row] for row in rows], PACKED)
+        shapes.add(tuple(value.shape for _, value in tree_flatten(batch)))
+        counts.append(tokens)
+    processed, padding = np.sum(counts, axis=0)
+    assert len(shapes) <= most and padding / processed < 0.1
+    assert batch.groups[0].tokens.size % kind.packed_multiple == batch.targets.size % kind.packed_multiple == 0
 
 
 def test_fillers_count_for_nothing():

@@ -42,24 +42,27 @@ def step(kept):
 
 def test_steps_are_given_what_the_first_update_needed(limits):
     usual, dispatch, kept = usual_limit(), Dispatch(), mx.zeros((1,))
-    for tokens, update in ((100, False), (100, True), (50, True), (200, False)):
+    steps = [(100, False, False), (100, True, False), (50, True, False), (200, False, False), (100, True, True)]
+    for tokens, update, compiled in steps:
         work = step(kept)
-        dispatch(work, tokens, update)
+        dispatch(work, tokens, update, compiled)
         assert usual_limit() == usual
         mx.synchronize()
     assert limits[0] == usual and limits[1] == 0
-    need = dispatch._need
+    resting, need, _ = dispatch._needs[False]
     assert 8 * MEGABYTE <= need < 20 * MEGABYTE
     # A smaller batch has as much, a larger one in proportion to its tokens.
-    assert limits[2] == int(dispatch._resting + SLACK * need)
-    assert limits[3] == int(dispatch._resting + SLACK * 2 * need)
+    assert limits[2] == int(resting + SLACK * need)
+    assert limits[3] == int(resting + SLACK * 2 * need)
+    # Compiled steps are measured apart.
+    assert limits[4] == 0 and dispatch._needs[True][2] == 100
 
 
 def test_the_peak_is_that_of_all_that_has_run(limits):
     mx.reset_peak_memory()
     mx.eval(mx.ones((16 * MEGABYTE,)))
     peak, dispatch = mx.get_peak_memory(), Dispatch()
-    dispatch(step(mx.zeros((1,))), 100, True)
+    dispatch(step(mx.zeros((1,))), 100, True, False)
     assert mx.get_peak_memory() < peak == dispatch.peak_memory()
 
 
@@ -67,7 +70,7 @@ def test_elsewhere_nothing_is_limited(limits, monkeypatch):
     monkeypatch.setattr(module, "on_cuda", lambda: False)
     dispatch = Dispatch()
     for _ in range(3):
-        dispatch(step(mx.zeros((1,))), 100, True)
+        dispatch(step(mx.zeros((1,))), 100, True, False)
     assert limits == [usual_limit()] * 3
 
 

@@ -10,7 +10,7 @@ from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_gradie
 from plain_pass import scored_gradient as gradient_of
 
 from mlx_lm.tuner import batches as batches_module
-from mlx_lm.tuner.batches import CACHED, PACKED, make_batch
+from mlx_lm.tuner.batches import CACHED, CPU, CUDA, PACKED, make_batch
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.modules import exchanged
 from mlx_lm.tuner.packing import CannotPackError, gathered, make_pass, packing
@@ -107,7 +107,7 @@ def test_gradients_are_the_plain_ones_however_attention_is_split(shared, multipl
     expected = plain_logps(model, pairs)
     gradient = plain_gradient(model, reference_of(expected), pairs)
     monkeypatch.setattr(batches_module, "SHORTEST_PREFIX", shared or 1000)
-    monkeypatch.setattr(batches_module, "length_multiple", lambda: multiple)
+    monkeypatch.setattr(batches_module, "CPU", CPU._replace(packed_multiple=multiple))
     layout = make_batch(pairs, PACKED)[0].layout
     assert len(layout.body.parts) - len(layout.last.parts) == (shared > 0 and multiple < 16)
     found = gradient_of(Scorer(model), reference_of(expected), pairs, PACKED)
@@ -115,8 +115,7 @@ def test_gradients_are_the_plain_ones_however_attention_is_split(shared, multipl
 
 
 def test_on_cuda_prompts_are_attended_to_apart_where_they_are_long(monkeypatch):
-    monkeypatch.setattr(batches_module, "on_cuda", lambda: True)
-    monkeypatch.setattr(batches_module, "length_multiple", lambda: batches_module.MULTIPLE_ON_CUDA)
+    monkeypatch.setattr(batches_module, "device", lambda: CUDA)
 
     def parts(prompt):
         layout = make_batch(make_pairs([(prompt, 8, 8)] * 4), PACKED)[0].layout

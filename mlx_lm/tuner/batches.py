@@ -5,7 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .lean import ATTENTION_TILE
+from .lean import ATTENTION_TILE, on_cuda
 from .packing import Layout, Part, Pass, make_pass
 
 # How a batch is arranged: all its tokens in one row, a prompt's once; rows that go on from a cache with a prompt's
@@ -13,16 +13,48 @@ from .packing import Layout, Part, Pass, make_pass
 ARRANGEMENTS = PACKED, CACHED, PLAIN = "packed", "cached", "plain"
 # A row group costs a forward pass of its own; it is worth that where it saves this share of the tokens.
 GROUP_SAVING = 0.04
-# More groups pad less, but on a GPU each way to split a batch is a shape to trace the step for.
-MOST_GROUPS, MOST_GROUPS_ON_GPU = 4, 3
-# What lengths are rounded up to on a GPU; CUDA's attention needs as much, and a packed row loses little by it.
-MULTIPLE_ON_GPU, MULTIPLE_ON_CUDA = 16, ATTENTION_TILE
 # A shared prompt shorter than this costs more in a pass of its own than it saves.
 SHORTEST_PREFIX = 8
-# On CUDA a pass has to save so many tokens: launching its kernels takes that long (1.24 B parameters on an H200).
-PASS_ON_CUDA = 512
-# On CUDA attention takes prompts apart where that saves it so many products of a query and a key, for the same reason.
-PRODUCTS_ON_CUDA = 2**21
+
+
+class Device(NamedTuple):
+    """How batches are rounded and split on a kind of device.
+
+    More groups pad less, but on a GPU each way to split a batch is a shape of its own, and so is each length: a step
+    is traced and compiled for every one.
+
+    Attributes:
+        multiple: the lengths of rows are rounded up to this.
+        packed_multiple: those of a packed row and of attention in it; CUDA's attention needs its tile, and a row of
+            all tokens loses little by it.
+        scored_steps: so many numbers of scored tokens there are in a packed row from each power of two to the next;
+            0 takes them as they are.
+        most_groups: row groups of a batch.
+        attention_groups: the same in a packed row, where they are attention's alone.
+        least_saving: tokens that a pass of its own, of a prefix or a row group, has to save. With CUDA it is what
+            launching its kernels takes as long as (1.24 B parameters on an H200).
+        least_products: products of a query and a key that a part of its own has to save attention, likewise.
+    """
+
+    multiple: int
+    packed_multiple: int
+    scored_steps: int
+    most_groups: int
+    attention_groups: int
+    least_saving: int
+    least_products: int
+
+
+CPU = Device(1, 1, 0, 4, 4, 0, 0)
+METAL = Device(16, 32, 2, 3, 1, 0, 2**18)
+CUDA = Device(16, ATTENTION_TILE, 2, 3, 1, 512, 2**21)
+
+
+def device():
+    """The `Device` that the default device is."""
+    if mx.default_device() != mx.gpu:
+        return CPU
+    return CUDA if on_cuda() else METAL
 
 
 class Group(NamedTuple):
@@ -83,36 +115,14 @@ def round_up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-def on_cuda():
-    """Whether the default device is a GPU of NVIDIA's."""
-    return mx.default_device() == mx.gpu and not mx.metal.is_available()
-
-
-def length_multiple():
-    """What sequence lengths are rounded up to on the default device.
-
-    A compiled step is traced anew for each shape, so a GPU should see few of them.
-    """
-    return 1 if mx.default_device() != mx.gpu else MULTIPLE_ON_CUDA if on_cuda() else MULTIPLE_ON_GPU
-
-
-def most_groups():
-    """How many row groups a batch may have on the default device."""
-    return MOST_GROUPS if mx.default_device() != mx.gpu else MOST_GROUPS_ON_GPU
-
-
-def least_saving():
-    """How many tokens a pass of its own, of a prefix or a row group, has to save on the default device."""
-    return PASS_ON_CUDA if on_cuda() else 0
-
-
 def plan(lengths, size, arrangement):
     """Rows grouped into batches of like length.
 
     Args:
         lengths: `(n, 3)` int, tokens of prompt, chosen and rejected of each row.
         size: pairs in a batch; the last batch has what is left.
-        arrangement: as for `make_batch`; where prompts are shared, they should be of like length too.
+        arrangement: as for `make_batch`; where prompts go through a cache, or on a CPU to attention apart, they
+            should be of like length too; elsewhere that would only make more shapes.
 
     Returns:
         A list of int arrays that holds each row once.
@@ -120,7 +130,8 @@ def plan(lengths, size, arrangement):
     lengths = np.asarray(lengths).reshape(-1, 3)
     responses = lengths[:, 1:].max(axis=1)
     total = lengths[:, 0] + responses
-    order = np.lexsort((responses, lengths[:, 0] // 16)) if arrangement != PLAIN else np.lexsort((responses, total))
+    by_prompt = arrangement == CACHED or (arrangement == PACKED and device() == CPU)
+    order = np.lexsort((responses, lengths[:, 0] // 16)) if by_prompt else np.lexsort((responses, total))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -135,24 +146,24 @@ def make_batch(pairs, arrangement, multiple=None, size=None):
     Args:
         pairs: B `Pair`s.
         arrangement: PACKED, CACHED or PLAIN.
-        multiple: sequence lengths are rounded up to this; by default the device's `length_multiple`.
+        multiple: sequence lengths are rounded up to this; by default what suits the device.
         size: fill up to so many pairs with repetitions that count for nothing.
 
     Returns:
         `(Batch, processed, padding)`: the tokens that the model's body will run over, padding included, and
         how many of them are padding.
     """
-    multiple = multiple or length_multiple()
+    multiple = multiple or (device().packed_multiple if arrangement == PACKED else device().multiple)
     counts = [1.0] * len(pairs)
     if size is not None and len(pairs) < size:
         counts += [0.0] * (size - len(pairs))
         pairs = list(pairs) + [pairs[0]] * (size - len(pairs))
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     if arrangement == PACKED:
-        prefix, groups, layout, places, padding = _pack(pairs, responses, multiple)
+        prefix, groups, layout, scored, padding = _pack(pairs, responses, multiple)
     else:
-        prefix, groups, layout, places, padding = _lay_out(pairs, responses, multiple, arrangement == CACHED)
-    positions, targets, index = _scored(places, responses, multiple)
+        prefix, groups, layout, scored, padding = _lay_out(pairs, responses, multiple, arrangement == CACHED)
+    positions, targets, index = scored
     lengths = np.array([len(response) for response in responses], np.float32)
     common = np.minimum(lengths[: len(pairs)], lengths[len(pairs) :])
     batch = Batch(
@@ -182,8 +193,8 @@ def _pack(pairs, responses, multiple):
     """All tokens in one row: the prompts, then the responses without their last tokens.
 
     Returns:
-        `(prefix, groups, layout, places, padding)`: as in `Batch`, the first two not yet as arrays of MLX; where in
-        the flattened groups each row's response tokens are predicted; how many tokens are padding.
+        `(prefix, groups, layout, scored, padding)`: as in `Batch`, the first two not yet as arrays of MLX; what
+        `_scored` says; how many tokens are padding.
     """
     prompts = [pair.prompt for pair in pairs]
     pieces = [*prompts, *(response[:-1] for response in responses)]
@@ -198,7 +209,6 @@ def _pack(pairs, responses, multiple):
     in_sequence = np.zeros(block.size, np.int32)
     for sequence in sequences:
         in_sequence[sequence] = np.arange(len(sequence))
-    scored, *_ = _scored(places, responses, multiple)
     asking, asked = [], 0
     for sequence, response in zip(sequences, responses, strict=True):
         numbers = np.full(len(sequence), -1)
@@ -208,25 +218,30 @@ def _pack(pairs, responses, multiple):
     # A prompt's last token is asked for by both responses in the last layer.
     shared = min(map(len, prompts)) - 1
     shared -= shared % multiple
-    if shared < SHORTEST_PREFIX or (on_cuda() and len(pairs) * shared**2 < PRODUCTS_ON_CUDA):
+    if shared < SHORTEST_PREFIX or len(pairs) * shared**2 < device().least_products:
         shared = 0
-    groups = _row_groups([max(1, len(sequence) - shared) for sequence in sequences], multiple)
-    groups = [(rows, shared + width) for rows, width in groups]
+    lengths = [max(1, len(sequence) - shared) for sequence in sequences]
+    groups = [(rows, shared + width) for rows, width in _row_groups(lengths, multiple, device().attention_groups)]
+    count = sum(map(len, responses))
+    if device().scored_steps:
+        octave = 2 ** (count - 1).bit_length() // 2
+        count = round_up(count, max(multiple, octave // device().scored_steps))
+    scored = positions, *_ = _scored(places, responses, count, max(width for _, width in groups))
     body = make_pass(block.size, in_sequence, sequences, sequences, groups, shared)
-    last = make_pass(block.size, in_sequence[scored], sequences, asking, groups, shared)
-    layout = Layout(body, last, mx.array(scored))
-    return np.zeros((len(pairs), 0), np.int32), [(block, [0])], layout, places, block.size - int(ends[-1])
+    last = make_pass(block.size, in_sequence[positions], sequences, asking, groups, shared)
+    layout = Layout(body, last, mx.array(positions))
+    return np.zeros((len(pairs), 0), np.int32), [(block, [0])], layout, scored, block.size - int(ends[-1])
 
 
 def _lay_out(pairs, responses, multiple, share):
     """Rows of a prompt and a response; with `share`, without what their prompts have in common; returns as `_pack`."""
     shared = min(len(pair.prompt) for pair in pairs) - 1 if share else 0
     shared -= shared % multiple
-    if shared < SHORTEST_PREFIX or len(pairs) * shared < least_saving():
+    if shared < SHORTEST_PREFIX or len(pairs) * shared < device().least_saving:
         shared = 0
     rows = [[*pairs[i % len(pairs)].prompt[shared:], *response[:-1]] for i, response in enumerate(responses)]
     groups, places, offset = [], [None] * len(rows), 0
-    for members, width in _row_groups([len(row) for row in rows], multiple):
+    for members, width in _row_groups([len(row) for row in rows], multiple, device().most_groups):
         block = np.zeros((len(members), width), np.int32)
         for i, row in enumerate(members):
             block[i, : len(rows[row])] = rows[row]
@@ -235,14 +250,18 @@ def _lay_out(pairs, responses, multiple, share):
         groups.append((block, [row % len(pairs) for row in members]))
         offset += block.size
     prefix = np.array([pair.prompt[:shared] for pair in pairs], np.int32).reshape(len(pairs), shared)
-    return prefix, groups, (), places, offset - sum(map(len, rows))
+    count, width = (round_up(number, multiple) for number in (sum(map(len, responses)), max(map(len, responses))))
+    return prefix, groups, (), _scored(places, responses, count, width), offset - sum(map(len, rows))
 
 
-def _scored(places, responses, multiple):
-    """`positions`, `targets` and `response_index` of a batch."""
+def _scored(places, responses, count, width):
+    """`positions`, `targets` and `response_index` of a batch, N being `count` and R `width`.
+
+    Args:
+        places: where in the flattened groups each row's response tokens are predicted.
+    """
     ends = np.cumsum([len(response) for response in responses])
-    count = round_up(int(ends[-1]), multiple)
-    index = np.full((len(responses), round_up(max(map(len, responses)), multiple)), count, np.int32)
+    index = np.full((len(responses), width), count, np.int32)
     positions, targets = np.zeros(count, np.int32), np.zeros(count, np.int32)
     positions[: ends[-1]], targets[: ends[-1]] = np.concatenate(places), np.concatenate(responses)
     for row, (response, end) in enumerate(zip(responses, ends, strict=True)):
@@ -250,11 +269,11 @@ def _scored(places, responses, multiple):
     return positions, targets, index
 
 
-def _row_groups(lengths, multiple):
+def _row_groups(lengths, multiple, most):
     """Rows split by length into the few groups that pad least, as `[(rows, width)]` from short to long."""
     order = np.argsort(lengths, kind="stable")
     widths = np.array([round_up(lengths[row], multiple) for row in order])
-    count, most = len(order), min(most_groups(), len(order))
+    count, most = len(order), min(most, len(order))
     # costs[k, n]: the fewest tokens in which the n shortest rows run as k groups, the last from row cuts[k, n] on.
     costs, cuts = np.full((most + 1, count + 1), np.inf), np.zeros((most + 1, count + 1), int)
     costs[0, 0] = 0
@@ -263,7 +282,7 @@ def _row_groups(lengths, multiple):
             choices = costs[groups - 1, :stop] + np.arange(stop, 0, -1) * widths[stop - 1]
             cuts[groups, stop] = cut = np.argmin(choices)
             costs[groups, stop] = choices[cut]
-    price = max(GROUP_SAVING * costs[1, count], least_saving())
+    price = max(GROUP_SAVING * costs[1, count], device().least_saving)
     groups = 1 + int(np.argmin(costs[1:, count] + np.arange(most) * price))
     split, stop = [], count
     for k in range(groups, 0, -1):

@@ -19,6 +19,11 @@ KEYS_A_DIMENSION = 4
 BLOCK_SCORES = 2**23
 
 
+def on_cuda():
+    """Whether the default device is a GPU of NVIDIA's."""
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
+
+
 class LeanLoRALinear(LoRALinear):
     """A `LoRALinear` whose low-rank product is in the input's dtype and added within the product.
 
@@ -158,8 +163,7 @@ def lean_attention(attention, queries, keys, values, *, mask=None, **options):
         attention: `mx.fast.scaled_dot_product_attention`; what follows are its arguments.
     """
     causal, half = isinstance(mask, str), queries.dtype in (mx.float16, mx.bfloat16)
-    on_cuda = mx.default_device() == mx.gpu and not mx.metal.is_available()
-    if on_cuda and half and causal and max(queries.shape[3], values.shape[3]) <= 128:
+    if on_cuda() and half and causal and max(queries.shape[3], values.shape[3]) <= 128:
         return padded_attention(attention, queries, keys, values, mask=mask, **options)
     # Sinks, and masks of numbers, may have gradients of their own.
     plain = options.get("sinks") is None and (mask is None or causal or mask.dtype == mx.bool_)

@@ -8,9 +8,9 @@ need.
 
 import mlx.core as mx
 
-from .batches import on_cuda
+from .lean import on_cuda
 
-# The first step is measured with no array held for longer than needed; others may hold so much more.
+# Steps are measured with no array held for longer than needed; others may hold so much more.
 SLACK = 1.1
 
 
@@ -18,35 +18,38 @@ class Dispatch:
     """Hands steps to the device, with little more memory than they need where MLX would take more."""
 
     def __init__(self):
-        self._resting, self._need, self._tokens = 0, None, 0  # bytes between steps and for the measured one; its tokens
+        self._needs = {}  # of compiled steps and of others: bytes between steps, bytes besides, and tokens
         self._earlier_peak = 0
 
-    def __call__(self, work, tokens, update):
+    def __call__(self, work, tokens, update, compiled):
         """Begin to evaluate a step.
 
         Args:
             work: all that the step makes, a tree of arrays.
             tokens: how many it runs over.
-            update: whether it updates the model; the first that does is measured, with the optimizer's state made.
+            update: whether it updates the model; the first one that does is measured, with the optimizer's state made.
+            compiled: whether it is compiled; those need less, and are measured apart.
         """
-        if not on_cuda() or (self._need is None and not update):
+        if not on_cuda() or (compiled not in self._needs and not update):
             mx.async_eval(work)
-        elif self._need is None:
-            self._measure(work, tokens)
+        elif compiled not in self._needs:
+            self._measure(work, tokens, compiled)
         else:
-            need = self._need * max(1.0, tokens / self._tokens)
-            with_limit(int(self._resting + SLACK * need), mx.async_eval, work)
+            resting, need, measured = self._needs[compiled]
+            with_limit(int(resting + SLACK * need * max(1.0, tokens / measured)), mx.async_eval, work)
 
     def peak_memory(self):
         """The most bytes of memory that MLX's arrays have taken."""
         return max(self._earlier_peak, mx.get_peak_memory())
 
-    def _measure(self, work, tokens):
-        self._earlier_peak = mx.get_peak_memory()
+    def _measure(self, work, tokens, compiled):
+        mx.synchronize()
+        self._earlier_peak = self.peak_memory()
         mx.reset_peak_memory()
         with_limit(0, mx.eval, work)
-        self._resting, self._tokens = mx.get_active_memory(), tokens
-        self._need = mx.get_peak_memory() - self._resting
+        mx.synchronize()
+        resting = mx.get_active_memory()
+        self._needs[compiled] = resting, mx.get_peak_memory() - resting, tokens
 
 
 def with_limit(limit, function, *args):

@@ -332,7 +332,7 @@ class Run:
                     # The others' norms are never computed.
                     norm = new_norm
                 work = [self.step.state(), totals, [] if norm is None else norm, self.step.accumulated or []]
-                self.dispatch(work, counts[0], update)
+                self.dispatch(work, counts[0], update, self.step.was_compiled)
                 if not (refresh or last):
                     # The next batch is made while the device works on this one.
                     upcoming = self.schedule.batch(self.iteration + 1, self.reference)

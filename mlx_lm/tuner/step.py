@@ -28,9 +28,9 @@ FIGURES = (
 # Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
 ROUNDING = 2e-6
 
-# To compile a step for a shape takes about as long as so many compiled steps save, measured on an H200: in the first
-# epochs most batches of a data set have a shape of their own.
-VISITS_UNCOMPILED = 3
+# To compile a step for a shape takes about as long as two compiled steps save, measured on an H200: a shape that comes
+# but once in an epoch should not be compiled.
+VISITS_UNCOMPILED = 1
 
 
 class Objective:
@@ -132,6 +132,7 @@ class Step:
         self._value_and_grad = nn.value_and_grad(model, lambda _, *inputs: objective(*inputs, gradient=True))
         self.compiled = compiled
         self._visits = Counter()  # of each shape of a batch
+        self.was_compiled = False  # whether the last gradient was
         self.accumulated = None  # (gradient, number of pairs) of the batches since the last update
 
     def __call__(self, batch, reference, update):
@@ -141,8 +142,8 @@ class Step:
             `(sums, gradient norm)`: `Objective`'s sums, and the mean gradient's norm before clipping, None
             where there was no update. Nothing is evaluated yet.
         """
-        often = self.visit(batch) > VISITS_UNCOMPILED
-        take = self._compiled_gradient if self.compiled and often else self._take_gradient
+        self.was_compiled = self.compiled and self.visit(batch) > VISITS_UNCOMPILED
+        take = self._compiled_gradient if self.was_compiled else self._take_gradient
         sums, gradient = take(batch, reference)
         pairs = sums[len(FIGURES)]
         if self.accumulated is not None:
