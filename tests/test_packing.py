@@ -10,7 +10,7 @@ from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_gradie
 from plain_pass import scored_gradient as gradient_of
 
 from mlx_lm.tuner import batches as batches_module
-from mlx_lm.tuner.batches import CACHED, CPU, CUDA, PACKED, make_batch
+from mlx_lm.tuner.batches import CACHED, CPU, CUDA, METAL, PACKED, make_batch
 from mlx_lm.tuner.logps import Scorer
 from mlx_lm.tuner.modules import exchanged
 from mlx_lm.tuner.packing import CannotPackError, gathered, make_pass, packing
@@ -191,6 +191,16 @@ def far_positions(states):
 @pytest.mark.parametrize("mix, packs", [(lambda states: states, True), (shifted, False), (far_positions, False)])
 def test_models_that_mix_or_number_positions_themselves_are_not_packed(mix, packs):
     assert can_pack(Mixing(mix)) == packs
+
+
+@pytest.mark.parametrize("kind", [CPU, METAL, CUDA])
+def test_models_are_packed_whatever_batches_are_rounded_to(kind, monkeypatch):
+    monkeypatch.setattr(batches_module, "device", lambda: kind)
+    model = make_model("qwen3")
+    assert arrangement_of(model, True) == PACKED
+    batch, *_ = make_batch(PAIRS, PACKED)
+    assert batch.groups[0].tokens.size % kind.packed_multiple == 0
+    assert mx.abs(Scorer(model)(batch).total - plain_logps(model)).max().item() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mamba2", "qwen3_5", "llama4", "deepseek_v3"])

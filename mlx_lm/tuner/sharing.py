@@ -117,7 +117,8 @@ def can_pack(model):
         with packing(model, batch.layout):
             rows = [first_output(model(group.tokens)) for group in batch.groups]
         rows = mx.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
-        return rows if batch.layout else rows[batch.positions]
+        rows = rows if batch.layout else rows[batch.positions]
+        return rows[: int(batch.lengths.sum().item())]  # without those that round them up
 
     with evaluating(model), lean_layers(model), narrow_windows(model):
         plain = logits(PLAIN)
