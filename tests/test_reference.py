@@ -21,7 +21,7 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 import mlx_lm.lora
 import mlx_lm.utils
 from mlx_lm.tuner import reference as module
-from mlx_lm.tuner.batches import CACHED, PACKED, make_batch, plan
+from mlx_lm.tuner.batches import ARRANGEMENTS, CACHED, PACKED, make_batch, plan
 from mlx_lm.tuner.options import ConfigError
 from mlx_lm.tuner.reference import Cache, Reference, ample_tokens, checksum, fingerprint, row_key
 from mlx_lm.utils import get_batched_logps
@@ -113,21 +113,28 @@ def test_batches_are_as_large_as_memory_is_ample_for(monkeypatch):
     assert 2**28 < module.device_memory() < 2**45
 
 
-def test_batches_within_the_tokens_hold_every_row_once(monkeypatch):
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch):
     pairs = some_pairs(200, prompt=(5, 60), response=(1, 60))
     reference = Reference(tiny_llama())
+    reference.scorer.arrangement = arrangement
     lengths = np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     monkeypatch.setattr(module, "ample_tokens", lambda *_: 1200)
     batches = reference._batches(lengths)
     assert sorted(row for rows in batches for row in rows) == list(range(200))
-    sizes = [2 * len(rows) * totals[rows].max() for rows in batches]
+    if arrangement == PACKED:
+        sizes = [lengths[rows].sum() for rows in batches]
+    else:
+        sizes = [2 * len(rows) * totals[rows].max() for rows in batches]
     assert max(sizes) <= 1200 and np.mean(sizes[:-1]) > 900
     monkeypatch.setattr(module, "ample_tokens", lambda *_: 50)  # less than the longest pair: alone, but not left out
     assert max(map(len, reference._batches(lengths))) < 6
     assert sorted(row for rows in reference._batches(lengths) for row in rows) == list(range(200))
-    fixed = Reference(tiny_llama(), batch_size=7)._batches(lengths)
-    assert [rows.tolist() for rows in fixed] == [rows.tolist() for rows in plan(lengths, 7, PACKED)]
+    reference.batch_size = 7
+    assert [rows.tolist() for rows in reference._batches(lengths)] == [
+        rows.tolist() for rows in plan(lengths, 7, arrangement)
+    ]
 
 
 def test_large_batches_waste_little():

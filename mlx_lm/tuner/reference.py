@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from .._version import __version__
 from ..cli_ui import make_console, make_train_progress, rprint
-from .batches import make_batch, plan
+from .batches import PACKED, make_batch, plan
 from .files import replace_file
 from .logps import Scorer
 from .modules import evaluating, first_output
@@ -112,12 +112,14 @@ class Reference:
             return plan(lengths, self.batch_size, self.scorer.arrangement)
         totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
         most, share = ample_tokens(self.scorer, int(totals.max())), -(-len(lengths) // mx.distributed.init().size())
-        batches, rows, width = [], [], 0
+        packed = self.scorer.arrangement == PACKED
+        batches, rows = [], []
         for row in plan(lengths, len(lengths), self.scorer.arrangement)[0].tolist():
-            width = max(width, totals[row])
-            if rows and (2 * (len(rows) + 1) * width > most or len(rows) == share):
+            together = [*rows, row]
+            tokens = lengths[together].sum() if packed else 2 * len(together) * totals[together].max()
+            if rows and (tokens > most or len(rows) == share):
                 batches.append(rows)
-                rows, width = [], totals[row]
+                rows = []
             rows.append(row)
         return [*batches, rows]
 
