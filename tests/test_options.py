@@ -107,7 +107,7 @@ class TestCommandLine:
         for option in OPTIONS:
             assert option.flag in told and " ".join(option.help[1:].split()) in told, option.name
         assert "(>= 0 and < 0.5); 0.0 by default." in told
-        assert "where the model's cache allows it; true by default." in told
+        assert "where the model allows it; true by default." in told
 
     def test_a_percent_sign_in_a_help_text_stands(self):
         parser = argparse.ArgumentParser()

@@ -160,7 +160,7 @@ STEP_OPTIONS = (
         "share_prompt",
         True,
         bool,
-        "Compute a prompt once for both its responses, where the model's cache allows it",
+        "Compute a prompt once for both its responses, where the model allows it",
         group="step",
     ),
     Option(
