@@ -140,7 +140,7 @@ def run_ours(spec, rows, folder):
     import mlx.optimizers as optim
 
     from mlx_lm.tuner.datasets import Pair
-    from mlx_lm.tuner.reference import Reference
+    from mlx_lm.tuner.preference.reference import Reference
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
     model = load(spec["model"])

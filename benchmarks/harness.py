@@ -17,13 +17,13 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lm._cuda import suit_training
-from mlx_lm.tuner.batches import make_batch
 from mlx_lm.tuner.datasets import Pair
-from mlx_lm.tuner.logps import Scorer
-from mlx_lm.tuner.losses import preference_loss
-from mlx_lm.tuner.memory import Dispatch
-from mlx_lm.tuner.sharing import checkpointed_layers
-from mlx_lm.tuner.step import Objective, Step
+from mlx_lm.tuner.preference.batches import make_batch
+from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.memory import Dispatch
+from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.sharing import checkpointed_layers
+from mlx_lm.tuner.preference.step import Objective, Step
 
 
 def make_llama(shape, dtype=mx.float32, vocabulary=None, rank=8, layers=None):

@@ -18,8 +18,7 @@ from functools import partial
 from types import SimpleNamespace
 
 from .cli_ui import print_header_panel
-from .tuner.checkpoint import STATE_FILE, check_adapter, first_line
-from .tuner.config import (
+from .tuner.preference.check import (
     check_config,
     check_file,
     holds_preferences,
@@ -28,7 +27,8 @@ from .tuner.config import (
     warn_of_preference_keys,
     warn_of_unread_keys,
 )
-from .tuner.loading import (
+from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
+from .tuner.preference.load import (
     add_adapters,
     check_tokens,
     check_trainable,
@@ -37,10 +37,10 @@ from .tuner.loading import (
     load_trained,
     read_adapter_config,
 )
-from .tuner.losses import DEFAULTS as LOSS_DEFAULTS
-from .tuner.losses import OPTIONS as LOSS_OPTIONS
-from .tuner.options import RUN_OPTIONS, ConfigError, is_preference
-from .tuner.preference import DEFAULTS, evaluated_rows, loss_of, reference_of
+from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
+from .tuner.preference.objective import OPTIONS as LOSS_OPTIONS
+from .tuner.preference.options import RUN_OPTIONS, ConfigError, is_preference
+from .tuner.preference.run import DEFAULTS, evaluated_rows, loss_of, reference_of
 
 _upstream_build_parser = build_parser
 _upstream_train_model, _upstream_evaluate_model = train_model, evaluate_model

@@ -83,7 +83,8 @@ def dpo_loss(
     Raises:
         ValueError: beta or label_smoothing is out of range, or the shapes do not fit.
     """
-    from .tuner.losses import PairLogps, preference_loss
+    from .tuner.losses import PairLogps
+    from .tuner.preference.objective import preference_loss
 
     policy_chosen, policy_rejected = get_batched_logps(model, inputs, targets, ignore_index)
     if beta == 0:

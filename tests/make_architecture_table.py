@@ -13,8 +13,8 @@ import mlx.core as mx
 from architectures import ARCHITECTURES, SKIPPED, UNSHARED, UNTRAINABLE, make_model
 
 import mlx_lm
-from mlx_lm.tuner.batches import CACHED, PACKED, PLAIN
-from mlx_lm.tuner.logps import Scorer
+from mlx_lm.tuner.preference.batches import CACHED, PACKED, PLAIN
+from mlx_lm.tuner.preference.logps import Scorer
 
 BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"
 HEADER = "| model type | output head, run on response positions only | shared prompt |\n|---|---|---|\n"

@@ -23,11 +23,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx_lm.lora
-from mlx_lm.tuner.config import UPSTREAM_KEYS
-from mlx_lm.tuner.loss_table import TABLE, markdown_table
-from mlx_lm.tuner.losses import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.losses import describe_losses, options_table
-from mlx_lm.tuner.options import DATA_OPTIONS, REFERENCE_OPTIONS, STEP_OPTIONS
+from mlx_lm.tuner.preference.check import UPSTREAM_KEYS
+from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
+from mlx_lm.tuner.preference.objective import TABLE, describe_losses, markdown_table, options_table
+from mlx_lm.tuner.preference.options import DATA_OPTIONS, REFERENCE_OPTIONS, STEP_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README, MANUAL = ROOT / "README.md", ROOT / "LORA.md"

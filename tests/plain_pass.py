@@ -6,11 +6,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_lm.tuner.batches import CACHED, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.datasets import Pair
-from mlx_lm.tuner.losses import preference_loss
-from mlx_lm.tuner.sharing import can_share_prompt, checkpointed_layers
-from mlx_lm.tuner.step import Objective
+from mlx_lm.tuner.preference.batches import CACHED, PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.sharing import can_share_prompt, checkpointed_layers
+from mlx_lm.tuner.preference.step import Objective
 from mlx_lm.utils import dpo_loss, get_batched_logps
 
 BETA = 0.5

@@ -27,9 +27,9 @@ from plain_pass import (
 )
 
 import mlx_lm
-from mlx_lm.tuner.batches import CACHED, PACKED, PLAIN, SHORTEST_PREFIX, make_batch
-from mlx_lm.tuner.logps import Scorer
-from mlx_lm.tuner.sharing import PROBE_WINDOW, narrow_windows
+from mlx_lm.tuner.preference.batches import CACHED, PACKED, PLAIN, SHORTEST_PREFIX, make_batch
+from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.sharing import PROBE_WINDOW, narrow_windows
 from mlx_lm.utils import MODEL_REMAPPING
 
 TOLERANCE = 1e-4

@@ -24,9 +24,9 @@ from chat_tokenizers import smollm
 
 import mlx_lm.lora
 from mlx_lm import convert
-from mlx_lm.tuner.loading import check_trainable
-from mlx_lm.tuner.options import ConfigError
-from mlx_lm.tuner.reference import Reference
+from mlx_lm.tuner.preference.load import check_trainable
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.utils import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def write_rows(folder, **splits):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("mlx_lm.tuner.preference.plot_metrics", lambda folder: None)
+    monkeypatch.setattr("mlx_lm.tuner.preference.run.plot_metrics", lambda folder: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

@@ -8,8 +8,9 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import some_pairs, tiny_llama
 
-from mlx_lm.tuner import batches as module
-from mlx_lm.tuner.batches import (
+from mlx_lm.tuner.datasets import Pair
+from mlx_lm.tuner.preference import batches as module
+from mlx_lm.tuner.preference.batches import (
     ARRANGEMENTS,
     CACHED,
     CPU,
@@ -22,12 +23,11 @@ from mlx_lm.tuner.batches import (
     order_of_epoch,
     plan,
 )
-from mlx_lm.tuner.datasets import Pair
-from mlx_lm.tuner.logps import Scorer
-from mlx_lm.tuner.losses import preference_loss
-from mlx_lm.tuner.preference import mean_figures
-from mlx_lm.tuner.schedule import Schedule
-from mlx_lm.tuner.step import FIGURES, Objective
+from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.run import mean_figures
+from mlx_lm.tuner.preference.schedule import Schedule
+from mlx_lm.tuner.preference.step import FIGURES, Objective
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.utils import get_batched_logps
 

@@ -11,7 +11,7 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 import mlx_lm.lora
 from mlx_lm.tuner import callbacks
 from mlx_lm.tuner.callbacks import MetricsFile, plot_metrics, read_metrics
-from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
 PAIRS = some_pairs(8)

@@ -15,8 +15,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
-from mlx_lm.tuner import step
-from mlx_lm.tuner.checkpoint import (
+from mlx_lm.tuner.preference import step
+from mlx_lm.tuner.preference.checkpoint import (
     STATE_FILE,
     check_adapter,
     refuse_non_finite,
@@ -25,9 +25,9 @@ from mlx_lm.tuner.checkpoint import (
     save_state,
     starting_point,
 )
-from mlx_lm.tuner.files import replace_file, replace_files
-from mlx_lm.tuner.options import ConfigError
-from mlx_lm.tuner.pairs import Pair
+from mlx_lm.tuner.preference.files import replace_file, replace_files
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 from mlx_lm.utils import load_model
 
@@ -49,7 +49,7 @@ def pairs(count=12, seed=3):
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     """Drawing takes longer than training here."""
-    monkeypatch.setattr("mlx_lm.tuner.preference.plot_metrics", lambda folder: None)
+    monkeypatch.setattr("mlx_lm.tuner.preference.run.plot_metrics", lambda folder: None)
 
 
 class Stopped(Exception):
@@ -232,7 +232,9 @@ def test_settings_left_at_their_default_are_the_same_as_the_default_given(tmp_pa
 
 def test_a_checkpoint_that_does_not_fit_is_told_before_the_reference_pass(tmp_path, monkeypatch):
     trained(tmp_path, iters=3)
-    monkeypatch.setattr("mlx_lm.tuner.reference.Reference.logps", lambda *_: pytest.fail("the reference pass ran"))
+    monkeypatch.setattr(
+        "mlx_lm.tuner.preference.reference.Reference.logps", lambda *_: pytest.fail("the reference pass ran")
+    )
     with pytest.raises(ConfigError, match="beta was 0.1 and is 0.5"):
         trained(tmp_path, resume=True, beta=0.5)
 
@@ -373,7 +375,7 @@ class TestFiles:
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         script = (
             "import resource, sys; from pathlib import Path; import mlx.core as mx;"
-            "from mlx_lm.tuner.checkpoint import *; from mlx_lm.utils import load_model;"
+            "from mlx_lm.tuner.preference.checkpoint import *; from mlx_lm.utils import load_model;"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); model, _ = load_model(Path(sys.argv[1]));"
             "save_adapters(model, Path(sys.argv[2]) / 'adapters.safetensors')"
         )

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import mlx_lm.lora
-from mlx_lm.tuner import config
-from mlx_lm.tuner.losses import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.options import RUN_OPTIONS, ConfigError
+from mlx_lm.tuner.preference import check as config
+from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
+from mlx_lm.tuner.preference.options import RUN_OPTIONS, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "mlx_lm" / "examples"

@@ -7,7 +7,7 @@ import pytest
 
 import mlx_lm.lora
 from mlx_lm._cuda import SETTINGS, suit_training
-from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.preference.options import ConfigError
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import chat_tokenizers as tokenizers
 import pytest
 
 from mlx_lm.tuner import datasets
-from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.preference.options import ConfigError
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 TOKENIZER = tokenizers.qwen()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
-from mlx_lm.tuner.batches import PACKED
-from mlx_lm.tuner.options import ConfigError
-from mlx_lm.tuner.schedule import Schedule
+from mlx_lm.tuner.preference.batches import PACKED
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.schedule import Schedule
 from mlx_lm.tuner.trainer import TrainingArgs
 
 ROOT = Path(__file__).parents[1]

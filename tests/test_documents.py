@@ -15,12 +15,12 @@ from make_tables import FROM_CODE, FROM_RUNS, MODEL, ROOT
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 import mlx_lm.lora
-from mlx_lm.tuner.config import FURTHER_KEYS, check_config, known_keys, warn_of_unread_keys
 from mlx_lm.tuner.datasets import load_dataset
-from mlx_lm.tuner.loss_table import TABLE
-from mlx_lm.tuner.losses import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.options import RUN_OPTIONS
-from mlx_lm.tuner.preference_losses import PairLogps, discopop
+from mlx_lm.tuner.losses import PairLogps, discopop
+from mlx_lm.tuner.preference.check import FURTHER_KEYS, check_config, known_keys, warn_of_unread_keys
+from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
+from mlx_lm.tuner.preference.objective import TABLE
+from mlx_lm.tuner.preference.options import RUN_OPTIONS
 
 README, MANUAL = (path.read_text() for path in (make_tables.README, make_tables.MANUAL))
 DOCUMENTS = {"README.md": README, "LORA.md": MANUAL}

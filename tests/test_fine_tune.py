@@ -19,9 +19,9 @@ from mlx_lm.convert import main as convert
 
 import mlx_lm
 import mlx_lm.lora
-from mlx_lm.tuner import loading
-from mlx_lm.tuner.batches import PACKED, make_batch
-from mlx_lm.tuner.logps import Scorer
+from mlx_lm.tuner.preference import load as loading
+from mlx_lm.tuner.preference.batches import PACKED, make_batch
+from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.utils import load_model
 
 EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"

@@ -14,9 +14,9 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from plain_pass import PAIRS, add_lora, gradient_error, plain_gradient, plain_logps, reference_of, scored_gradient
 
-from mlx_lm.tuner import lean
-from mlx_lm.tuner.batches import ARRANGEMENTS, make_batch
-from mlx_lm.tuner.lean import (
+from mlx_lm.tuner.preference import lean
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, make_batch
+from mlx_lm.tuner.preference.lean import (
     LeanLoRALinear,
     UnpackedEmbedding,
     UnpackedLinear,
@@ -28,7 +28,7 @@ from mlx_lm.tuner.lean import (
     padded_attention,
     unpacked_head,
 )
-from mlx_lm.tuner.logps import Scorer
+from mlx_lm.tuner.preference.logps import Scorer
 
 ATTENTION = mx.fast.scaled_dot_product_attention
 

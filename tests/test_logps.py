@@ -22,17 +22,17 @@ from plain_pass import (
     scored_gradient,
 )
 
-from mlx_lm.tuner import head as head_module
-from mlx_lm.tuner import step as step_module
-from mlx_lm.tuner.batches import ARRANGEMENTS, CACHED, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.datasets import Pair
-from mlx_lm.tuner.head import Head
-from mlx_lm.tuner.logps import Scorer
-from mlx_lm.tuner.losses import preference_loss
-from mlx_lm.tuner.modules import recomputed
-from mlx_lm.tuner.options import ConfigError
-from mlx_lm.tuner.sharing import can_share_prompt, checkpointed_layers
-from mlx_lm.tuner.step import Objective, Step
+from mlx_lm.tuner.preference import head as head_module
+from mlx_lm.tuner.preference import step as step_module
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, CACHED, PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.head import Head
+from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.modules import recomputed
+from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.sharing import can_share_prompt, checkpointed_layers
+from mlx_lm.tuner.preference.step import Objective, Step
 
 TIED, UNTIED = "qwen2", "qwen3"
 

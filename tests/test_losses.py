@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from mlx_lm.tuner import losses
-from mlx_lm.tuner.losses import LOSSES, OPTIONS, PairLogps, preference_loss
-from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.losses import PairLogps
+from mlx_lm.tuner.preference import objective
+from mlx_lm.tuner.preference.objective import LOSSES, OPTIONS, preference_loss
+from mlx_lm.tuner.preference.options import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
 NAMES = [name for name in LOSSES if name != "sigmoid"]
@@ -519,7 +521,7 @@ def test_each_row_agrees_with_its_function(name):
 
 
 def test_documents_have_a_row_for_each_loss_and_each_option():
-    described, table = losses.describe_losses(), losses.options_table(OPTIONS)
+    described, table = objective.describe_losses(), objective.options_table(OPTIONS)
     rows = [line for line in described.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == NAMES
     assert [row.split("`")[1] for row in table.splitlines()[2:]] == [option.name for option in OPTIONS]

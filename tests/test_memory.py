@@ -3,8 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from mlx_lm.tuner import memory as module
-from mlx_lm.tuner.memory import SLACK, Dispatch, with_limit
+from mlx_lm.tuner.preference import memory as module
+from mlx_lm.tuner.preference.memory import SLACK, Dispatch, with_limit
 
 MEGABYTE = 2**20
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import mlx_lm.lora
-from mlx_lm.tuner.config import UPSTREAM_KEYS
-from mlx_lm.tuner.losses import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.options import RUN_OPTIONS, ConfigError, Option, is_preference, nearest
+from mlx_lm.tuner.preference.check import UPSTREAM_KEYS
+from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
+from mlx_lm.tuner.preference.options import RUN_OPTIONS, ConfigError, Option, is_preference, nearest
 from mlx_lm.tuner.trainer import TrainingArgs
 
 OPTIONS = LOSS_OPTIONS + RUN_OPTIONS

@@ -9,12 +9,12 @@ from mlx_lm.models import llama
 from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_gradient, plain_logps, reference_of
 from plain_pass import scored_gradient as gradient_of
 
-from mlx_lm.tuner import batches as batches_module
-from mlx_lm.tuner.batches import CACHED, CPU, CUDA, METAL, PACKED, make_batch
-from mlx_lm.tuner.logps import Scorer
-from mlx_lm.tuner.modules import exchanged
-from mlx_lm.tuner.packing import CannotPackError, gathered, make_pass, packing
-from mlx_lm.tuner.sharing import arrangement_of, can_pack, narrow_windows
+from mlx_lm.tuner.preference import batches as batches_module
+from mlx_lm.tuner.preference.batches import CACHED, CPU, CUDA, METAL, PACKED, make_batch
+from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.modules import exchanged
+from mlx_lm.tuner.preference.packing import CannotPackError, gathered, make_pass, packing
+from mlx_lm.tuner.preference.sharing import arrangement_of, can_pack, narrow_windows
 
 ATTENTION, ROPE = mx.fast.scaled_dot_product_attention, mx.fast.rope
 

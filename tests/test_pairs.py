@@ -3,9 +3,9 @@
 import chat_tokenizers as tokenizers
 import pytest
 
-from mlx_lm.tuner import pairs
 from mlx_lm.tuner.datasets import CacheDataset, Pair, PreferenceDataset, truncate
-from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.preference import pairs
+from mlx_lm.tuner.preference.options import ConfigError
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 

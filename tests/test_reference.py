@@ -20,10 +20,10 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 
 import mlx_lm.lora
 import mlx_lm.utils
-from mlx_lm.tuner import reference as module
-from mlx_lm.tuner.batches import ARRANGEMENTS, CACHED, PACKED, make_batch, plan
-from mlx_lm.tuner.options import ConfigError
-from mlx_lm.tuner.reference import Cache, Reference, ample_tokens, checksum, fingerprint, row_key
+from mlx_lm.tuner.preference import reference as module
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, CACHED, PACKED, make_batch, plan
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.reference import Cache, Reference, ample_tokens, checksum, fingerprint, row_key
 from mlx_lm.utils import get_batched_logps
 
 ROOT = Path(__file__).parents[1]
@@ -489,7 +489,7 @@ def test_a_damaged_entry_is_computed_again_and_said(tmp_path, computed, capsys, 
 
 WRITER = """
 import sys, numpy as np
-from mlx_lm.tuner.reference import Cache
+from mlx_lm.tuner.preference.reference import Cache
 cache = Cache(sys.argv[1], "0" * 32, 1.0)
 print("ready", flush=True); sys.stdin.readline()
 for i in range(60):

@@ -16,16 +16,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule, load_adapters
 from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_llama, trained
 
-from mlx_lm.tuner import preference
-from mlx_lm.tuner import step as step_module
-from mlx_lm.tuner.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.datasets import CacheDataset, Pair
-from mlx_lm.tuner.logps import Scorer
-from mlx_lm.tuner.losses import preference_loss
-from mlx_lm.tuner.options import ConfigError
-from mlx_lm.tuner.reference import Reference
-from mlx_lm.tuner.sharing import checkpointed_layers
-from mlx_lm.tuner.step import FIGURES, Objective, Step
+from mlx_lm.tuner.preference import run as preference
+from mlx_lm.tuner.preference import step as step_module
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.reference import Reference
+from mlx_lm.tuner.preference.sharing import checkpointed_layers
+from mlx_lm.tuner.preference.step import FIGURES, Objective, Step
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
 TRL = json.loads((Path(__file__).parent / "golden" / "trl.json").read_text())

@@ -9,7 +9,7 @@ from .._upstream import run_upstream
 run_upstream(globals(), needs=("TrainingCallback", "get_reporting_callbacks"))
 
 from ..cli_ui import rprint
-from .files import replace_file
+from .preference.files import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training.png"

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 from .._upstream import run_upstream
 from ..cli_ui import rprint
-from .options import ConfigError, is_preference, nearest
-from .pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
+from .preference.options import ConfigError, is_preference, nearest
+from .preference.pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
 
 LOADERS = ("load_dataset", "create_dataset", "load_local_dataset", "load_hf_dataset", "load_custom_hf_dataset")
 run_upstream(globals(), needs=(*LOADERS, "CacheDataset"))

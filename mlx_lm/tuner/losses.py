@@ -1,268 +1,371 @@
-"""Adds to mlx_lm.tuner.losses: the preference losses, and `preference_loss`, which checks and combines them.
+"""Adds to mlx_lm.tuner.losses: the preference losses, pure functions of a batch's logps, lengths and margins.
 
-`preference_losses` holds the losses themselves, `loss_table` the table of them and their options; the
-names of both are exported here. To add a loss, write its function there and its row in the table.
+No model comes near them.
+
+Every loss takes `pairs`, a `PairLogps` whose fields are (B,) float32, and the parameters it reads as
+keywords, and returns (B,) float32: one value a pair, of which the trainer takes the mean. In the
+formulas rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, sigma is the
+logistic function and eps is label_smoothing. Loss and gradient stay finite for logratios of +-1e4.
+
+`preference/objective.py` holds the table that names these functions and the checks of what a user asks for.
 """
 
 from .._upstream import run_upstream
 
 run_upstream(globals(), needs=("kl_div_loss", "js_div_loss"))
 
-import math  # noqa: E402
+import math
+from typing import NamedTuple
 
-import mlx.core as mx  # noqa: E402
+import mlx.core as mx
 
-from .loss_table import (  # noqa: E402, F401
-    ALIASES,
-    LOSSES,
-    OPTION,
-    OPTIONS,
-    Loss,
-    describe_losses,
-    options_table,
-)
-from .options import ConfigError, nearest  # noqa: E402
-from .preference_losses import (  # noqa: E402, F401
-    PairLogps,
-    aot,
-    aot_unpaired,
-    apo_down,
-    apo_zero,
-    bco_pair,
-    cpo,
-    discopop,
-    dpo,
-    dpop,
-    exo_pair,
-    f_divergence_scores,
-    hinge,
-    ipo,
-    ld_token_weights,
-    mean_logps,
-    nca_pair,
-    orpo,
-    robust,
-    sft,
-    sigmoid_norm,
-    simpo,
-    sppo_hard,
-    with_f_divergence,
-    wpo_weights,
-)
-
-DEFAULTS = {option.name: option.default for option in OPTIONS if option.name not in ("loss_type", "loss_weights")}
+# exp(80) = 5.5e34 is the last round exponent that float32 holds with room for a factor; TRL clamps there too.
+LARGEST_EXPONENT = 80.0
+# float32 holds the square of twice this score, and its gradient through an exponential that made the score.
+LARGEST_SQUARED = 1e15
+# Larger than any logratio, and its difference from itself is 0.
+LARGEST = 1e30
+# No logit of real logps is larger; beyond it discopop's blend is 0 or 1 to every digit.
+LARGEST_LOGIT = 1e6
+# A mean logp nearer to 0 has no odds in float32.
+HIGHEST_MEAN_LOGP = -1e-6
 
 
-def preference_loss(loss_type, loss_weights=None, **parameters):
-    """The preference loss that a configuration asks for, with everything checked that can be without data.
-
-    Args:
-        loss_type: a name, or a list of names.
-        loss_weights: a factor for each name, 1 by default.
-        parameters: options of `OPTIONS` by name, only those that the user gave; None counts as not given.
-
-    Returns:
-        A `PreferenceLoss`.
-
-    Raises:
-        ConfigError: an unknown name or option, a value out of range, settings that exclude each other, or
-            a value other than the default for an option that none of the losses reads.
-    """
-    names = _checked_names(loss_type)
-    weights = _checked_weights(loss_weights, names)
-    given = _checked_parameters(parameters)
-    losses = [LOSSES[name] for name in names]
-    _refuse_clashes({**DEFAULTS, **given}, losses)
-    _refuse_unread(given, names, losses)
-    resolved = {**DEFAULTS, **_own_defaults(losses, given), **given}
-    _refuse_too_low(resolved, losses)
-    return PreferenceLoss(names, weights, {name: resolved[name] for name in DEFAULTS if name in _options(losses)})
-
-
-class PreferenceLoss:
-    """One loss or a weighted list of losses, checked and ready to use; made by `preference_loss`.
+class PairLogps(NamedTuple):
+    """What a preference loss may read of a batch of B pairs.
 
     Attributes:
-        names: the losses, as the user wrote them.
-        weights: a float for each.
-        parameters: every option that takes effect, with its value.
-        needs_reference: whether reference logps are read; not where beta is 0, which multiplies them away.
-        reads_wpo: whether `__call__` needs WPO's weights.
-        reads_margins: whether a pair's margin takes effect.
-        sorts_batch: whether values belong to quantiles of the batch, so that weights of pairs have no meaning.
-        ld_alpha: weight of the tokens beyond the shorter response's length, or None.
+        policy_chosen, policy_rejected: (B,) float32, nats, summed over response tokens; where ld_alpha
+            is set, weighted by `ld_token_weights`.
+        reference_chosen, reference_rejected: the same of the reference; zeros where it is not needed.
+        chosen_lengths, rejected_lengths: (B,) response tokens.
+        chosen_nll: (B,) float32, nats: minus the sum of the policy's chosen logps, never weighted.
+        margins: (B,) float32, or 0: what a pair's logit is lowered by, in units of reward.
+        counts: (B,) float32, or 1: 1 for a pair, 0 for one that only fills up the batch. Those stand last;
+            the losses on the batch leave them out, the others give them a value, which the trainer drops.
     """
 
-    def __init__(self, names, weights, parameters):
-        self.names, self.weights, self.parameters = tuple(names), tuple(weights), parameters
-        self._losses = [LOSSES[name] for name in names]
-        self._reads_reference = any(loss.needs_reference for loss in self._losses)
-        self._mean_rewards = next((loss.mean_rewards for loss in self._losses if not loss.is_likelihood), False)
-        self._divergence = tuple(
-            parameters.get(name, DEFAULTS[name]) for name in ("f_divergence_type", "f_alpha_divergence_coef")
-        )
-        self.needs_reference = self._reads_reference and parameters["beta"] != 0
-        self.reads_wpo = parameters.get("use_weighting", False)
-        self.reads_margins = any(loss.reads_margins for loss in self._losses)
-        self.sorts_batch = any(loss.sorts_batch for loss in self._losses)
-        self.ld_alpha = parameters.get("ld_alpha")
+    policy_chosen: mx.array
+    policy_rejected: mx.array
+    reference_chosen: mx.array
+    reference_rejected: mx.array
+    chosen_lengths: mx.array
+    rejected_lengths: mx.array
+    chosen_nll: mx.array
+    margins: mx.array | float = 0.0
+    counts: mx.array | float = 1.0
 
-    def __call__(self, pairs, wpo_weights=None):  # noqa: F811
-        """The weighted sum of the losses.
+    @property
+    def chosen_logratios(self):
+        """(B,) policy minus reference logps of the chosen responses."""
+        return self.policy_chosen - self.reference_chosen
 
-        Args:
-            pairs: `PairLogps` of B pairs.
-            wpo_weights: (B,) float32 of the function of that name; read where `reads_wpo` is set.
-
-        Returns:
-            (B,) float32; its mean is the batch's loss.
-
-        Raises:
-            ValueError: fields of different lengths, or WPO weights missing.
-        """
-        _check_shapes(pairs)
-        if self.reads_wpo and wpo_weights is None:
-            raise ValueError("use_weighting is set, so the loss needs wpo_weights; None was given.")
-        scored = with_f_divergence(pairs, *self._divergence)
-        total = 0.0
-        for loss, weight in zip(self._losses, self.weights, strict=True):
-            values = loss.function(scored, **{name: self.parameters[name] for name in loss.parameters})
-            if self.reads_wpo:
-                values = values * wpo_weights
-            total = total + weight * values
-        return total
-
-    def rewards(self, pairs):
-        """The rewards of both responses, the same in every loss whatever its f-divergence.
-
-        Args:
-            pairs: `PairLogps` of B pairs.
-
-        Returns:
-            (chosen, rejected), each (B,) float32: beta x logratio; where no loss reads a reference,
-            beta x the policy's logps, divided by the length if the first of the losses is simpo or orpo.
-        """
-        if self._reads_reference:
-            chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
-        elif self._mean_rewards:
-            chosen, rejected = mean_logps(pairs)
-        else:
-            chosen, rejected = pairs.policy_chosen, pairs.policy_rejected
-        beta = self.parameters["beta"]
-        return beta * chosen, beta * rejected
+    @property
+    def rejected_logratios(self):
+        """(B,) policy minus reference logps of the rejected responses."""
+        return self.policy_rejected - self.reference_rejected
 
 
-def _check_shapes(pairs):
-    shape = pairs.policy_chosen.shape
-    for name, value in zip(PairLogps._fields, pairs, strict=True):
-        if isinstance(value, mx.array) and value.shape not in (shape, ()):
-            raise ValueError(f"pairs.{name} has shape {value.shape}; policy_chosen has {shape}: give one value a pair.")
+def mean_logps(pairs):
+    """The policy's logps a token: (chosen, rejected), each (B,); an empty response counts as one token."""
+    return (
+        pairs.policy_chosen / mx.maximum(pairs.chosen_lengths, 1),
+        pairs.policy_rejected / mx.maximum(pairs.rejected_lengths, 1),
+    )
 
 
-def _options(losses):
-    # beta scales the rewards of every loss.
-    return {"beta"}.union(*(loss.options for loss in losses))
+def logits(pairs, beta):
+    """h = beta x (chosen logratio - rejected logratio) - margin, (B,)."""
+    return beta * (pairs.chosen_logratios - pairs.rejected_logratios) - pairs.margins
 
 
-def _checked_names(loss_type):
-    checked = OPTION["loss_type"].check(loss_type)
-    if checked in (None, "sft"):
-        raise ConfigError(
-            "loss_type is sft, which is upstream's training and no preference loss; name a preference loss, or put "
-            "sft in a list to add the chosen responses' NLL to others."
-        )
-    names = [checked] if isinstance(checked, str) else checked
-    for index, name in enumerate(names):
-        twin = next((other for other in names[:index] if LOSSES[other] is LOSSES[name]), None)
-        if twin is not None:
-            raise ConfigError(f"loss_type has {name} after {twin}, the same loss; name it once and give it a weight.")
-    return names
+def mean_logratios(pairs):
+    """The logratios a token: (chosen, rejected), each (B,)."""
+    return (
+        pairs.chosen_logratios / mx.maximum(pairs.chosen_lengths, 1),
+        pairs.rejected_logratios / mx.maximum(pairs.rejected_lengths, 1),
+    )
 
 
-def _checked_weights(loss_weights, names):
-    weights = OPTION["loss_weights"].check(loss_weights)
-    if weights is None:
-        return [1.0] * len(names)
-    weights = weights if isinstance(weights, list) else [weights]
-    if len(weights) != len(names):
-        raise ConfigError(
-            f"loss_weights has {_count(weights, 'value')}, but loss_type has {_count(names, 'name')}: give one each."
-        )
-    if not all(math.isfinite(weight) for weight in weights) or not any(weights):
-        raise ConfigError(f"loss_weights is {weights}; every weight must be finite and one of them above 0.")
-    return weights
+def softplus(x):
+    """log(1 + exp(x)) = -log sigma(-x), which overflows for no x."""
+    return mx.logaddexp(x, 0.0)
 
 
-def _checked_parameters(parameters):
-    given = {}
-    for name, value in parameters.items():
-        if name not in DEFAULTS:
-            raise ConfigError(f"{name} is no option of a preference loss{nearest(name, DEFAULTS)}; remove it.")
-        if value is not None:
-            given[name] = OPTION[name].check(value)
-            if isinstance(given[name], float) and not math.isfinite(given[name]):
-                raise ConfigError(f"{name} is {value}; it must be finite.")
-    return given
+def smoothed(h, label_smoothing):
+    """-(1 - eps) log sigma(h) - eps log sigma(-h): cross entropy against labels that are wrong eps of the time."""
+    if label_smoothing == 0:
+        return softplus(-h)
+    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
 
 
-def _refuse_unread(given, names, losses):
-    for name, value in given.items():
-        if name in _options(losses) or value == OPTION[name].default:
-            continue
-        readers = ", ".join(loss for loss in LOSSES if name in LOSSES[loss].options)
-        raise ConfigError(
-            f"{name} is {value}, but loss_type {', '.join(names)} does not read it; remove it, or choose one that "
-            f"does: {readers}."
-        )
+# Transforms of a batch
 
 
-def _own_defaults(losses, given):
-    own = {}
-    for name in set(DEFAULTS) - set(given):
-        found = {loss.name: loss.default(name) for loss in losses if name in loss.parameters}
-        if len(set(found.values())) > 1:
-            told = ", ".join(f"{value} for {loss}" for loss, value in found.items())
-            raise ConfigError(f"{name} has no one default for this loss_type ({told}); give {name}.")
-        if found:
-            own[name] = next(iter(found.values()))
-    return own
+def f_divergence_scores(logratios, f_divergence_type, f_alpha_divergence_coef):
+    """f'(policy / reference) up to a constant, which stands for the logratio under another divergence.
+
+    reverse_kl: the logratio u itself; forward_kl: 1 - exp(-u); js_divergence: log 2 + log sigma(u);
+    alpha_divergence: (exp((alpha - 1) u) - 1) / (alpha - 1), which is u for alpha = 1. Exponents are
+    held at 80 at most: beyond it a score is constant and its gradient is zero.
+
+    Args:
+        logratios: (B,) float32, nats.
+        f_divergence_type: one of the four names.
+        f_alpha_divergence_coef: alpha, read for alpha_divergence only.
+
+    Returns:
+        (B,) float32 scores.
+
+    Source: arXiv 2309.16240.
+    """
+    if f_divergence_type == "forward_kl":
+        return -_bounded_expm1(-logratios)
+    if f_divergence_type == "js_divergence":
+        return math.log(2) - softplus(-logratios)
+    exponent = f_alpha_divergence_coef - 1
+    if f_divergence_type == "alpha_divergence" and abs(exponent) >= 1e-6:
+        return _bounded_expm1(exponent * logratios) / exponent
+    return logratios
 
 
-def _refuse_too_low(resolved, losses):
-    for loss in losses:
-        for name, lowest in loss.lowest.items():
-            if resolved[name] < lowest:
-                advice = f"its default is {loss.default(name)}"
-                raise ConfigError(f"{name} is {resolved[name]}, but {loss.name} needs at least {lowest:g}; {advice}.")
+def _bounded_expm1(x):
+    # Chosen by `where`, so that no gradient meets exp(80) where the bound is in force.
+    return mx.where(x > LARGEST_EXPONENT, math.expm1(LARGEST_EXPONENT), mx.expm1(mx.minimum(x, LARGEST_EXPONENT)))
 
 
-def _refuse_clashes(values, losses):
-    divergence, coef = values["f_divergence_type"], values["f_alpha_divergence_coef"]
-    without = [loss.name for loss in losses if not (loss.f_divergence or loss.is_likelihood)]
-    if divergence != "reverse_kl" and without:
-        raise ConfigError(
-            f"f_divergence_type is {divergence}, but {', '.join(without)} has no form for it; use reverse_kl, or only "
-            f"losses that have: {', '.join(name for name in LOSSES if LOSSES[name].f_divergence)}."
-        )
-    if divergence != "alpha_divergence" and coef != DEFAULTS["f_alpha_divergence_coef"]:
-        raise ConfigError(
-            f"f_alpha_divergence_coef is {coef}, but f_divergence_type is {divergence}, which does not read it; remove "
-            "it, or set f_divergence_type to alpha_divergence."
-        )
-    sorting = [loss.name for loss in losses if loss.sorts_batch]
-    if values["use_weighting"] and sorting:
-        raise ConfigError(
-            f"use_weighting weighs pairs, but {', '.join(sorting)} sorts the batch, so that its values are no pair's; "
-            "remove one of the two."
-        )
-    free = [loss.name for loss in losses if not (loss.needs_reference or loss.is_likelihood)]
-    if values["ld_alpha"] is not None and free:
-        raise ConfigError(
-            f"ld_alpha weighs the tokens of a logratio, and {', '.join(free)} has none; remove ld_alpha or that loss."
-        )
-    if values["reference_update_steps"] is not None and values["beta"] == 0:
-        raise ConfigError("reference_update_steps is set, but beta 0 leaves the reference out; remove one of the two.")
+def with_f_divergence(pairs, f_divergence_type, f_alpha_divergence_coef):
+    """`pairs` with scores in the place of logratios, for the losses that read nothing but logratios of it."""
+    if f_divergence_type == "reverse_kl":
+        return pairs
+    chosen, rejected = (
+        f_divergence_scores(logratios, f_divergence_type, f_alpha_divergence_coef)
+        for logratios in (pairs.chosen_logratios, pairs.rejected_logratios)
+    )
+    zeros = mx.zeros_like(chosen)
+    return pairs._replace(
+        policy_chosen=chosen, policy_rejected=rejected, reference_chosen=zeros, reference_rejected=zeros
+    )
 
 
-def _count(values, noun):
-    return f"{len(values)} {noun}" + "s" * (len(values) != 1)
+def ld_token_weights(positions, shared_lengths, ld_alpha):
+    """LD-DPO's weights of tokens: 1 up to the shorter response's length, ld_alpha beyond it.
+
+    Args:
+        positions: (..., T) int, 0 at a response's first token.
+        shared_lengths: (...) int, tokens of the shorter response of the pair.
+        ld_alpha: 0 drops the tail, 1 leaves every token as it is.
+
+    Returns:
+        (..., T) float32 factors for the logps of policy and reference.
+
+    Source: arXiv 2409.06411.
+    """
+    return mx.where(positions < mx.expand_dims(shared_lengths, -1), 1.0, ld_alpha)
+
+
+def wpo_weights(chosen_aligned, rejected_aligned, chosen_lengths, rejected_lengths):
+    """WPO's weights of pairs: how likely the current policy itself is to write both responses.
+
+    exp(mean aligned logp of chosen) x exp(mean aligned logp of rejected), without gradient; a token's
+    aligned logp is log p(token) - log sum over the vocabulary of p squared.
+
+    Args:
+        chosen_aligned, rejected_aligned: (B,) float32, aligned logps summed over response tokens.
+        chosen_lengths, rejected_lengths: (B,) response tokens.
+
+    Returns:
+        (B,) float32 weights.
+
+    Source: arXiv 2406.11827, eq. 2 with its sampled alignment.
+    """
+    chosen = chosen_aligned / mx.maximum(chosen_lengths, 1)
+    rejected = rejected_aligned / mx.maximum(rejected_lengths, 1)
+    return mx.stop_gradient(mx.exp(mx.minimum(chosen + rejected, LARGEST_EXPONENT)))
+
+
+# Losses on the logit of a pair
+
+
+def dpo(pairs, *, beta, label_smoothing):
+    """DPO, conservative where labels are smoothed: -(1 - eps) log sigma(h) - eps log sigma(-h), (B,).
+
+    Source: arXiv 2305.18290, eq. 7; smoothing: E. Mitchell, "A note on DPO with noisy preferences", eq. 3.
+    """
+    return smoothed(logits(pairs, beta), label_smoothing)
+
+
+def robust(pairs, *, beta, label_smoothing):
+    """Robust DPO, unbiased where eps of the labels are flipped, (B,).
+
+    (-(1 - eps) log sigma(h) + eps log sigma(-h)) / (1 - 2 eps). Source: arXiv 2403.00409.
+    """
+    h = logits(pairs, beta)
+    return ((1 - label_smoothing) * softplus(-h) - label_smoothing * softplus(h)) / (1 - 2 * label_smoothing)
+
+
+def hinge(pairs, *, beta):
+    """The hinge on DPO's logit: max(0, 1 - h), (B,). Source: arXiv 2305.10425."""
+    return mx.maximum(0.0, 1 - logits(pairs, beta))
+
+
+def ipo(pairs, *, beta):
+    """IPO on logps a token: (mean logratio gap - (1/2 + margin) / beta)^2, (B,).
+
+    Beta is the paper's tau. The paper's sums are divided by the lengths, as TRL does and as the paper's
+    results were made. Means are held within +-1e15, which only an f-divergence can leave, so that the
+    square and its gradient are finite. Source: arXiv 2310.12036, eq. 17.
+    """
+    chosen, rejected = (mx.clip(mean, -LARGEST_SQUARED, LARGEST_SQUARED) for mean in mean_logratios(pairs))
+    return mx.square(chosen - rejected - (0.5 + pairs.margins) / beta)
+
+
+def sigmoid_norm(pairs, *, beta):
+    """DPO with each logratio divided by its length: -log sigma(beta x mean logratio gap - margin), (B,).
+
+    Source: arXiv 2405.14734, length-normalized DPO.
+    """
+    chosen, rejected = mean_logratios(pairs)
+    return softplus(pairs.margins - beta * (chosen - rejected))
+
+
+def exo_pair(pairs, *, beta, label_smoothing):
+    """EXO for two responses: KL of (sigma(h), sigma(-h)) from (1 - eps, eps), (B,).
+
+    Source: arXiv 2402.00856, eq. 16.
+    """
+    h = logits(pairs, beta)
+    chosen = mx.sigmoid(h) * (-softplus(-h) - math.log1p(-label_smoothing))
+    return chosen + mx.sigmoid(-h) * (-softplus(h) - math.log(label_smoothing))
+
+
+def discopop(pairs, *, beta, discopop_tau):
+    """DiscoPOP's log-ratio modulated loss, (B,).
+
+    -log sigma(h) x (1 - m) + exp(-h) x m with m = sigma(h / tau). The product of the exponentials is
+    taken as exp(-h + log m), which overflows for no tau below 1; above, its exponent is held at 80.
+    Source: arXiv 2406.08414, eq. 5.
+    """
+    h = logits(pairs, beta)
+    bounded = mx.clip(h, -LARGEST_LOGIT, LARGEST_LOGIT)
+    modulation = bounded / discopop_tau
+    exponential = mx.exp(mx.minimum(-bounded - softplus(-modulation), LARGEST_EXPONENT))
+    return softplus(-h) * mx.sigmoid(-modulation) + exponential
+
+
+def dpop(pairs, *, beta, label_smoothing, dpop_lambda):
+    """DPO-Positive: DPO with its logit lowered where the policy likes the chosen response less than the reference.
+
+    h - beta x lambda x max(0, -chosen logratio) in the place of h, (B,). Source: arXiv 2402.13228.
+    """
+    penalty = mx.maximum(0.0, -pairs.chosen_logratios)
+    return smoothed(logits(pairs, beta) - beta * dpop_lambda * penalty, label_smoothing)
+
+
+# Losses on the reward of each response
+
+
+def nca_pair(pairs, *, beta):
+    """NCA for two responses: -log sigma(rc) - 1/2 log sigma(-rc) - 1/2 log sigma(-rr), (B,).
+
+    Source: arXiv 2402.05369.
+    """
+    chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+    return softplus(-chosen) + 0.5 * softplus(chosen) + 0.5 * softplus(rejected)
+
+
+def bco_pair(pairs, *, beta):
+    """The binary classifier's loss on both responses: -log sigma(rc) - log sigma(-rr), (B,).
+
+    Source: arXiv 2404.04656, without its reward shift, as in TRL.
+    """
+    return softplus(-beta * pairs.chosen_logratios) + softplus(beta * pairs.rejected_logratios)
+
+
+def sppo_hard(pairs, *, beta):
+    """SPPO with certain preferences: (chosen logratio - 1/(2 beta))^2 + (rejected logratio + 1/(2 beta))^2, (B,).
+
+    Source: arXiv 2405.00675, eq. 4.7 with probabilities 1 and 0.
+    """
+    return mx.square(pairs.chosen_logratios - 0.5 / beta) + mx.square(pairs.rejected_logratios + 0.5 / beta)
+
+
+def apo_zero(pairs, *, beta):
+    """APO for data better than the model: 1 - sigma(rc) + sigma(rr), (B,). Source: arXiv 2408.06266, eq. 7."""
+    return mx.sigmoid(-beta * pairs.chosen_logratios) + mx.sigmoid(beta * pairs.rejected_logratios)
+
+
+def apo_down(pairs, *, beta):
+    """APO for data worse than the model: sigma(rc) + 1 - sigma(h), (B,). Source: arXiv 2408.06266, eq. 8."""
+    return mx.sigmoid(beta * pairs.chosen_logratios) + mx.sigmoid(-logits(pairs, beta))
+
+
+# Losses on the batch
+
+
+def aot(pairs, *, beta, label_smoothing):
+    """AOT on pairs: DPO's loss between the sorted policy gaps and the sorted reference gaps, (B,).
+
+    A gap is chosen minus rejected logps; entry i compares the i-th smallest of both, so it is no one
+    pair's. Source: arXiv 2406.05882.
+    """
+    policy = _sorted(pairs.policy_chosen - pairs.policy_rejected, pairs.counts)
+    reference = _sorted(pairs.reference_chosen - pairs.reference_rejected, pairs.counts)
+    return smoothed(beta * (policy - reference), label_smoothing)
+
+
+def aot_unpaired(pairs, *, beta, label_smoothing):
+    """AOT on unpaired data: DPO's loss between sorted chosen and sorted rejected logratios, (B,).
+
+    Entry i compares the i-th smallest of both, so it is no one pair's. Source: arXiv 2406.05882.
+    """
+    chosen, rejected = _sorted(pairs.chosen_logratios, pairs.counts), _sorted(pairs.rejected_logratios, pairs.counts)
+    return smoothed(beta * (chosen - rejected), label_smoothing)
+
+
+def _sorted(values, counts):
+    # What fills up the batch sorts last on both sides, where it compares as equal.
+    return mx.sort(mx.where(counts == 0, LARGEST, values))
+
+
+def sft(pairs):
+    """Mean NLL of the batch's chosen tokens, shared out so that each pair answers for its own tokens, (B,).
+
+    B x chosen_nll / all chosen tokens of the batch: the mean over pairs is the mean over tokens.
+    Source: the generation loss of MPO, arXiv 2411.10442.
+    """
+    counts = mx.broadcast_to(pairs.counts, pairs.chosen_nll.shape)
+    tokens = mx.maximum(mx.sum(counts * pairs.chosen_lengths), 1)
+    return pairs.chosen_nll * counts * (mx.sum(counts) / tokens)
+
+
+# Losses without a reference
+
+
+def simpo(pairs, *, beta, label_smoothing, simpo_gamma):
+    """SimPO: -log sigma(beta x (mean chosen logp - mean rejected logp) - gamma - margin), (B,), smoothed as in dpo.
+
+    Source: arXiv 2405.14734, eq. 6.
+    """
+    chosen, rejected = mean_logps(pairs)
+    return smoothed(beta * (chosen - rejected) - simpo_gamma - pairs.margins, label_smoothing)
+
+
+def orpo(pairs, *, beta):
+    """ORPO: the chosen tokens' NLL - beta x log sigma(log odds of chosen - log odds of rejected - margin), (B,).
+
+    Odds are p / (1 - p) of the geometric mean probability of a token; beta is the paper's lambda. A mean
+    logp above -1e-6 counts as -1e-6. Source: arXiv 2403.07691, eq. 6 and 7.
+    """
+    chosen, rejected = (mx.minimum(logps, HIGHEST_MEAN_LOGP) for logps in mean_logps(pairs))
+    log_odds = (chosen - mx.log(-mx.expm1(chosen))) - (rejected - mx.log(-mx.expm1(rejected)))
+    return sft(pairs) + beta * softplus(pairs.margins - log_odds)
+
+
+def cpo(pairs, *, beta, label_smoothing, cpo_alpha):
+    """CPO: -log sigma(beta x (chosen logps - rejected logps) - margin), smoothed as in dpo, + alpha x NLL, (B,).
+
+    The NLL is the mean over the batch's chosen tokens, as in TRL. Source: arXiv 2401.08417.
+    """
+    h = beta * (pairs.policy_chosen - pairs.policy_rejected) - pairs.margins
+    return smoothed(h, label_smoothing) + cpo_alpha * sft(pairs)

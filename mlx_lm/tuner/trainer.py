@@ -7,9 +7,9 @@ from .._upstream import run_upstream
 
 run_upstream(globals(), needs=("TrainingArgs", "TrainingCallback", "TrainUI", "train", "evaluate", "average_gradients"))
 
-from .losses import OPTIONS as LOSS_OPTIONS
-from .options import RUN_OPTIONS, is_preference
-from .preference import DEFAULTS, evaluate_preference, train_preference
+from .preference.objective import OPTIONS as LOSS_OPTIONS
+from .preference.options import RUN_OPTIONS, is_preference
+from .preference.run import DEFAULTS, evaluate_preference, train_preference
 
 _upstream_train, _upstream_evaluate = train, evaluate
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tokenizer_utils import TokenizerWrapper
+from ...tokenizer_utils import TokenizerWrapper
 from .options import ConfigError
 
 # Texts that a response is tried behind, so that its first token is not taken for the beginning of a text.

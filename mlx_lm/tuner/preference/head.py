@@ -7,7 +7,7 @@ from functools import partial
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..utils import token_logps
+from ...utils import token_logps
 from .lean import lean_layers, unpacked_head
 from .modules import (
     drawing_from,

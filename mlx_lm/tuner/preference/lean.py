@@ -7,8 +7,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models import activations
-from .lora import LoRALinear
+from ...models import activations
+from ..lora import LoRALinear
 from .modules import exchanged, intercepted
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.

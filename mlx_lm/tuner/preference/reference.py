@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .._version import __version__
-from ..cli_ui import make_console, make_train_progress, rprint
+from ..._version import __version__
+from ...cli_ui import make_console, make_train_progress, rprint
 from .batches import PACKED, make_batch, plan
 from .files import replace_file
 from .logps import Scorer

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import mlx.core as mx
 from tqdm import tqdm
 
-from ..cli_ui import rprint
-from .encoding import PairEncoder
+from ...cli_ui import rprint
 from .options import ConfigError
-from .preferences import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, template_kwargs
+from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, template_kwargs
+from .tokens import PairEncoder
 
 EQUAL_WHEN_CUT = "whose responses are equal within max_seq_length"
 FEATURES = ("prompt_feature", "chosen_feature", "rejected_feature")

@@ -13,12 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .._blas import concerns_this_machine
-from ..cli_ui import rprint
+from ..._blas import concerns_this_machine
+from ...cli_ui import rprint
+from ..utils import linear_to_lora_layers, load_adapters
 from .checkpoint import check_adapter
 from .modules import is_float32
 from .options import ConfigError, nearest
-from .utils import linear_to_lora_layers, load_adapters
 
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
 ADAPTER_FILES = "adapters.safetensors and the adapter_config.json of its training"
@@ -38,7 +38,7 @@ def load_named(key, name, trust_remote_code=False):
     Raises:
         ConfigError: whatever is wrong with the folder or the repo.
     """
-    from ..utils import load
+    from ...utils import load
 
     try:
         trusted = {"trust_remote_code": trust_remote_code}

@@ -10,11 +10,11 @@ import numpy as np
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from .._blas import hint
-from ..cli_ui import TrainUI, make_console, rprint
-from ..utils import maybe_set_recommended_wired_limit
+from ..._blas import hint
+from ...cli_ui import TrainUI, make_console, rprint
+from ...utils import maybe_set_recommended_wired_limit
+from ..callbacks import MetricsFile, plot_metrics
 from .batches import PLAIN, make_batch, plan
-from .callbacks import MetricsFile, plot_metrics
 from .checkpoint import (
     REMEDY,
     read_state,
@@ -24,12 +24,12 @@ from .checkpoint import (
     save_state,
     starting_point,
 )
-from .loading import check_same_tokens, load_named
+from .load import check_same_tokens, load_named
 from .logps import Scorer
-from .losses import OPTIONS as LOSS_OPTIONS
-from .losses import preference_loss
 from .memory import Dispatch
 from .modules import evaluating
+from .objective import OPTIONS as LOSS_OPTIONS
+from .objective import preference_loss
 from .options import RUN_OPTIONS, ConfigError, is_preference
 from .reference import Reference, default_cache_folder, row_key
 from .schedule import Schedule, pair_lengths, reference_rows

@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.cache import (
+from ...models.cache import (
     ArraysCache,
     CacheList,
     ChunkedKVCache,

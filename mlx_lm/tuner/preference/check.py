@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import yaml
 
+from ..utils import build_schedule
 from .checkpoint import check_is_file, state_file
-from .losses import OPTIONS as LOSS_OPTIONS
-from .losses import preference_loss
+from .objective import OPTIONS as LOSS_OPTIONS
+from .objective import preference_loss
 from .options import RUN_OPTIONS, ConfigError, Option, nearest
-from .utils import build_schedule
 
 # Ranges of upstream's keys: upstream takes any value and fails later.
 UPSTREAM_KEYS = (

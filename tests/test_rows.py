@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlx_lm.tuner.options import ConfigError
-from mlx_lm.tuner.preferences import EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, shared_text
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.rows import EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, shared_text
 
 USER = {"role": "user", "content": "Capital of Peru?"}
 SYSTEM = {"role": "system", "content": "Be brief."}

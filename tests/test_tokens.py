@@ -5,7 +5,7 @@ import pytest
 from mlx_lm.tokenizer_utils import NewlineTokenizer, TokenizerWrapper
 
 from mlx_lm.tuner.datasets import PreferenceDataset
-from mlx_lm.tuner.options import ConfigError
+from mlx_lm.tuner.preference.options import ConfigError
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 USER = {"role": "user", "content": "Who?"}

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..models import base
-from ..models.base import create_causal_mask
+from ...models import base
+from ...models.base import create_causal_mask
 from .modules import exchanged, intercepted, layers_of
 
 

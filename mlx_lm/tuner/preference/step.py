@@ -9,9 +9,9 @@ from mlx.nn.utils import average_gradients
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
+from ..losses import PairLogps, wpo_weights
 from .batches import as_batch
 from .lean import lean_attentions, lean_layers
-from .losses import PairLogps, wpo_weights
 from .modules import parameters_in
 
 # What is summed over pairs, in this order; TRL's names.

@@ -1,0 +1,489 @@
+"""The table of preference losses and their options, and the loss that a configuration asks for.
+
+Checks, help and documents come from the table. To add a loss, write its function in `losses.py` and its row here.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import mlx.core as mx
+
+from ..losses import (
+    PairLogps,
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco_pair,
+    cpo,
+    discopop,
+    dpo,
+    dpop,
+    exo_pair,
+    hinge,
+    ipo,
+    mean_logps,
+    nca_pair,
+    orpo,
+    robust,
+    sft,
+    sigmoid_norm,
+    simpo,
+    sppo_hard,
+    with_f_divergence,
+)
+from .options import ConfigError, Option, nearest
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One row of the table of losses.
+
+    Attributes:
+        name: the value of loss_type.
+        function: takes a `PairLogps` and its parameters as keywords, returns (B,).
+        description: what a pair loses, in the words of `losses.py`.
+        source: the arXiv number of the paper.
+        needs_reference: whether it reads the reference logps.
+        f_divergence: whether it reads nothing of the logps but the pair's gap of logratios, so that
+            another f-divergence may stand in for the reverse KL.
+        reads_margins: whether it has a pair's logit, which a margin lowers.
+        sorts_batch: its values belong to quantiles of the batch, not to pairs.
+        is_likelihood: it is the chosen response's likelihood and has no logratio: it goes with any other
+            loss and its settings.
+        mean_rewards: without a reference, whether its rewards are means over tokens rather than sums.
+        defaults: defaults that differ from the options', by parameter.
+        lowest: the lowest value that it can work with where that is above the option's, by parameter.
+    """
+
+    name: str
+    function: Callable
+    description: str
+    source: str
+    needs_reference: bool = True
+    f_divergence: bool = False
+    reads_margins: bool = False
+    sorts_batch: bool = False
+    is_likelihood: bool = False
+    mean_rewards: bool = False
+    defaults: dict = field(default_factory=dict)
+    lowest: dict = field(default_factory=dict)
+
+    @cached_property
+    def parameters(self):
+        """The options that the function itself reads: its keyword-only parameters."""
+        signature = inspect.signature(self.function).parameters.values()
+        return tuple(parameter.name for parameter in signature if parameter.kind is parameter.KEYWORD_ONLY)
+
+    @cached_property
+    def options(self):
+        """The options that take effect with this loss, those of the reference and of the batch included."""
+        options = self.parameters
+        if self.f_divergence:
+            options += ("f_divergence_type", "f_alpha_divergence_coef")
+        if self.needs_reference:
+            options += ("ld_alpha", "reference_update_steps")
+        if not self.sorts_batch:
+            options += ("use_weighting",)
+        return options
+
+    def default(self, parameter):
+        """The value of `parameter` where the user gives none."""
+        return self.defaults.get(parameter, OPTION[parameter].default)
+
+
+# 1 / (2 beta) squared must stay far below float32's largest number.
+SMALLEST_DIVISOR = {"beta": 1e-6}
+
+PAIR = {"f_divergence": True, "reads_margins": True}
+REFERENCE_FREE = {"needs_reference": False, "reads_margins": True}
+
+TABLE = (
+    Loss("dpo", dpo, "-(1 - eps) log sigma(h) - eps log sigma(-h)", "2305.18290", **PAIR),
+    Loss("robust", robust, "(-(1 - eps) log sigma(h) + eps log sigma(-h)) / (1 - 2 eps)", "2403.00409", **PAIR),
+    Loss("hinge", hinge, "max(0, 1 - h)", "2305.10425", **PAIR),
+    Loss("ipo", ipo, "(mean logratio gap - (1/2 + margin) / beta)^2", "2310.12036", **PAIR, lowest=SMALLEST_DIVISOR),
+    Loss("sigmoid_norm", sigmoid_norm, "-log sigma(beta x mean logratio gap - margin)", "2405.14734", **PAIR),
+    Loss(
+        "exo_pair",
+        exo_pair,
+        "KL of (sigma(h), sigma(-h)) from (1 - eps, eps)",
+        "2402.00856",
+        **PAIR,
+        defaults={"label_smoothing": 1e-3},
+        lowest={"label_smoothing": 1e-12},
+    ),
+    Loss("nca_pair", nca_pair, "-log sigma(rc) - 1/2 log sigma(-rc) - 1/2 log sigma(-rr)", "2402.05369"),
+    Loss("bco_pair", bco_pair, "-log sigma(rc) - log sigma(-rr)", "2404.04656"),
+    Loss(
+        "sppo_hard",
+        sppo_hard,
+        "(chosen logratio - 1/(2 beta))^2 + (rejected logratio + 1/(2 beta))^2",
+        "2405.00675",
+        lowest=SMALLEST_DIVISOR,
+    ),
+    Loss("apo_zero", apo_zero, "1 - sigma(rc) + sigma(rr)", "2408.06266"),
+    Loss("apo_down", apo_down, "sigma(rc) + 1 - sigma(h)", "2408.06266", reads_margins=True),
+    Loss(
+        "discopop",
+        discopop,
+        "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)",
+        "2406.08414",
+        **PAIR,
+    ),
+    Loss("aot", aot, "dpo between sorted policy gaps and sorted reference gaps", "2406.05882", sorts_batch=True),
+    Loss(
+        "aot_unpaired",
+        aot_unpaired,
+        "dpo between sorted chosen and sorted rejected logratios",
+        "2406.05882",
+        sorts_batch=True,
+    ),
+    Loss(
+        "sft",
+        sft,
+        "in a list: mean NLL of the chosen tokens",
+        "2411.10442",
+        needs_reference=False,
+        is_likelihood=True,
+    ),
+    Loss("dpop", dpop, "dpo with h - beta x lambda x max(0, -chosen logratio)", "2402.13228", reads_margins=True),
+    Loss(
+        "simpo",
+        simpo,
+        "dpo's with h = beta x mean logp gap - gamma - margin",
+        "2405.14734",
+        **REFERENCE_FREE,
+        mean_rewards=True,
+        defaults={"beta": 2.0},
+    ),
+    Loss(
+        "orpo",
+        orpo,
+        "sft - beta x log sigma(log odds gap - margin)",
+        "2403.07691",
+        **REFERENCE_FREE,
+        mean_rewards=True,
+    ),
+    Loss("cpo", cpo, "dpo's with h = beta x logp gap - margin, + alpha x sft", "2401.08417", **REFERENCE_FREE),
+)
+
+ALIASES = {"sigmoid": "dpo"}
+
+LOSSES = {loss.name: loss for loss in TABLE}
+LOSSES.update({alias: LOSSES[name] for alias, name in ALIASES.items()})
+
+OPTIONS = (
+    Option(
+        "loss_type",
+        "sft",
+        str,
+        "what to train: sft for upstream's training, one preference loss, or a list of them",
+        choices=tuple(LOSSES),
+        many=True,
+    ),
+    Option("loss_weights", None, float, "a factor for each loss of the list, 1 each by default", low=0, many=True),
+    Option("beta", 0.1, float, "reward per nat of logratio; 0 leaves the reference out", low=0),
+    Option(
+        "label_smoothing",
+        0.0,
+        float,
+        "eps, the share of pairs taken as wrongly labelled",
+        low=0,
+        high=0.5,
+        open=("high",),
+    ),
+    Option(
+        "f_divergence_type",
+        "reverse_kl",
+        str,
+        "the divergence that holds the policy to the reference",
+        choices=("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    ),
+    Option("f_alpha_divergence_coef", 0.5, float, "alpha of alpha_divergence"),
+    # Below 1e-6 h / tau leaves float32.
+    Option("discopop_tau", 0.05, float, "tau, the width of discopop's blend", low=1e-6),
+    Option(
+        "ld_alpha", None, float, "weight of logps beyond the shorter response's length; not set, none", low=0, high=1
+    ),
+    Option("use_weighting", False, bool, "weigh pairs by how likely the policy is to write them (WPO)"),
+    Option("dpop_lambda", 50.0, float, "lambda, the factor of dpop's penalty", low=0),
+    Option("simpo_gamma", 0.5, float, "gamma, the margin that simpo aims at", low=0),
+    Option("cpo_alpha", 1.0, float, "alpha, the factor of cpo's NLL", low=0),
+    Option(
+        "reference_update_steps",
+        None,
+        int,
+        "take the current policy as the reference every so many updates (TR-DPO); not set, never",
+        low=1,
+    ),
+)
+
+OPTION = {option.name: option for option in OPTIONS}
+
+
+DEFAULTS = {option.name: option.default for option in OPTIONS if option.name not in ("loss_type", "loss_weights")}
+
+
+def preference_loss(loss_type, loss_weights=None, **parameters):
+    """The preference loss that a configuration asks for, with everything checked that can be without data.
+
+    Args:
+        loss_type: a name, or a list of names.
+        loss_weights: a factor for each name, 1 by default.
+        parameters: options of `OPTIONS` by name, only those that the user gave; None counts as not given.
+
+    Returns:
+        A `PreferenceLoss`.
+
+    Raises:
+        ConfigError: an unknown name or option, a value out of range, settings that exclude each other, or
+            a value other than the default for an option that none of the losses reads.
+    """
+    names = _checked_names(loss_type)
+    weights = _checked_weights(loss_weights, names)
+    given = _checked_parameters(parameters)
+    losses = [LOSSES[name] for name in names]
+    _refuse_clashes({**DEFAULTS, **given}, losses)
+    _refuse_unread(given, names, losses)
+    resolved = {**DEFAULTS, **_own_defaults(losses, given), **given}
+    _refuse_too_low(resolved, losses)
+    return PreferenceLoss(names, weights, {name: resolved[name] for name in DEFAULTS if name in _options(losses)})
+
+
+class PreferenceLoss:
+    """One loss or a weighted list of losses, checked and ready to use; made by `preference_loss`.
+
+    Attributes:
+        names: the losses, as the user wrote them.
+        weights: a float for each.
+        parameters: every option that takes effect, with its value.
+        needs_reference: whether reference logps are read; not where beta is 0, which multiplies them away.
+        reads_wpo: whether `__call__` needs WPO's weights.
+        reads_margins: whether a pair's margin takes effect.
+        sorts_batch: whether values belong to quantiles of the batch, so that weights of pairs have no meaning.
+        ld_alpha: weight of the tokens beyond the shorter response's length, or None.
+    """
+
+    def __init__(self, names, weights, parameters):
+        self.names, self.weights, self.parameters = tuple(names), tuple(weights), parameters
+        self._losses = [LOSSES[name] for name in names]
+        self._reads_reference = any(loss.needs_reference for loss in self._losses)
+        self._mean_rewards = next((loss.mean_rewards for loss in self._losses if not loss.is_likelihood), False)
+        self._divergence = tuple(
+            parameters.get(name, DEFAULTS[name]) for name in ("f_divergence_type", "f_alpha_divergence_coef")
+        )
+        self.needs_reference = self._reads_reference and parameters["beta"] != 0
+        self.reads_wpo = parameters.get("use_weighting", False)
+        self.reads_margins = any(loss.reads_margins for loss in self._losses)
+        self.sorts_batch = any(loss.sorts_batch for loss in self._losses)
+        self.ld_alpha = parameters.get("ld_alpha")
+
+    def __call__(self, pairs, wpo_weights=None):
+        """The weighted sum of the losses.
+
+        Args:
+            pairs: `PairLogps` of B pairs.
+            wpo_weights: (B,) float32 of the function of that name; read where `reads_wpo` is set.
+
+        Returns:
+            (B,) float32; its mean is the batch's loss.
+
+        Raises:
+            ValueError: fields of different lengths, or WPO weights missing.
+        """
+        _check_shapes(pairs)
+        if self.reads_wpo and wpo_weights is None:
+            raise ValueError("use_weighting is set, so the loss needs wpo_weights; None was given.")
+        scored = with_f_divergence(pairs, *self._divergence)
+        total = 0.0
+        for loss, weight in zip(self._losses, self.weights, strict=True):
+            values = loss.function(scored, **{name: self.parameters[name] for name in loss.parameters})
+            if self.reads_wpo:
+                values = values * wpo_weights
+            total = total + weight * values
+        return total
+
+    def rewards(self, pairs):
+        """The rewards of both responses, the same in every loss whatever its f-divergence.
+
+        Args:
+            pairs: `PairLogps` of B pairs.
+
+        Returns:
+            (chosen, rejected), each (B,) float32: beta x logratio; where no loss reads a reference,
+            beta x the policy's logps, divided by the length if the first of the losses is simpo or orpo.
+        """
+        if self._reads_reference:
+            chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
+        elif self._mean_rewards:
+            chosen, rejected = mean_logps(pairs)
+        else:
+            chosen, rejected = pairs.policy_chosen, pairs.policy_rejected
+        beta = self.parameters["beta"]
+        return beta * chosen, beta * rejected
+
+
+def _check_shapes(pairs):
+    shape = pairs.policy_chosen.shape
+    for name, value in zip(PairLogps._fields, pairs, strict=True):
+        if isinstance(value, mx.array) and value.shape not in (shape, ()):
+            raise ValueError(f"pairs.{name} has shape {value.shape}; policy_chosen has {shape}: give one value a pair.")
+
+
+def _options(losses):
+    # beta scales the rewards of every loss.
+    return {"beta"}.union(*(loss.options for loss in losses))
+
+
+def _checked_names(loss_type):
+    checked = OPTION["loss_type"].check(loss_type)
+    if checked in (None, "sft"):
+        raise ConfigError(
+            "loss_type is sft, which is upstream's training and no preference loss; name a preference loss, or put "
+            "sft in a list to add the chosen responses' NLL to others."
+        )
+    names = [checked] if isinstance(checked, str) else checked
+    for index, name in enumerate(names):
+        twin = next((other for other in names[:index] if LOSSES[other] is LOSSES[name]), None)
+        if twin is not None:
+            raise ConfigError(f"loss_type has {name} after {twin}, the same loss; name it once and give it a weight.")
+    return names
+
+
+def _checked_weights(loss_weights, names):
+    weights = OPTION["loss_weights"].check(loss_weights)
+    if weights is None:
+        return [1.0] * len(names)
+    weights = weights if isinstance(weights, list) else [weights]
+    if len(weights) != len(names):
+        raise ConfigError(
+            f"loss_weights has {_count(weights, 'value')}, but loss_type has {_count(names, 'name')}: give one each."
+        )
+    if not all(math.isfinite(weight) for weight in weights) or not any(weights):
+        raise ConfigError(f"loss_weights is {weights}; every weight must be finite and one of them above 0.")
+    return weights
+
+
+def _checked_parameters(parameters):
+    given = {}
+    for name, value in parameters.items():
+        if name not in DEFAULTS:
+            raise ConfigError(f"{name} is no option of a preference loss{nearest(name, DEFAULTS)}; remove it.")
+        if value is not None:
+            given[name] = OPTION[name].check(value)
+            if isinstance(given[name], float) and not math.isfinite(given[name]):
+                raise ConfigError(f"{name} is {value}; it must be finite.")
+    return given
+
+
+def _refuse_unread(given, names, losses):
+    for name, value in given.items():
+        if name in _options(losses) or value == OPTION[name].default:
+            continue
+        readers = ", ".join(loss for loss in LOSSES if name in LOSSES[loss].options)
+        raise ConfigError(
+            f"{name} is {value}, but loss_type {', '.join(names)} does not read it; remove it, or choose one that "
+            f"does: {readers}."
+        )
+
+
+def _own_defaults(losses, given):
+    own = {}
+    for name in set(DEFAULTS) - set(given):
+        found = {loss.name: loss.default(name) for loss in losses if name in loss.parameters}
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{value} for {loss}" for loss, value in found.items())
+            raise ConfigError(f"{name} has no one default for this loss_type ({told}); give {name}.")
+        if found:
+            own[name] = next(iter(found.values()))
+    return own
+
+
+def _refuse_too_low(resolved, losses):
+    for loss in losses:
+        for name, lowest in loss.lowest.items():
+            if resolved[name] < lowest:
+                advice = f"its default is {loss.default(name)}"
+                raise ConfigError(f"{name} is {resolved[name]}, but {loss.name} needs at least {lowest:g}; {advice}.")
+
+
+def _refuse_clashes(values, losses):
+    divergence, coef = values["f_divergence_type"], values["f_alpha_divergence_coef"]
+    without = [loss.name for loss in losses if not (loss.f_divergence or loss.is_likelihood)]
+    if divergence != "reverse_kl" and without:
+        raise ConfigError(
+            f"f_divergence_type is {divergence}, but {', '.join(without)} has no form for it; use reverse_kl, or only "
+            f"losses that have: {', '.join(name for name in LOSSES if LOSSES[name].f_divergence)}."
+        )
+    if divergence != "alpha_divergence" and coef != DEFAULTS["f_alpha_divergence_coef"]:
+        raise ConfigError(
+            f"f_alpha_divergence_coef is {coef}, but f_divergence_type is {divergence}, which does not read it; remove "
+            "it, or set f_divergence_type to alpha_divergence."
+        )
+    sorting = [loss.name for loss in losses if loss.sorts_batch]
+    if values["use_weighting"] and sorting:
+        raise ConfigError(
+            f"use_weighting weighs pairs, but {', '.join(sorting)} sorts the batch, so that its values are no pair's; "
+            "remove one of the two."
+        )
+    free = [loss.name for loss in losses if not (loss.needs_reference or loss.is_likelihood)]
+    if values["ld_alpha"] is not None and free:
+        raise ConfigError(
+            f"ld_alpha weighs the tokens of a logratio, and {', '.join(free)} has none; remove ld_alpha or that loss."
+        )
+    if values["reference_update_steps"] is not None and values["beta"] == 0:
+        raise ConfigError("reference_update_steps is set, but beta 0 leaves the reference out; remove one of the two.")
+
+
+def _count(values, noun):
+    return f"{len(values)} {noun}" + "s" * (len(values) != 1)
+
+
+def describe_losses():
+    """The losses as Markdown: what the letters of the formulas mean, then a table with one row a loss."""
+    words = (
+        "Here rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, a gap is chosen minus "
+        "rejected, a mean is over a response's tokens, and eps is `label_smoothing`."
+    )
+    rows = [
+        (
+            f"`{loss.name}`" + "".join(f", `{alias}`" for alias, name in ALIASES.items() if name == loss.name),
+            loss.description,
+            ", ".join(f"`{name}` ({_parameter_range(loss, name)})" for name in loss.parameters),
+            "yes" if loss.needs_reference else "no",
+            f"[{loss.source}](https://arxiv.org/abs/{loss.source})",
+        )
+        for loss in TABLE
+    ]
+    return words + "\n\n" + markdown_table(("loss_type", "a pair's loss", "reads", "reference", "source"), rows)
+
+
+def options_table(options):
+    """A Markdown table of `options`: name, default, allowed values, meaning."""
+    rows = [
+        (
+            f"`{option.name}`",
+            "not set" if option.default is None else f"`{str(option.default).lower()}`",
+            option.range + (", or a list" if option.many else ""),
+            option.help,
+        )
+        for option in options
+    ]
+    return markdown_table(("option", "default", "allowed", "meaning"), rows)
+
+
+def markdown_table(header, rows):
+    """A Markdown table of the strings of `header` and `rows`."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _parameter_range(loss, name):
+    option = OPTION[name]
+    if name in loss.lowest:
+        option = replace(option, low=loss.lowest[name])
+    return f"{loss.default(name):g}, {option.range}"
