@@ -11,11 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.tuner.preference.schedule import Schedule
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.preference.batches import PACKED
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.schedule import Schedule
 from mlx_lm.tuner.trainer import TrainingArgs
 
 ROOT = Path(__file__).parents[1]

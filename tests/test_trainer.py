@@ -13,6 +13,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.preference.sharing import checkpointed_layers
 from mlx_lm.tuner.utils import build_schedule, load_adapters
 from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_llama, trained
 
@@ -24,7 +25,6 @@ from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.tuner.preference.sharing import checkpointed_layers
 from mlx_lm.tuner.preference.step import FIGURES, Objective, Step
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 

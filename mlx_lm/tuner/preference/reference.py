@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 
 from ..._version import __version__
 from ...cli_ui import make_console, make_train_progress, rprint
-from .batches import PACKED, make_batch, plan
+from .batches import filled, make_batch, plan
 from .files import replace_file
+from .layers import evaluating
 from .logps import Scorer
-from .modules import evaluating, first_output
+from .memory import trim_cache
 from .options import ConfigError
 
 # Part of every fingerprint: raise it whenever the way that logps are computed changes.
@@ -60,7 +61,7 @@ class Reference:
         keys = [row_key(pair) for pair in pairs]
         known = {} if self.cache is None else self.cache.read()
         # Workers may have caches of their own, but they compute together.
-        unknown = mx.distributed.all_sum(mx.array([key not in known for key in keys], mx.int32), stream=mx.cpu)
+        unknown = mx.distributed.all_sum(mx.array([key not in known for key in keys], mx.int32))
         missing = np.flatnonzero(np.array(unknown))
         if len(missing):
             values = np.full((len(missing), 4), np.nan, np.float32)
@@ -93,12 +94,13 @@ class Reference:
                 logps = self.scorer(batch)
                 out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(rows), 2)
                 values[rows] = np.array(out.transpose(1, 0, 2)).reshape(len(rows), 4)
+                trim_cache()
                 progress.advance(task, sum(map(len, batches[turn : turn + world.size()])))
         if world.size() > 1:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
             shares = np.zeros_like(values)
             shares[mine] = values[mine]
-            values[:] = np.array(mx.distributed.all_sum(mx.array(shares), stream=mx.cpu))
+            values[:] = np.array(mx.distributed.all_sum(mx.array(shares)))
         bad = (~np.isfinite(values).all(axis=1)).sum()
         if bad:
             raise ConfigError(
@@ -109,19 +111,10 @@ class Reference:
     def _batches(self, lengths):
         """Rows of like length together: `batch_size` of them, or as many as memory is ample for."""
         if self.batch_size is not None:
-            return plan(lengths, self.batch_size, self.scorer.arrangement)
-        totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-        most, share = ample_tokens(self.scorer, int(totals.max())), -(-len(lengths) // mx.distributed.init().size())
-        packed = self.scorer.arrangement == PACKED
-        batches, rows = [], []
-        for row in plan(lengths, len(lengths), self.scorer.arrangement)[0].tolist():
-            together = [*rows, row]
-            tokens = lengths[together].sum() if packed else 2 * len(together) * totals[together].max()
-            if rows and (tokens > most or len(rows) == share):
-                batches.append(rows)
-                rows = []
-            rows.append(row)
-        return [*batches, rows]
+            return plan(lengths, self.batch_size)
+        most = ample_tokens(self.scorer, int(lengths.sum(axis=1).max()))
+        share = -(-len(lengths) // mx.distributed.init().size())
+        return filled(lengths, most, self.scorer.arrangement, share)
 
 
 def ample_tokens(scorer, longest):
@@ -132,7 +125,7 @@ def ample_tokens(scorer, longest):
         longest: tokens of the longest row.
     """
     head, tokens = scorer.head, mx.zeros((1, 1), mx.int32)
-    states = head.hidden_states(tokens, None) if head is not None else first_output(scorer.model(tokens))
+    states = head.hidden_states(tokens, None) if head is not None else scorer.model(tokens)
     width = states.shape[-1]
     # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused
     # three float32 scores for each token before it and each head of 64.

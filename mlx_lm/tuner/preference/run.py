@@ -14,7 +14,7 @@ from ..._blas import hint
 from ...cli_ui import TrainUI, make_console, rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
-from .batches import PLAIN, make_batch, plan
+from .batches import PLAIN, Schedule, make_batch, pair_lengths, plan, reference_rows
 from .checkpoint import (
     REMEDY,
     read_state,
@@ -24,16 +24,14 @@ from .checkpoint import (
     save_state,
     starting_point,
 )
+from .layers import checkpointed_layers, evaluating
 from .load import check_same_tokens, load_named
 from .logps import Scorer
-from .memory import Dispatch
-from .modules import evaluating
+from .memory import measure_step, trim_cache
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import preference_loss
 from .options import RUN_OPTIONS, ConfigError, is_preference
 from .reference import Reference, default_cache_folder, row_key
-from .schedule import Schedule, pair_lengths, reference_rows
-from .sharing import checkpointed_layers
 from .step import FIGURES, Objective, Step
 
 # What a run takes where nothing is given. A loss's parameter is None: its default depends on the loss.
@@ -107,12 +105,13 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
     totals = mx.zeros((len(FIGURES) + 2,))
     arrangement = objective.scorer.arrangement
     with evaluating(objective.scorer.model):
-        for chosen in plan(lengths, batch_size, arrangement):
+        for chosen in plan(lengths, batch_size):
             here = chosen[world.rank() :: world.size()]
             if len(here):
                 batch, *_ = make_batch([pairs[i] for i in here], arrangement)
                 totals = totals + objective(batch, reference_rows(reference, here))[1]
                 mx.eval(totals)
+                trim_cache()
             if progress_callback is not None:
                 progress_callback()
     return means(totals)[0]
@@ -120,7 +119,7 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
 
 def means(totals):
     """`(means of FIGURES, pairs, tokens)` over all workers, of `Objective`'s sums on this one."""
-    *sums, pairs, tokens = np.array(mx.distributed.all_sum(totals, stream=mx.cpu), np.float64).tolist()
+    *sums, pairs, tokens = np.array(mx.distributed.all_sum(totals), np.float64).tolist()
     return {name: total / pairs for name, total in zip(FIGURES, sums, strict=True)}, pairs, tokens
 
 
@@ -134,7 +133,9 @@ class Run:
         self.val_dataset = unwrapped(val_dataset) if val_dataset else None
         self.loss = loss_of(args)
         self.scorer = Scorer(model, args.share_prompt)
-        self.schedule = Schedule(self.dataset, args, self.scorer.arrangement)
+        self.schedule = Schedule(
+            [self.dataset[i] for i in range(len(self.dataset))], args.batch_size, args.seed, self.scorer.arrangement
+        )
         self.objective = Objective(self.scorer, self.loss)
         self.rank = mx.distributed.init().rank()
         self._say_fallbacks()
@@ -154,7 +155,6 @@ class Run:
                 reference.release()
         compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
         self.step = Step(model, optimizer, self.objective, compiled, args.max_grad_norm)
-        self.dispatch = Dispatch()
         self.iteration, self.trained_tokens, self.updates = 0, 0, 0
         if args.resume:
             self._restore()
@@ -200,10 +200,6 @@ class Run:
         self.trained_tokens, self.updates = (int(value) for value in extra.pop("counts").tolist())
         self.reference = np.array(extra.pop("reference")) if "reference" in extra else self.reference
         self.val_reference = np.array(extra.pop("val_reference")) if "val_reference" in extra else self.val_reference
-        if self.step.compiled:
-            # A compiled step rounds otherwise: the same ones are compiled as if there had been no interruption.
-            for iteration in range(1, self.iteration + 1):
-                self.step.visit(self.schedule.batch(iteration, None)[0])
         if "pairs" in extra:
             # Parts of the tree that hold no array have left no trace in the file.
             gradient = tree_map_with_path(lambda name, _: extra[name], self.model.trainable_parameters())
@@ -215,7 +211,7 @@ class Run:
         if accumulated is not None and workers > 1:
             # Each worker goes on from the mean of all.
             gradient, pairs = accumulated
-            accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs, stream=mx.cpu) / workers
+            accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs) / workers
         refuse_non_finite([self.model.trainable_parameters(), self.optimizer.state, accumulated or []], self.iteration)
         if self.rank != 0:
             return None
@@ -256,7 +252,7 @@ class Run:
             )
         self.trained_tokens += int(trained)
         learning_rate = self.optimizer.learning_rate.item()
-        peak_memory = self.dispatch.peak_memory() / 1e9
+        peak_memory = mx.get_peak_memory() / 1e9
         ui.report_train(self.iteration, figures["loss"], trained / seconds, self.trained_tokens)
         self._say(figures, f"lr {learning_rate:.2e} · {peak_memory:.2f} GB")
         if self.callback is not None:
@@ -305,6 +301,7 @@ class Run:
     def train(self):
         """Take the steps that are left."""
         args = self.args
+        measured = False
         totals, norm, tokens, seconds, steps = mx.zeros((len(FIGURES) + 2,)), None, np.zeros(2), 0.0, 0
         with TrainUI(args.iters, rank=self.rank) as ui:
             for _ in range(self.iteration):
@@ -332,7 +329,11 @@ class Run:
                     # The others' norms are never computed.
                     norm = new_norm
                 work = [self.step.state(), totals, [] if norm is None else norm, self.step.accumulated or []]
-                self.dispatch(work, counts[0], update, self.step.was_compiled)
+                if update and not measured:
+                    measure_step(work, counts[0], self.schedule.most_tokens())
+                    measured = True
+                else:
+                    mx.async_eval(work)
                 if not (refresh or last):
                     # The next batch is made while the device works on this one.
                     upcoming = self.schedule.batch(self.iteration + 1, self.reference)
@@ -342,8 +343,7 @@ class Run:
                     # The next step is traced while the device works on this one, but no more than that.
                     mx.eval(running)
                 running = totals
-                if mx.get_cache_memory() > (args.clear_cache_threshold or self.dispatch.peak_memory()):
-                    mx.clear_cache()
+                trim_cache()
                 seconds += time.perf_counter() - tic
                 ui.advance()
                 if reports:
