@@ -4,8 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from ._blas import hint
-from ._cuda import suit_training
+from ._backend import set_cuda_for_training, slow_blas_hint
 from ._upstream import rebound, run_upstream
 
 run_upstream(
@@ -216,8 +215,8 @@ def run(args, training_callback=None):
                 "is sft; set loss_type, for example to dpo."
             ) from error
     check_config(args)
-    suit_training()
-    if not args.train and (slow_blas := hint()) is not None:
+    set_cuda_for_training()
+    if not args.train and (slow_blas := slow_blas_hint()) is not None:
         rprint(slow_blas)  # training says it itself
     with _told_plainly(args):
         _run(args, training_callback)

@@ -60,7 +60,7 @@ class Reference:
         keys = [row_key(pair) for pair in pairs]
         known = {} if self.cache is None else self.cache.read()
         # Workers may have caches of their own, but they compute together.
-        unknown = mx.distributed.all_sum(mx.array([key not in known for key in keys], mx.int32), stream=mx.cpu)
+        unknown = mx.distributed.all_sum(mx.array([key not in known for key in keys], mx.int32))
         missing = np.flatnonzero(np.array(unknown))
         if len(missing):
             values = np.full((len(missing), 4), np.nan, np.float32)
@@ -98,7 +98,7 @@ class Reference:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
             shares = np.zeros_like(values)
             shares[mine] = values[mine]
-            values[:] = np.array(mx.distributed.all_sum(mx.array(shares), stream=mx.cpu))
+            values[:] = np.array(mx.distributed.all_sum(mx.array(shares)))
         bad = (~np.isfinite(values).all(axis=1)).sum()
         if bad:
             raise ConfigError(

@@ -10,7 +10,7 @@ import numpy as np
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from ..._blas import hint
+from ..._backend import slow_blas_hint
 from ...cli_ui import TrainUI, make_console, rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
@@ -120,7 +120,7 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
 
 def means(totals):
     """`(means of FIGURES, pairs, tokens)` over all workers, of `Objective`'s sums on this one."""
-    *sums, pairs, tokens = np.array(mx.distributed.all_sum(totals, stream=mx.cpu), np.float64).tolist()
+    *sums, pairs, tokens = np.array(mx.distributed.all_sum(totals), np.float64).tolist()
     return {name: total / pairs for name, total in zip(FIGURES, sums, strict=True)}, pairs, tokens
 
 
@@ -215,7 +215,7 @@ class Run:
         if accumulated is not None and workers > 1:
             # Each worker goes on from the mean of all.
             gradient, pairs = accumulated
-            accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs, stream=mx.cpu) / workers
+            accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs) / workers
         refuse_non_finite([self.model.trainable_parameters(), self.optimizer.state, accumulated or []], self.iteration)
         if self.rank != 0:
             return None
@@ -371,7 +371,7 @@ def train_preference(model, optimizer, train_dataset, val_dataset, args, callbac
     if args.grad_accumulation_steps < 1:
         raise ConfigError(f"grad_accumulation_steps is {args.grad_accumulation_steps}; it must be at least 1.")
     maybe_set_recommended_wired_limit()
-    if (slow_blas := hint()) is not None:
+    if (slow_blas := slow_blas_hint()) is not None:
         rprint(slow_blas)
     run = Run(model, optimizer, train_dataset, val_dataset, args, callback, reference, config)
     with checkpointed_layers(model) if args.grad_checkpoint else nullcontext():
