@@ -82,7 +82,7 @@ def save_run(step, logps, progress, settings, args, config, numbered=False):
     return saved
 
 
-def restore_run(folder, step, logps, schedule, settings, iters):
+def restore_run(folder, step, logps, settings, iters):
     """Put back what `save_run` wrote, and return its `Progress`.
 
     Raises:
@@ -92,10 +92,6 @@ def restore_run(folder, step, logps, schedule, settings, iters):
     tokens, updates = extra.pop("counts").tolist()
     logps.train = np.array(extra.pop("reference")) if "reference" in extra else logps.train
     logps.valid = np.array(extra.pop("val_reference")) if "val_reference" in extra else logps.valid
-    if step.compiled:
-        # A compiled step rounds otherwise: the same ones are compiled as if there had been no interruption.
-        for earlier in range(1, iteration + 1):
-            step.visit(schedule.batch(earlier, None)[0])
     if "pairs" in extra:
         # Parts of the tree that hold no array have left no trace in the file.
         gradient = tree_map_with_path(lambda name, _: extra[name], step.model.trainable_parameters())

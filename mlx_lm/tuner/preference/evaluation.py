@@ -7,13 +7,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
-from .batches import make_batch, plan
+from .batches import make_batch, pair_lengths, plan, reference_rows
+from .layers import evaluating
 from .logps import Scorer
-from .modules import evaluating
+from .memory import trim_cache
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, reference_of
-from .schedule import pair_lengths, reference_rows
 from .step import FIGURES, Objective
 
 
@@ -87,12 +87,13 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
     totals = mx.zeros((len(FIGURES) + 2,))
     arrangement = objective.scorer.arrangement
     with evaluating(objective.scorer.model):
-        for places in plan(lengths, batch_size, arrangement):
+        for places in plan(lengths, batch_size):
             here = places[world.rank() :: world.size()]
             if len(here):
                 batch, *_ = make_batch([dataset[int(rows[place])] for place in here], arrangement)
                 totals = totals + objective(batch, reference_rows(reference, here))[1]
                 mx.eval(totals)
+                trim_cache()
             if progress_callback is not None:
                 progress_callback()
     return means(totals)[0]

@@ -17,7 +17,7 @@ from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers, load_adapters
 from .checkpoint import check_adapter
-from .modules import is_float32
+from .layers import is_float32
 from .options import ConfigError, nearest
 
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"

@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 
 from ...cli_ui import make_console, make_train_progress
-from .batches import PACKED, make_batch, plan
+from .batches import filled, make_batch, pair_lengths, plan
+from .layers import evaluating
 from .load import check_same_tokens, load_named
 from .logps import Scorer
-from .modules import evaluating, first_output
+from .memory import trim_cache
 from .options import ConfigError
 from .reference_cache import Cache, default_cache_folder, fingerprint, row_key
-from .schedule import pair_lengths
 
 
 class Reference:
@@ -80,6 +80,7 @@ class Reference:
                 logps = self.scorer(batch)
                 out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(places), 2)
                 values[places] = np.array(out.transpose(1, 0, 2)).reshape(len(places), 4)
+                trim_cache()
                 progress.advance(task, sum(map(len, batches[turn : turn + world.size()])))
         if world.size() > 1:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
@@ -96,19 +97,10 @@ class Reference:
     def _batches(self, lengths):
         """Rows of like length together: `batch_size` of them, or as many as memory is ample for."""
         if self.batch_size is not None:
-            return plan(lengths, self.batch_size, self.scorer.arrangement)
-        totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-        most, share = ample_tokens(self.scorer, int(totals.max())), -(-len(lengths) // mx.distributed.init().size())
-        packed = self.scorer.arrangement == PACKED
-        batches, rows = [], []
-        for row in plan(lengths, len(lengths), self.scorer.arrangement)[0].tolist():
-            together = [*rows, row]
-            tokens = lengths[together].sum() if packed else 2 * len(together) * totals[together].max()
-            if rows and (tokens > most or len(rows) == share):
-                batches.append(rows)
-                rows = []
-            rows.append(row)
-        return [*batches, rows]
+            return plan(lengths, self.batch_size)
+        most = ample_tokens(self.scorer, int(lengths.sum(axis=1).max()))
+        share = -(-len(lengths) // mx.distributed.init().size())
+        return filled(lengths, most, self.scorer.arrangement, share)
 
 
 def reference_of(scorer, args, tokenizer=None, trust_remote_code=False):
@@ -169,7 +161,7 @@ def ample_tokens(scorer, longest):
         longest: tokens of the longest row.
     """
     head, tokens = scorer.head, mx.zeros((1, 1), mx.int32)
-    states = head.hidden_states(tokens, None) if head is not None else first_output(scorer.model(tokens))
+    states = head.hidden_states(tokens, None) if head is not None else scorer.model(tokens)
     width = states.shape[-1]
     # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused
     # three float32 scores for each token before it and each head of 64.

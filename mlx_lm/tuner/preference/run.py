@@ -13,16 +13,16 @@ from ..._backend import slow_blas_hint
 from ...cli_ui import TrainUI, rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
+from .batches import Schedule
 from .checkpoint import Progress, kept_settings, read_state, restore_run, save_run
 from .evaluation import evaluated_rows, unwrapped
-from .memory import Dispatch
+from .layers import checkpointed_layers
+from .memory import measure_step, trim_cache
 from .objective import refuse_without_gradient
 from .options import ConfigError
 from .reference import Reference, ReferenceLogps, reference_of
 from .reference_cache import row_key
 from .report import Reporter, Window, say_fallbacks
-from .schedule import Schedule
-from .sharing import checkpointed_layers
 from .step import Step
 
 
@@ -44,7 +44,7 @@ def train_preference(
     for line in filter(None, [slow_blas_hint()]):
         rprint(line)
     say_fallbacks(scorer, args.share_prompt)
-    schedule = Schedule(dataset, args, scorer.arrangement)
+    schedule = Schedule(dataset, args.batch_size, args.seed, scorer.arrangement)
     val_rows = evaluated_rows(val_dataset, args.batch_size, args.val_batches)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(dataset, loss)}
     if args.resume:
@@ -58,7 +58,7 @@ def train_preference(
             reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm)
-    progress = restore_run(folder, step, logps, schedule, settings, args.iters) if args.resume else Progress()
+    progress = restore_run(folder, step, logps, settings, args.iters) if args.resume else Progress()
     if rank == 0:
         callback = MetricsFile(folder, callback, progress.iteration)
     with checkpointed_layers(model) if args.grad_checkpoint else nullcontext(), TrainUI(args.iters, rank=rank) as ui:
@@ -86,7 +86,7 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         refresh: makes the policy the reference of the steps to come.
         save: writes adapters and checkpoint.
     """
-    dispatch, window, upcoming, earlier = Dispatch(), Window(), None, []
+    window, upcoming, earlier, measured = Window(), None, [], False
     for _ in range(progress.iteration):
         report.ui.advance()
     if progress.iteration == 0:
@@ -101,19 +101,21 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         progress.updates += due.update
         window.add(sums, norm, tokens)
         work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
-        dispatch(work, tokens[0], due.update, step.was_compiled)
+        if due.update and not measured:
+            measure_step(work, tokens[0], schedule.most_tokens())
+            measured = True
+        mx.async_eval(work)
         # The next batch is made while the device works on this one, unless another reference comes first.
         upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, logps.train)
         # The next step is traced while the device works on this one, but no more than that.
         mx.eval(work if due.refresh or due.report or due.validate or due.save else earlier)
         earlier = sums
-        if mx.get_cache_memory() > (args.clear_cache_threshold or dispatch.peak_memory()):
-            mx.clear_cache()
+        trim_cache(args.clear_cache_threshold)
         window.seconds += time.perf_counter() - tic
         report.ui.advance()
         if due.report:
             learning_rate = step.optimizer.learning_rate.item()
-            report.training(window, progress, learning_rate, dispatch.peak_memory() / 1e9)
+            report.training(window, progress, learning_rate, mx.get_peak_memory() / 1e9)
             window = Window()
         if due.validate:
             validate()
