@@ -126,13 +126,7 @@ TABLE = (
     ),
     Loss("apo_zero", apo_zero, "1 - sigma(rc) + sigma(rr)", "2408.06266"),
     Loss("apo_down", apo_down, "sigma(rc) + 1 - sigma(h)", "2408.06266", reads_margins=True),
-    Loss(
-        "discopop",
-        discopop,
-        "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)",
-        "2406.08414",
-        **PAIR,
-    ),
+    Loss("discopop", discopop, "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)", "2406.08414", **PAIR),
     Loss("aot", aot, "dpo between sorted policy gaps and sorted reference gaps", "2406.05882", sorts_batch=True),
     Loss(
         "aot_unpaired",
@@ -142,12 +136,7 @@ TABLE = (
         sorts_batch=True,
     ),
     Loss(
-        "sft",
-        sft,
-        "in a list: mean NLL of the chosen tokens",
-        "2411.10442",
-        needs_reference=False,
-        is_likelihood=True,
+        "sft", sft, "in a list: mean NLL of the chosen tokens", "2411.10442", needs_reference=False, is_likelihood=True
     ),
     Loss("dpop", dpop, "dpo with h - beta x lambda x max(0, -chosen logratio)", "2402.13228", reads_margins=True),
     Loss(
@@ -160,12 +149,7 @@ TABLE = (
         defaults={"beta": 2.0},
     ),
     Loss(
-        "orpo",
-        orpo,
-        "sft - beta x log sigma(log odds gap - margin)",
-        "2403.07691",
-        **REFERENCE_FREE,
-        mean_rewards=True,
+        "orpo", orpo, "sft - beta x log sigma(log odds gap - margin)", "2403.07691", **REFERENCE_FREE, mean_rewards=True
     ),
     Loss("cpo", cpo, "dpo's with h = beta x logp gap - margin, + alpha x sft", "2401.08417", **REFERENCE_FREE),
 )
