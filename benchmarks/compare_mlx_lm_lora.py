@@ -141,6 +141,7 @@ def run_ours(spec, rows, folder):
     import mlx.optimizers as optim
 
     from mlx_lm.tuner.datasets import Pair
+    from mlx_lm.tuner.preference.logps import Scorer
     from mlx_lm.tuner.preference.reference import Reference
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
@@ -156,7 +157,7 @@ def run_ours(spec, rows, folder):
     )
     pairs = [Pair(*row) for row in rows]
     tic = time.perf_counter()
-    reference = Reference(model, share_prompt=args.share_prompt, cache=f"{folder}/reference")
+    reference = Reference(Scorer(model, args.share_prompt), cache=f"{folder}/reference")
     reference.logps(pairs, range(len(pairs)))
     reference_seconds = time.perf_counter() - tic
     clock = Clock(spec["warmup"])

@@ -35,7 +35,10 @@ def measure_step(work, tokens, most_tokens):
     mx.set_memory_limit(min(usual, max(earlier, int(resting + SLACK * need))))
 
 
-def trim_cache():
-    """Give back what MLX keeps for later arrays, where that is much."""
-    if mx.get_active_memory() + mx.get_cache_memory() > MOST_HELD * mx.get_peak_memory():
+def trim_cache(threshold=0):
+    """Give back what MLX keeps for later arrays, where that is more than `threshold` bytes, or without one, much."""
+    if threshold:
+        if mx.get_cache_memory() > threshold:
+            mx.clear_cache()
+    elif mx.get_active_memory() + mx.get_cache_memory() > MOST_HELD * mx.get_peak_memory():
         mx.clear_cache()
