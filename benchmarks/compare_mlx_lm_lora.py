@@ -125,6 +125,7 @@ def write_model(folder, shape, layers):
     """A random Llama in float32 as a model folder."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
+
     from mlx_lm.models import llama
 
     config = llama_config(shape, layers=layers)

@@ -257,8 +257,9 @@ def peak_of_step(pairs=4, prompt=192, response=64, layers=30, bits=None, share_p
     """GB that a training step's arrays held at most, and GB of weights."""
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm.models import llama
     from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    from mlx_lm.models import llama
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from harness import llama_config, make_pairs, measure_step

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from architectures import make_model
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 from plain_pass import (
     PAIRS,
     add_lora,
@@ -22,6 +21,7 @@ from plain_pass import (
     scored_gradient,
 )
 
+from mlx_lm.models import llama
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference import head as head_module
 from mlx_lm.tuner.preference import step as step_module

@@ -5,10 +5,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import make_model
-from mlx_lm.models import llama
 from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_gradient, plain_logps, reference_of
 from plain_pass import scored_gradient as gradient_of
 
+from mlx_lm.models import llama
 from mlx_lm.tuner.preference import batches as batches_module
 from mlx_lm.tuner.preference.batches import CACHED, CPU, CUDA, METAL, PACKED, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
