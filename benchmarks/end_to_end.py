@@ -26,33 +26,9 @@ import tempfile
 from pathlib import Path
 
 from common import print_head, print_row, say
-from programs import Training, count_lines, limited_data, machine, start_ours, start_trl, versions
+from programs import NotRun, Training, count_lines, limited_data, machine, start_ours, start_trl, versions
 
 RUNS = {"ours": "ours", "trl": "TRL", "liger": "TRL, Liger"}
-
-
-class NotRun(RuntimeError):
-    """A program ended without what a run prints; the sentence is its last."""
-
-
-def moment(watched, text, default=None):
-    """The seconds at which a line with `text` came first."""
-    for seconds, line in watched.lines:
-        if text in line:
-            return seconds
-    if default is None:
-        raise NotRun(f"no line with {text!r}; it ended with status {watched.status}: {last_words(watched)}")
-    return default
-
-
-def last_words(watched):
-    said = [line for line in watched.errors.splitlines() if line.strip()] or [line for _, line in watched.lines]
-    return said[-1] if said else "nothing said"
-
-
-def check_status(watched):
-    if watched.status != 0:
-        raise NotRun(f"exit status {watched.status}: {last_words(watched)}")
 
 
 def measure_ours(training, folder, fresh_kernels, timeout):
@@ -60,13 +36,11 @@ def measure_ours(training, folder, fresh_kernels, timeout):
     environment = {}
     if fresh_kernels:
         environment["MLX_PTX_CACHE_DIR"] = f"{folder}/kernels"
-    watched = start_ours(training, folder, environment, timeout)
-    check_status(watched)
-    reports = [json.loads(line) for line in (Path(folder) / "adapters" / "metrics.jsonl").read_text().splitlines()]
+    watched, reports = start_ours(training, folder, environment, timeout=timeout)
     validations = [report for report in reports if "eval_loss" in report]
     told = [seconds for seconds, line in watched.lines if " val " in line]
-    loaded, tokenized = moment(watched, "Loading datasets"), moment(watched, "Training")
-    referenced = moment(watched, "train_loss")  # the head of the table of steps
+    # The last is in the head of the table of steps.
+    loaded, tokenized, referenced = (watched.moment(text) for text in ("Loading datasets", "Training", "train_loss"))
     steps, before = [], 0
     for report in reports:
         if "loss" in report:
@@ -88,9 +62,7 @@ def measure_ours(training, folder, fresh_kernels, timeout):
 
 def measure_trl(training, folder, liger, options):
     """One run of TRL's trainer."""
-    watched = start_trl(training, folder, options.python_trl, liger, options.timeout)
-    check_status(watched)
-    events = [json.loads(line) for _, line in watched.lines if line.startswith('{"event"')]
+    watched, events = start_trl(training, folder, options.python_trl, liger, timeout=options.timeout)
     ends = {event["event"]: event["time"] - watched.started for event in events}
     named = {name: [event for event in events if event["event"] == name] for name in ("steps", "validation", "saved")}
     loaded, tokenized, referenced = (ends[name] for name in ("loaded", "tokenized", "reference"))

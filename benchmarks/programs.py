@@ -105,43 +105,76 @@ class Watched:
         lines: `(seconds since its start, text)` of each line of its output, without colours.
         started: seconds since 1970 at its start.
         seconds: till it had ended.
-        status: its exit status.
         held_gb: the most memory that it held: of the GPU where there is one, else resident.
-        errors: its last words on stderr.
     """
 
     lines: list
     started: float
     seconds: float
-    status: int
     held_gb: float
-    errors: str
+
+    def moment(self, text):
+        """The seconds at which a line with `text` came first."""
+        for seconds, line in self.lines:
+            if text in line:
+                return seconds
+        raise NotRun(f"it printed no line with {text!r}")
 
 
-def start_ours(training, folder, environment=None, timeout=None):
+class NotRun(RuntimeError):
+    """A program ended without what a run prints; the sentence is its last."""
+
+
+def start_ours(training, folder, environment=None, **limits):
     """Run `python -m mlx_lm.lora --config FILE`.
 
+    Args:
+        training: a `Training`.
+        folder: for the configuration, the adapters and the reference's logps.
+        environment: variables besides this process's; None removes one.
+        limits: for `watch`.
+
     Returns:
-        `Watched`; `folder`/adapters holds metrics.jsonl and the adapters.
+        `Watched`, and the lines of metrics.jsonl.
+
+    Raises:
+        NotRun: it ended with an error.
     """
     config = Path(folder) / "config.yaml"
     config.write_text(json.dumps(training.our_config(folder)))
     command = [sys.executable, "-m", "mlx_lm.lora", "--config", config]
-    return watch(command, own_environment() | (environment or {}), timeout)
+    watched = watch(command, own_environment() | (environment or {}), **limits)
+    metrics = Path(folder) / "adapters" / "metrics.jsonl"
+    return watched, [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
-def start_trl(training, folder, python=sys.executable, liger=False, timeout=None):
-    """Run `trl_train.py`, which keeps nothing from an earlier run."""
+def start_trl(training, folder, python=sys.executable, liger=False, **limits):
+    """Run `trl_train.py`, which keeps nothing from an earlier run; arguments as for `start_ours`.
+
+    Returns:
+        `Watched`, and the events that it told.
+    """
     command = [python, HERE / "trl_train.py", *training.trl_arguments(folder, liger)]
-    return watch(command, {"HF_DATASETS_CACHE": f"{folder}/datasets"}, timeout)
+    watched = watch(command, {"HF_DATASETS_CACHE": f"{folder}/datasets"}, **limits)
+    return watched, [json.loads(line) for _, line in watched.lines if line.startswith('{"event"')]
 
 
-def watch(command, environment, timeout=None):
-    """Run a command to its end and note when it said what."""
+def watch(command, environment, timeout=None, measure_memory=True):
+    """Run a command to its end and note when it said what.
+
+    Args:
+        command: its words.
+        environment: variables besides this process's; None removes one.
+        timeout: seconds that it may take.
+        measure_memory: whether to ask the GPU for its memory while it runs.
+
+    Raises:
+        NotRun: it ended with an error, or was ended by the timeout.
+    """
     given = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **environment}
     variables = {name: value for name, value in (os.environ | given).items() if value is not None}
     words = [str(word) for word in command]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, GpuMemory() as memory:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, GpuMemory(measure_memory) as memory:
         started, lines = time.time(), []
         process = subprocess.Popen(
             words, env=variables, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
@@ -160,14 +193,24 @@ def watch(command, environment, timeout=None):
         said = errors.read()
     resident = usage.ru_maxrss / 1e9 if sys.platform == "darwin" else usage.ru_maxrss * 1024 / 1e9
     held = resident if memory.peak_gb is None else memory.peak_gb
-    return Watched(lines, started, seconds, process.returncode, held, said[-2000:])
+    if process.returncode != 0:
+        words = [line for line in said.splitlines() if line.strip()] or [line for _, line in lines]
+        raise NotRun(f"exit status {process.returncode}: {words[-1] if words else 'nothing said'}")
+    return Watched(lines, started, seconds, held)
 
 
 class GpuMemory:
-    """Within the context, the most memory that the first GPU gave beyond what it held before, or None without one."""
+    """Within the context, the most memory that the first GPU gave beyond what it held before, or None without one.
+
+    Args:
+        wanted: whether to look at all.
+    """
+
+    def __init__(self, wanted=True):
+        self.wanted = wanted
 
     def __enter__(self):
-        before = query_gpu("memory.used")
+        before = query_gpu("memory.used") if self.wanted else None
         self.peak_gb = None if before is None else 0.0
         self.done = threading.Event()
         if before is not None:
