@@ -174,7 +174,8 @@ def watch(command, environment, timeout=None, measure_memory=True):
     given = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **environment}
     variables = {name: value for name, value in (os.environ | given).items() if value is not None}
     words = [str(word) for word in command]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, GpuMemory(measure_memory) as memory:
+    errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    with errors, GpuMemory(measure_memory) as memory:
         started, lines = time.time(), []
         process = subprocess.Popen(
             words, env=variables, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
