@@ -10,6 +10,7 @@ from ...models.activations import recomputed_activations
 from ..lora import LoRALinear
 from .attention import PackedCache, RowCache, Window
 from .options import ConfigError
+from .recurrent import chunked_recurrences
 
 STATELESS = (PackedCache, RowCache, Window)
 
@@ -108,7 +109,7 @@ def lean_layers(model):
     for module, original in layers:
         module.__class__ = lean[original]
     try:
-        with recomputed_activations():
+        with recomputed_activations(), chunked_recurrences(model):
             yield
     finally:
         for module, original in layers:
