@@ -17,7 +17,7 @@ from .batches import Schedule
 from .checkpoint import Progress, kept_settings, read_state, restore_run, save_run
 from .evaluation import evaluated_rows, unwrapped
 from .layers import checkpointed_layers
-from .memory import measure_step, trim_cache
+from .memory import measure_step, trim_cache, usual_memory_limit
 from .objective import refuse_without_gradient
 from .options import ConfigError
 from .reference import Reference, ReferenceLogps, reference_of
@@ -61,7 +61,8 @@ def train_preference(
     progress = restore_run(folder, step, logps, settings, args.iters) if args.resume else Progress()
     if rank == 0:
         callback = MetricsFile(folder, callback, progress.iteration)
-    with checkpointed_layers(model) if args.grad_checkpoint else nullcontext(), TrainUI(args.iters, rank=rank) as ui:
+    layers = checkpointed_layers(model) if args.grad_checkpoint else nullcontext()
+    with layers, usual_memory_limit(), TrainUI(args.iters, rank=rank) as ui:
         report = Reporter(ui, callback, rank)
         validate = partial(_validate, objective, logps, progress, args, report)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
@@ -86,7 +87,7 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         refresh: makes the policy the reference of the steps to come.
         save: writes adapters and checkpoint.
     """
-    window, upcoming, earlier, measured = Window(), None, [], False
+    window, upcoming, earlier, peak_before = Window(), None, [], None
     for _ in range(progress.iteration):
         report.ui.advance()
     if progress.iteration == 0:
@@ -101,9 +102,8 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         progress.updates += due.update
         window.add(sums, norm if due.norm else None, tokens)
         work = [step.state(), step.accumulated or [], sums, norm if due.norm else []]
-        if due.update and not measured:
-            measure_step(work, tokens[0], schedule.most_tokens())
-            measured = True
+        if due.update and peak_before is None:
+            peak_before = measure_step(work, tokens[0], schedule.most_tokens())
         mx.async_eval(work)
         # The next batch is made while the device works on this one, unless another reference comes first.
         upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, logps.train)
@@ -115,7 +115,8 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         report.ui.advance()
         if due.report:
             learning_rate = step.optimizer.learning_rate.item()
-            report.training(window, progress, learning_rate, mx.get_peak_memory() / 1e9)
+            peak = max(peak_before or 0, mx.get_peak_memory())
+            report.training(window, progress, learning_rate, peak / 1e9)
             window = Window()
         if due.validate:
             validate()
