@@ -7,7 +7,7 @@ Batches come in a run's own order and lengths, in one process; for each the arra
 with and without grad_checkpoint. What is compared is the LoRA gradient of DPO's loss: its cosine with that of
 `dpo_loss` on padded rows, the model in float32. The first row is upstream's plain pass in the model's own dtype, which
 shows what rounding alone does: where chosen and rejected responses nearly cancel, bfloat16 loses more. Exit status 1
-where a cosine is below 0.995 in half precision or 0.9999 in float32, and more than 0.002 below the plain pass's, or where
+where a cosine is below 0.995 in half precision or 0.9999 in float32 and more than 0.002 below the plain pass, or where
 the plain pass itself is below 0.98.
 """
 
