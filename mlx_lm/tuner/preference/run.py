@@ -17,7 +17,7 @@ from .batches import Schedule
 from .checkpoint import Progress, kept_settings, read_state, restore_run, save_run
 from .evaluation import evaluated_rows, unwrapped
 from .layers import checkpointed_layers
-from .memory import measure_step, trim_cache, usual_memory_limit
+from .memory import bounded_memory, peak_memory, trim_cache
 from .objective import refuse_without_gradient
 from .options import ConfigError
 from .reference import Reference, ReferenceLogps, reference_of
@@ -62,18 +62,18 @@ def train_preference(
     if rank == 0:
         callback = MetricsFile(folder, callback, progress.iteration)
     layers = checkpointed_layers(model) if args.grad_checkpoint else nullcontext()
-    with layers, usual_memory_limit(), TrainUI(args.iters, rank=rank) as ui:
+    with layers, bounded_memory() as evaluate, TrainUI(args.iters, rank=rank) as ui:
         report = Reporter(ui, callback, rank)
         validate = partial(_validate, objective, logps, progress, args, report)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         save = partial(save_run, step, logps, progress, settings, args, config)
-        _take_steps(step, schedule, logps, progress, args, report, validate, refresh, save)
+        _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save)
         save()
     if rank == 0:
         plot_metrics(folder)
 
 
-def _take_steps(step, schedule, logps, progress, args, report, validate, refresh, save):
+def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save):
     """Take the steps that are left.
 
     Args:
@@ -82,12 +82,13 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         logps: `ReferenceLogps`.
         progress: `Progress`, counted on.
         args: `TrainingArgs`.
+        evaluate: evaluates a tree of arrays, the first time to find out what memory a step needs.
         report: a `Reporter`.
         validate: scores the validation pairs, if there are any.
         refresh: makes the policy the reference of the steps to come.
         save: writes adapters and checkpoint.
     """
-    window, upcoming, earlier, peak_before = Window(), None, [], None
+    window, upcoming, earlier, measured = Window(), None, [], False
     for _ in range(progress.iteration):
         report.ui.advance()
     if progress.iteration == 0:
@@ -102,8 +103,9 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         progress.updates += due.update
         window.add(sums, norm if due.norm else None, tokens)
         work = [step.state(), step.accumulated or [], sums, norm if due.norm else []]
-        if due.update and peak_before is None:
-            peak_before = measure_step(work, tokens[0], schedule.most_tokens())
+        if due.update and not measured:
+            evaluate(work, schedule.most_tokens() / tokens[0])
+            measured = True
         mx.async_eval(work)
         # The next batch is made while the device works on this one, unless another reference comes first.
         upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, logps.train)
@@ -115,8 +117,7 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         report.ui.advance()
         if due.report:
             learning_rate = step.optimizer.learning_rate.item()
-            peak = max(peak_before or 0, mx.get_peak_memory())
-            report.training(window, progress, learning_rate, peak / 1e9)
+            report.training(window, progress, learning_rate, peak_memory() / 1e9)
             window = Window()
         if due.validate:
             validate()
