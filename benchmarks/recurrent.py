@@ -10,9 +10,10 @@ beside this file, a key a mode. `--shape tiny` tries a mode in seconds.
 
 import argparse
 import json
+import resource
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from common import HERE, own_environment, print_head, print_row, run_json, say
@@ -27,6 +28,7 @@ SHAPES = {
     "tiny": (64, 2, 128, 4, 2, 16, 2, 32, 2, 512),
 }
 LENGTHS = (512, 1024, 2048, 4096)
+LARGEST_PROCESS = 12 * 2**30  # bytes
 
 
 def qwen(shape, dtype, rank=8):
@@ -167,14 +169,14 @@ def measure_rule(kind, shape, pairs, length, device):
 
 # States much wider than what else there is of a token, so that a state kept for each token shows.
 WIDE = {
-    "falcon_h1": {"mamba_d_state": 256},
-    "granitemoehybrid": {"mamba_d_state": 256},
-    "jamba": {"mamba_d_state": 256},
-    "mamba": {"state_size": 256},
-    "falcon_mamba": {"state_size": 256},
-    "mamba2": {"state_size": 256},
-    "nemotron_h": {"ssm_state_size": 256},
-    "plamo2": {"mamba_d_state": 256},
+    "falcon_h1": {"mamba_d_state": 64},
+    "granitemoehybrid": {"mamba_d_state": 64},
+    "jamba": {"mamba_d_state": 64},
+    "mamba": {"state_size": 64},
+    "falcon_mamba": {"state_size": 64},
+    "mamba2": {"state_size": 64},
+    "nemotron_h": {"ssm_state_size": 64},
+    "plamo2": {"mamba_d_state": 64},
     "qwen3_5": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
     "qwen3_next": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
     "olmo_hybrid": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
@@ -194,12 +196,16 @@ def measure_relative(name, length, chunked):
 
     Attention is left out: it would be most of it. Its values stand for its outputs.
     """
+    # Jamba's loop grows with the square of the length: it must not take the machine down.
+    resource.setrlimit(resource.RLIMIT_AS, (LARGEST_PROCESS,) * 2)
     sys.path.insert(0, str(HERE.parent / "tests"))
     import mlx.core as mx
     import mlx.nn as nn
     from architectures import make_model
+    from mlx.utils import tree_flatten
     from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
+    from mlx_lm.tuner.preference.pieces import recurrences_in_pieces
     from mlx_lm.tuner.preference.recurrent import chunked_recurrences
 
     def without_scores(queries, keys, values, **_):
@@ -209,15 +215,19 @@ def measure_relative(name, length, chunked):
     cache = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, 2), mx.int32), cache=cache))
     kinds = [kind for entry in cache for kind in (entry.caches if isinstance(entry, CacheList) else [entry])]
-    states = [x for kind in kinds if isinstance(kind, ArraysCache) for x in kind.state if x is not None]
+    states = [
+        x for kind in kinds if isinstance(kind, ArraysCache) for _, x in tree_flatten(kind.state) if x is not None
+    ]
     mx.fast.scaled_dot_product_attention = without_scores
     model.train()
     model.freeze()
-    for _, module in model.named_modules():
-        if isinstance(module, (nn.RMSNorm, nn.LayerNorm)) and "weight" in module:
-            module.unfreeze(recurse=False)
+    model.apply_to_modules(lambda _, module: module.unfreeze(keys=["weight"], recurse=False)
+                           if isinstance(module, nn.Embedding) else None)  # fmt: skip
     tokens = mx.random.randint(0, 101, (1, length))
-    with chunked_recurrences(model) if chunked else nullcontext():
+    within = (chunked_recurrences(model), recurrences_in_pieces(model)) if chunked else ()
+    with ExitStack() as stack:
+        for context in within:
+            stack.enter_context(context)
         peaks = []
         for _ in range(2):
             mx.synchronize()
