@@ -13,7 +13,7 @@ import json
 import resource
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 
 from common import HERE, own_environment, print_head, print_row, run_json, say
@@ -204,8 +204,8 @@ def measure_relative(name, length, chunked):
     from architectures import make_model
     from mlx.utils import tree_flatten
     from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+    from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    from mlx_lm.tuner.preference.pieces import recurrences_in_pieces
     from mlx_lm.tuner.preference.recurrent import chunked_recurrences
 
     def without_scores(queries, keys, values, **_):
@@ -221,13 +221,9 @@ def measure_relative(name, length, chunked):
     mx.fast.scaled_dot_product_attention = without_scores
     model.train()
     model.freeze()
-    model.apply_to_modules(lambda _, module: module.unfreeze(keys=["weight"], recurse=False)
-                           if isinstance(module, nn.Embedding) else None)  # fmt: skip
+    linear_to_lora_layers(model, len(model.layers), {"rank": 4, "scale": 2.0, "dropout": 0.0})
     tokens = mx.random.randint(0, 101, (1, length))
-    within = (chunked_recurrences(model), recurrences_in_pieces(model)) if chunked else ()
-    with ExitStack() as stack:
-        for context in within:
-            stack.enter_context(context)
+    with chunked_recurrences(model) if chunked else nullcontext():
         peaks = []
         for _ in range(2):
             mx.synchronize()
@@ -250,6 +246,9 @@ def keep(mode, measured):
     """Put what a mode measured into the file of results."""
     RESULTS.parent.mkdir(exist_ok=True)
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if mode == "relatives":
+        rows = {row["type"]: row for row in [*kept.get(mode, []), *measured]}
+        measured = [rows[name] for name in RELATIVES if name in rows]
     RESULTS.write_text(json.dumps(kept | {mode: measured}, indent=1) + "\n")
 
 
@@ -310,7 +309,7 @@ def run_relatives(options):
         "type", "KB of states", "KB a token at 512", "at 2,048", "in chunks at 512", "at 2,048", "s", "in chunks"
     )
     measured = []
-    for name in RELATIVES:
+    for name in options.types.split(",") if options.types else RELATIVES:
         row = {"type": name}
         for chunked in (False, True):
             for length in (512, 2048):
@@ -333,6 +332,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", choices=("cpu", "gpu", "relatives"))
     parser.add_argument("--shape", choices=SHAPES, help="instead of the mode's")
+    parser.add_argument("--types", help="for relatives: some, with commas between; others keep what they had")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="for gpu, to try it without one")
     parser.add_argument("--prompt", type=int, default=1024, help="for gpu")
     parser.add_argument("--response", type=int, default=256, help="for gpu")

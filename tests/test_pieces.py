@@ -99,7 +99,11 @@ def test_no_more_than_a_piece_is_run_at_a_time(name, monkeypatch):
     monkeypatch.setattr(pieces, "scan", counted(pieces.scan))
     with recurrences_in_pieces(model):
         mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
-    assert max(lengths) == PIECE and sum(lengths) % LENGTH == 0
+        assert max(lengths) == PIECE and sum(lengths) % LENGTH == 0
+        once = list(lengths)
+        with recurrences_in_pieces(model):
+            mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
+    assert lengths == 2 * once
 
 
 def test_a_mask_goes_to_its_piece():

@@ -24,17 +24,23 @@ def recurrences_in_pieces(model):
     Args:
         model: an mlx-lm model, with or without such layers.
     """
-    modules = model.modules()
+    modules = [module for module in model.modules() if _is_upstreams(type(module))]
     files = {type(module).__module__.rpartition(".")[2]: type(module).__module__ for module in modules}
     with ExitStack() as stack:
         for file in FUNCTIONS.keys() & files.keys():
             (name, in_pieces), namespace = FUNCTIONS[file], sys.modules[files[file]]
-            stack.enter_context(exchanged(namespace, name, in_pieces(getattr(namespace, name))))
+            if _is_upstreams(function := getattr(namespace, name)):
+                stack.enter_context(exchanged(namespace, name, in_pieces(function)))
         for module in modules:
             if type(module).__name__ in METHODS:
                 name, in_pieces = METHODS[type(module).__name__]
                 stack.enter_context(intercepted(module, name, in_pieces(getattr(type(module), name))))
         yield
+
+
+def _is_upstreams(thing):
+    """Whether a class or function is as upstream has it: within another such context it is not."""
+    return thing.__module__.startswith("mlx_lm.models.")
 
 
 def scan(step, sequences, state, shared=(), axis=1, module=None, mask=None):
