@@ -122,16 +122,18 @@ def measure_step(shape, prompt, response, pairs, recurrence, device, steps=3, wa
     return result | {"device": name, "flops": flops, "rate": rate, "share": share}
 
 
-def measure_rule(kind, shape, pairs, length, device):
+def measure_rule(kind, shape, pairs, length, device, chunk=64):
     """Milliseconds and GB of one layer's recurrence alone, forward and both passes, and how far it is from the loop.
 
     Args:
         kind: "loop", "chunks", or "fused" for `mx.fast.gated_delta_update`.
+        chunk: tokens a chunk.
     """
     import mlx.core as mx
 
-    from mlx_lm.tuner.preference.recurrent import gated_delta_rule
+    from mlx_lm.tuner.preference import recurrent
 
+    recurrent.CHUNK = chunk
     mx.set_default_device(getattr(mx, device))
     *_, heads, width, _, _ = SHAPES[shape]
     mx.random.seed(0)
@@ -148,7 +150,7 @@ def measure_rule(kind, shape, pairs, length, device):
     inputs = [unit() * width**-0.5, unit(), mx.random.normal((*per_head, width))]
     inputs = [x.astype(dtype) for x in inputs]
     inputs += [-mx.exp(mx.random.normal(per_head) - 2), mx.sigmoid(mx.random.normal(per_head)).astype(dtype)]
-    function = {"loop": loop, "chunks": gated_delta_rule, "fused": fused}[kind]
+    function = {"loop": loop, "chunks": recurrent.gated_delta_rule, "fused": fused}[kind]
     both = mx.grad(lambda *inputs: function(*inputs)[0].astype(mx.float32).square().sum(), argnums=(0, 1, 2, 3, 4))
     mx.eval(inputs)
     result = {}
@@ -295,12 +297,14 @@ def run_gpu(options):
     )
     print("\nOne layer's recurrence alone:\n")
     print_head("recurrence", "forward ms", "GB", "forward and backward ms", "GB", "largest error")
-    for kind in ("chunks", "fused", "loop"):
-        setting = {"kind": kind, "shape": shape, "pairs": 2, "device": device}
+    for kind, chunk in (("chunks", 32), ("chunks", 64), ("chunks", 128), ("fused", 64), ("loop", 64)):
+        setting = {"kind": kind, "chunk": chunk, "shape": shape, "pairs": 2, "device": device}
         result = alone("measure_rule", **setting, length=options.prompt + options.response)
         measured.append(setting | result)
         cells = [f"{result[k]:.3g}" for k in ("forward_ms", "forward_gb", "both_ms", "both_gb", "error") if k in result]
-        print_row(kind, *(cells or [result.get("error", "-"), *["-"] * 4]))
+        print_row(
+            f"{kind} of {chunk}" if kind == "chunks" else kind, *(cells or [result.get("error", "-"), *["-"] * 4])
+        )
     return measured
 
 
