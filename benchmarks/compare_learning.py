@@ -6,8 +6,9 @@
 Each run trains LoRA on all linear layers with DPO for some epochs, with AdamW at the same rate and schedule, and
 validates before the first step and after each epoch; runs differ in the seed of adapters and order. Each run is added
 to --out as soon as it is done, so that several calls add up: --only, --seeds, and --label with --set for another
-setting of ours. The table has mean and standard error over the seeds; "from TRL" is the difference of the means over
-the root of both standard errors' squares, for the same dtype and settings. Losses of TRL are means of its batches'.
+setting of ours. The table has mean and standard error over the seeds, as each program tells them; "from TRL" is the
+difference of the means over the root of both standard errors' squares, for the same dtype and settings. TRL also scores
+what a chat template writes after the end of a turn.
 The second table is of the trained models, measured by one code for both programs: margins, how they go with the
 lengths of the responses, and with --samples the length of greedy responses to that many validation prompts.
 """
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import HERE, own_environment, print_head, print_row, run_json, say
-from programs import NotRun, Training, limited_data, machine, start_ours, start_trl, versions
+from programs import NotRun, Training, count_lines, limited_data, machine, start_ours, start_trl, versions
 
 FIGURES = {
     "loss": "eval_loss",
@@ -53,6 +54,12 @@ def held_out(spec, timeout=None):
     return run_json([sys.executable, HERE / "held_out.py", json.dumps(spec)], own_environment(), timeout)
 
 
+def even_batches(data):
+    """The largest batch size up to TRL's 8 that leaves no short batch, which would count as much as a whole one."""
+    rows = count_lines(Path(data) / "valid.jsonl")
+    return max(size for size in range(1, 9) if rows % size == 0)
+
+
 def train(program, seed, options):
     """One run: its record for the results file.
 
@@ -61,7 +68,13 @@ def train(program, seed, options):
     """
     settings = {name: getattr(options, name) for name in SETTINGS}
     training = Training(
-        options.model, options.data, seed=seed, validations=options.epochs, options=options.set, **settings
+        options.model,
+        options.data,
+        seed=seed,
+        validations=options.epochs,
+        options=options.set,
+        trl_options=("--eval-batch-size", even_batches(options.data)),
+        **settings,
     )
     started = time.perf_counter()
     limits = {"timeout": options.timeout, "measure_memory": False}
@@ -133,8 +146,8 @@ def add_base(options, results):
     if any(record["label"] == "base" and record["settings"] == settings for record in results.records):
         return
     measured = held_out({"model": options.model, "data": options.data, "adapters": None, "samples": options.samples})
-    named = {"program": "base", "label": "base", "seed": 0, "dtype": options.dtype, "settings": settings}
-    results.add(named | {"epochs": [], "held_out": measured, "machine": machine()})
+    named = {"program": "base", "label": "base", "seed": 0, "dtype": options.dtype, "settings": settings, "epochs": []}
+    results.add(named | {"held_out": measured, "machine": machine()})
 
 
 def groups(records):

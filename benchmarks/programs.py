@@ -31,6 +31,7 @@ class Training:
         validations: how many follow the one at the start, evenly spread.
         rank, scale: of LoRA on all linear layers; scale is alpha / rank.
         options: more keys of our configuration, or other values of those here.
+        trl_options: more words after `trl_train.py`.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Training:
     rank: int = 8
     scale: float = 20.0
     options: dict = field(default_factory=dict)
+    trl_options: tuple = ()
 
     @property
     def rows(self):
@@ -90,11 +92,11 @@ class Training:
         }
 
     def trl_arguments(self, folder, liger=False):
-        """The words after `trl_train.py`."""
+        """The words after `trl_train.py`; `trl_options` are added to them."""
         named = ("model", "data", "batch_size", "iters", "steps_per_eval", "max_seq_length", "learning_rate")
         named += ("schedule", "beta", "rank", "scale", "seed")
         words = [word for name in named for word in (f"--{name.replace('_', '-')}", getattr(self, name))]
-        return [*words, "--output", f"{folder}/adapters", *(["--liger"] if liger else [])]
+        return [*words, "--output", f"{folder}/adapters", *self.trl_options, *(["--liger"] if liger else [])]
 
 
 @dataclass
