@@ -116,12 +116,24 @@ def run_all(options, setting, results):
 
 
 def runs_of(records):
-    """`{label: records}`, in the order of RUNS."""
+    """`{name: records}` of like runs, in the order of RUNS: a name tells in what it differs from the first run."""
+    kinds = list(dict.fromkeys(map(kind_of, RUNS)))
     found = {}
-    for record in records:
-        found.setdefault(record["label"], []).append(record)
-    order = list(RUNS)
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    for record in sorted(records, key=lambda record: place_of(record["label"], kinds)):
+        usual = records[0]["settings"] | {"dtype": records[0]["dtype"]}
+        own = record["settings"] | {"dtype": record["dtype"]}
+        further = [f"{name} {value}" for name, value in own.items() if usual.get(name) != value]
+        found.setdefault(", ".join([record["label"], *further]), []).append(record)
+    return found
+
+
+def kind_of(label):
+    """The loss of a run's name."""
+    return label.partition(",")[0].partition(":")[0]
+
+
+def place_of(label, kinds):
+    return kinds.index(kind_of(label)), float(label.partition(":")[2] or 0)
 
 
 def score_at(points, kl):
@@ -158,13 +170,12 @@ def draw(runs, path):
     """The frontiers: the means over the seeds, with the standard error of the score, joined in the order of steps."""
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(label.partition(":")[0] for label in runs))
+    kinds = list(dict.fromkeys(map(kind_of, runs)))
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     markers = "osD^vPX*"
     for label, records in runs.items():
-        kind = label.partition(":")[0]
-        place = [other for other in runs if other.partition(":")[0] == kind].index(label)
+        place = [other for other in runs if kind_of(other) == kind_of(label)].index(label)
         steps = list(zip(*(record["points"] for record in records), strict=False))
         kl = [statistics.fmean(point["kl"] for point in points) for points in steps]
         scores = [mean_and_error([point["score"] for point in points]) for points in steps]
@@ -172,7 +183,7 @@ def draw(runs, path):
             kl,
             [mean for mean, _ in scores],
             [error or 0 for _, error in scores],
-            color=f"C{kinds.index(kind)}",
+            color=f"C{kinds.index(kind_of(label))}",
             marker=markers[place % len(markers)],
             alpha=0.8,
             linewidth=1,
