@@ -16,16 +16,15 @@ lengths of the responses, and with --samples the length of greedy responses to t
 import argparse
 import json
 import math
-import statistics
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import HERE, own_environment, print_head, print_row, run_json, say
 from programs import NotRun, Training, count_lines, limited_data, machine, start_ours, start_trl, versions
+from records import Results, cell, mean_and_error
 
 FIGURES = {
     "loss": "eval_loss",
@@ -103,24 +102,6 @@ def train(program, seed, options):
     }
 
 
-class Results:
-    """The results file: a list of records; one that is run again replaces its like."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.records = json.loads(self.path.read_text()) if self.path.exists() else []
-        self.lock = threading.Lock()
-
-    def add(self, record):
-        same = ("label", "seed", "dtype", "settings")
-        with self.lock:
-            others = [old for old in self.records if any(old[key] != record[key] for key in same)]
-            self.records = [*others, record]
-            half = self.path.with_name(self.path.name + ".part")
-            half.write_text("[\n" + ",\n".join(json.dumps(item) for item in self.records) + "\n]\n")
-            half.replace(self.path)
-
-
 def run_all(options, results):
     """Run what is asked for, `jobs` at a time, our programs and TRL's in turn."""
     programs = [options.only] if options.only else ["ours", "trl"]
@@ -157,22 +138,6 @@ def groups(records):
         key = record["label"], record["dtype"], json.dumps(record["settings"], sort_keys=True)
         found.setdefault(key, []).append(record)
     return found
-
-
-def mean_and_error(values):
-    """Mean and standard error, None for one value."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return None, None
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
-
-
-def cell(values):
-    mean, error = mean_and_error(values)
-    if mean is None:
-        return "-"
-    return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
 
 
 def distance(ours, theirs):
@@ -216,20 +181,22 @@ def draw(grouped, path):
     """The curves of all groups over the epochs: a line each seed, and the mean with its standard error."""
     from matplotlib.figure import Figure
 
+    trained = [(key, records) for key, records in grouped.items() if records[0]["epochs"]]
     figure = Figure(figsize=(12, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 3).flat, FIGURES, strict=False):
-        for number, ((label, dtype, _), records) in enumerate(
-            (key, records) for key, records in grouped.items() if records[0]["epochs"]
-        ):
-            curves = [[epoch[name] for epoch in record["epochs"]] for record in records]
+        # Before the first step every pair is a tie, which TRL counts as wrong.
+        first = 1 if name == "accuracy" else 0
+        for number, ((label, dtype, _), records) in enumerate(trained):
+            curves = [[epoch[name] for epoch in record["epochs"][first:]] for record in records]
             points = [mean_and_error(column) for column in zip(*curves, strict=True)]
-            steps = range(len(points))
+            steps = range(first, first + len(points))
             for curve in curves:
                 axes.plot(steps, curve, color=f"C{number}", alpha=0.25, linewidth=0.8)
             means, errors = [mean for mean, _ in points], [error or 0 for _, error in points]
             axes.errorbar(steps, means, errors, color=f"C{number}", capsize=3, label=f"{label}, {dtype}")
         axes.set_title(f"held-out {name}")
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     figure.axes[-1].set_visible(False)

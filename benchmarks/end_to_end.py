@@ -21,6 +21,7 @@ valid.jsonl at the start, in the middle and at the end. Nothing is kept from an 
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -35,10 +36,11 @@ def measure_ours(training, folder, fresh_kernels, timeout):
     """One run of our command."""
     environment = {}
     if fresh_kernels:
-        environment["MLX_PTX_CACHE_DIR"] = f"{folder}/kernels"
+        # MLX's own folder of compiled kernels, and the driver's.
+        environment = {"MLX_PTX_CACHE_DIR": f"{folder}/kernels", "CUDA_CACHE_PATH": f"{folder}/driver"}
     watched, reports = start_ours(training, folder, environment, timeout=timeout)
     validations = [report for report in reports if "eval_loss" in report]
-    told = [seconds for seconds, line in watched.lines if " val " in line]
+    told = [seconds for seconds, line in watched.lines if re.match(r"\s*\d+\s+val ", line)]
     # The last is in the head of the table of steps.
     loaded, tokenized, referenced = (watched.moment(text) for text in ("Loading datasets", "Training", "train_loss"))
     steps, before = [], 0

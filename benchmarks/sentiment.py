@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import HERE, own_environment, print_head, print_row, run_json, say
-from compare_learning import Results, cell, mean_and_error
 from programs import machine, versions
+from records import Results, cell, mean_and_error
 
 # Name of a run in --runs: what it trains with.
 RUNS = {

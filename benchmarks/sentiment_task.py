@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from held_out import IGNORED, padded
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
@@ -26,7 +27,6 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
-IGNORED = -100
 # A prompt is one of each: somebody saw something, and then the words before the opinion.
 WHO = ("I watched", "We saw", "Last night I finally saw", "My sister made me watch", "I had been waiting for",
        "My friends and I rented", "On a long flight I watched", "After ten years I saw", "I sat through",
@@ -125,18 +125,6 @@ def make_pairs(model, prompts, held_out, continuations, tokens, batch, seed=0):
         "mean_score": float(np.mean(scores)),
         "examples": examples,
     }
-
-
-def padded(prompts, responses):
-    """Inputs and targets `(B, T)`; what is not a response's token is IGNORED."""
-    width = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)) - 1
-    inputs = np.zeros((len(prompts), width), np.int32)
-    targets = np.full((len(prompts), width), IGNORED, np.int32)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        tokens = [*prompt, *response]
-        inputs[row, : len(tokens) - 1] = tokens[:-1]
-        targets[row, len(prompt) - 1 : len(tokens) - 1] = response
-    return mx.array(inputs), mx.array(targets)
 
 
 def sequence_kl(policy, reference, prompts, responses, batch):
