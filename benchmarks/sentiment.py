@@ -42,9 +42,9 @@ SETTINGS = {
         "seeds": "0",
     },
     "gpu": {
-        "sampling": {"prompts": 800, "held_out": 128, "continuations": 4, "tokens": 48, "batch": 128},
-        "training": {"steps": 300, "every": 50, "batch_size": 8, "learning_rate": 1e-4},
-        "evaluation": {"tokens": 48, "batch": 128, "kl_batch": 16},
+        "sampling": {"prompts": 800, "held_out": 256, "continuations": 4, "tokens": 48, "batch": 256},
+        "training": {"steps": 300, "every": 50, "batch_size": 8, "learning_rate": 2e-5},
+        "evaluation": {"tokens": 48, "batch": 256, "kl_batch": 32},
         "runs": ",".join(RUNS),
         "seeds": "0,1,2",
     },
