@@ -125,6 +125,7 @@ def write_model(folder, shape, layers):
     """A random Llama in float32 as a model folder."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
+
     from mlx_lm.models import llama
 
     config = llama_config(shape, layers=layers)
@@ -140,6 +141,7 @@ def run_ours(spec, rows, folder):
     import mlx.optimizers as optim
 
     from mlx_lm.tuner.datasets import Pair
+    from mlx_lm.tuner.preference.logps import Scorer
     from mlx_lm.tuner.preference.reference import Reference
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
@@ -155,7 +157,7 @@ def run_ours(spec, rows, folder):
     )
     pairs = [Pair(*row) for row in rows]
     tic = time.perf_counter()
-    reference = Reference(model, share_prompt=args.share_prompt, cache=f"{folder}/reference")
+    reference = Reference(Scorer(model, args.share_prompt), cache=f"{folder}/reference")
     reference.logps(pairs, range(len(pairs)))
     reference_seconds = time.perf_counter() - tic
     clock = Clock(spec["warmup"])

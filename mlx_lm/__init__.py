@@ -1,6 +1,6 @@
 """mlx-lm with preference training: this folder laid over the installed mlx_lm package."""
 
-from ._blas import load_fast_blas
+from ._backend import load_fast_blas
 from ._upstream import run_upstream
 
 load_fast_blas()

@@ -4,8 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from ._blas import hint
-from ._cuda import suit_training
+from ._backend import set_cuda_for_training, slow_blas_hint
 from ._upstream import rebound, run_upstream
 
 run_upstream(
@@ -14,20 +13,23 @@ run_upstream(
 )
 
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 
 from .cli_ui import print_header_panel
 from .tuner.preference.check import (
+    DEFAULTS,
+    OPTIONS,
     check_config,
     check_file,
     holds_preferences,
     known_keys,
-    size,
     warn_of_preference_keys,
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
+from .tuner.preference.evaluation import evaluate_preference, evaluated_rows
 from .tuner.preference.load import (
     add_adapters,
     check_tokens,
@@ -37,10 +39,13 @@ from .tuner.preference.load import (
     load_trained,
     read_adapter_config,
 )
+from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
-from .tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from .tuner.preference.options import RUN_OPTIONS, ConfigError, is_preference
-from .tuner.preference.run import DEFAULTS, evaluated_rows, loss_of, reference_of
+from .tuner.preference.objective import loss_of
+from .tuner.preference.options import ConfigError, is_preference, size
+from .tuner.preference.reference import reference_of
+from .tuner.preference.run import train_preference
+from .tuner.preference.step import Objective
 
 _upstream_build_parser = build_parser
 _upstream_train_model, _upstream_evaluate_model = train_model, evaluate_model
@@ -58,7 +63,7 @@ def build_parser():
         if action.dest == "clear_cache_threshold":
             action.type = size
     group = parser.add_argument_group("preference training", "with a loss_type other than sft")
-    for option in LOSS_OPTIONS + RUN_OPTIONS:
+    for option in OPTIONS:
         group.add_argument(option.flag, **option.argument())
     return parser
 
@@ -70,27 +75,22 @@ def training_args(args, adapter_file):
         args: the run's configuration, a namespace with CONFIG_DEFAULTS' keys.
         adapter_file: path of `adapters.safetensors`.
     """
-    same = ("batch_size", "iters", "val_batches", "steps_per_report", "steps_per_eval", "max_seq_length", "seed")
-    same += ("grad_checkpoint", "grad_accumulation_steps", "clear_cache_threshold")
-    options = {option.name: getattr(args, option.name) for option in LOSS_OPTIONS + RUN_OPTIONS}
-    return TrainingArgs(
-        **{name: getattr(args, name) for name in same},
-        steps_per_save=args.save_every,
-        adapter_file=adapter_file,
-        **options,
-    )
+    known = {field.name: getattr(args, field.name) for field in fields(TrainingArgs) if hasattr(args, field.name)}
+    return TrainingArgs(**known | {"steps_per_save": args.save_every, "adapter_file": adapter_file})
 
 
-def train_model(args, model, train_set, valid_set, training_callback=None, test_set=(), tokenizer=None):
+def train_model(args, model, train_set, valid_set, training_callback=None, test_set=(), tokenizer=None, loss=None):
     """Make the adapters and train them, as upstream's function of this name; with a preference loss, on pairs.
 
     Args:
         args, model, train_set, valid_set, training_callback: as upstream's.
         test_set: pairs that will be evaluated afterwards: their reference logps are taken before the first update.
         tokenizer: the model's, which a `reference_model`'s is compared with, or None.
+        loss: the `PreferenceLoss` of `args`, where it is resolved already.
 
     Returns:
-        The reference logps of the test set's rows `(n, 2, 2)`, or None.
+        With a preference loss `(objective, logps)`: the `Objective` that was trained, and the reference logps of the
+        test set's rows `(n, 2, 2)`, or None.
     """
     if not is_preference(args.loss_type):
         return _upstream_train_model(args, model, train_set, valid_set, training_callback)
@@ -100,32 +100,24 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         )
     if args.fine_tune_type == "full" and args.resume_adapter_file is not None:
         check_adapter(model, args.resume_adapter_file)
-    config, test_logps = {}, None
-    run_args = args
+    loss = loss or loss_of(args)
+    config, objective, logps = {}, None, None
 
     def train_from_reference(model, args, optimizer, train_dataset, val_dataset, training_callback):
-        nonlocal test_logps
-        if run_args.fine_tune_type == "full":
+        nonlocal objective, logps
+        if command.fine_tune_type == "full":
             check_trainable(model)
         # Resolved here, so that the file says what the run does.
-        config.update(loss_of(args).parameters)
+        config.update(loss.parameters)
+        objective = Objective(Scorer(model, args.share_prompt), loss)
         reference = None
-        if loss_of(args).needs_reference:
-            reference = _reference(run_args, model, tokenizer, [train_dataset, val_dataset, test_set])
-        if reference is not None and len(test_set):
-            test_logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, test_batches))
-        train(
-            model,
-            optimizer,
-            train_dataset,
-            val_dataset,
-            args,
-            training_callback=training_callback,
-            reference=reference,
-            config=config,
-        )
+        if loss.needs_reference:
+            reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
+            if len(test_set):
+                logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, command.test_batches))
+        train_preference(objective, optimizer, train_dataset, val_dataset, args, reference, training_callback, config)
 
-    test_batches = args.test_batches
+    command = args
     run_training = rebound(
         _upstream_train_model,
         train=train_from_reference,
@@ -135,15 +127,14 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         save_config=lambda values, _: config.update(values, resume=False),
         CacheDataset=lambda dataset: dataset,
         linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),
-        print_lora_run_header=partial(_print_header, layers=len(model.layers)),
+        print_lora_run_header=partial(_print_header, loss=loss, layers=len(model.layers)),
     )
     run_training(args, model, train_set, valid_set, training_callback)
-    return test_logps
+    return objective, logps
 
 
-def _print_header(console, args, layers):
+def _print_header(console, args, loss, layers):
     """Upstream's panel of a run, with the loss in it and the number of layers for -1."""
-    loss = loss_of(args)
     names = [
         name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(loss.names, loss.weights, strict=True)
     ]
@@ -158,36 +149,29 @@ def _print_header(console, args, layers):
     header(console, SimpleNamespace(**vars(args) | counted))
 
 
-def _reference(args, model, tokenizer, datasets):
+def _reference(args, scorer, tokenizer, datasets):
     """The `Reference` that a run's configuration asks for, checked against the data that it will score."""
-    reference = reference_of(model, training_args(args, None), tokenizer, args.trust_remote_code)
+    reference = reference_of(scorer, args, tokenizer, args.trust_remote_code)
     if args.reference_model is not None:
         check_tokens(reference.scorer.model, datasets, "reference_model")
     return reference
 
 
-def evaluate_model(args, model, test_set, reference=None):
+def evaluate_model(args, model, test_set, objective=None, reference=None):
     """Print the test set's loss, and with a preference loss rewards, accuracy and margin.
 
     Args:
         args, model, test_set: as upstream's.
-        reference: with a preference loss, a `Reference` or its logps of the test set's rows.
+        objective, reference: with a preference loss, what `train_model` returned.
     """
     if not is_preference(args.loss_type):
         return _upstream_evaluate_model(args, model, test_set)
-    rows = evaluated_rows(test_set, args.batch_size, args.test_batches)
-    figures = evaluate(
-        model=model,
-        dataset=test_set,
-        batch_size=args.batch_size,
-        num_batches=args.test_batches,
-        args=training_args(args, None),
-        reference=reference,
-    )
+    figures = evaluate_preference(objective, test_set, args, args.batch_size, args.test_batches, reference)
     rprint(
         f"Test loss {figures['loss']:.3f}, reward accuracy {figures['rewards/accuracies']:.3f}, "
         f"margin {figures['rewards/margins']:+.3f}, chosen {figures['rewards/chosen']:+.3f}, "
-        f"rejected {figures['rewards/rejected']:+.3f} ({len(rows)} pairs)."
+        f"rejected {figures['rewards/rejected']:+.3f} "
+        f"({len(evaluated_rows(test_set, args.batch_size, args.test_batches))} pairs)."
     )
     return figures
 
@@ -215,15 +199,15 @@ def run(args, training_callback=None):
                 f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
                 "is sft; set loss_type, for example to dpo."
             ) from error
-    check_config(args)
-    suit_training()
-    if not args.train and (slow_blas := hint()) is not None:
+    loss = check_config(args)
+    set_cuda_for_training()
+    if not args.train and (slow_blas := slow_blas_hint()) is not None:
         rprint(slow_blas)  # training says it itself
     with _told_plainly(args):
-        _run(args, training_callback)
+        _run(args, loss, training_callback)
 
 
-def _run(args, training_callback):
+def _run(args, loss, training_callback):
     np.random.seed(args.seed)
     training_callback = _callbacks(args) or training_callback
     rprint("Loading pretrained model")
@@ -234,12 +218,12 @@ def _run(args, training_callback):
     if args.train:
         rprint("Training")
         tested = test_set if args.test else ()
-        reference = train_model(args, model, train_set, valid_set, training_callback, tested, tokenizer)
+        scored = train_model(args, model, train_set, valid_set, training_callback, tested, tokenizer, loss)
     else:
-        reference = _adopt_adapters(args, model, tokenizer, test_set)
+        scored = _adopt_adapters(args, loss, model, tokenizer, test_set)
     if args.test:
         rprint("Testing")
-        evaluate_model(args, model, test_set, reference)
+        evaluate_model(args, model, test_set, *scored)
 
 
 @contextmanager
@@ -282,27 +266,26 @@ def _load_model(args):
     return load_named("model", args.model, args.trust_remote_code)
 
 
-def _adopt_adapters(args, model, tokenizer, test_set):
+def _adopt_adapters(args, loss, model, tokenizer, test_set):
     """Put the trained adapters on `model` for a test without training; none where `adapter_path` is empty.
 
     Returns:
-        The reference logps of the test set's rows, taken of the policy that the adapters were trained from, or
-        None where the loss reads none.
+        `(objective, logps)` as `train_model`, the reference the policy that the adapters were trained from.
     """
     config = read_adapter_config(args.adapter_path) if args.adapter_path else {}
     logps = None
-    if loss_of(args).needs_reference:
+    if loss.needs_reference:
         start = args.resume_adapter_file or config.get("resume_adapter_file")
         args.reference_model = args.reference_model or config.get("reference_model")
         base = model
         if config and start is not None and args.reference_model is None:
             base, _ = _load_model(args)
             load_start(base, config, start)
-        reference = _reference(args, base, tokenizer, [test_set])
+        reference = _reference(args, Scorer(base, args.share_prompt), tokenizer, [test_set])
         logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches))
     if config:
         load_trained(model, args.adapter_path)
-    return logps
+    return Objective(Scorer(model, args.share_prompt), loss), logps
 
 
 def main():

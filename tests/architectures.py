@@ -11,9 +11,9 @@ import pkgutil
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.models
 from mlx.utils import tree_map_with_path
 
+import mlx_lm.models
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 # A prime that is no other size here, so that an array over the vocabulary is known by its shape.

@@ -23,10 +23,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx_lm.lora
-from mlx_lm.tuner.preference.check import UPSTREAM_KEYS
+from mlx_lm.tuner.preference.objective import ALIASES, OPTION, TABLE
 from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.preference.objective import TABLE, describe_losses, markdown_table, options_table
-from mlx_lm.tuner.preference.options import DATA_OPTIONS, REFERENCE_OPTIONS, STEP_OPTIONS
+from mlx_lm.tuner.preference.options import DATA_OPTIONS, REFERENCE_OPTIONS, STEP_OPTIONS, UPSTREAM_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README, MANUAL = ROOT / "README.md", ROOT / "LORA.md"
@@ -40,39 +39,6 @@ STEPS = 50
 RESULTS = {loss.name: {} for loss in TABLE}
 RESULTS["sft"] = {"loss_type": ["dpo", "sft"]}
 RESULTS["discopop"] = {"discopop_tau": 0.2}
-
-# mlx-lm's own keys, in the order of a run: the allowed values where its range does not say, and the meaning here.
-RUN_KEYS = {
-    "model": ("", "folder or Hugging Face repo of the model; a quantized one is trained as QLoRA"),
-    "train": ("", "train"),
-    "test": ("", "score the test set, after training if there is any"),
-    "data": ("", "folder with train.jsonl, valid.jsonl and test.jsonl, or a Hugging Face data set"),
-    "adapter_path": ("", "folder that the run writes to, and reads from with test alone or resume"),
-    "fine_tune_type": ("", "LoRA, DoRA, or the weights themselves"),
-    "num_layers": ("", "train the last so many layers; -1 takes all"),
-    "lora_parameters": ("rank, scale, dropout, keys", "scale multiplies the low-rank product; keys name the layers"),
-    "batch_size": ("", "pairs in a batch, over all workers"),
-    "iters": ("", "batches to train on"),
-    "grad_accumulation_steps": ("", "batches an update"),
-    "learning_rate": ("", "the optimizer's, where there is no lr_schedule"),
-    "lr_schedule": ("name, arguments, warmup, warmup_init", "a schedule of MLX; its numbers count updates"),
-    "optimizer": ("", "the optimizer"),
-    "optimizer_config": ("an object for each optimizer", "arguments of the optimizer besides the learning rate"),
-    "seed": ("", "of the adapters' initial values, the order of the batches, and dropout"),
-    "max_seq_length": ("", "tokens of a prompt with its longer response; what is longer is cut"),
-    "grad_checkpoint": ("", "compute each layer again in the backward pass: less memory, more time"),
-    "clear_cache_threshold": ("bytes", "free MLX's cache when it is larger; 0: larger than the peak memory so far"),
-    "val_batches": ("", "batches of a validation; -1 takes the whole set, 0 leaves validation out"),
-    "test_batches": ("", "batches of the test; -1 takes the whole set"),
-    "steps_per_report": ("", "batches from one report to the next"),
-    "steps_per_eval": ("", "batches from one validation to the next"),
-    "save_every": ("", "batches from one checkpoint to the next"),
-    "resume_adapter_file": ("", "adapters to start from; they belong to the reference"),
-    "report_to": ("wandb, swanlab, or both with a comma", "send the reports there too"),
-    "project_name": ("", "the project's name there"),
-    "trust_remote_code": ("", "run code that comes with the model or tokenizer"),
-    "mask_prompt": ("", "not read in preference training, which scores responses only"),
-}
 
 
 def options_tables():
@@ -98,16 +64,15 @@ def own_table(options):
 
 def run_table():
     """mlx-lm's keys with its defaults, and the ranges that a preference run checks."""
-    ranges = {option.name: option.range for option in UPSTREAM_KEYS}
     rows = []
-    for name, (allowed, meaning) in RUN_KEYS.items():
-        default = mlx_lm.lora.CONFIG_DEFAULTS[name]
+    for option in UPSTREAM_OPTIONS:
+        default = mlx_lm.lora.CONFIG_DEFAULTS[option.name]
         if isinstance(default, dict):
             default = ", ".join(f"{key} {value}" for key, value in default.items() if value != {}) or "empty"
         elif isinstance(default, bool):
             default = str(default).lower()
         cell = "not set" if default is None else f"`{default}`"
-        rows.append((f"`{name}`", cell, allowed or ranges.get(name, ""), meaning))
+        rows.append((f"`{option.name}`", cell, option.range, option.help))
     return markdown_table(("option", "default", "allowed", "meaning"), rows)
 
 
@@ -257,8 +222,9 @@ def peak_of_step(pairs=4, prompt=192, response=64, layers=30, bits=None, share_p
     """GB that a training step's arrays held at most, and GB of weights."""
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm.models import llama
     from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    from mlx_lm.models import llama
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from harness import llama_config, make_pairs, measure_step
@@ -273,6 +239,52 @@ def peak_of_step(pairs=4, prompt=192, response=64, layers=30, bits=None, share_p
     batch = make_pairs(pairs, prompt, response, model.args.vocab_size)
     found = measure_step(model, batch, steps=1, warmup=0, share_prompt=share_prompt, checkpoint=checkpoint)
     return found["peak_gb"], found["weights_gb"]
+
+
+def describe_losses():
+    """The losses as Markdown: what the letters of the formulas mean, then a table with one row a loss."""
+    words = (
+        "Here rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, a gap is chosen minus "
+        "rejected, a mean is over a response's tokens, and eps is `label_smoothing`."
+    )
+    rows = [
+        (
+            f"`{loss.name}`" + "".join(f", `{alias}`" for alias, name in ALIASES.items() if name == loss.name),
+            loss.description,
+            ", ".join(f"`{name}` ({_parameter_range(loss, name)})" for name in loss.parameters),
+            "yes" if loss.needs_reference else "no",
+            f"[{loss.source}](https://arxiv.org/abs/{loss.source})",
+        )
+        for loss in TABLE
+    ]
+    return words + "\n\n" + markdown_table(("loss_type", "a pair's loss", "reads", "reference", "source"), rows)
+
+
+def options_table(options):
+    """A Markdown table of `options`: name, default, allowed values, meaning."""
+    rows = [
+        (
+            f"`{option.name}`",
+            "not set" if option.default is None else f"`{str(option.default).lower()}`",
+            option.range + (", or a list" if option.many else ""),
+            option.help,
+        )
+        for option in options
+    ]
+    return markdown_table(("option", "default", "allowed", "meaning"), rows)
+
+
+def markdown_table(header, rows):
+    """A Markdown table of the strings of `header` and `rows`."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _parameter_range(loss, name):
+    option = OPTION[name]
+    if name in loss.lowest:
+        option = replace(option, low=loss.lowest[name])
+    return f"{loss.default(name):g}, {option.range}"
 
 
 def between(text, name):

@@ -7,9 +7,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lm.tuner.datasets import Pair
-from mlx_lm.tuner.preference.batches import CACHED, PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.batches import PLAIN, make_batch
+from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.sharing import can_share_prompt, checkpointed_layers
 from mlx_lm.tuner.preference.step import Objective
 from mlx_lm.utils import dpo_loss, get_batched_logps
 
@@ -76,13 +76,7 @@ def plain_gradient(model, reference, pairs=PAIRS):
 
 def arrangements_for(scorer):
     """The arrangements of batches that a scorer's model can run."""
-    if scorer.arrangement == PLAIN:
-        return [PLAIN]
-    return [
-        PLAIN,
-        scorer.arrangement,
-        *([CACHED] if scorer.arrangement == PACKED and can_share_prompt(scorer.model) else []),
-    ]
+    return [PLAIN] if scorer.arrangement == PLAIN else [PLAIN, scorer.arrangement]
 
 
 def scored_gradient(scorer, reference, pairs=PAIRS, arrangement=PLAIN, checkpoint=False):

@@ -14,6 +14,7 @@ from architectures import (
     make_model,
 )
 from make_architecture_table import BEGIN, END, table_row
+from mlx_lm.tuner.preference.sharing import PROBE_WINDOW, narrow_windows
 from plain_pass import (
     PAIRS,
     add_lora,
@@ -29,7 +30,6 @@ from plain_pass import (
 import mlx_lm
 from mlx_lm.tuner.preference.batches import CACHED, PACKED, PLAIN, SHORTEST_PREFIX, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.sharing import PROBE_WINDOW, narrow_windows
 from mlx_lm.utils import MODEL_REMAPPING
 
 TOLERANCE = 1e-4

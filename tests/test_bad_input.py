@@ -245,7 +245,7 @@ class TestData:
 
 
 class TestValues:
-    """Each value's check has its cases in test_config.py; here are a few through the whole command."""
+    """Each value's check has its cases in test_check.py; here are a few through the whole command."""
 
     @pytest.mark.parametrize(
         "changes, told",

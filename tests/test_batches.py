@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.preference.schedule import Schedule
 from tiny import some_pairs, tiny_llama
 
 from mlx_lm.tuner.datasets import Pair
@@ -23,10 +24,9 @@ from mlx_lm.tuner.preference.batches import (
     order_of_epoch,
     plan,
 )
+from mlx_lm.tuner.preference.evaluation import mean_figures
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.run import mean_figures
-from mlx_lm.tuner.preference.schedule import Schedule
 from mlx_lm.tuner.preference.step import FIGURES, Objective
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.utils import get_batched_logps

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 from architectures import make_model
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models import qwen3
-from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
-from plain_pass import PAIRS, add_lora, gradient_error, plain_gradient, plain_logps, reference_of, scored_gradient
-
-from mlx_lm.tuner.preference import lean
-from mlx_lm.tuner.preference.batches import ARRANGEMENTS, make_batch
 from mlx_lm.tuner.preference.lean import (
     LeanLoRALinear,
     UnpackedEmbedding,
@@ -28,6 +21,13 @@ from mlx_lm.tuner.preference.lean import (
     padded_attention,
     unpacked_head,
 )
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from plain_pass import PAIRS, add_lora, gradient_error, plain_gradient, plain_logps, reference_of, scored_gradient
+
+from mlx_lm.models import qwen3
+from mlx_lm.models.activations import swiglu
+from mlx_lm.tuner.preference import lean
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
 
 ATTENTION = mx.fast.scaled_dot_product_attention

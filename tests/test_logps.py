@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from architectures import make_model
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
+from mlx_lm.tuner.preference.head import Head
+from mlx_lm.tuner.preference.modules import recomputed
+from mlx_lm.tuner.preference.sharing import can_share_prompt, checkpointed_layers
 from plain_pass import (
     PAIRS,
     add_lora,
@@ -22,16 +24,14 @@ from plain_pass import (
     scored_gradient,
 )
 
+from mlx_lm.models import llama
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference import head as head_module
 from mlx_lm.tuner.preference import step as step_module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, CACHED, PACKED, PLAIN, make_batch
-from mlx_lm.tuner.preference.head import Head
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.modules import recomputed
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.sharing import can_share_prompt, checkpointed_layers
 from mlx_lm.tuner.preference.step import Objective, Step
 
 TIED, UNTIED = "qwen2", "qwen3"

@@ -5,13 +5,13 @@ import json
 import math
 from pathlib import Path
 
+import make_tables
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_lm.tuner import losses
 from mlx_lm.tuner.losses import PairLogps
-from mlx_lm.tuner.preference import objective
 from mlx_lm.tuner.preference.objective import LOSSES, OPTIONS, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 
@@ -432,9 +432,9 @@ def test_fields_of_different_lengths_are_refused_with_both_shapes():
         ("sft", {}, "loss_type is sft, which is upstream's training"),
         (["dpo", "sft"], {"loss_weights": [1.0]}, "loss_weights has 1 value, but loss_type has 2 names"),
         (["dpo", "sft"], {"loss_weights": 0.5}, "loss_weights has 1 value, but loss_type has 2 names"),
-        (["dpo", "sft"], {"loss_weights": [0, 0]}, "one of them above 0"),
+        (["dpo", "sft"], {"loss_weights": [0, 0]}, "one of them must be above 0"),
         (["dpo", "sft"], {"loss_weights": [1, -1]}, "loss_weights is -1"),
-        ("dpo", {"loss_weights": float("inf")}, "every weight must be finite"),
+        ("dpo", {"loss_weights": float("inf")}, "loss_weights is inf; it must be finite and >= 0"),
         ("dpo", {"betta": 0.1}, r"betta is no option of a preference loss \(did you mean beta\?\)"),
         ("dpo", {"beta": -0.1}, "beta is -0.1; it must be a number, >= 0"),
         ("dpo", {"beta": float("inf")}, "beta is inf; it must be finite"),
@@ -521,7 +521,7 @@ def test_each_row_agrees_with_its_function(name):
 
 
 def test_documents_have_a_row_for_each_loss_and_each_option():
-    described, table = objective.describe_losses(), objective.options_table(OPTIONS)
+    described, table = make_tables.describe_losses(), make_tables.options_table(OPTIONS)
     rows = [line for line in described.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == NAMES
     assert [row.split("`")[1] for row in table.splitlines()[2:]] == [option.name for option in OPTIONS]

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 import mlx_lm.lora
-from mlx_lm.tuner.preference.check import UPSTREAM_KEYS
 from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.preference.options import RUN_OPTIONS, ConfigError, Option, is_preference, nearest
+from mlx_lm.tuner.preference.options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, is_preference, nearest
 from mlx_lm.tuner.trainer import TrainingArgs
 
 OPTIONS = LOSS_OPTIONS + RUN_OPTIONS
@@ -34,7 +33,7 @@ def flag_and_values(option):
 class TestDeclaredOnce:
     def test_no_name_is_used_twice_and_none_is_upstreams(self):
         assert len(set(NAMES)) == len(NAMES) > 20
-        assert not set(NAMES) & {option.name for option in UPSTREAM_KEYS}
+        assert not set(NAMES) & {option.name for option in UPSTREAM_OPTIONS}
 
     @pytest.mark.parametrize("option", OPTIONS, ids=NAMES)
     def test_flag_default_and_field(self, option):
@@ -73,7 +72,7 @@ class TestDeclaredOnce:
         assert arguments.steps_per_save is marks["save_every"] and arguments.adapter_file == "file"
 
     def test_upstreams_defaults_pass_their_checks(self):
-        for option in UPSTREAM_KEYS:
+        for option in UPSTREAM_OPTIONS:
             default = mlx_lm.lora.CONFIG_DEFAULTS[option.name]
             assert option.check(default) == default
 

@@ -5,16 +5,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import make_model
-from mlx_lm.models import llama
-from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_gradient, plain_logps, reference_of
-from plain_pass import scored_gradient as gradient_of
-
-from mlx_lm.tuner.preference import batches as batches_module
-from mlx_lm.tuner.preference.batches import CACHED, CPU, CUDA, METAL, PACKED, make_batch
-from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.modules import exchanged
 from mlx_lm.tuner.preference.packing import CannotPackError, gathered, make_pass, packing
 from mlx_lm.tuner.preference.sharing import arrangement_of, can_pack, narrow_windows
+from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_gradient, plain_logps, reference_of
+from plain_pass import scored_gradient as gradient_of
+
+from mlx_lm.models import llama
+from mlx_lm.tuner.preference import batches as batches_module
+from mlx_lm.tuner.preference.batches import CACHED, CPU, CUDA, METAL, PACKED, make_batch
+from mlx_lm.tuner.preference.logps import Scorer
 
 ATTENTION, ROPE = mx.fast.scaled_dot_product_attention, mx.fast.rope
 

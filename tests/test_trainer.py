@@ -17,14 +17,13 @@ from mlx_lm.tuner.utils import build_schedule, load_adapters
 from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.datasets import CacheDataset, Pair
-from mlx_lm.tuner.preference import run as preference
-from mlx_lm.tuner.preference import step as step_module
+from mlx_lm.tuner.preference import batches
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.tuner.preference.sharing import checkpointed_layers
 from mlx_lm.tuner.preference.step import FIGURES, Objective, Step
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
@@ -49,7 +48,7 @@ def test_a_step_has_trls_logps_rewards_and_gradient(case, arrangement):
     logps = np.array([expected[f"{name}_logps"] for name in ("policy_chosen", "policy_rejected")])
     assert np.allclose(scores, logps.reshape(-1), atol=1e-4)
     # The reference is the bare model, as in TRL.
-    bare = Reference(tiny_llama(lora=False), share_prompt=arrangement != PLAIN)
+    bare = Reference(Scorer(tiny_llama(lora=False), arrangement != PLAIN))
     reference = mx.array(bare.logps([Pair(*pair) for pair in TRL["batch"]], range(5)))
     assert np.allclose(reference[:, 0, 0], expected["reference_chosen_logps"], atol=1e-4)
     assert np.allclose(reference[:, 1, 0], expected["reference_rejected_logps"], atol=1e-4)
@@ -74,7 +73,8 @@ def test_a_step_has_trls_logps_rewards_and_gradient(case, arrangement):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
 def test_thirty_steps_are_trls(tmp_path, monkeypatch, loss_type):
     trajectory = TRL["trajectory"]
-    monkeypatch.setattr(preference.Schedule, "rows", lambda _, step: np.array(trajectory["batches"][step - 1]))
+    monkeypatch.setattr(batches, "plan", lambda *_: [np.array(rows) for rows in trajectory["batches"]])
+    monkeypatch.setattr(batches, "order_of_epoch", lambda count, *_: np.arange(count))
     model = trl_model(trajectory["adapter"].removeprefix("adapter_"))
     adam = trajectory["adam"]
     optimizer = optim.Adam(adam["lr"], adam["betas"], adam["eps"], bias_correction=True)
@@ -154,7 +154,7 @@ def one_update(sizes, optimizer, compiled=False, max_grad_norm=None, loss_type="
     model = tiny_llama(moved=True)
     objective = Objective(Scorer(model), preference_loss(loss_type))
     step = Step(model, optimizer, objective, compiled, max_grad_norm)
-    reference = Reference(tiny_llama(lora=False)).logps(PAIRS, range(len(PAIRS)))
+    reference = Reference(Scorer(tiny_llama(lora=False))).logps(PAIRS, range(len(PAIRS)))
     start = 0
     for i, size in enumerate(sizes):
         rows = range(start, start + size)
@@ -170,8 +170,7 @@ def one_update(sizes, optimizer, compiled=False, max_grad_norm=None, loss_type="
 @pytest.mark.parametrize(
     "sizes, compiled", [([4, 4, 4], False), ([5, 5, 2], False), ([1, 11], False), ([1] * 12, False), ([6, 6], True)]
 )
-def test_small_batches_make_the_large_ones_update(sizes, compiled, monkeypatch):
-    monkeypatch.setattr(step_module, "VISITS_UNCOMPILED", 0)
+def test_small_batches_make_the_large_ones_update(sizes, compiled):
     expected, norm = one_update([12], optim.SGD(1e-2))
     found, found_norm = one_update(sizes, optim.SGD(1e-2), compiled)
     assert largest_difference(expected, trained(tiny_llama(moved=True))) > 1e-3
@@ -225,7 +224,7 @@ def test_steps_left_over_at_the_end_make_an_update(tmp_path):
 def run_with(folder, **options):
     """All pairs in one batch: which ones come together depends on whether prompts are shared."""
     model = tiny_llama(moved=True)
-    reference = Reference(tiny_llama(lora=False))
+    reference = Reference(Scorer(tiny_llama(lora=False)))
     options = {"batch_size": 12, "iters": 3} | options
     lines, _ = short_run(model, PAIRS, folder, optim.SGD(1e-2), reference=reference, **options)
     return trained(model), [line["loss"] for line in lines]
@@ -241,8 +240,7 @@ def run_with(folder, **options):
         {"grad_checkpoint": True, "compile": True},
     ],
 )
-def test_how_a_step_is_computed_changes_nothing(tmp_path, options, monkeypatch):
-    monkeypatch.setattr(step_module, "VISITS_UNCOMPILED", 1)
+def test_how_a_step_is_computed_changes_nothing(tmp_path, options):
     expected, losses = run_with(tmp_path, compile=False)
     found, found_losses = run_with(tmp_path, **options)
     assert found_losses == pytest.approx(losses, abs=1e-5) and losses[0] != losses[-1]
@@ -267,7 +265,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
 
 def test_swapping_the_responses_negates_margins():
     swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in PAIRS]
-    model, reference = tiny_llama(moved=True), Reference(tiny_llama(lora=False))
+    model, reference = tiny_llama(moved=True), Reference(Scorer(tiny_llama(lora=False)))
     args = TrainingArgs(loss_type="dpo")
     figures, mirrored = (evaluate(model, pairs, 4, -1, args=args, reference=reference) for pairs in (PAIRS, swapped))
     assert abs(figures["rewards/margins"]) > 1e-3
@@ -277,7 +275,7 @@ def test_swapping_the_responses_negates_margins():
 
 
 def test_weights_of_rows_weigh_their_losses():
-    model, reference = tiny_llama(moved=True), Reference(tiny_llama(lora=False))
+    model, reference = tiny_llama(moved=True), Reference(Scorer(tiny_llama(lora=False)))
     args = TrainingArgs(loss_type="dpo")
     alone = [evaluate(model, [pair], 1, -1, args=args, reference=reference)["loss"] for pair in PAIRS[:3]]
     weighed = [pair._replace(weight=weight) for pair, weight in zip(PAIRS, (0.5, 0.0, 2.0), strict=False)]
@@ -374,9 +372,10 @@ def test_trdpo_takes_the_policy_as_its_reference_every_so_many_updates(tmp_path)
     assert losses[::2] == pytest.approx([math.log(2)] * 4, abs=1e-4)
     assert all(loss < 0.69 for loss in losses[1::2])
     assert [line["iteration"] for line in validation] == [0, 2, 4, 6, 8]
-    # After the last update no step is left, and the figures are those of the last reference.
-    assert [line["eval_loss"] for line in validation[:-1]] == pytest.approx([math.log(2)] * 4, abs=1e-4)
-    assert validation[-1]["eval_loss"] < 0.69
+    # Validated before the exchange, by the reference that the steps before had: after it the policy would be its own.
+    first, *later = (line["eval_loss"] for line in validation)
+    assert first == pytest.approx(math.log(2), abs=1e-4) and all(loss < 0.69 for loss in later)
+    assert all(line["eval_rewards/accuracies"] > 0.5 for line in validation[1:])
 
 
 def test_trdpo_counts_updates_not_steps(tmp_path):
@@ -409,15 +408,46 @@ def test_a_data_set_smaller_than_the_batch_trains(tmp_path):
     assert len(lines) == 3 and lines[-1]["loss"] < lines[0]["loss"] and len(validation) == 2
 
 
-def test_evaluate_takes_a_reference_its_logps_or_the_model_as_it_is():
-    model, base = tiny_llama(moved=True), Reference(tiny_llama(lora=False))
+def test_evaluate_takes_a_reference_its_logps_or_the_model_without_its_adapters(capsys):
+    model, base = tiny_llama(moved=True), Reference(Scorer(tiny_llama(lora=False)))
     args = TrainingArgs(loss_type="dpo", reference_cache="none")
     by_object = evaluate(model, PAIRS, 4, 2, args=args, reference=base)
     by_logps = evaluate(model, PAIRS, 4, 2, args=args, reference=base.logps(PAIRS, range(8)))
     assert by_object == by_logps and abs(by_object["loss"] - math.log(2)) > 1e-3
-    itself = evaluate(model, CacheDataset(PAIRS), 4, 2, args=args)
-    assert itself["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert itself["logps/chosen"] == by_object["logps/chosen"]
+    before = trained(model)
+    for moved in (model, tiny_llama(moved=True, use_dora=True)):
+        by_default = evaluate(moved, CacheDataset(PAIRS), 4, 2, args=args)
+        assert "The model without its adapters is the reference" in capsys.readouterr().out
+        assert by_default == evaluate(moved, PAIRS, 4, 2, args=args, reference=base)
+    assert largest_difference(trained(model), before) == 0
+
+
+def test_evaluate_does_not_compare_a_model_with_itself():
+    args = TrainingArgs(loss_type="dpo", reference_cache="none")
+    with pytest.raises(ConfigError, match="without adapters does not tell what it was trained from; give reference"):
+        evaluate(tiny_llama(lora=False), PAIRS, 4, 2, args=args)
+    assert evaluate(tiny_llama(lora=False), PAIRS, 4, 2, args=TrainingArgs(loss_type="simpo"))["loss"] > 0
+
+
+def test_a_loss_that_is_constant_with_beta_0_is_refused(tmp_path):
+    for loss_type in ("dpo", "hinge", "simpo", ["dpo", "nca_pair"]):
+        with pytest.raises(ConfigError, match="beta is 0, with which .* has no gradient and nothing is trained"):
+            short_run(tiny_llama(), PAIRS, tmp_path, loss_type=loss_type, beta=0.0)
+    for loss_type in ("cpo", "orpo", ["dpo", "sft"]):
+        model = tiny_llama()
+        start = trained(model)
+        short_run(model, PAIRS, tmp_path, loss_type=loss_type, beta=0.0, iters=1)
+        assert largest_difference(trained(model), start) > 0
+
+
+def test_dropout_is_the_same_with_a_warm_and_a_cold_reference_cache(tmp_path):
+    weights = []
+    for folder in ("cold", "warm"):
+        model = tiny_llama(dropout=0.5)
+        mx.random.seed(1)
+        short_run(model, PAIRS, tmp_path / folder, reference_cache=str(tmp_path / "cache"))
+        weights.append(trained(model))
+    assert largest_difference(*weights) == 0
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_saves_nothing(tmp_path):

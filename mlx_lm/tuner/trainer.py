@@ -7,9 +7,10 @@ from .._upstream import run_upstream
 
 run_upstream(globals(), needs=("TrainingArgs", "TrainingCallback", "TrainUI", "train", "evaluate", "average_gradients"))
 
-from .preference.objective import OPTIONS as LOSS_OPTIONS
-from .preference.options import RUN_OPTIONS, is_preference
-from .preference.run import DEFAULTS, evaluate_preference, train_preference
+from .preference.check import DEFAULTS, OPTIONS
+from .preference.evaluation import evaluate_preference, objective_of
+from .preference.options import is_preference
+from .preference.run import train_preference
 
 _upstream_train, _upstream_evaluate = train, evaluate
 
@@ -17,10 +18,7 @@ _upstream_train, _upstream_evaluate = train, evaluate
 # default depends on the loss.
 TrainingArgs = make_dataclass(
     "TrainingArgs",
-    [
-        (option.name, Any, field(default=DEFAULTS[option.name], metadata={"help": option.help}))
-        for option in LOSS_OPTIONS + RUN_OPTIONS
-    ]
+    [(option.name, Any, field(default=DEFAULTS[option.name], metadata={"help": option.help})) for option in OPTIONS]
     + [("seed", int, field(default=0, metadata={"help": "Seed of the order of the data."}))],
     bases=(TrainingArgs,),
 )
@@ -52,8 +50,9 @@ def train(
         ConfigError: a value of `args` is out of range, or the options exclude each other.
     """
     if is_preference(getattr(args, "loss_type", "sft")):
+        objective = objective_of(model, args)
         return train_preference(
-            model, optimizer, train_dataset, val_dataset, args, training_callback, reference, config
+            objective, optimizer, train_dataset, val_dataset, args, reference, training_callback, config
         )
     return _upstream_train(
         model=model,
@@ -88,10 +87,14 @@ def evaluate(
             each exactly once.
         max_seq_length, loss, iterate_batches, clear_cache_threshold: upstream's, read in its evaluation only.
         args: `TrainingArgs`; their `loss_type` chooses.
-        reference: a `Reference`, or what its `logps` gave for these pairs; by default the model as it is now.
+        reference: a `Reference`, or what its `logps` gave for these pairs. By default it is what a run would have
+            taken: `reference_model`, or the model without its adapters.
 
     Returns:
         Upstream's mean loss, or for pairs a dict of the means of FIGURES.
+
+    Raises:
+        ConfigError: a value of `args` is out of range, or nothing tells what the reference is.
     """
     if args is None or not is_preference(args.loss_type):
         return _upstream_evaluate(
@@ -105,4 +108,5 @@ def evaluate(
             clear_cache_threshold=clear_cache_threshold,
             progress_callback=progress_callback,
         )
-    return evaluate_preference(model, dataset, args, batch_size, num_batches, reference, progress_callback)
+    objective = objective_of(model, args)
+    return evaluate_preference(objective, dataset, args, batch_size, num_batches, reference, progress_callback)

@@ -1,184 +1,228 @@
-"""Batches of pairs: pairs of like length together, few distinct shapes, the order from the seed alone."""
+"""Batches of pairs: like lengths together, few shapes, an order from the seed alone; the arrays that a step reads."""
 
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from .lean import ATTENTION_TILE, on_cuda
-from .packing import Layout, Part, Pass, make_pass
+from .attention import CUDA_TILE, Layout, Part, make_layout, on_cuda
+from .options import ConfigError
 
-# How a batch is arranged: all its tokens in one row, a prompt's once; rows that go on from a cache with a prompt's
-# first tokens; or rows with a prompt each.
-ARRANGEMENTS = PACKED, CACHED, PLAIN = "packed", "cached", "plain"
-# A row group costs a forward pass of its own; it is worth that where it saves this share of the tokens.
-GROUP_SAVING = 0.04
-# A shared prompt shorter than this costs more in a pass of its own than it saves.
-SHORTEST_PREFIX = 8
+# How a batch is arranged: all its tokens side by side, a prompt's once; or rows with a prompt each.
+ARRANGEMENTS = PACKED, PLAIN = "packed", "plain"
+# On a GPU a step is traced and compiled for each shape: so many serve all batches of a kind.
+MOST_SHAPES = 8
+# Of more different shapes than these, neighbours are taken together before the best few are looked for.
+MOST_CANDIDATES = 256
 
 
-class Device(NamedTuple):
-    """How batches are rounded and split on a kind of device.
-
-    More groups pad less, but on a GPU each way to split a batch is a shape of its own, and so is each length: a step
-    is traced and compiled for every one.
+class Shape(NamedTuple):
+    """What a batch is padded to.
 
     Attributes:
-        multiple: the lengths of rows are rounded up to this.
-        packed_multiple: those of a packed row and of attention in it; CUDA's attention needs its tile, and a row of
-            all tokens loses little by it.
-        scored_steps: so many numbers of scored tokens there are in a packed row from each power of two to the next;
-            0 takes them as they are.
-        most_groups: row groups of a batch.
-        attention_groups: the same in a packed row, where they are attention's alone.
-        least_saving: tokens that a pass of its own, of a prefix or a row group, has to save. With CUDA it is what
-            launching its kernels takes as long as (1.24 B parameters on an H200).
-        least_products: products of a query and a key that a part of its own has to save attention, likewise.
+        tokens: of a packed batch, all its tokens; 0 for rows.
+        width: positions of its longest sequence.
+        scored: response tokens.
     """
 
-    multiple: int
-    packed_multiple: int
-    scored_steps: int
-    most_groups: int
-    attention_groups: int
-    least_saving: int
-    least_products: int
-
-
-CPU = Device(1, 1, 0, 4, 4, 0, 0)
-METAL = Device(16, 32, 2, 3, 1, 0, 2**18)
-CUDA = Device(16, ATTENTION_TILE, 2, 3, 1, 512, 2**21)
-
-
-def device():
-    """The `Device` that the default device is."""
-    if mx.default_device() != mx.gpu:
-        return CPU
-    return CUDA if on_cuda() else METAL
-
-
-class Group(NamedTuple):
-    """Rows of like length that run together.
-
-    Attributes:
-        tokens: `(K, T)` int32, right-padded with 0.
-        prefix_rows: `(K,)` int32, the row of the batch's prefix that each row continues.
-    """
-
-    tokens: mx.array
-    prefix_rows: mx.array
+    tokens: int
+    width: int
+    scored: int
 
 
 class Batch(NamedTuple):
-    """B pairs as arrays; a pair's chosen response is row i, its rejected one row B + i.
+    """B pairs as arrays; a pair's chosen response is sequence i, its rejected one sequence B + i.
 
     Attributes:
-        prefix: `(B, S)` int32, the first S tokens of each prompt, for the cache; S is 0 where there is none.
-        groups: the rows' tokens after the prefix, without each row's last token; or one row with all the tokens.
-        layout: the `Layout` of that one row; an empty tuple where there are rows.
-        positions: `(N,)` int32, where in the groups' flattened positions each response token is predicted.
-        targets: `(N,)` int32, the token predicted there.
-        response_index: `(2B, R)` int32, each row's entries of `positions` in order; N where there is none.
+        tokens: `(N, 1)` int32 where it is packed, else `(2B, T)`; padded with 0 at the end.
+        layout: the `Layout` of a packed batch; an empty tuple where there are rows.
+        positions: `(M,)` int32, where in the flattened tokens each response token is predicted.
+        targets: `(M,)` int32, the token predicted there.
+        sequences: `(M,)` int32, whose it is; 2B where it is padding.
+        common: `(M,)` bool, whether it is among the first tokens that a pair's responses both have, by number.
         lengths: `(2B,)` float32, response tokens.
-        common_lengths: `(2B,)` float32, the shorter response's length of each pair.
         counts: `(B,)` float32, 1 for a pair and 0 for one that only fills up the batch.
         weights, margins: `(B,)` float32, the rows' `weight` and `margin`.
-        tokens: the prompts' and responses' tokens, each prompt counted for both responses, as `()` int32.
+        ntoks: the prompts' and responses' tokens, each prompt counted for both responses, as `()` int32.
     """
 
-    prefix: mx.array
-    groups: tuple
+    tokens: mx.array
     layout: tuple
     positions: mx.array
     targets: mx.array
-    response_index: mx.array
+    sequences: mx.array
+    common: mx.array
     lengths: mx.array
-    common_lengths: mx.array
     counts: mx.array
     weights: mx.array
     margins: mx.array
-    tokens: mx.array
+    ntoks: mx.array
 
 
 def as_batch(parts):
     """The `Batch` of the plain tuples into which MLX's compiler has turned one."""
     batch = Batch(*parts)
-    layout = ()
-    if batch.layout:
-        *passes, scored = batch.layout
-        passes = [Pass(*made)._replace(parts=tuple(Part(*part) for part in made[1])) for made in passes]
-        layout = Layout(*passes, scored)
-    return batch._replace(groups=tuple(Group(*group) for group in batch.groups), layout=layout)
+    if not batch.layout:
+        return batch
+    layout = Layout(*batch.layout)
+    return batch._replace(layout=layout._replace(parts=tuple(Part(*part) for part in layout.parts)))
 
 
-def round_up(number, multiple):
-    return -(-number // multiple) * multiple
+def multiple():
+    """What the lengths of a batch are rounded up to on the default device: with 1 each batch has a shape of its own."""
+    if mx.default_device() != mx.gpu:
+        return 1
+    return CUDA_TILE if on_cuda() else 32
 
 
-def plan(lengths, size, arrangement):
+def round_up(number, to):
+    return -(-number // to) * to
+
+
+def pair_lengths(pair):
+    """Tokens of prompt, chosen and rejected."""
+    return [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
+
+
+def shape_of(lengths, arrangement, to=None):
+    """The least `Shape` of a batch.
+
+    Args:
+        lengths: `(B, 3)` int, tokens of prompt, chosen and rejected.
+        arrangement: PACKED or PLAIN.
+        to: lengths are rounded up to multiples of this; by default what suits the device.
+    """
+    lengths, to = np.asarray(lengths).reshape(-1, 3), to or multiple()
+    # A response's last token predicts nothing.
+    tokens = int(lengths.sum()) - 2 * len(lengths) if arrangement == PACKED else 0
+    width = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()) - 1
+    return Shape(*(round_up(number, to) for number in (tokens, width, int(lengths[:, 1:].sum()))))
+
+
+def ladder(shapes, size, most=MOST_SHAPES):
+    """Few shapes that serve many batches.
+
+    Args:
+        shapes: the batches' own `Shape`s.
+        size: pairs in a batch.
+        most: how many shapes there may be.
+
+    Returns:
+        A list with a `Shape` for each batch, in which each number is at least the batch's own, and `most` of them
+        differ at most. What padding costs, by an estimate of the work, is the least for batches sorted by that work.
+    """
+    own = np.array(sorted(set(shapes), key=lambda shape: _work(np.array(shape), size)), float).reshape(-1, 3)
+    if len(own) > MOST_CANDIDATES:
+        own = np.array([part.max(axis=0) for part in np.array_split(own, MOST_CANDIDATES)])
+    counts = np.zeros(len(own), int)
+    places = [_first_place(own, shape) for shape in shapes]
+    np.add.at(counts, places, 1)
+    count, most = len(own), min(most, len(own))
+    # costs[k, n]: the least work of the n smallest in k groups, the last of which begins at cuts[k, n].
+    costs, cuts = np.full((most + 1, count + 1), np.inf), np.zeros((most + 1, count + 1), int)
+    costs[:, 0] = 0
+    for stop in range(1, count + 1):
+        largest = np.maximum.accumulate(own[:stop][::-1], axis=0)[::-1]
+        whole = _work(largest, size) * np.cumsum(counts[:stop][::-1])[::-1]
+        for groups in range(1, most + 1):
+            choices = costs[groups - 1, :stop] + whole
+            cuts[groups, stop] = cut = int(np.argmin(choices))
+            costs[groups, stop] = choices[cut]
+    chosen, stop = [None] * count, count
+    for groups in range(most, 0, -1):
+        start = cuts[groups, stop]
+        chosen[start:stop] = [Shape(*own[start:stop].max(axis=0).astype(int).tolist())] * (stop - start)
+        stop = start
+    return [chosen[place] for place in places]
+
+
+def _first_place(own, shape):
+    """The first of the sorted shapes `own` `(n, 3)` that holds `shape`."""
+    return int(np.argmax((own >= np.array(shape)).all(axis=1)))
+
+
+def _work(shapes, size):
+    """About what a step costs, in tokens through the model's body: the head, and products of queries and keys, too."""
+    tokens, width, scored = np.moveaxis(np.asarray(shapes, float), -1, 0)
+    rows = 2 * size * width
+    return np.where(tokens > 0, tokens, rows) + scored / 4 + rows * width / 4096
+
+
+def plan(lengths, size):
     """Rows grouped into batches of like length.
 
     Args:
         lengths: `(n, 3)` int, tokens of prompt, chosen and rejected of each row.
         size: pairs in a batch; the last batch has what is left.
-        arrangement: as for `make_batch`; where prompts go through a cache, or on a CPU to attention apart, they
-            should be of like length too; elsewhere that would only make more shapes.
 
     Returns:
         A list of int arrays that holds each row once.
     """
     lengths = np.asarray(lengths).reshape(-1, 3)
     responses = lengths[:, 1:].max(axis=1)
-    total = lengths[:, 0] + responses
-    by_prompt = arrangement == CACHED or (arrangement == PACKED and device() == CPU)
-    order = np.lexsort((responses, lengths[:, 0] // 16)) if by_prompt else np.lexsort((responses, total))
+    order = np.lexsort((responses, lengths[:, 0] + responses))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def order_of_epoch(batches, seed, epoch):
-    """A permutation of the batches' numbers that depends on the seed and the epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(batches)
+def filled(lengths, most, arrangement, share=None):
+    """Rows grouped into batches of like length, each as full as `most` tokens allow.
+
+    Args:
+        lengths: as for `plan`.
+        most: tokens in a batch; a longer pair is a batch by itself.
+        arrangement: PACKED or PLAIN.
+        share: pairs in a batch at most, or None.
+
+    Returns:
+        As `plan`.
+    """
+    lengths = np.asarray(lengths).reshape(-1, 3)
+    totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    batches, rows = [], []
+    for row in np.concatenate(plan(lengths, len(lengths))).tolist() if len(lengths) else []:
+        together = [*rows, row]
+        tokens = lengths[together].sum() if arrangement == PACKED else 2 * len(together) * totals[row]
+        if rows and (tokens > most or len(rows) == share):
+            batches.append(np.array(rows))
+            rows = []
+        rows.append(row)
+    return [*batches, np.array(rows)] if rows else batches
 
 
-def make_batch(pairs, arrangement, multiple=None, size=None):
+def make_batch(pairs, arrangement, shape=None, size=None):
     """Arrays for a list of pairs.
 
     Args:
         pairs: B `Pair`s.
-        arrangement: PACKED, CACHED or PLAIN.
-        multiple: sequence lengths are rounded up to this; by default what suits the device.
+        arrangement: PACKED or PLAIN.
+        shape: the `Shape` to pad to; by default the least that suits the device.
         size: fill up to so many pairs with repetitions that count for nothing.
 
     Returns:
         `(Batch, processed, padding)`: the tokens that the model's body will run over, padding included, and
         how many of them are padding.
     """
-    multiple = multiple or (device().packed_multiple if arrangement == PACKED else device().multiple)
     counts = [1.0] * len(pairs)
     if size is not None and len(pairs) < size:
         counts += [0.0] * (size - len(pairs))
         pairs = list(pairs) + [pairs[0]] * (size - len(pairs))
+    shape = shape or shape_of([pair_lengths(pair) for pair in pairs], arrangement)
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    if arrangement == PACKED:
-        prefix, groups, layout, scored, padding = _pack(pairs, responses, multiple)
-    else:
-        prefix, groups, layout, scored, padding = _lay_out(pairs, responses, multiple, arrangement == CACHED)
-    positions, targets, index = scored
-    lengths = np.array([len(response) for response in responses], np.float32)
-    common = np.minimum(lengths[: len(pairs)], lengths[len(pairs) :])
+    lay_out = _pack if arrangement == PACKED else _rows
+    tokens, layout, places, own = lay_out(pairs, responses, shape)
+    positions, targets, sequences, common = _scored(responses, places, shape.scored)
     batch = Batch(
-        prefix=mx.array(prefix),
-        groups=tuple(Group(mx.array(block), mx.array(np.array(rows, np.int32))) for block, rows in groups),
+        tokens=mx.array(tokens),
         layout=layout,
         positions=mx.array(positions),
         targets=mx.array(targets),
-        response_index=mx.array(index),
-        lengths=mx.array(lengths),
-        common_lengths=mx.array(np.concatenate([common, common])),
+        sequences=mx.array(sequences),
+        common=mx.array(common),
+        lengths=mx.array(np.array([len(response) for response in responses], np.float32)),
         counts=mx.array(np.array(counts, np.float32)),
         weights=mx.array(np.array([pair.weight for pair in pairs], np.float32)),
         margins=mx.array(np.array([pair.margin for pair in pairs], np.float32)),
-        tokens=mx.array(
+        ntoks=mx.array(
             sum(
                 int(count) * (2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
                 for count, pair in zip(counts, pairs, strict=True)
@@ -186,106 +230,140 @@ def make_batch(pairs, arrangement, multiple=None, size=None):
             mx.int32,
         ),
     )
-    return batch, prefix.size + sum(block.size for block, _ in groups), padding
+    return batch, tokens.size, tokens.size - own
 
 
-def _pack(pairs, responses, multiple):
-    """All tokens in one row: the prompts, then the responses without their last tokens.
+def _pack(pairs, responses, shape):
+    """All tokens side by side: the prompts, then the responses without their last tokens.
 
     Returns:
-        `(prefix, groups, layout, scored, padding)`: as in `Batch`, the first two not yet as arrays of MLX; what
-        `_scored` says; how many tokens are padding.
+        `(tokens, layout, places, own)`: `(N, 1)`, the `Layout`, where in the tokens each sequence's response is
+        predicted, and how many tokens are no padding.
     """
-    prompts = [pair.prompt for pair in pairs]
-    pieces = [*prompts, *(response[:-1] for response in responses)]
+    pieces = [*(pair.prompt for pair in pairs), *(response[:-1] for response in responses)]
     ends = np.cumsum([len(piece) for piece in pieces])
     numbers = [np.arange(end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
-    sequences = [
-        np.concatenate([numbers[row % len(pairs)], numbers[len(pairs) + row]]) for row in range(len(responses))
-    ]
+    count = len(pairs)
+    sequences = [np.concatenate([numbers[row % count], numbers[count + row]]) for row in range(2 * count)]
+    tokens = np.zeros((shape.tokens, 1), np.int32)
+    tokens[: ends[-1], 0] = np.concatenate(pieces)
+    widths = [(range(2 * count), 0, shape.width)]
+    if multiple() == 1:
+        # Of rejected sequences only what is their own has to ask; on a GPU that is another shape for little.
+        shared = min(len(pair.prompt) for pair in pairs)
+        chosen, rejected = (max(map(len, half)) for half in (sequences[:count], sequences[count:]))
+        widths = [(range(count), 0, chosen)]
+        if rejected > shared:
+            widths.append((range(count, 2 * count), shared, rejected))
     places = [sequence[-len(response) :] for sequence, response in zip(sequences, responses, strict=True)]
-    block = np.zeros((1, round_up(int(ends[-1]), multiple)), np.int32)
-    block[0, : ends[-1]] = np.concatenate(pieces)
-    in_sequence = np.zeros(block.size, np.int32)
-    for sequence in sequences:
-        in_sequence[sequence] = np.arange(len(sequence))
-    asking, asked = [], 0
-    for sequence, response in zip(sequences, responses, strict=True):
-        numbers = np.full(len(sequence), -1)
-        numbers[-len(response) :] = np.arange(asked, asked + len(response))
-        asking.append(numbers)
-        asked += len(response)
-    # A prompt's last token is asked for by both responses in the last layer.
-    shared = min(map(len, prompts)) - 1
-    shared -= shared % multiple
-    if shared < SHORTEST_PREFIX or len(pairs) * shared**2 < device().least_products:
-        shared = 0
-    lengths = [max(1, len(sequence) - shared) for sequence in sequences]
-    groups = [(rows, shared + width) for rows, width in _row_groups(lengths, multiple, device().attention_groups)]
-    count = sum(map(len, responses))
-    if device().scored_steps:
-        octave = 2 ** (count - 1).bit_length() // 2
-        count = round_up(count, max(multiple, octave // device().scored_steps))
-    scored = positions, *_ = _scored(places, responses, count, max(width for _, width in groups))
-    body = make_pass(block.size, in_sequence, sequences, sequences, groups, shared)
-    last = make_pass(block.size, in_sequence[positions], sequences, asking, groups, shared)
-    layout = Layout(body, last, mx.array(positions))
-    return np.zeros((len(pairs), 0), np.int32), [(block, [0])], layout, scored, block.size - int(ends[-1])
+    return tokens, make_layout(shape.tokens, sequences, widths), places, int(ends[-1])
 
 
-def _lay_out(pairs, responses, multiple, share):
-    """Rows of a prompt and a response; with `share`, without what their prompts have in common; returns as `_pack`."""
-    shared = min(len(pair.prompt) for pair in pairs) - 1 if share else 0
-    shared -= shared % multiple
-    if shared < SHORTEST_PREFIX or len(pairs) * shared < device().least_saving:
-        shared = 0
-    rows = [[*pairs[i % len(pairs)].prompt[shared:], *response[:-1]] for i, response in enumerate(responses)]
-    groups, places, offset = [], [None] * len(rows), 0
-    for members, width in _row_groups([len(row) for row in rows], multiple, device().most_groups):
-        block = np.zeros((len(members), width), np.int32)
-        for i, row in enumerate(members):
-            block[i, : len(rows[row])] = rows[row]
-            stop = offset + i * width + len(rows[row])
-            places[row] = np.arange(stop - len(responses[row]), stop)
-        groups.append((block, [row % len(pairs) for row in members]))
-        offset += block.size
-    prefix = np.array([pair.prompt[:shared] for pair in pairs], np.int32).reshape(len(pairs), shared)
-    count, width = (round_up(number, multiple) for number in (sum(map(len, responses)), max(map(len, responses))))
-    return prefix, groups, (), _scored(places, responses, count, width), offset - sum(map(len, rows))
+def _rows(pairs, responses, shape):
+    """Rows of a prompt and a response without its last token; returns as `_pack`."""
+    tokens, places, own = np.zeros((len(responses), shape.width), np.int32), [], 0
+    for i, response in enumerate(responses):
+        row = [*pairs[i % len(pairs)].prompt, *response[:-1]]
+        tokens[i, : len(row)] = row
+        places.append(i * shape.width + np.arange(len(row) - len(response), len(row)))
+        own += len(row)
+    return tokens, (), places, own
 
 
-def _scored(places, responses, count, width):
-    """`positions`, `targets` and `response_index` of a batch, N being `count` and R `width`.
+def _scored(responses, places, count):
+    """`positions`, `targets`, `sequences` and `common` of a batch, M being `count`."""
+    half = len(responses) // 2
+    positions, targets = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    sequences, common = np.full(count, len(responses), np.int32), np.zeros(count, bool)
+    start = 0
+    for row, (response, place) in enumerate(zip(responses, places, strict=True)):
+        stop = start + len(response)
+        positions[start:stop], targets[start:stop], sequences[start:stop] = place, response, row
+        common[start : start + min(len(response), len(responses[(row + half) % len(responses)]))] = True
+        start = stop
+    return positions, targets, sequences, common
+
+
+class Schedule:
+    """Which rows each training step takes: like lengths together, shuffled by the seed, nothing left out.
 
     Args:
-        places: where in the flattened groups each row's response tokens are predicted.
+        pairs: all `Pair`s, by row number.
+        batch_size: pairs in a step, of all workers together.
+        seed: of the order of the batches.
+        arrangement: of the batches.
+
+    Raises:
+        ConfigError: the batch size is not a multiple of the number of workers.
     """
-    ends = np.cumsum([len(response) for response in responses])
-    index = np.full((len(responses), width), count, np.int32)
-    positions, targets = np.zeros(count, np.int32), np.zeros(count, np.int32)
-    positions[: ends[-1]], targets[: ends[-1]] = np.concatenate(places), np.concatenate(responses)
-    for row, (response, end) in enumerate(zip(responses, ends, strict=True)):
-        index[row, : len(response)] = np.arange(end - len(response), end)
-    return positions, targets, index
+
+    def __init__(self, pairs, batch_size, seed, arrangement):
+        world = mx.distributed.init()
+        if batch_size % world.size():
+            raise ConfigError(
+                f"batch_size is {batch_size}; it must be a multiple of the number of workers, {world.size()}."
+            )
+        self.pairs, self.seed, self.arrangement = pairs, seed, arrangement
+        self.rank, self.workers = world.rank(), world.size()
+        # Where shapes are compiled, what is left for the last batch is filled up.
+        self._share = batch_size // self.workers if multiple() > 1 else 0
+        lengths = np.array([pair_lengths(pair) for pair in pairs])
+        self.batches = plan(lengths, batch_size)
+        self._shapes = [shape_of(lengths[self._mine(rows)[1]], arrangement) for rows in self.batches]
+        if multiple() > 1:
+            self._shapes = ladder(self._shapes, self._share)
+        self._epoch, self._order = None, None
+
+    def rows(self, iteration):
+        """All workers' rows of an iteration, counted from 1."""
+        return self.batches[self._number(iteration)]
+
+    def shape(self, iteration):
+        """The `Shape` that this worker's batch of an iteration is padded to."""
+        return self._shapes[self._number(iteration)]
+
+    def _number(self, iteration):
+        epoch, place = divmod(iteration - 1, len(self.batches))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, order_of_epoch(len(self.batches), self.seed, epoch)
+        return self._order[place]
+
+    def visited(self, first, last):
+        """The rows of the iterations from `first` to `last`, each once, in order."""
+        last = min(last, first + 2 * len(self.batches))  # two epochs hold every row
+        return np.unique(np.concatenate([self.rows(i) for i in range(first, last + 1)]))
+
+    def most_tokens(self):
+        """The tokens that the largest batch's body runs over."""
+        rows = max(self._share, len(self.batches[0])) * 2
+        return max(shape.tokens or rows * shape.width for shape in self._shapes)
+
+    def _mine(self, rows):
+        """This worker's rows of a batch, and the same filled up to its share; one of another's where it has none."""
+        mine = rows[self.rank :: self.workers]
+        taken = mine if len(mine) else rows[:1]
+        size = max(self._share, -(-len(rows) // self.workers))
+        return mine, np.concatenate([taken, np.repeat(taken[:1], size - len(taken))])
+
+    def batch(self, iteration, reference):
+        """This worker's `(batch, reference logps)` of an iteration, and its tokens: processed and padding."""
+        number = self._number(iteration)
+        mine, all_rows = self._mine(self.batches[number])
+        taken = [self.pairs[int(i)] for i in (mine if len(mine) else all_rows[:1])]
+        batch, processed, padding = make_batch(taken, self.arrangement, self._shapes[number], len(all_rows))
+        if not len(mine):
+            # A worker without a row of its own runs one that counts for nothing.
+            batch = batch._replace(counts=mx.zeros_like(batch.counts), ntoks=mx.zeros_like(batch.ntoks))
+        return batch, reference_rows(reference, all_rows), (processed, padding)
 
 
-def _row_groups(lengths, multiple, most):
-    """Rows split by length into the few groups that pad least, as `[(rows, width)]` from short to long."""
-    order = np.argsort(lengths, kind="stable")
-    widths = np.array([round_up(lengths[row], multiple) for row in order])
-    count, most = len(order), min(most, len(order))
-    # costs[k, n]: the fewest tokens in which the n shortest rows run as k groups, the last from row cuts[k, n] on.
-    costs, cuts = np.full((most + 1, count + 1), np.inf), np.zeros((most + 1, count + 1), int)
-    costs[0, 0] = 0
-    for groups in range(1, most + 1):
-        for stop in range(1, count + 1):
-            choices = costs[groups - 1, :stop] + np.arange(stop, 0, -1) * widths[stop - 1]
-            cuts[groups, stop] = cut = np.argmin(choices)
-            costs[groups, stop] = choices[cut]
-    price = max(GROUP_SAVING * costs[1, count], device().least_saving)
-    groups = 1 + int(np.argmin(costs[1:, count] + np.arange(most) * price))
-    split, stop = [], count
-    for k in range(groups, 0, -1):
-        split.insert(0, (sorted(order[cuts[k, stop] : stop].tolist()), int(widths[stop - 1])))
-        stop = cuts[k, stop]
-    return split
+def order_of_epoch(batches, seed, epoch):
+    """A permutation of the batches' numbers that depends on the seed and the epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(batches)
+
+
+def reference_rows(reference, rows):
+    """Rows of the reference's logps as an array for the model; zeros where there is no reference."""
+    if reference is None:
+        return mx.zeros((len(rows), 2, 2))
+    return mx.array(reference[rows])

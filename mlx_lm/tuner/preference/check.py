@@ -4,7 +4,6 @@ import inspect
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -15,36 +14,15 @@ import yaml
 from ..utils import build_schedule
 from .checkpoint import check_is_file, state_file
 from .objective import OPTIONS as LOSS_OPTIONS
-from .objective import preference_loss
-from .options import RUN_OPTIONS, ConfigError, Option, nearest
+from .objective import loss_of, refuse_without_gradient
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, nearest
 
-# Ranges of upstream's keys: upstream takes any value and fails later.
-UPSTREAM_KEYS = (
-    Option("model", "", str, ""),
-    Option("data", "", str, ""),
-    Option("seed", 0, int, "", low=0, high=2**32 - 1),
-    Option("num_layers", 16, int, "", low=-1),
-    Option("batch_size", 4, int, "", low=1),
-    Option("iters", 1000, int, "", low=1),
-    Option("val_batches", 25, int, "", low=-1),
-    Option("test_batches", 500, int, "", low=-1),
-    Option("steps_per_report", 10, int, "", low=1),
-    Option("steps_per_eval", 200, int, "", low=1),
-    Option("save_every", 100, int, "", low=1),
-    Option("max_seq_length", 2048, int, "", low=2),
-    Option("grad_accumulation_steps", 1, int, "", low=1),
-    Option("learning_rate", 1e-5, float, "", low=0),
-    Option("adapter_path", "adapters", str, ""),
-    Option("resume_adapter_file", None, str, ""),
-    Option("fine_tune_type", "lora", str, "", choices=("lora", "dora", "full")),
-    Option("optimizer", "adam", str, "", choices=("adam", "adamw", "muon", "sgd", "adafactor")),
-    Option("train", False, bool, ""),
-    Option("test", False, bool, ""),
-    Option("grad_checkpoint", False, bool, ""),
-    Option("trust_remote_code", False, bool, ""),
-    Option("report_to", None, str, ""),
-    Option("project_name", None, str, ""),
-)
+# What a preference run's configuration adds to upstream's, and what stands where nothing is given. A loss's
+# parameter is None: its default depends on the loss.
+OPTIONS = LOSS_OPTIONS + RUN_OPTIONS
+DEFAULTS = {option.name: None for option in LOSS_OPTIONS} | {option.name: option.default for option in RUN_OPTIONS}
+DEFAULTS["loss_type"] = "sft"
+
 LORA_PARAMETERS = (
     Option("lora_parameters.rank", None, int, "", low=1),
     Option("lora_parameters.scale", None, float, "", low=0, open=("low",)),
@@ -108,7 +86,7 @@ def warn_of_unread_keys(args, known):
 
 def warn_of_preference_keys(args):
     """Name the keys of preference training that are set in a run without a preference loss."""
-    options = [option for option in LOSS_OPTIONS + RUN_OPTIONS if option.name not in ("loss_type", "prompt_feature")]
+    options = [option for option in OPTIONS if option.name not in ("loss_type", "prompt_feature")]
     given = [option.name for option in options if getattr(args, option.name, None) not in (None, option.default)]
     if given:
         print(
@@ -137,12 +115,14 @@ def check_config(args):
     Args:
         args: a namespace with every key; changed in place.
 
+    Returns:
+        The `PreferenceLoss`.
+
     Raises:
         ConfigError: a value of a wrong type or out of range, or settings that exclude each other.
     """
-    for option in UPSTREAM_KEYS + LOSS_OPTIONS + RUN_OPTIONS:
-        setattr(args, option.name, _finite(option, option.check(getattr(args, option.name))))
-    args.clear_cache_threshold = size(args.clear_cache_threshold)
+    for option in UPSTREAM_OPTIONS + OPTIONS:
+        setattr(args, option.name, option.check(getattr(args, option.name)))
     for key in PATHS:
         setattr(args, key, _at_home(key, getattr(args, key)))
     args.reference_model, args.resume_adapter_file = args.reference_model or None, args.resume_adapter_file or None
@@ -154,12 +134,14 @@ def check_config(args):
         raise ConfigError("num_layers is 0; it must be the number of layers to train, counted from the last, or -1.")
     if args.test and args.test_batches == 0:
         raise ConfigError("test_batches is 0, and a test is asked for; -1 takes the whole test set.")
-    loss = preference_loss(**{option.name: getattr(args, option.name) for option in LOSS_OPTIONS})
+    loss = loss_of(args)
     if args.reference_model is not None and not loss.needs_reference:
         raise ConfigError(
             f"reference_model is {args.reference_model!r}, but {', '.join(loss.names)} with beta "
             f"{loss.parameters['beta']:g} reads no reference; remove one of the two."
         )
+    if args.train:
+        refuse_without_gradient(loss)
     if args.fine_tune_type != "full":
         _check_lora(args.lora_parameters)
     if args.lr_schedule is not None:
@@ -172,25 +154,7 @@ def check_config(args):
         _check_folder(args.adapter_path)
         if args.resume:
             state_file(args.adapter_path)
-
-
-def size(value):
-    """A number of bytes, given as such or as text like 500MB or 1.5GB.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*([MG]B?)?", str(value).strip(), re.IGNORECASE)
-    if found is None or isinstance(value, (bool, float)):
-        raise ConfigError(f"clear_cache_threshold is {value!r}; it must be bytes, such as 2000000000, 500MB or 2GB.")
-    return int(float(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[(found[2] or "").upper().rstrip("B")])
-
-
-def _finite(option, value):
-    if isinstance(value, float) and not math.isfinite(value):
-        told = " and ".join(filter(None, ("finite", option.range)))
-        raise ConfigError(f"{option.name} is {value}; it must be {told}.")
-    return value
+    return loss
 
 
 def _at_home(key, path):
@@ -227,7 +191,7 @@ def _check_lora(parameters):
         key = option.name.rpartition(".")[2]
         if parameters.get(key) is None:
             raise ConfigError(f"lora_parameters lacks {key}; {form}.")
-        _finite(option, option.check(parameters[key]))
+        option.check(parameters[key])
     keys = parameters.get("keys")
     if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys)):
         raise ConfigError(f"lora_parameters.keys is {keys!r}; it must be a list of names such as self_attn.q_proj.")

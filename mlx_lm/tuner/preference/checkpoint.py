@@ -2,17 +2,101 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+import numpy as np
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from .files import replace_file, replace_files
-from .options import ConfigError
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
 
 STATE_FILE = "checkpoint.safetensors"
 REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
 SAMPLE = 4096  # values of a weight that tell it from another model's
+
+
+@dataclass
+class Progress:
+    """How far a run is: iterations begun, updates made, tokens reported."""
+
+    iteration: int = 0
+    updates: int = 0
+    trained_tokens: int = 0
+
+
+def kept_settings(args, loss, config, model):
+    """What a resumed run must have as it was begun: options declared so, the loss, and what it began with.
+
+    Args:
+        args: `TrainingArgs`.
+        loss: the `PreferenceLoss`.
+        config: the command's configuration, from which optimizer and adapters were made, or None.
+        model: as it is before training.
+    """
+    names = [option.name for option in UPSTREAM_OPTIONS + RUN_OPTIONS if option.keep]
+    settings = {name: getattr(args, name, (config or {}).get(name)) for name in names} | loss.parameters
+    settings |= {"loss_type": list(loss.names), "loss_weights": loss.weights}
+    return settings | {"the model or the adapter it begins with": starting_point(model)}
+
+
+def save_run(step, logps, progress, settings, args, config, numbered=False):
+    """Write the adapters, and all that going on needs.
+
+    Args:
+        step: the `Step`.
+        logps: the `ReferenceLogps`, which TR-DPO changes.
+        progress: the `Progress`.
+        settings: what has to be the same for the run to go on.
+        args: `TrainingArgs`.
+        config: contents of `adapter_config.json`, or None to leave that file as it is.
+        numbered: whether to write a numbered copy too.
+
+    Returns:
+        The path of the numbered copy, or None.
+
+    Raises:
+        ConfigError: a weight is not finite; nothing is written.
+    """
+    accumulated, world = step.accumulated, mx.distributed.init()
+    if accumulated is not None and world.size() > 1:
+        # Each worker goes on from the mean of all.
+        gradient, pairs = accumulated
+        accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs) / world.size()
+    trained = step.model.trainable_parameters()
+    refuse_non_finite([trained, step.optimizer.state, accumulated or []], progress.iteration)
+    if world.rank() != 0:
+        return None
+    extra = {"counts": mx.array([progress.trained_tokens, progress.updates], mx.int64)}
+    if args.reference_update_steps:
+        tables = {"reference": logps.train, "val_reference": logps.valid}
+        extra |= {name: mx.array(table) for name, table in tables.items() if table is not None}
+    if accumulated is not None:
+        gradient, pairs = accumulated
+        extra |= {"pairs": pairs, **dict(tree_flatten(gradient))}
+    saved = save_adapters(step.model, args.adapter_file, progress.iteration if numbered else None, config)
+    folder = Path(args.adapter_file).parent
+    save_state(folder, step.model, step.optimizer, progress.iteration, settings, extra.items())
+    return saved
+
+
+def restore_run(folder, step, logps, settings, iters):
+    """Put back what `save_run` wrote, and return its `Progress`.
+
+    Raises:
+        ConfigError: as `read_state`.
+    """
+    iteration, extra = restore_state(folder, step.model, step.optimizer, settings, iters)
+    tokens, updates = extra.pop("counts").tolist()
+    logps.train = np.array(extra.pop("reference")) if "reference" in extra else logps.train
+    logps.valid = np.array(extra.pop("val_reference")) if "val_reference" in extra else logps.valid
+    if "pairs" in extra:
+        # Parts of the tree that hold no array have left no trace in the file.
+        gradient = tree_map_with_path(lambda name, _: extra[name], step.model.trainable_parameters())
+        step.accumulated = (gradient, extra["pairs"])
+    return Progress(iteration, updates, tokens)
 
 
 def save_adapters(model, adapter_file, iteration=None, config=None):

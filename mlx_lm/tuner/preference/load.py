@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..._blas import concerns_this_machine
+from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers, load_adapters
 from .checkpoint import check_adapter
-from .modules import is_float32
+from .layers import is_float32
 from .options import ConfigError, nearest
 
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
@@ -46,7 +46,7 @@ def load_named(key, name, trust_remote_code=False):
     except Exception as error:
         # A folder that is no model fails in as many ways as there are files in it.
         raise ConfigError(f"{key} is {name!r}, which cannot be loaded: {_why(Path(name), error)}.") from error
-    if concerns_this_machine() and not is_float32(model):
+    if is_linux_cpu() and not is_float32(model):
         rprint(f"{name} is computed in float32 on this CPU, which is slow in half precision.")
         model.set_dtype(mx.float32)
     return model, tokenizer

@@ -1,21 +1,41 @@
-"""Logps of a batch of pairs with no more work than they need.
+"""Logps of a batch of pairs: the model's body runs once, its head on response positions only.
 
-The body of the model runs once, over prompts once where it can; its output head runs on response positions
-only, a bounded chunk of logits at a time.
+The plain path is `utils.get_batched_logps`. Here the body runs over a packed batch where the model allows it, and the
+head on a bounded chunk of response positions at a time; both are tried on a few tokens when a `Scorer` is made.
 """
 
+import re
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
-from .head import Head, logps_and_squares
-from .lean import lean_layers
-from .packing import packing
-from .sharing import arrangement_of, map_arrays, prefix_cache
+from ...models.cache import ChunkedKVCache, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
+from ...utils import token_logps
+from .attention import PackedCache, RowCache, on_cuda
+from .batches import PACKED, PLAIN, make_batch, shape_of
+from .layers import drawing_from, evaluating, intercepted, is_float32, layers_of, lean_layers, parameters_in
+from .pairs import Pair
+
+# Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for a GPU; a CPU is as fast
+# with an eighth of them.
+CHUNK_LOGITS = 2**25 if mx.default_device() == mx.gpu else 2**22
+BODIES = ("model", "transformer", "backbone")
+KEY_VALUE_CACHES = (KVCache, RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
+# Tokens of the longest sequence of PROBE, and the attention windows that it is tried with.
+PROBE_WINDOW = 4
+PROBE = [
+    Pair([*range(1, 10)], [3, 1, 4, 1, 5, 9], [2, 7, 1, 8]),
+    Pair([*range(2, 13)], [1, 6, 1, 8, 0, 3, 3, 9], [5, 7, 7, 2, 1, 5, 6]),
+]
 
 
 class RowLogps(NamedTuple):
-    """What a batch's 2B rows (the B chosen ones first) are worth, each `(2B,)` float32.
+    """What a batch's 2B responses (the B chosen ones first) are worth, each `(2B,)` float32.
 
     Attributes:
         total: logps summed over the response's tokens, in nats.
@@ -34,17 +54,20 @@ class Scorer:
     Args:
         model: an mlx-lm model.
         share_prompt: run a prompt once for both its responses, where the model allows it.
-        response_only: run the output head on response positions only, where the head can be found.
+        response_only: run the output head on response positions only, where the body can be found.
 
     Attributes:
-        arrangement: how batches for it are best arranged, as `make_batch` takes it.
-        head: the output head, or None where the full projection has to run.
+        arrangement: how batches for it are arranged, PACKED or PLAIN.
+        head: the `Head`, or None where the full projection has to run.
     """
 
     def __init__(self, model, share_prompt=True, response_only=True):
         self.model = model
         self.head = Head.find(model) if response_only else None
-        self.arrangement = arrangement_of(model, share_prompt)
+        self._caches = _key_value_layers(model)
+        self.arrangement = PACKED if share_prompt and self._can_pack() else PLAIN
+        if not self._same_logits(PLAIN):
+            self._caches = None  # rows that go through no cache are upstream's own
 
     def __call__(self, batch, alignment=False, gradient=False):
         """The logps of a batch.
@@ -58,43 +81,285 @@ class Scorer:
             `RowLogps`.
         """
         with lean_layers(self.model):
-            with packing(self.model, batch.layout):
-                rows = [self._run(group, prefix) for group, prefix in self._groups(batch)]
-            states = mx.concatenate([row.flatten(0, 1) for row in rows])
-            if not batch.layout:
-                states = states[batch.positions]  # (N, D); a packed row's are these alone
-            logps, squares = self._token_logps(states, batch.targets, alignment, gradient)
-        per_row = _gather_rows(logps, batch.response_index)  # (2B, R)
-        aligned = mx.zeros_like(batch.lengths)
+            states = self._batch_states(batch)[batch.positions]
+            if self.head is None:
+                logps, squares = logps_and_squares(states, batch.targets, alignment)
+            else:
+                logps, squares = self.head.token_logps(states, batch.targets, alignment, gradient)
+        own = batch.sequences == mx.arange(len(batch.lengths))[:, None]  # (2B, M)
+        total = mx.where(own, logps, 0).sum(-1)
+        common = mx.where(own & batch.common, logps, 0).sum(-1)
+        aligned = mx.zeros_like(total)
         if alignment:
-            aligned = _gather_rows(mx.stop_gradient(logps) - squares, batch.response_index).sum(-1)
-        common = mx.where(mx.arange(per_row.shape[1]) < batch.common_lengths[:, None], per_row, 0.0)
-        return RowLogps(per_row.sum(-1), common.sum(-1), aligned)
+            aligned = mx.where(own, mx.stop_gradient(logps) - squares, 0).sum(-1)
+        return RowLogps(total, common, aligned)
 
-    def _groups(self, batch):
-        """Each group's tokens with the cache that holds its rows' shared prompts, or None."""
-        if batch.prefix.shape[1] == 0:
-            for group in batch.groups:
-                yield group.tokens, None
-            return
-        cache = prefix_cache(self.model)
-        self._run(batch.prefix, cache)
-        for group in batch.groups:
-            yield group.tokens, [map_arrays(layer, lambda x, rows=group.prefix_rows: x[rows]) for layer in cache]
+    def states(self, tokens, cache=None):
+        """Hidden states `(B, T, D)` of tokens `(B, T)`, or logits `(B, T, V)` where there is no head."""
+        return self.head.hidden_states(tokens, cache) if self.head else _run(self.model, tokens, cache)
 
-    def _run(self, tokens, cache):
-        """Hidden states `(B, T, D)` before the head, or logits `(B, T, V)` where there is none."""
-        if self.head is not None:
-            return self.head.hidden_states(tokens, cache)
-        logits = self.model(tokens) if cache is None else self.model(tokens, cache=cache)
-        return logits[0] if isinstance(logits, (tuple, list)) else logits
+    def _batch_states(self, batch):
+        """The same of all the batch's tokens, `(N, D)` or `(N, V)`."""
+        cache = None
+        if batch.layout:
+            cache = [PackedCache(batch.layout)] * len(self._caches)
+        elif self._caches is not None:
+            cache = [RowCache() if plain else None for plain in self._caches]
+        return self.states(batch.tokens, cache).flatten(0, 1)
 
-    def _token_logps(self, states, targets, alignment, gradient):
-        if self.head is None:
-            return logps_and_squares(states, targets, alignment)
-        return self.head.token_logps(states, targets, alignment, gradient)
+    def _can_pack(self):
+        return bool(self._caches) and all(self._caches) and self._same_logits(PACKED)
+
+    def _same_logits(self, arrangement):
+        """Whether the model gives batches so arranged the logits of plain rows: tried on a few tokens.
+
+        With windows of a few tokens, so that a model which goes wrong beyond its window is found.
+        """
+        if self._caches is None:
+            return False
+        rows, tried = (make_batch(PROBE, kind, _probe_shape(kind))[0] for kind in (PLAIN, arrangement))
+        with evaluating(self.model), lean_layers(self.model), narrow_windows(self.model):
+            expected = _run(self.model, rows.tokens, None).flatten(0, 1)[rows.positions]
+            try:
+                found = self._batch_states(tried)[tried.positions]
+                found = self.head.logits(found) if self.head else found
+                mx.eval(found)
+            except Exception:  # in a batch that it was not written for, a model's own code may fail in any way
+                return False
+            return relative_error(found, expected) < tolerance(self.model)
 
 
-def _gather_rows(values, index):
-    """`values` `(N,)` laid out as rows `(2B, R)` by `index`; N stands for nothing and gives 0."""
-    return mx.concatenate([values, mx.zeros((1,), values.dtype)])[index]
+def _probe_shape(arrangement):
+    return shape_of([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in PROBE], arrangement, to=1)
+
+
+def _run(model, tokens, cache):
+    """The logits `(B, T, V)` of a model that returns them, or a tuple whose first entry they are."""
+    out = model(tokens) if cache is None else model(tokens, cache=cache)
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def _key_value_layers(model):
+    """Of each entry of the model's cache, whether it holds keys and values alone; None where that cannot be said."""
+    try:
+        caches = make_prompt_cache(model)
+    except Exception:  # a model's own code, which may not be made for generation
+        return None
+    kinds = [type(cache) in KEY_VALUE_CACHES for cache in caches]
+    return kinds if any(kinds) else None
+
+
+@contextmanager
+def narrow_windows(model):
+    """Within the context, the model's attention windows and chunks that PROBE would not fill are short ones."""
+    longest = max(len(pair.prompt) + len(pair.chosen) for pair in PROBE)
+    windows = [
+        (place, name, value)
+        for module in model.modules()
+        for place in _settings(module)
+        for name, value in place.items()
+        if type(value) is int and value > longest and re.search("window|chunk", name)
+    ]
+    for place, name, _ in windows:
+        place[name] = PROBE_WINDOW
+    try:
+        yield
+    finally:
+        for place, name, value in windows:
+            place[name] = value
+
+
+def _settings(value):
+    """The attributes of a module, and of the configurations that it holds, as dicts."""
+    attributes = vars(value)
+    return [attributes, *(place for item in attributes.values() if is_dataclass(item) for place in _settings(item))]
+
+
+def logps_and_squares(logits, targets, alignment):
+    """Target log-probabilities, and log sum_v p(v)^2 where asked for, each `(N,)` float32."""
+    logps = token_logps(logits, targets)
+    if not alignment:
+        return logps, None
+    logits = mx.stop_gradient(logits.astype(mx.float32))
+    return logps, mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
+
+
+class Head:
+    """What a model does after its body: the model's own code, given the body's output.
+
+    Args:
+        model: an mlx-lm model.
+        body: the module of it that makes hidden states of tokens.
+        vocabulary: V.
+        trainable: names of the trainable parameters that logits depend on besides hidden states.
+    """
+
+    def __init__(self, model, body, vocabulary=0, trainable=()):
+        self.model, self.body, self.vocabulary, self.trainable = model, body, vocabulary, trainable
+
+    @classmethod
+    def find(cls, model):
+        """The head of `model`, or None where its body is not found or does not give the model's own logits."""
+        body = model
+        while "language_model" in body:
+            body = body.language_model
+        body = next((body[name] for name in BODIES if isinstance(body.get(name), nn.Module)), None)
+        if body is None:
+            return None
+        head, tokens = cls(model, body), mx.arange(1, 13).reshape(2, 6)
+        with evaluating(model), lean_layers(model):
+            expected = _run(model, tokens, None).flatten(0, 1)
+            try:
+                states = head.hidden_states(tokens, None).flatten(0, 1)
+                found = head.logits(states)
+            except Exception:  # run in parts, a model's own code may fail in any way
+                return None
+            if found.shape != expected.shape or not relative_error(found, expected) < tolerance(model):
+                return None
+            return cls(model, body, expected.shape[-1], head._read_parameters(states))
+
+    def _read_parameters(self, states):
+        """Names of the trainable parameters that are in a module which logits depend on besides hidden states."""
+        inside = {id(x) for layer in layers_of(self.model) for _, x in tree_flatten(layer.trainable_parameters())}
+        parameters = [item for item in tree_flatten(self.model.trainable_parameters()) if id(item[1]) not in inside]
+        floating = [(name, x) for name, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
+        if not floating:
+            return []
+
+        def total(parameters):
+            with parameters_in(self.model, parameters):
+                return mx.square(self.logits(states)).sum()
+
+        slopes = tree_flatten(mx.grad(total)(tree_unflatten(floating)))
+        # A matrix of zeros hides that its partner is read: they are of one module.
+        modules = {name.rpartition(".")[0] for name, slope in slopes if mx.any(slope != 0).item()}
+        return [name for name, _ in floating if name.rpartition(".")[0] in modules]
+
+    def hidden_states(self, tokens, cache):
+        """The body's output `(B, T, D)` for `tokens` `(B, T)`; what the model makes of it is never computed."""
+        call, found = type(self.body).__call__, []
+
+        def capture(body, *args, **kwargs):
+            found.append(call(body, *args, **kwargs))
+            return found[-1]
+
+        with intercepted(self.body, "__call__", capture):
+            _run(self.model, tokens, cache)
+        return found[-1]
+
+    def logits(self, states):
+        """Logits `(N, V)` of hidden states `(N, D)`, through all that the model does after its body."""
+        with intercepted(self.body, "__call__", lambda *_, **__: states[None]):
+            return _run(self.model, mx.zeros((1, len(states)), mx.int32), None).squeeze(0)
+
+    def token_logps(self, states, targets, alignment, gradient):
+        """As `logps_and_squares` of the logits of `states` `(N, D)`, with bounded memory forward and backward."""
+        if gradient:
+            out = (self._recomputed if self.trainable else self._with_gradient)(states, targets, alignment)
+        else:
+            out = self._chunked(partial(self._logps, alignment=alignment), states, targets)
+        return out[0], mx.stop_gradient(out[1]) if alignment else None
+
+    def _chunked(self, function, states, *rows):
+        """`function(states, *rows)` on one chunk after another, each array of its outputs joined again."""
+        parts = []
+        for start, stop in self._chunks(states):
+            chunk = states[start:stop]
+            if parts:
+                # Without an order, or with an output left for later, several chunks' logits could be alive at once.
+                chunk = mx.depends([chunk], parts[-1])[0]
+            parts.append(function(chunk, *(row[start:stop] for row in rows)))
+        return [mx.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
+
+    def _logps(self, states, targets, alignment):
+        return [part for part in logps_and_squares(self.logits(states), targets, alignment) if part is not None]
+
+    def _recomputed(self, states, targets, alignment):
+        """As `_logps` for a head with trainable parameters: the backward pass computes each chunk's logits again."""
+        found = dict(tree_flatten(self.model.trainable_parameters()))
+        names, values = list(self.trainable), [found[name] for name in self.trainable]
+        key = mx.random.state[0]
+
+        def chunk_logps(*inputs, targets, alignment=False):
+            with parameters_in(self.model, tree_unflatten(list(zip(names, inputs[1:], strict=True)))):
+                return self._logps(inputs[0], targets, alignment)
+
+        @mx.custom_function
+        def logps(states, *values):
+            def function(chunk, targets):
+                return chunk_logps(chunk, *values, targets=targets, alignment=alignment)
+
+            return tuple(self._chunked(function, states, targets))
+
+        @logps.vjp
+        def backward(primals, cotangents, outputs):
+            sums = [mx.zeros_like(value) for value in primals[1:]]
+
+            def function(chunk, targets, cotangents):
+                nonlocal sums
+                _, (slope, *slopes) = mx.vjp(partial(chunk_logps, targets=targets), [chunk, *primals[1:]], [cotangents])
+                sums = [total + new for total, new in zip(sums, slopes, strict=True)]
+                return mx.depends([slope], sums)
+
+            with drawing_from(key):
+                slopes = self._chunked(function, primals[0], targets, cotangents[0])
+            return (*slopes, *sums)
+
+        return logps(states, *values)
+
+    def _with_gradient(self, states, targets, alignment):
+        """As `_logps` for a frozen head, with each position's gradient computed while its logits are there.
+
+        A position's logp depends on its own hidden state alone, so its gradient is known up to the factor
+        that the loss will bring: the backward pass multiplies, and no logits are kept or computed again.
+        """
+
+        def logps_and_gradient(states, targets):
+            logits = self.logits(states)
+            exact, column = logits.astype(mx.float32), targets[:, None]
+            normalizers = mx.logsumexp(exact, axis=-1, keepdims=True)
+            # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
+            slope = (mx.arange(exact.shape[-1]) == column) - mx.exp(exact - normalizers)
+            _, (gradient,) = mx.vjp(self.logits, [states], [slope.astype(logits.dtype)])
+            logps = (mx.take_along_axis(exact, column, axis=-1) - normalizers).squeeze(-1)
+            squares = [mx.logsumexp(2 * exact, axis=-1) - 2 * normalizers.squeeze(-1)] if alignment else []
+            return [logps, *squares, gradient]
+
+        @mx.custom_function
+        def logps(states):
+            return tuple(self._chunked(logps_and_gradient, states, targets))
+
+        @logps.vjp
+        def backward(primals, cotangents, outputs):
+            return (cotangents[0][:, None] * outputs[-1]).astype(primals.dtype)
+
+        return logps(states)
+
+    def _chunks(self, states):
+        """Equal slices of `states` whose logits stay within CHUNK_LOGITS."""
+        count = states.shape[0]
+        size = max(1, CHUNK_LOGITS // self.vocabulary)
+        chunks = -(-count // size)
+        size = -(-count // chunks)
+        return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def tolerance(model):
+    """How far, relatively, logits may be apart that are computed in two ways.
+
+    Half precision rounds other shapes otherwise, and so do CUDA's products of float32 arrays, with ten bits of their
+    mantissas; a wrong position, mask or cap is off by a tenth or more.
+    """
+    return 1e-4 if is_float32(model) and not on_cuda() else 3e-2
+
+
+def relative_error(found, expected):
+    """How far two `(..., V)` arrays of logits are apart, relative to the largest finite value.
+
+    The largest difference at each position, and the mean of these: in half precision a router may take another
+    expert for one token, while a wrong mask or state shows at many. Equal infinities do not differ.
+    """
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    gap = mx.where(found == expected, 0.0, mx.abs(found - expected)).max(axis=-1).mean()
+    size = mx.abs(mx.where(mx.isfinite(expected), expected, 0.0)).max()
+    return (gap / mx.maximum(size, 1e-6)).item()

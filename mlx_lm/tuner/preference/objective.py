@@ -4,10 +4,9 @@ Checks, help and documents come from the table. To add a loss, write its functio
 """
 
 import inspect
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import mlx.core as mx
 
@@ -52,6 +51,7 @@ class Loss:
             another f-divergence may stand in for the reverse KL.
         reads_margins: whether it has a pair's logit, which a margin lowers.
         sorts_batch: its values belong to quantiles of the batch, not to pairs.
+        reads_batch: a pair's value depends on the other pairs of its batch.
         is_likelihood: it is the chosen response's likelihood and has no logratio: it goes with any other
             loss and its settings.
         mean_rewards: without a reference, whether its rewards are means over tokens rather than sums.
@@ -67,6 +67,7 @@ class Loss:
     f_divergence: bool = False
     reads_margins: bool = False
     sorts_batch: bool = False
+    reads_batch: bool = False
     is_likelihood: bool = False
     mean_rewards: bool = False
     defaults: dict = field(default_factory=dict)
@@ -127,20 +128,22 @@ TABLE = (
     ),
     Loss("apo_zero", apo_zero, "1 - sigma(rc) + sigma(rr)", "2408.06266"),
     Loss("apo_down", apo_down, "sigma(rc) + 1 - sigma(h)", "2408.06266", reads_margins=True),
+    Loss("discopop", discopop, "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)", "2406.08414", **PAIR),
     Loss(
-        "discopop",
-        discopop,
-        "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)",
-        "2406.08414",
-        **PAIR,
+        "aot",
+        aot,
+        "dpo between sorted policy gaps and sorted reference gaps",
+        "2406.05882",
+        sorts_batch=True,
+        reads_batch=True,
     ),
-    Loss("aot", aot, "dpo between sorted policy gaps and sorted reference gaps", "2406.05882", sorts_batch=True),
     Loss(
         "aot_unpaired",
         aot_unpaired,
         "dpo between sorted chosen and sorted rejected logratios",
         "2406.05882",
         sorts_batch=True,
+        reads_batch=True,
     ),
     Loss(
         "sft",
@@ -149,6 +152,7 @@ TABLE = (
         "2411.10442",
         needs_reference=False,
         is_likelihood=True,
+        reads_batch=True,
     ),
     Loss("dpop", dpop, "dpo with h - beta x lambda x max(0, -chosen logratio)", "2402.13228", reads_margins=True),
     Loss(
@@ -167,8 +171,16 @@ TABLE = (
         "2403.07691",
         **REFERENCE_FREE,
         mean_rewards=True,
+        reads_batch=True,
     ),
-    Loss("cpo", cpo, "dpo's with h = beta x logp gap - margin, + alpha x sft", "2401.08417", **REFERENCE_FREE),
+    Loss(
+        "cpo",
+        cpo,
+        "dpo's with h = beta x logp gap - margin, + alpha x sft",
+        "2401.08417",
+        **REFERENCE_FREE,
+        reads_batch=True,
+    ),
 )
 
 ALIASES = {"sigmoid": "dpo"}
@@ -176,8 +188,11 @@ ALIASES = {"sigmoid": "dpo"}
 LOSSES = {loss.name: loss for loss in TABLE}
 LOSSES.update({alias: LOSSES[name] for alias, name in ALIASES.items()})
 
+# A resumed run must have the loss that it began with.
+_option = partial(Option, keep=True)
+
 OPTIONS = (
-    Option(
+    _option(
         "loss_type",
         "sft",
         str,
@@ -185,9 +200,9 @@ OPTIONS = (
         choices=tuple(LOSSES),
         many=True,
     ),
-    Option("loss_weights", None, float, "a factor for each loss of the list, 1 each by default", low=0, many=True),
-    Option("beta", 0.1, float, "reward per nat of logratio; 0 leaves the reference out", low=0),
-    Option(
+    _option("loss_weights", None, float, "a factor for each loss of the list, 1 each by default", low=0, many=True),
+    _option("beta", 0.1, float, "reward per nat of logratio; 0 leaves the reference out", low=0),
+    _option(
         "label_smoothing",
         0.0,
         float,
@@ -196,24 +211,24 @@ OPTIONS = (
         high=0.5,
         open=("high",),
     ),
-    Option(
+    _option(
         "f_divergence_type",
         "reverse_kl",
         str,
         "the divergence that holds the policy to the reference",
         choices=("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     ),
-    Option("f_alpha_divergence_coef", 0.5, float, "alpha of alpha_divergence"),
+    _option("f_alpha_divergence_coef", 0.5, float, "alpha of alpha_divergence"),
     # Below 1e-6 h / tau leaves float32.
-    Option("discopop_tau", 0.05, float, "tau, the width of discopop's blend", low=1e-6),
-    Option(
+    _option("discopop_tau", 0.05, float, "tau, the width of discopop's blend", low=1e-6),
+    _option(
         "ld_alpha", None, float, "weight of logps beyond the shorter response's length; not set, none", low=0, high=1
     ),
-    Option("use_weighting", False, bool, "weigh pairs by how likely the policy is to write them (WPO)"),
-    Option("dpop_lambda", 50.0, float, "lambda, the factor of dpop's penalty", low=0),
-    Option("simpo_gamma", 0.5, float, "gamma, the margin that simpo aims at", low=0),
-    Option("cpo_alpha", 1.0, float, "alpha, the factor of cpo's NLL", low=0),
-    Option(
+    _option("use_weighting", False, bool, "weigh pairs by how likely the policy is to write them (WPO)"),
+    _option("dpop_lambda", 50.0, float, "lambda, the factor of dpop's penalty", low=0),
+    _option("simpo_gamma", 0.5, float, "gamma, the margin that simpo aims at", low=0),
+    _option("cpo_alpha", 1.0, float, "alpha, the factor of cpo's NLL", low=0),
+    _option(
         "reference_update_steps",
         None,
         int,
@@ -254,6 +269,32 @@ def preference_loss(loss_type, loss_weights=None, **parameters):
     return PreferenceLoss(names, weights, {name: resolved[name] for name in DEFAULTS if name in _options(losses)})
 
 
+def loss_of(args):
+    """The `PreferenceLoss` that the options in `args`, a namespace, ask for; raises as `preference_loss`."""
+    return preference_loss(**{option.name: getattr(args, option.name) for option in OPTIONS})
+
+
+def refuse_without_gradient(loss):
+    """Check that a loss moves a policy: with beta 0 most are constant.
+
+    Raises:
+        ConfigError: the loss's gradient is zero whatever the logps.
+    """
+    if loss.parameters["beta"] != 0:
+        return
+
+    def total(logps):
+        chosen, rejected = logps
+        pairs = PairLogps(chosen, rejected, mx.zeros(2), mx.zeros(2), mx.full(2, 3.0), mx.full(2, 3.0), -chosen)
+        return loss(pairs, mx.ones(2)).sum()
+
+    if not mx.grad(total)(mx.array([[-3.0, -4.0], [-4.0, -6.0]])).any().item():
+        raise ConfigError(
+            f"beta is 0, with which {', '.join(loss.names)} has no gradient and nothing is trained; give a beta above "
+            "0, or add sft to loss_type."
+        )
+
+
 class PreferenceLoss:
     """One loss or a weighted list of losses, checked and ready to use; made by `preference_loss`.
 
@@ -264,6 +305,7 @@ class PreferenceLoss:
         needs_reference: whether reference logps are read; not where beta is 0, which multiplies them away.
         reads_wpo: whether `__call__` needs WPO's weights.
         reads_margins: whether a pair's margin takes effect.
+        reads_batch: whether a pair's value depends on the other pairs of its batch.
         sorts_batch: whether values belong to quantiles of the batch, so that weights of pairs have no meaning.
         ld_alpha: weight of the tokens beyond the shorter response's length, or None.
     """
@@ -280,6 +322,7 @@ class PreferenceLoss:
         self.reads_wpo = parameters.get("use_weighting", False)
         self.reads_margins = any(loss.reads_margins for loss in self._losses)
         self.sorts_batch = any(loss.sorts_batch for loss in self._losses)
+        self.reads_batch = any(loss.reads_batch for loss in self._losses)
         self.ld_alpha = parameters.get("ld_alpha")
 
     def __call__(self, pairs, wpo_weights=None):
@@ -363,8 +406,8 @@ def _checked_weights(loss_weights, names):
         raise ConfigError(
             f"loss_weights has {_count(weights, 'value')}, but loss_type has {_count(names, 'name')}: give one each."
         )
-    if not all(math.isfinite(weight) for weight in weights) or not any(weights):
-        raise ConfigError(f"loss_weights is {weights}; every weight must be finite and one of them above 0.")
+    if not any(weights):
+        raise ConfigError(f"loss_weights is {weights}; one of them must be above 0.")
     return weights
 
 
@@ -375,8 +418,6 @@ def _checked_parameters(parameters):
             raise ConfigError(f"{name} is no option of a preference loss{nearest(name, DEFAULTS)}; remove it.")
         if value is not None:
             given[name] = OPTION[name].check(value)
-            if isinstance(given[name], float) and not math.isfinite(given[name]):
-                raise ConfigError(f"{name} is {value}; it must be finite.")
     return given
 
 
@@ -441,49 +482,3 @@ def _refuse_clashes(values, losses):
 
 def _count(values, noun):
     return f"{len(values)} {noun}" + "s" * (len(values) != 1)
-
-
-def describe_losses():
-    """The losses as Markdown: what the letters of the formulas mean, then a table with one row a loss."""
-    words = (
-        "Here rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, a gap is chosen minus "
-        "rejected, a mean is over a response's tokens, and eps is `label_smoothing`."
-    )
-    rows = [
-        (
-            f"`{loss.name}`" + "".join(f", `{alias}`" for alias, name in ALIASES.items() if name == loss.name),
-            loss.description,
-            ", ".join(f"`{name}` ({_parameter_range(loss, name)})" for name in loss.parameters),
-            "yes" if loss.needs_reference else "no",
-            f"[{loss.source}](https://arxiv.org/abs/{loss.source})",
-        )
-        for loss in TABLE
-    ]
-    return words + "\n\n" + markdown_table(("loss_type", "a pair's loss", "reads", "reference", "source"), rows)
-
-
-def options_table(options):
-    """A Markdown table of `options`: name, default, allowed values, meaning."""
-    rows = [
-        (
-            f"`{option.name}`",
-            "not set" if option.default is None else f"`{str(option.default).lower()}`",
-            option.range + (", or a list" if option.many else ""),
-            option.help,
-        )
-        for option in options
-    ]
-    return markdown_table(("option", "default", "allowed", "meaning"), rows)
-
-
-def markdown_table(header, rows):
-    """A Markdown table of the strings of `header` and `rows`."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _parameter_range(loss, name):
-    option = OPTION[name]
-    if name in loss.lowest:
-        option = replace(option, low=loss.lowest[name])
-    return f"{loss.default(name):g}, {option.range}"

@@ -1,7 +1,12 @@
-"""The preference options, each declared once: parser, default, check and document derive from here."""
+"""Every option, declared once: parser, default, check, document and what a resumed run has to keep derive from here.
+
+The options of the losses stand with the table of losses in `objective.py`.
+"""
 
 import argparse
 import difflib
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +23,16 @@ class Option:
     Attributes:
         name: the key; the flag is `--` and the key with `-` for `_`.
         default: the value where neither file nor command line gives one.
-        kind: the type of a value: float, int, bool or str.
+        kind: the type of a value: float, int, bool or str; dict where a check of its own looks at the value; or a
+            function that makes the value of what is given.
         help: one sentence without a full stop, for `--help` and LORA.md.
         low, high: the bounds of a number, None where there is none.
         open: which bounds are outside the range: any of "low", "high".
         choices: the only values allowed, where there are few.
         many: whether a list of values is allowed too.
         group: the section of LORA.md that lists it.
+        keep: whether a resumed run must have the value that it began with.
+        allowed: the allowed values in words, where `choices` and bounds do not say.
     """
 
     name: str
@@ -37,6 +45,8 @@ class Option:
     choices: tuple = ()
     many: bool = False
     group: str = "loss"
+    keep: bool = False
+    allowed: str = ""
 
     @property
     def flag(self):
@@ -58,8 +68,8 @@ class Option:
     @property
     def range(self):
         """The allowed values in words, or an empty string where all are."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
+        if self.allowed or self.choices:
+            return self.allowed or "one of " + ", ".join(self.choices)
         low = None if self.low is None else f"{'>' if 'low' in self.open else '>='} {self._told(self.low)}"
         high = None if self.high is None else f"{'<' if 'high' in self.open else '<='} {self._told(self.high)}"
         return " and ".join(bound for bound in (low, high) if bound)
@@ -73,8 +83,10 @@ class Option:
         Raises:
             ConfigError: the value is of another type or out of range; the sentence names the key.
         """
-        if value is None:
-            return None
+        if value is None or self.kind is dict:
+            return value
+        if self.kind not in EXPECTED:
+            return self.kind(value)
         if self.many and isinstance(value, (list, tuple)):
             if not value:
                 raise ConfigError(f"{self.name} is an empty list; give at least one value.")
@@ -82,29 +94,39 @@ class Option:
         return self._check_one(value)
 
     def _check_one(self, value):
-        expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}[self.kind]
+        expected = EXPECTED[self.kind]
         if self.range:
             expected += f", {self.range}"
         if self.kind is not str and isinstance(value, str):
             expected += ", without quotes"
-        wrong = ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
-        if self.kind is float:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise wrong
-            value = float(value)
-        elif self.kind is int:
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise wrong
-        elif not isinstance(value, self.kind):
-            raise wrong
+        kinds = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
+            raise ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
         if self.choices and value not in self.choices:
             raise ConfigError(f"{self.name} is {value!r}{nearest(value, self.choices)}; it must be {expected}.")
         if self.kind in (float, int):
             too_low = self.low is not None and (value < self.low or ("low" in self.open and value == self.low))
             too_high = self.high is not None and (value > self.high or ("high" in self.open and value == self.high))
             if too_low or too_high or value != value:
-                raise wrong
-        return value
+                raise ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
+            if abs(value) == math.inf:
+                raise ConfigError(f"{self.name} is {value}; it must be finite{self.range and ' and ' + self.range}.")
+        return self.kind(value)
+
+
+EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
+
+
+def size(value):
+    """A number of bytes, given as such or as text like 500MB or 1.5GB.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*([MG]B?)?", str(value).strip(), re.IGNORECASE)
+    if found is None or isinstance(value, (bool, float)):
+        raise ConfigError(f"clear_cache_threshold is {value!r}; it must be bytes, such as 2000000000, 500MB or 2GB.")
+    return int(float(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[(found[2] or "").upper().rstrip("B")])
 
 
 def nearest(word, known):
@@ -128,6 +150,7 @@ REFERENCE_OPTIONS = (
         str,
         "Folder or Hugging Face repo of the reference policy; by default it is the model as training finds it",
         group="reference",
+        keep=True,
     ),
     Option(
         "reference_batch_size",
@@ -162,6 +185,7 @@ STEP_OPTIONS = (
         bool,
         "Compute a prompt once for both its responses, where the model allows it",
         group="step",
+        keep=True,
     ),
     Option(
         "compile",
@@ -178,6 +202,7 @@ STEP_OPTIONS = (
         low=0,
         open=("low",),
         group="step",
+        keep=True,
     ),
     Option(
         "resume",
@@ -189,6 +214,88 @@ STEP_OPTIONS = (
 )
 
 RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS
+
+# mlx-lm's own keys, in the order of a run, with its defaults: it takes any value and fails later.
+UPSTREAM_OPTIONS = (
+    Option("model", "", str, "folder or Hugging Face repo of the model; a quantized one is trained as QLoRA"),
+    Option("train", False, bool, "train"),
+    Option("test", False, bool, "score the test set, after training if there is any"),
+    Option("data", "", str, "folder with train.jsonl, valid.jsonl and test.jsonl, or a Hugging Face data set"),
+    Option("adapter_path", "adapters", str, "folder that the run writes to, and reads from with test alone or resume"),
+    Option(
+        "fine_tune_type",
+        "lora",
+        str,
+        "LoRA, DoRA, or the weights themselves",
+        choices=("lora", "dora", "full"),
+        keep=True,
+    ),
+    Option("num_layers", 16, int, "train the last so many layers; -1 takes all", low=-1),
+    Option(
+        "lora_parameters",
+        None,
+        dict,
+        "scale multiplies the low-rank product; keys name the layers",
+        allowed="rank, scale, dropout, keys",
+        keep=True,
+    ),
+    Option("batch_size", 4, int, "pairs in a batch, over all workers", low=1, keep=True),
+    Option("iters", 1000, int, "batches to train on", low=1),
+    Option("grad_accumulation_steps", 1, int, "batches an update", low=1, keep=True),
+    Option("learning_rate", 1e-5, float, "the optimizer's, where there is no lr_schedule", low=0, keep=True),
+    Option(
+        "lr_schedule",
+        None,
+        dict,
+        "a schedule of MLX; its numbers count updates",
+        allowed="name, arguments, warmup, warmup_init",
+        keep=True,
+    ),
+    Option("optimizer", "adam", str, "the optimizer", choices=("adam", "adamw", "muon", "sgd", "adafactor"), keep=True),
+    Option(
+        "optimizer_config",
+        None,
+        dict,
+        "arguments of the optimizer besides the learning rate",
+        allowed="an object for each optimizer",
+        keep=True,
+    ),
+    Option(
+        "seed",
+        0,
+        int,
+        "of the adapters' initial values, the order of the batches, and dropout",
+        low=0,
+        high=2**32 - 1,
+        keep=True,
+    ),
+    Option(
+        "max_seq_length",
+        2048,
+        int,
+        "tokens of a prompt with its longer response; what is longer is cut",
+        low=2,
+        keep=True,
+    ),
+    Option("grad_checkpoint", False, bool, "compute each layer again in the backward pass: less memory, more time"),
+    Option(
+        "clear_cache_threshold",
+        0,
+        size,
+        "free MLX's cache when it is larger; 0: larger than the peak memory so far",
+        allowed="bytes",
+    ),
+    Option("val_batches", 25, int, "batches of a validation; -1 takes the whole set, 0 leaves validation out", low=-1),
+    Option("test_batches", 500, int, "batches of the test; -1 takes the whole set", low=-1),
+    Option("steps_per_report", 10, int, "batches from one report to the next", low=1),
+    Option("steps_per_eval", 200, int, "batches from one validation to the next", low=1),
+    Option("save_every", 100, int, "batches from one checkpoint to the next", low=1),
+    Option("resume_adapter_file", None, str, "adapters to start from; they belong to the reference"),
+    Option("report_to", None, str, "send the reports there too", allowed="wandb, swanlab, or both with a comma"),
+    Option("project_name", None, str, "the project's name there"),
+    Option("trust_remote_code", False, bool, "run code that comes with the model or tokenizer"),
+    Option("mask_prompt", False, bool, "not read in preference training, which scores responses only"),
+)
 
 
 def is_preference(loss_type):

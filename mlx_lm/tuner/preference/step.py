@@ -1,6 +1,5 @@
 """The training step of a preference run: logps, loss, gradient, accumulation, update."""
 
-from collections import Counter
 from functools import cached_property
 
 import mlx.core as mx
@@ -11,8 +10,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..losses import PairLogps, wpo_weights
 from .batches import as_batch
-from .lean import lean_attentions, lean_layers
-from .modules import parameters_in
+from .layers import lean_layers, parameters_in
 
 # What is summed over pairs, in this order; TRL's names.
 FIGURES = (
@@ -27,10 +25,6 @@ FIGURES = (
 
 # Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
 ROUNDING = 2e-6
-
-# To compile a step for a shape takes about as long as two compiled steps save, measured on an H200: a shape that comes
-# but once in an epoch should not be compiled.
-VISITS_UNCOMPILED = 1
 
 
 class Objective:
@@ -73,7 +67,7 @@ class Objective:
             mx.stop_gradient(pairs.policy_rejected),
         )
         sums = [mx.stop_gradient(loss), *((figure * batch.counts).sum() for figure in figures)]
-        return loss, mx.stack([*sums, batch.counts.sum(), batch.tokens.astype(mx.float32)])
+        return loss, mx.stack([*sums, batch.counts.sum(), batch.ntoks.astype(mx.float32)])
 
     def _order(self, margins, pairs):
         """The margins' signs, 0 for a tie, which is a coin toss.
@@ -121,7 +115,7 @@ class Step:
     Args:
         model, optimizer: what is trained.
         objective: an `Objective`.
-        compiled: whether to compile the step: the update, and the gradient of batches whose shape comes often.
+        compiled: whether to compile the step, once for each shape of a batch.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
     """
 
@@ -131,8 +125,6 @@ class Step:
         self.max_grad_norm = max_grad_norm
         self._value_and_grad = nn.value_and_grad(model, lambda _, *inputs: objective(*inputs, gradient=True))
         self.compiled = compiled
-        self._visits = Counter()  # of each shape of a batch
-        self.was_compiled = False  # whether the last gradient was
         self.accumulated = None  # (gradient, number of pairs) of the batches since the last update
 
     def __call__(self, batch, reference, update):
@@ -142,9 +134,7 @@ class Step:
             `(sums, gradient norm)`: `Objective`'s sums, and the mean gradient's norm before clipping, None
             where there was no update. Nothing is evaluated yet.
         """
-        self.was_compiled = self.compiled and self.visit(batch) > VISITS_UNCOMPILED
-        take = self._compiled_gradient if self.was_compiled else self._take_gradient
-        sums, gradient = take(batch, reference)
+        sums, gradient = self.gradient(batch, reference)
         pairs = sums[len(FIGURES)]
         if self.accumulated is not None:
             gradient = tree_map(lambda new, old: new + old, gradient, self.accumulated[0])
@@ -155,11 +145,9 @@ class Step:
         self.accumulated = None
         return sums, (self._compiled_update if self.compiled else self._update)(gradient, pairs)
 
-    def visit(self, batch):
-        """Count a batch, a resumed run the earlier ones too, and return how often there was one of its shape."""
-        shape = tuple(value.shape for _, value in tree_flatten(batch))
-        self._visits[shape] += 1
-        return self._visits[shape]
+    def gradient(self, batch, reference):
+        """`(sums, gradient)` of a batch: `Objective`'s sums, and the gradient of the loss summed over pairs."""
+        return (self._compiled_gradient if self.compiled else self._take_gradient)(batch, reference)
 
     # Compiled when first used: what they change is only then what it will be.
 
@@ -178,7 +166,7 @@ class Step:
     def _take_gradient(self, batch, reference):
         batch = as_batch(batch)
         # Around the backward pass too, for layers that it computes again. MLX leaves its tracers in the model.
-        with lean_layers(self.model), lean_attentions(), parameters_in(self.model, self.model.trainable_parameters()):
+        with lean_layers(self.model), parameters_in(self.model, self.model.trainable_parameters()):
             (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
         return sums, gradient
 

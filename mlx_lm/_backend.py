@@ -1,4 +1,4 @@
-"""On Linux without a GPU, load a fast BLAS before MLX does.
+"""What MLX's backends read before they start: a fast BLAS on a Linux CPU, and settings of CUDA that suit training.
 
 MLX's CPU package for Linux is linked against the reference BLAS, some forty times slower in float32 products
 than OpenBLAS or MKL. Symbols loaded first win, so loading one of these before MLX is all it takes.
@@ -6,6 +6,7 @@ than OpenBLAS or MKL. Symbols loaded first win, so loading one of these before M
 
 import ctypes
 import ctypes.util
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -18,9 +19,16 @@ LATE = (
     "MLX was imported before mlx_lm and multiplies with its slow built-in BLAS: import mlx_lm first, or start Python "
     "with LD_PRELOAD={}; that is some forty times faster."
 )
+CUDA_SETTINGS = {
+    # A graph of kernels is made anew for each shape, which takes longer than to launch the kernels one by one.
+    "MLX_USE_CUDA_GRAPHS": "0",
+    # Plans of fused attention, one a shape; they are kept in host memory.
+    "MLX_CUDA_SDPA_CACHE_SIZE": "512",
+    "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "512",
+}
 
 
-def concerns_this_machine():
+def is_linux_cpu():
     """Whether MLX computes on the CPU of a Linux machine here."""
     return sys.platform == "linux" and not any(map(_installed, ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")))
 
@@ -38,7 +46,7 @@ def load_fast_blas():
     Returns:
         The library's name, or None.
     """
-    if "mlx.core" in sys.modules or not concerns_this_machine():
+    if "mlx.core" in sys.modules or not is_linux_cpu():
         return None
     for name in LIBRARIES:
         try:
@@ -49,9 +57,9 @@ def load_fast_blas():
     return None
 
 
-def hint():
+def slow_blas_hint():
     """One line that says how to get a fast BLAS, or None where one is in use or it does not matter."""
-    if not concerns_this_machine():
+    if not is_linux_cpu():
         return None
     with open("/proc/self/maps") as maps:
         loaded = maps.read()
@@ -59,3 +67,9 @@ def hint():
         return None
     found = ctypes.util.find_library("openblas") or ctypes.util.find_library("mkl_rt")
     return LATE.format(found) if found else HINT
+
+
+def set_cuda_for_training():
+    """Put CUDA_SETTINGS into the environment, where MLX reads them at its first computation; what is set stays."""
+    for name, value in CUDA_SETTINGS.items():
+        os.environ.setdefault(name, value)

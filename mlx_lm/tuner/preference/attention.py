@@ -1,0 +1,290 @@
+"""Attention of a batch's sequences, through mlx-lm's own cache protocol; and attention that keeps no scores.
+
+A packed batch runs all its tokens as sequences of one token, each prompt's once. What tells sequences apart are
+positions and attention, and mlx-lm's models leave both to their cache: `PackedCache` answers with each token's position
+in its own sequence, and gathers each sequence's queries and keys before it attends.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ...models.base import create_causal_mask
+
+# MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
+CUDA_TILE = 128
+# Where there is none, a query's scores are kept for each key. With so many keys a head's dimension they are more than
+# what it takes to compute them again, which is done for so many scores at a time.
+KEYS_A_DIMENSION = 4
+BLOCK_SCORES = 2**23
+
+
+def on_cuda():
+    """Whether the default device is a GPU of NVIDIA's."""
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
+
+
+class Part(NamedTuple):
+    """K sequences for attention, of which the last Q of T positions ask: each attends up to its own.
+
+    Attributes:
+        queries, keys: `(K, Q)` and `(K, T)` int32, which token of the batch stands there; any one behind the end.
+    """
+
+    queries: mx.array
+    keys: mx.array
+
+
+class Layout(NamedTuple):
+    """Where the N tokens of a packed batch belong; -1 stands for nowhere.
+
+    Attributes:
+        places: `(N,)` int32, each token's position in its own sequence.
+        parts: a tuple of `Part`s; queries and keys are numbered from the first part's to the last's.
+        outputs: `(N,)` int32, the query whose output is the token's.
+        answered: `(number of queries,)` int32, the token whose output a query's is.
+        uses: `(R, N)` int32, the keys that are the token: a prompt's tokens are keys of both its sequences.
+    """
+
+    places: mx.array
+    parts: tuple
+    outputs: mx.array
+    answered: mx.array
+    uses: mx.array
+
+
+@dataclass(frozen=True)
+class Window:
+    """In a mask's place: causal, and no farther back than so many tokens."""
+
+    size: int
+
+
+def make_layout(length, sequences, widths):
+    """The `Layout` of a packed batch.
+
+    Args:
+        length: N, its tokens, padding included.
+        sequences: 2B int arrays, the numbers of each sequence's tokens; sequence i and B + i begin with one prompt's.
+        widths: `[(rows, first, T)]`, a part each: which sequences, from which position on they ask, and to how many
+            positions they are padded. A token has to ask in one of them.
+    """
+    places, outputs = np.zeros(length, np.int32), np.full(length, -1, np.int32)
+    uses, used = np.full((2, length), -1, np.int32), np.zeros(length, np.int32)
+    parts, answered, queries_before, keys_before = [], [], 0, 0
+    for rows, first, width in widths:
+        keys = np.zeros((len(rows), width), np.int32)
+        answers = np.full((len(rows), width - first), -1, np.int32)
+        for i, row in enumerate(rows):
+            tokens = sequences[row]
+            keys[i, : len(tokens)] = tokens
+            places[tokens] = np.arange(len(tokens))
+            uses[used[tokens], tokens] = keys_before + i * width + np.arange(len(tokens))
+            used[tokens] += 1
+            # Both sequences of a pair may ask for a prompt's token; the first one's answer is taken.
+            new = first + np.flatnonzero(outputs[tokens[first:]] < 0)
+            answers[i, new - first] = tokens[new]
+            outputs[tokens[new]] = queries_before + i * (width - first) + new - first
+        parts.append(Part(mx.array(keys[:, first:]), mx.array(keys)))
+        answered.append(answers.ravel())
+        queries_before, keys_before = queries_before + answers.size, keys_before + keys.size
+    arrays = (outputs, np.concatenate(answered), uses)
+    return Layout(mx.array(places), tuple(parts), *map(mx.array, arrays))
+
+
+class RowCache:
+    """In a layer's cache's place where rows are sequences: keeps nothing, and attends without keeping scores."""
+
+    offset = 0
+
+    def update_and_fetch(self, keys, values):
+        """The keys and values as they are."""
+        return keys, values
+
+    def make_mask(self, N, return_array=False, window_size=None):
+        """What upstream answers where there is no cache."""
+        if N == 1 and not return_array:
+            return None
+        if return_array or (window_size and window_size < N):
+            return create_causal_mask(N, window_size=window_size)
+        return "causal"
+
+    def attend(self, queries, keys, values, scale, mask, sinks):
+        """As `base.scaled_dot_product_attention`."""
+        return attention(queries, keys, values, scale, mask, sinks)
+
+
+class PackedCache:
+    """In every layer's cache's place on a packed batch of N sequences of one token.
+
+    Args:
+        layout: a `Layout`.
+    """
+
+    def __init__(self, layout):
+        self.offset = layout.places
+        self._shapes = [(*part.queries.shape, part.keys.shape[1]) for part in layout.parts]
+        self._queries = mx.concatenate([part.queries.reshape(-1) for part in layout.parts])
+        self._keys = mx.concatenate([part.keys.reshape(-1) for part in layout.parts])
+        self._outputs = mx.maximum(layout.outputs, 0)
+        self._from_outputs, self._from_answered, self._from_uses = (
+            [(mx.maximum(row, 0), (row >= 0)[:, None, None]) for row in index]
+            for index in (layout.outputs[None], layout.answered[None], layout.uses)
+        )
+
+    def update_and_fetch(self, keys, values):
+        """The keys and values as they are: `attend` finds each sequence's."""
+        return keys, values
+
+    def make_mask(self, N, return_array=False, window_size=None):
+        """What `attend` reads; a mask to compute with cannot be had."""
+        return "causal" if window_size is None else Window(window_size)
+
+    def attend(self, queries, keys, values, scale, mask, sinks):
+        """Attention of each sequence within itself.
+
+        Args:
+            queries, keys, values: `(N, H, 1, D)`; keys and values may have fewer heads.
+            scale, sinks: as for `mx.fast.scaled_dot_product_attention`.
+            mask: what `make_mask` gave.
+
+        Returns:
+            `(N, H, 1, D)`.
+
+        Raises:
+            ValueError: the mask is another, or there is more than one token a row.
+        """
+        if not (mask == "causal" or isinstance(mask, Window)) or queries.shape[2] != 1 or keys.shape[2] != 1:
+            raise ValueError("a packed batch has no mask, and no rows, of a model's own")
+        columns = [
+            self._split(gathered(queries.squeeze(2), self._queries, self._from_outputs), 1),
+            *(self._split(gathered(x.squeeze(2), self._keys, self._from_uses), 2) for x in (keys, values)),
+        ]
+        out = []
+        for inputs, (_, length, whole) in zip(zip(*columns, strict=True), self._shapes, strict=True):
+            seen = mask
+            if isinstance(mask, Window):
+                before = whole - length
+                seen = create_causal_mask(length, before, window_size=mask.size) if whole > mask.size else "causal"
+            out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2).flatten(0, 1))
+        out = mx.concatenate(out) if len(out) > 1 else out[0]
+        return gathered(out, self._outputs, self._from_answered)[:, :, None]
+
+    def _split(self, x, column):
+        """The parts' `(K, H, T, D)` of `x` `(number of queries or keys, H, D)`."""
+        sizes = [shape[0] * shape[column] for shape in self._shapes]
+        parts = mx.split(x, np.cumsum(sizes)[:-1].tolist()) if len(sizes) > 1 else [x]
+        shapes = [(shape[0], shape[column], *x.shape[1:]) for shape in self._shapes]
+        return [part.reshape(shape).swapaxes(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def gathered(x, index, sources):
+    """`x[index]`, whose gradient is gathered too: faster than scattered, and the same at every run.
+
+    Args:
+        x: `(N, H, D)`.
+        index: `(M,)` int, what is taken.
+        sources: pairs of `(N,)` int and `(N, 1, 1)` bool: entry n of x was taken as that entry of the result, where
+            it is true. Where an entry was taken more often, the gradients of the others are zero.
+
+    Returns:
+        `(M, H, D)`.
+    """
+
+    @mx.custom_function
+    def gather(x):
+        return _taken(x, index)
+
+    @gather.vjp
+    def backward(x, slope, _):
+        return sum(mx.where(known, _taken(slope, source), 0) for source, known in sources)
+
+    return gather(x)
+
+
+def _taken(x, index):
+    """`x[index]` of `(N, H, D)`, in words of eight bytes where they fit: MLX takes as long for a word of two."""
+    if x[0].nbytes % 8:
+        return x[index]
+    return x.reshape(len(x), -1).view(mx.uint64)[index].view(x.dtype).reshape(-1, *x.shape[1:])
+
+
+def attention(queries, keys, values, scale, mask=None, sinks=None):
+    """MLX's attention with a backward pass that is right, and keeps no score for each query and key.
+
+    Args:
+        queries, keys, values, scale, mask, sinks: as for `mx.fast.scaled_dot_product_attention`.
+    """
+    call = partial(mx.fast.scaled_dot_product_attention, scale=scale, sinks=sinks)
+    causal = isinstance(mask, str)
+    half, narrow = queries.dtype in (mx.float16, mx.bfloat16), max(queries.shape[3], values.shape[3]) <= 128
+    if on_cuda() and half and narrow:
+        return tokens_first(call(queries, keys, values, mask=mask))
+    # Sinks, and masks of numbers, may have gradients of their own.
+    plain = sinks is None and (mask is None or causal or mask.dtype == mx.bool_)
+    if plain and keys.shape[2] > KEYS_A_DIMENSION * queries.shape[3]:
+        return _blocked(call, queries, keys, values, mask)
+    return call(queries, keys, values, mask=mask)
+
+
+@mx.custom_function
+def tokens_first(x):
+    """`x` `(B, H, T, D)`, whose gradient is laid out as `(B, T, H, D)` however it comes.
+
+    MLX on CUDA keeps the plan of attention's backward pass under the layouts of queries, keys and values, not that of
+    the output's gradient: with two layouts of it for one shape, the second one's gradients are wrong. Upstream's models
+    give it this one.
+    """
+    return x
+
+
+@tokens_first.vjp
+def _tokens_first_vjp(x, slope, _):
+    return mx.contiguous(slope.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def _blocked(call, queries, keys, values, mask):
+    """Attention in blocks of queries, each computed again in the backward pass."""
+    batch, heads, length, _ = queries.shape
+    whole = keys.shape[2]
+    size = max(32, BLOCK_SCORES // (batch * heads * whole))
+    causal = isinstance(mask, str)
+    spans = [(start, min(start + size, length)) for start in range(0, length, size)]
+
+    def block(queries, keys, values, start, stop):
+        whole_mask = mask is None or causal or mask.ndim < 2 or mask.shape[-2] == 1
+        return call(queries, keys, values, mask=mask if whole_mask else mask[..., start:stop, :])
+
+    def seen(stop):
+        """How many keys a block's queries may attend to: the last query to the last key."""
+        return whole - length + stop if causal else whole
+
+    @mx.custom_function
+    def blocks(queries, keys, values):
+        parts = []
+        for start, stop in spans:
+            own = queries[:, :, start:stop]
+            if parts:
+                own = mx.depends([own], [parts[-1]])[0]
+            parts.append(block(own, keys[:, :, : seen(stop)], values[:, :, : seen(stop)], start, stop))
+        return mx.concatenate(parts, axis=2)
+
+    @blocks.vjp
+    def backward(inputs, cotangent, _):
+        queries, keys, values = inputs
+        slopes, sums = [], [mx.zeros(x.shape) for x in (keys, values)]
+        for start, stop in spans:
+            own, slope = mx.depends([queries[:, :, start:stop], cotangent[:, :, start:stop]], sums)
+            others = [x[:, :, : seen(stop)] for x in (keys, values)]
+            _, (first, *rest) = mx.vjp(partial(block, start=start, stop=stop), [own, *others], [slope])
+            slopes.append(first)
+            after = [(0, 0), (0, 0), (0, whole - seen(stop)), (0, 0)]
+            sums = [total + mx.pad(x.astype(mx.float32), after) for total, x in zip(sums, rest, strict=True)]
+            # Left for later, the queries' gradients would keep each block's scores.
+            sums = mx.depends(sums, [first])
+        return mx.concatenate(slopes, axis=2), *(total.astype(keys.dtype) for total in sums)
+
+    return blocks(queries, keys, values)

@@ -1,0 +1,268 @@
+"""Layers that compute what mlx-lm's do with less work, and what is done to a model's modules from outside."""
+
+from contextlib import ExitStack, contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ...models.activations import recomputed_activations
+from ..lora import LoRALinear
+from .attention import PackedCache, RowCache, Window
+from .options import ConfigError
+from .recurrent import chunked_recurrences
+
+STATELESS = (PackedCache, RowCache, Window)
+
+
+class LeanLoRALinear(LoRALinear):
+    """A `LoRALinear` whose low-rank product is in the input's dtype and added within the product.
+
+    Upstream's multiplies half-precision inputs by float32 matrices, which makes a float32 copy of every input
+    and of every output; the matrices themselves stay float32 here too, and so does what the optimizer sees.
+    """
+
+    def __call__(self, x):
+        lora_a, lora_b = self.lora_a.astype(x.dtype), (self.scale * self.lora_b).astype(x.dtype)
+        dropped = self.dropout(x)
+        if dropped is x and not self.linear.trainable_parameters():
+            out = _adapted_product(self.linear, x.reshape(-1, x.shape[-1]), lora_a, lora_b)
+            return out.reshape(*x.shape[:-1], out.shape[-1])
+        return mx.addmm(self.linear(x), dropped @ lora_a, lora_b)
+
+
+def _adapted_product(linear, x, lora_a, lora_b):
+    """`linear(x) + x @ lora_a @ lora_b`, `(N, out)`, with a backward pass that reads large arrays seldom.
+
+    MLX evaluates gradients of parameters last and keeps what they need until then: here the gradient that is passed on
+    waits for them.
+
+    Args:
+        linear: a frozen layer.
+        x: `(N, in)`.
+        lora_a, lora_b: `(in, rank)` and `(rank, out)`.
+    """
+
+    @mx.custom_function
+    def product(lora_a, lora_b, x):
+        low = x @ lora_a
+        return mx.addmm(linear(x), low, lora_b), low
+
+    @product.vjp
+    def backward(arrays, cotangents, outputs):
+        (lora_a, lora_b, x), (slope, _), (_, low) = arrays, cotangents, outputs
+        low_slope = slope @ lora_b.T
+        own = [x.T @ low_slope, low.T @ slope]
+        slope, low_slope = mx.depends([slope, low_slope], own)
+        _, (passed_on,) = mx.vjp(linear, [x], [slope])
+        return *own, mx.addmm(passed_on, low_slope, lora_a.T)
+
+    return product(lora_a, lora_b, x)[0]
+
+
+class UnpackedLinear(nn.QuantizedLinear):
+    """A `QuantizedLinear` that unpacks its weights for each product.
+
+    On a CPU MLX multiplies packed weights some thirty times slower than a BLAS does unpacked ones.
+    """
+
+    def __call__(self, x):
+        out = _unpacked_product(self, x)
+        return out + self["bias"] if "bias" in self else out
+
+
+class UnpackedEmbedding(nn.QuantizedEmbedding):
+    """The same for an embedding that is the output head too."""
+
+    def as_linear(self, x):
+        return _unpacked_product(self, x)
+
+
+def _unpacked_product(module, x):
+    """`x` `(..., in)` times a module's weights, `(..., out)`; one module's at a time are unpacked, in both passes."""
+
+    def weight(after):
+        """`(out, in)`, float32, unpacked once there is `after`."""
+        names = [name for name in ("weight", "scales", "biases") if name in module]
+        packed = mx.depends([module[name] for name in names], [after])
+        settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        return mx.dequantize(*packed, **settings).astype(mx.float32)
+
+    @mx.custom_function
+    def product(x):
+        return (x.astype(mx.float32) @ weight(x).T).astype(x.dtype)
+
+    @product.vjp
+    def backward(x, slope, _):
+        return (slope.astype(mx.float32) @ weight(slope)).astype(x.dtype)
+
+    return product(x)
+
+
+@contextmanager
+def lean_layers(model):
+    """Within the context, the model's layers are lean ones where there are; their parameters are untouched."""
+    lean = {LoRALinear: LeanLoRALinear}
+    if mx.default_device() != mx.gpu:
+        lean |= {nn.QuantizedLinear: UnpackedLinear, nn.QuantizedEmbedding: UnpackedEmbedding}
+    layers = [(module, type(module)) for module in model.modules() if type(module) in lean]
+    for module, original in layers:
+        module.__class__ = lean[original]
+    try:
+        with recomputed_activations(), chunked_recurrences(model):
+            yield
+    finally:
+        for module, original in layers:
+            module.__class__ = original
+
+
+@contextmanager
+def intercepted(module, method, replacement):
+    """Within the context, this one module's `method` is `replacement(module, ...)`.
+
+    The module's class is exchanged, not the module: the tree of parameters stays as it is.
+    """
+    original = type(module)
+    module.__class__ = exchanged = type(original.__name__, (original,), {method: replacement})
+    try:
+        yield
+    finally:
+        module.__class__ = original
+        # A class is only freed when cycles are collected, and until then keeps the arrays that its methods hold.
+        delattr(exchanged, method)
+
+
+@contextmanager
+def evaluating(model):
+    """Within the context, the model is in evaluation mode: no dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # A module comes before what it holds, so that a part in another mode than the whole gets it back.
+        for module, training in modes:
+            if module.training != training:
+                module.train(training)
+
+
+@contextmanager
+def parameters_in(module, parameters):
+    """Within the context, the trainable parameters of `module` are these."""
+    kept = module.trainable_parameters()
+    module.update(parameters)
+    try:
+        yield
+    finally:
+        module.update(kept)
+
+
+@contextmanager
+def drawing_from(key):
+    """Within the context, dropout draws what it would if MLX's random state, which cannot be set, were `key`."""
+    original = mx.random.bernoulli
+
+    def bernoulli(*args, **kwargs):
+        nonlocal key
+        key, own = mx.random.split(key)
+        return original(*args, **kwargs | {"key": own})
+
+    mx.random.bernoulli = bernoulli
+    try:
+        yield
+    finally:
+        mx.random.bernoulli = original
+
+
+def layers_of(model):
+    """The model's layers, each once; none where it does not name them."""
+    layers = {id(layer): layer for layer in getattr(model, "layers", []) if layer is not None}
+    return list(layers.values())
+
+
+def is_float32(model):
+    """Whether no floating parameter of the model is narrower than float32."""
+    parameters = (value for _, value in tree_flatten(model.parameters()))
+    return all(value.dtype == mx.float32 for value in parameters if mx.issubdtype(value.dtype, mx.floating))
+
+
+@contextmanager
+def checkpointed_layers(model):
+    """Within the context, each layer's activations are computed again in the backward pass.
+
+    Raises:
+        ConfigError: the model does not name its layers.
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise ConfigError("grad_checkpoint computes layer by layer, and this model has no `layers`; leave it out.")
+    with ExitStack() as stack:
+        # The backward pass begins with the last one: to compute that again at once would save nothing.
+        for layer in layers[:-1]:
+            stack.enter_context(intercepted(layer, "__call__", _checkpointed(type(layer).__call__)))
+        yield
+
+
+def _checkpointed(call):
+    def checkpointed(layer, *args, **kwargs):
+        leaves = tree_flatten([args, kwargs])
+        if any(_keeps_state(x) for _, x in leaves):
+            # What a layer leaves in an object has no gradient once the layer is computed again.
+            return call(layer, *args, **kwargs)
+        # MLX refuses to look for a gradient where an integer array is an index.
+        names = [name for name, x in leaves if isinstance(x, mx.array) and mx.issubdtype(x.dtype, mx.floating)]
+        outputs = []
+
+        def run(*arrays):
+            given = dict(zip(names, arrays, strict=True))
+            # An empty dict leaves no trace in the leaves.
+            args, kwargs = [*tree_unflatten([(name, given.get(name, x)) for name, x in leaves]), {}][:2]
+            outputs.append(tree_flatten([call(layer, *args, **kwargs)]))
+            return [x for _, x in outputs[-1] if isinstance(x, mx.array)]
+
+        found = iter(recomputed(layer, run)(*(x for name, x in leaves if name in names)))
+        (out,) = tree_unflatten([(name, next(found) if isinstance(x, mx.array) else x) for name, x in outputs[0]])
+        return out
+
+    return checkpointed
+
+
+def _keeps_state(value):
+    """Whether a layer may leave arrays in `value`, as in a cache of upstream's."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, STATELESS)
+
+
+def recomputed(module, function):
+    """`function`, whose activations are not kept but computed again in the backward pass.
+
+    MLX's checkpoint waits for the function's own output before it computes again; here the second run waits for
+    the gradient to arrive, without which every layer could run again before the first is done with. The gradient
+    reaches the trainable parameters of `module` too, which are in their places again afterwards, and the second
+    run draws the dropout of the first.
+
+    Args:
+        module: what holds the parameters that `function` uses.
+        function: takes arrays and returns a list of arrays; one that it returned twice would lose a gradient.
+    """
+    key = mx.random.state[0]
+    parameters = tree_flatten(module.trainable_parameters())
+    names, values = [name for name, _ in parameters], [value for _, value in parameters]
+
+    def run(*arrays):
+        with parameters_in(module, tree_unflatten(list(zip(names, arrays, strict=False)))):
+            return function(*arrays[len(names) :])
+
+    @mx.custom_function
+    def once(*arrays):
+        return tuple(run(*arrays))
+
+    @once.vjp
+    def again(arrays, cotangents, _):
+        # MLX divides by zero where it has to compute the gradient of an empty array.
+        arrays = mx.depends(list(arrays), [cotangent for cotangent in cotangents if cotangent.size])
+        with drawing_from(key):
+            _, slopes = mx.vjp(run, arrays, list(cotangents))
+        own, passed_on = slopes[: len(names)], slopes[len(names) :]
+        return (*own, *(mx.depends(passed_on, own) if own else passed_on))
+
+    return lambda *inputs: once(*values, *inputs)

@@ -1,0 +1,143 @@
+"""Reference logps on disk, an entry for each reference policy: its rows found by a digest of their tokens."""
+
+import hashlib
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..._version import __version__
+from ...cli_ui import rprint
+from .files import replace_file
+
+# Part of every fingerprint: raise it whenever the way that logps are computed changes.
+FORMAT = 3
+ROW_BYTES = 16 + 4 * 4  # a row's key and its four float32 values
+# An entry of the cache, or one that a process is still writing or was stopped at: nothing else is ever deleted.
+ENTRY = re.compile(r"[0-9a-f]{32}\.npz|\.[0-9a-f]{32}\.\d+\.npz")
+CHECKSUM_WORDS = 2**22  # words in one part of a checksum: its temporaries take some 100 MB
+
+
+def row_key(pair):
+    """A 16-byte digest of a pair's tokens and lengths."""
+    lengths = [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
+    tokens = np.array([*lengths, *pair.prompt, *pair.chosen, *pair.rejected], np.int64)
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def fingerprint(model):
+    """A digest of all that a model's logps depend on: weights, configuration, device, library versions.
+
+    LoRA matrices whose product is zero are left out: they change nothing yet.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    device = mx.device_info().get("device_name", str(mx.default_device()))
+    config = getattr(model, "args", None) or getattr(model, "config", None)
+    digest.update(repr([FORMAT, device, mx.__version__, __version__, config]).encode())
+    adapters = {}
+    for name, module in model.named_modules():
+        if "lora_b" in module:
+            adapters[name] = any(mx.any(value != 0).item() for _, value in tree_flatten(module["lora_b"]))
+            if adapters[name]:
+                digest.update(repr((name, module.scale)).encode())
+    for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: item[0]):
+        if adapters.get(name.partition(".lora_")[0]) is False:
+            continue
+        # A base layer has one name whether or not an adapter wraps it.
+        module, _, leaf = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if last in ("linear", "embedding") and parent in adapters:
+            name = f"{parent}.{leaf}"
+        digest.update(repr((name, value.shape, str(value.dtype), checksum(value))).encode())
+    return digest.hexdigest()
+
+
+def checksum(array):
+    """Two 32-bit sums of an array's words, each mixed with its place: any one changed bit changes them.
+
+    Source: the multiplications and shifts are the finalizer of MurmurHash3 (Appleby), which maps words one to one.
+    """
+    words = mx.view(array.reshape(-1), mx.uint8 if array.nbytes % 4 else mx.uint32)
+    factors = [mx.array(factor, mx.uint32) for factor in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35)]
+    sums = mx.zeros((2,), mx.uint32)
+    for start in range(0, words.size, CHECKSUM_WORDS):
+        part = words[start : start + CHECKSUM_WORDS].astype(mx.uint32)
+        mixed = part ^ (mx.arange(start, start + part.size, dtype=mx.uint32) * factors[0])
+        mixed = (mixed ^ (mixed >> 16)) * factors[1]
+        mixed = (mixed ^ (mixed >> 13)) * factors[2]
+        sums = sums + mx.stack([mixed.sum(), (mixed ^ (mixed >> 16)).sum()])
+        # Part after part, so that the temporaries of only one are alive.
+        mx.eval(sums)
+    return sums.tolist()
+
+
+class Cache:
+    """Reference logps on disk, one file a fingerprint."""
+
+    def __init__(self, folder, name, size):
+        self.folder = Path(folder).expanduser()
+        self.name = name
+        self.path = self.folder / f"{name}.npz"
+        self.size = size
+
+    def read(self):
+        """`{row key: (4,) float32}`; empty where the entry is missing, damaged or not of this fingerprint."""
+        try:
+            with np.load(self.path, allow_pickle=False) as entry:
+                keys, values, digest = entry["keys"], entry["values"], entry["digest"].tobytes()
+        except FileNotFoundError:
+            return {}
+        except Exception as error:
+            # Whatever a damaged file raises, the remedy is the same: compute again.
+            rprint(f"[WARNING] The reference cache {self.path} cannot be read ({error}); it is computed again.")
+            return {}
+        sound = keys.shape[1:] == (16,) and keys.dtype == np.uint8 and values.shape == (len(keys), 4)
+        if not sound or digest != self._digest(keys, values) or not np.isfinite(values).all():
+            rprint(f"[WARNING] The reference cache {self.path} is damaged; it is computed again.")
+            return {}
+        # The time of use decides what goes first; a folder that cannot be written to is still good to read.
+        with suppress(OSError):
+            os.utime(self.path)
+        return {key.tobytes(): value for key, value in zip(keys, values, strict=True)}
+
+    def write(self, known):
+        """Replace the entry by the rows of `known`, the last ones where the folder's size does not hold them all."""
+        kept = min(len(known), int(self.size * 1e6 // ROW_BYTES))
+        if kept == 0 or mx.distributed.init().rank() != 0:
+            return
+        keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16)[-kept:]
+        values = np.array(list(known.values()), np.float32).reshape(-1, 4)[-kept:]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            digest = np.frombuffer(self._digest(keys, values), np.uint8)
+            replace_file(self.path, lambda path: np.savez(path, keys=keys, values=values, digest=digest))
+            self._drop_oldest()
+        except OSError as error:
+            rprint(f"[WARNING] The reference logps could not be kept in {self.folder} ({error}).")
+
+    def _drop_oldest(self):
+        """Delete the entries used longest ago until the folder fits its size."""
+        entries = []
+        for path in self.folder.iterdir():
+            # Another process may drop the same entries.
+            with suppress(FileNotFoundError):
+                if ENTRY.fullmatch(path.name):
+                    entries.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total > self.size * 1e6 and path != self.path:
+                total -= size
+                path.unlink(missing_ok=True)
+
+    def _digest(self, keys, values):
+        content = self.name.encode() + keys.tobytes() + np.ascontiguousarray(values, np.float32).tobytes()
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def default_cache_folder():
+    """Where reference logps are kept unless `reference_cache` says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_lm" / "reference_logps"

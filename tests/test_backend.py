@@ -1,0 +1,81 @@
+"""What MLX reads before it starts: a fast BLAS on Linux CPUs, and CUDA's settings for preference runs alone."""
+
+import os
+import subprocess
+import sys
+from ctypes.util import find_library
+from types import SimpleNamespace
+
+import pytest
+
+import mlx_lm.lora
+from mlx_lm import _backend
+from mlx_lm._backend import CUDA_SETTINGS, set_cuda_for_training
+from mlx_lm.tuner.preference.options import ConfigError
+
+
+def test_other_systems_and_gpus_are_left_alone(monkeypatch):
+    monkeypatch.setattr(_backend.sys, "platform", "darwin")
+    assert not _backend.is_linux_cpu() and _backend.slow_blas_hint() is None
+    monkeypatch.setattr(_backend.sys, "platform", "linux")
+    monkeypatch.setattr(_backend, "_installed", lambda package: package == "mlx-cuda-13")
+    assert not _backend.is_linux_cpu() and _backend.slow_blas_hint() is None
+
+
+def test_a_library_that_is_there_is_loaded_globally_and_once_mlx_is_there_nothing(monkeypatch):
+    loaded = []
+
+    def load(name, mode):
+        if name == _backend.LIBRARIES[0]:
+            raise OSError("no such library")
+        loaded.append((name, mode))
+
+    monkeypatch.setattr(_backend.ctypes, "CDLL", load)
+    monkeypatch.setattr(_backend, "is_linux_cpu", lambda: True)
+    assert _backend.load_fast_blas() is None and not loaded  # MLX is loaded in this process
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    assert _backend.load_fast_blas() == _backend.LIBRARIES[1]
+    assert loaded == [(_backend.LIBRARIES[1], _backend.ctypes.RTLD_GLOBAL)]
+
+
+def test_the_hint_names_the_remedy_exactly_where_no_library_was_loaded():
+    code = "import mlx_lm; from mlx_lm import _backend; print(_backend.slow_blas_hint())"
+    code += "; print(any(name in open('/proc/self/maps').read() for name in ('libopenblas', 'libmkl_rt')))"
+    if not _backend.is_linux_cpu():
+        return
+    told, found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )[:2]
+    assert (told == "None") == (found == "True")
+    assert found == "True" or "libopenblas0-pthread" in told
+
+
+def test_a_program_that_imports_mlx_first_is_told():
+    if not _backend.is_linux_cpu():
+        return
+    code = "import mlx.core; from mlx_lm import _backend; print(_backend.slow_blas_hint())"
+    alone = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=alone).stdout
+    library = find_library("openblas") or find_library("mkl_rt")
+    assert (f"LD_PRELOAD={library}" if library else "libopenblas0-pthread") in told
+
+
+@pytest.fixture
+def cuda_settings_unset(monkeypatch):
+    for name in CUDA_SETTINGS:
+        monkeypatch.setenv(name, "")  # so that it is taken back after the test
+        monkeypatch.delenv(name)
+
+
+def test_a_cuda_setting_that_is_set_already_stays(cuda_settings_unset, monkeypatch):
+    monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
+    set_cuda_for_training()
+    assert {name: os.environ[name] for name in CUDA_SETTINGS} == CUDA_SETTINGS | {"MLX_USE_CUDA_GRAPHS": "1"}
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "sft"])
+def test_only_a_preference_run_changes_cuda_settings(loss_type, cuda_settings_unset, tmp_path):
+    options = {"model": str(tmp_path / "none"), "data": str(tmp_path), "train": True, "loss_type": loss_type}
+    with pytest.raises((ConfigError, OSError, ValueError)):
+        mlx_lm.lora.run(SimpleNamespace(**{**mlx_lm.lora.CONFIG_DEFAULTS, **options}))
+    assert [name in os.environ for name in CUDA_SETTINGS] == [loss_type == "dpo"] * len(CUDA_SETTINGS)
