@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import HERE, own_environment, print_head, print_row, run_json, say
-from programs import NotRun, Training, count_lines, limited_data, machine, start_ours, start_trl, versions
+from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
 from records import Results, cell, mean_and_error
 
 FIGURES = {
@@ -98,7 +98,7 @@ def train(program, seed, options):
         "seconds": seconds,
         "machine": machine(),
         "versions": versions() if program == "ours" else versions(options.python_trl),
-        "command": " ".join(sys.argv),
+        "command": command_line(),
     }
 
 

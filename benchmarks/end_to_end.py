@@ -27,7 +27,7 @@ import tempfile
 from pathlib import Path
 
 from common import print_head, print_row, say
-from programs import NotRun, Training, count_lines, limited_data, machine, start_ours, start_trl, versions
+from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
 
 RUNS = {"ours": "ours", "trl": "TRL", "liger": "TRL, Liger"}
 
@@ -189,7 +189,7 @@ def main():
         found = {
             "machine": machine(),
             "versions": versions() | versions(options.python_trl),
-            "command": " ".join(sys.argv),
+            "command": command_line(),
             "rows": training.rows,
             "validation_rows": count_lines(Path(data) / "valid.jsonl"),
             "iters": training.iters,

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -263,6 +264,12 @@ def machine():
     cpus = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*:\s*(.*)$", cpus, re.MULTILINE)
     return f"{model[1] if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def command_line():
+    """This process's command, with files and folders by their own names."""
+    words = [Path(word).name if os.sep in word and not word.startswith("{") else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def versions(python=sys.executable):

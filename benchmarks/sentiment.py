@@ -1,6 +1,6 @@
 """The DPO paper's sentiment experiment, small: mean score against KL from the reference, as tables and a picture.
 
-    python benchmarks/sentiment.py --model FOLDER --out sentiment.json                   # a CPU, some ten minutes
+    python benchmarks/sentiment.py --model FOLDER --out sentiment.json                   # a CPU, ten to twenty minutes
     python benchmarks/sentiment.py --model FOLDER --out sentiment.json --setting gpu --jobs 6
     python benchmarks/sentiment.py --out sentiment.json --picture sentiment.png          # what the file holds
 
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import HERE, own_environment, print_head, print_row, run_json, say
-from programs import machine, versions
+from programs import command_line, machine, versions
 from records import Results, cell, mean_and_error
 
 # Name of a run in --runs: what it trains with.
@@ -105,7 +105,7 @@ def run_all(options, setting, results):
             say(f"{name}, seed {seed}: not run: {made['error']}")
             return False
         record = {"label": name, "seed": seed, "dtype": options.dtype, "settings": training | setting["evaluation"]}
-        results.add(record | made | {"machine": machine(), "versions": versions(), "command": " ".join(sys.argv)})
+        results.add(record | made | {"machine": machine(), "versions": versions(), "command": command_line()})
         last = made["points"][-1]
         say(f"{name}, seed {seed}: KL {last['kl']:.2f}, score {last['score']:.3f}: {last['sample'][:80]!r}")
         return True
@@ -145,12 +145,19 @@ def score_at(points, kl):
     return None
 
 
+def score_and_error(points):
+    """The mean score at a step and its standard error over the seeds, or of one seed over its prompts."""
+    score, error = mean_and_error([point["score"] for point in points])
+    return score, points[0]["score_error"] if error is None else error
+
+
 def print_points(runs):
     print_head("run", "step", "seeds", "KL, nats", "score", "tokens")
     for label, records in runs.items():
         for points in zip(*(record["points"] for record in records), strict=False):
-            columns = (cell([point[name] for point in points]) for name in ("kl", "score", "length"))
-            print_row(label, points[0]["iteration"], len(points), *columns)
+            kl, length = (cell([point[name] for point in points]) for name in ("kl", "length"))
+            score, error = score_and_error(points)
+            print_row(label, points[0]["iteration"], len(points), kl, f"{score:.4f} ± {error:.4f}", length)
 
 
 def print_scores_at(runs, divergences):
@@ -178,11 +185,11 @@ def draw(runs, path):
         place = [other for other in runs if kind_of(other) == kind_of(label)].index(label)
         steps = list(zip(*(record["points"] for record in records), strict=False))
         kl = [statistics.fmean(point["kl"] for point in points) for points in steps]
-        scores = [mean_and_error([point["score"] for point in points]) for points in steps]
+        scores = [score_and_error(points) for points in steps]
         axes.errorbar(
             kl,
             [mean for mean, _ in scores],
-            [error or 0 for _, error in scores],
+            [error for _, error in scores],
             color=f"C{kinds.index(kind_of(label))}",
             marker=markers[place % len(markers)],
             alpha=0.8,
