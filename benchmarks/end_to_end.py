@@ -14,6 +14,7 @@ valid.jsonl at the start, in the middle and at the end. Nothing is kept from an 
 - tokenizing and reference: until the pairs, and until the reference's logps of both splits are there
 - ms a step: of every fifty steps, validations left out, as the programs measure it
 - second half: pairs a second from the end of the middle validation to the start of the last one
+- processor s: of all cores, less sensitive to other work on the machine
 - arrays: the most that arrays or tensors held; of TRL on a CPU it is not known
 - held: the most GPU memory that was taken beyond what was in use before, or on a CPU the peak of resident memory
 """
@@ -105,6 +106,7 @@ def summary(training, watched, phases, steps, validations, peak_gb):
         "validation_seconds": [seconds for _, _, seconds, _ in validations],
         "validations": [{"iteration": i, **found} for i, _, _, found in validations],
         "whole_seconds": watched.seconds,
+        "cpu_seconds": watched.cpu_seconds,
         "arrays_gb": peak_gb,
         "held_gb": watched.held_gb,
         **figures,
@@ -138,6 +140,7 @@ def cells(result):
         "second half, pairs/s": f"{result['pairs_per_second']:.2f}",
         "validations, s": ", ".join(f"{seconds:.1f}" for seconds in result["validation_seconds"]),
         "whole, s": f"{result['whole_seconds']:.1f}",
+        "whole, processor s": f"{result['cpu_seconds']:.1f}",
         "arrays, GB": "-" if result["arrays_gb"] is None else f"{result['arrays_gb']:.2f}",
         "held, GB": f"{result['held_gb']:.2f}",
         "last validation: loss": f"{result['loss']:.4f}",

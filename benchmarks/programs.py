@@ -108,12 +108,14 @@ class Watched:
         lines: `(seconds since its start, text)` of each line of its output, without colours.
         started: seconds since 1970 at its start.
         seconds: till it had ended.
+        cpu_seconds: of the processor, all threads together.
         held_gb: the most memory that it held: of the GPU where there is one, else resident.
     """
 
     lines: list
     started: float
     seconds: float
+    cpu_seconds: float
     held_gb: float
 
     def moment(self, text):
@@ -200,7 +202,7 @@ def watch(command, environment, timeout=None, measure_memory=True):
     if process.returncode != 0:
         words = [line for line in said.splitlines() if line.strip()] or [line for _, line in lines]
         raise NotRun(f"exit status {process.returncode}: {words[-1] if words else 'nothing said'}")
-    return Watched(lines, started, seconds, held)
+    return Watched(lines, started, seconds, usage.ru_utime + usage.ru_stime, held)
 
 
 class GpuMemory:
