@@ -33,7 +33,7 @@ class MetricsFile(TrainingCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration] if iteration else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        replace_file(self.path, lambda path: Path(path).write_text(text))
+        replace_file(self.path, lambda file: file.write(text.encode()))
 
     def _write(self, report):
         # JSON has no word for what is not a number.
@@ -106,5 +106,5 @@ def plot_metrics(folder):
         if axes.lines:
             axes.legend(fontsize="small")
     path = Path(folder) / PLOT_FILE
-    replace_file(path, lambda name: figure.savefig(name, dpi=110))
+    replace_file(path, lambda file: figure.savefig(file, dpi=110))
     return path

@@ -12,7 +12,7 @@ import mlx.optimizers as optimizers
 import yaml
 
 from ..utils import build_schedule
-from .checkpoint import check_is_file, state_file
+from .checkpoint import check_is_file, state_files
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, nearest
@@ -152,8 +152,8 @@ def check_config(args):
         check_is_file(args.resume_adapter_file)
     if args.train:
         _check_folder(args.adapter_path)
-        if args.resume:
-            state_file(args.adapter_path)
+        if args.resume is True:
+            state_files(args.adapter_path)
     return loss
 
 
