@@ -7,13 +7,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
-from .batches import make_batch, pair_lengths, plan, reference_rows
+from .batches import filled, make_batch, pair_lengths, plan, reference_rows
 from .layers import evaluating
 from .logps import Scorer
 from .memory import trim_cache
 from .objective import loss_of
 from .options import ConfigError
-from .reference import Reference, reference_of
+from .reference import Reference, ample_tokens, reference_of
 from .step import FIGURES, Objective
 
 
@@ -82,20 +82,29 @@ def without_adapters(model):
 
 def mean_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
     """The means of FIGURES over `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
-    world = mx.distributed.init()
-    lengths = [pair_lengths(dataset[int(row)]) for row in rows]
-    totals = mx.zeros((len(FIGURES) + 2,))
-    arrangement = objective.scorer.arrangement
-    with evaluating(objective.scorer.model):
-        for places in plan(lengths, batch_size):
+    world, done = mx.distributed.init(), 0
+    lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
+    totals, scorer = mx.zeros((len(FIGURES) + 2,)), objective.scorer
+    if objective.loss.reads_batch:
+        batches = plan(lengths, batch_size)
+    else:
+        # A pair's loss is its own, so that batches may be as large as memory is ample for.
+        batches = filled(
+            lengths, world.size() * ample_tokens(scorer, int(lengths.sum(axis=1).max())), scorer.arrangement
+        )
+    with evaluating(scorer.model):
+        for places in batches:
             here = places[world.rank() :: world.size()]
             if len(here):
-                batch, *_ = make_batch([dataset[int(rows[place])] for place in here], arrangement)
+                batch, *_ = make_batch([dataset[int(rows[place])] for place in here], scorer.arrangement)
                 totals = totals + objective(batch, reference_rows(reference, here))[1]
                 mx.eval(totals)
                 trim_cache()
+            before, done = done, done + len(places)
             if progress_callback is not None:
-                progress_callback()
+                # As often as there are batches of `batch_size` pairs, which is what is waited for.
+                for _ in range(-(-done // batch_size) - -(-before // batch_size)):
+                    progress_callback()
     return means(totals)[0]
 
 

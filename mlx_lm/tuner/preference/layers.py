@@ -10,6 +10,7 @@ from ...models.activations import recomputed_activations
 from ..lora import LoRALinear
 from .attention import PackedCache, RowCache, Window
 from .options import ConfigError
+from .recurrent import chunked_recurrences
 
 STATELESS = (PackedCache, RowCache, Window)
 
@@ -101,18 +102,14 @@ def _unpacked_product(module, x):
 @contextmanager
 def lean_layers(model):
     """Within the context, the model's layers are lean ones where there are; their parameters are untouched."""
-    on_gpu = mx.default_device() == mx.gpu
     lean = {LoRALinear: LeanLoRALinear}
-    if not on_gpu:
+    if mx.default_device() != mx.gpu:
         lean |= {nn.QuantizedLinear: UnpackedLinear, nn.QuantizedEmbedding: UnpackedEmbedding}
     layers = [(module, type(module)) for module in model.modules() if type(module) in lean]
     for module, original in layers:
         module.__class__ = lean[original]
     try:
-        with ExitStack() as stack:
-            if on_gpu:
-                # A CPU is slower at the exponentials that would be computed again than at keeping them.
-                stack.enter_context(recomputed_activations())
+        with recomputed_activations(), chunked_recurrences(model):
             yield
     finally:
         for module, original in layers:

@@ -81,7 +81,7 @@ class Scorer:
             `RowLogps`.
         """
         with lean_layers(self.model):
-            states = self._states(batch)[batch.positions]
+            states = self._batch_states(batch)[batch.positions]
             if self.head is None:
                 logps, squares = logps_and_squares(states, batch.targets, alignment)
             else:
@@ -94,15 +94,18 @@ class Scorer:
             aligned = mx.where(own, mx.stop_gradient(logps) - squares, 0).sum(-1)
         return RowLogps(total, common, aligned)
 
-    def _states(self, batch):
-        """Hidden states `(N, D)` of all the batch's tokens, or logits `(N, V)` where there is no head."""
+    def states(self, tokens, cache=None):
+        """Hidden states `(B, T, D)` of tokens `(B, T)`, or logits `(B, T, V)` where there is no head."""
+        return self.head.hidden_states(tokens, cache) if self.head else _run(self.model, tokens, cache)
+
+    def _batch_states(self, batch):
+        """The same of all the batch's tokens, `(N, D)` or `(N, V)`."""
         cache = None
         if batch.layout:
             cache = [PackedCache(batch.layout)] * len(self._caches)
         elif self._caches is not None:
             cache = [RowCache() if plain else None for plain in self._caches]
-        states = self.head.hidden_states(batch.tokens, cache) if self.head else _run(self.model, batch.tokens, cache)
-        return states.flatten(0, 1)
+        return self.states(batch.tokens, cache).flatten(0, 1)
 
     def _can_pack(self):
         return bool(self._caches) and all(self._caches) and self._same_logits(PACKED)
@@ -118,7 +121,7 @@ class Scorer:
         with evaluating(self.model), lean_layers(self.model), narrow_windows(self.model):
             expected = _run(self.model, rows.tokens, None).flatten(0, 1)[rows.positions]
             try:
-                found = self._states(tried)[tried.positions]
+                found = self._batch_states(tried)[tried.positions]
                 found = self.head.logits(found) if self.head else found
                 mx.eval(found)
             except Exception:  # in a batch that it was not written for, a model's own code may fail in any way

@@ -51,6 +51,7 @@ class Loss:
             another f-divergence may stand in for the reverse KL.
         reads_margins: whether it has a pair's logit, which a margin lowers.
         sorts_batch: its values belong to quantiles of the batch, not to pairs.
+        reads_batch: a pair's value depends on the other pairs of its batch.
         is_likelihood: it is the chosen response's likelihood and has no logratio: it goes with any other
             loss and its settings.
         mean_rewards: without a reference, whether its rewards are means over tokens rather than sums.
@@ -66,6 +67,7 @@ class Loss:
     f_divergence: bool = False
     reads_margins: bool = False
     sorts_batch: bool = False
+    reads_batch: bool = False
     is_likelihood: bool = False
     mean_rewards: bool = False
     defaults: dict = field(default_factory=dict)
@@ -127,16 +129,30 @@ TABLE = (
     Loss("apo_zero", apo_zero, "1 - sigma(rc) + sigma(rr)", "2408.06266"),
     Loss("apo_down", apo_down, "sigma(rc) + 1 - sigma(h)", "2408.06266", reads_margins=True),
     Loss("discopop", discopop, "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)", "2406.08414", **PAIR),
-    Loss("aot", aot, "dpo between sorted policy gaps and sorted reference gaps", "2406.05882", sorts_batch=True),
+    Loss(
+        "aot",
+        aot,
+        "dpo between sorted policy gaps and sorted reference gaps",
+        "2406.05882",
+        sorts_batch=True,
+        reads_batch=True,
+    ),
     Loss(
         "aot_unpaired",
         aot_unpaired,
         "dpo between sorted chosen and sorted rejected logratios",
         "2406.05882",
         sorts_batch=True,
+        reads_batch=True,
     ),
     Loss(
-        "sft", sft, "in a list: mean NLL of the chosen tokens", "2411.10442", needs_reference=False, is_likelihood=True
+        "sft",
+        sft,
+        "in a list: mean NLL of the chosen tokens",
+        "2411.10442",
+        needs_reference=False,
+        is_likelihood=True,
+        reads_batch=True,
     ),
     Loss("dpop", dpop, "dpo with h - beta x lambda x max(0, -chosen logratio)", "2402.13228", reads_margins=True),
     Loss(
@@ -149,9 +165,22 @@ TABLE = (
         defaults={"beta": 2.0},
     ),
     Loss(
-        "orpo", orpo, "sft - beta x log sigma(log odds gap - margin)", "2403.07691", **REFERENCE_FREE, mean_rewards=True
+        "orpo",
+        orpo,
+        "sft - beta x log sigma(log odds gap - margin)",
+        "2403.07691",
+        **REFERENCE_FREE,
+        mean_rewards=True,
+        reads_batch=True,
     ),
-    Loss("cpo", cpo, "dpo's with h = beta x logp gap - margin, + alpha x sft", "2401.08417", **REFERENCE_FREE),
+    Loss(
+        "cpo",
+        cpo,
+        "dpo's with h = beta x logp gap - margin, + alpha x sft",
+        "2401.08417",
+        **REFERENCE_FREE,
+        reads_batch=True,
+    ),
 )
 
 ALIASES = {"sigmoid": "dpo"}
@@ -276,6 +305,7 @@ class PreferenceLoss:
         needs_reference: whether reference logps are read; not where beta is 0, which multiplies them away.
         reads_wpo: whether `__call__` needs WPO's weights.
         reads_margins: whether a pair's margin takes effect.
+        reads_batch: whether a pair's value depends on the other pairs of its batch.
         sorts_batch: whether values belong to quantiles of the batch, so that weights of pairs have no meaning.
         ld_alpha: weight of the tokens beyond the shorter response's length, or None.
     """
@@ -292,6 +322,7 @@ class PreferenceLoss:
         self.reads_wpo = parameters.get("use_weighting", False)
         self.reads_margins = any(loss.reads_margins for loss in self._losses)
         self.sorts_batch = any(loss.sorts_batch for loss in self._losses)
+        self.reads_batch = any(loss.reads_batch for loss in self._losses)
         self.ld_alpha = parameters.get("ld_alpha")
 
     def __call__(self, pairs, wpo_weights=None):

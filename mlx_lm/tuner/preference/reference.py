@@ -160,13 +160,13 @@ def ample_tokens(scorer, longest):
         scorer: the `Scorer` that will run them.
         longest: tokens of the longest row.
     """
-    head, tokens = scorer.head, mx.zeros((1, 1), mx.int32)
-    states = head.hidden_states(tokens, None) if head is not None else scorer.model(tokens)
+    states = scorer.states(mx.zeros((1, 1), mx.int32))
     width = states.shape[-1]
     # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused
     # three float32 scores for each token before it and each head of 64.
     per_token = width * (40 * states.dtype.size + 3 * 4 * longest / 64)
-    return min(max(int(device_memory() / 20 / per_token), 1024), 8192)
+    most = 2**15 if mx.default_device() == mx.gpu else 2**13  # a GPU waits for its kernels' launches
+    return min(max(int(device_memory() / 20 / per_token), 1024), most)
 
 
 def device_memory():

@@ -145,8 +145,8 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         due = Due.at(progress, args)
         sums, norm = step(batch, reference, due.update)
         progress.updates += due.update
-        window.add(sums, norm, tokens)
-        work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
+        window.add(sums, norm if due.norm else None, tokens)
+        work = [step.state(), step.accumulated or [], sums, norm if due.norm else []]
         if due.update and not measured:
             measure_step(work, tokens[0], schedule.most_tokens())
             measured = True
@@ -183,12 +183,14 @@ class Due(NamedTuple):
         last: it is the run's last.
         update: the model is updated. Steps left over at the end make an update of their own: no pair is dropped.
         refresh: with TR-DPO, the reference is exchanged after it; after the last one no step would read it.
+        norm: the gradient's norm is reported, which of other updates is never computed.
         report, validate, save: as the names say.
     """
 
     last: bool
     update: bool
     refresh: bool
+    norm: bool
     report: bool
     validate: bool
     save: bool
@@ -199,10 +201,13 @@ class Due(NamedTuple):
         iteration, last = progress.iteration, progress.iteration == args.iters
         update = last or iteration % args.grad_accumulation_steps == 0
         every = args.reference_update_steps
+        next_update = min(iteration + args.grad_accumulation_steps, args.iters)
+        next_report = -(-iteration // args.steps_per_report) * args.steps_per_report
         return cls(
             last=last,
             update=update,
             refresh=bool(every) and update and not last and (progress.updates + 1) % every == 0,
+            norm=update and (last or next_update > next_report),
             report=last or iteration % args.steps_per_report == 0,
             validate=last or iteration % args.steps_per_eval == 0,
             save=iteration % args.steps_per_save == 0,

@@ -1,0 +1,291 @@
+"""Compare what is learned with our command and with TRL's trainer, seed by seed, on held-out pairs.
+
+    python benchmarks/compare_learning.py --model FOLDER --data FOLDER --out learning.json --seeds 0,1,2,3,4
+    python benchmarks/compare_learning.py --out learning.json --picture learning.png          # what the file holds
+
+Each run trains LoRA on all linear layers with DPO for some epochs, with AdamW at the same rate and schedule, and
+validates before the first step and after each epoch; runs differ in the seed of adapters and order. Each run is added
+to --out as soon as it is done, so that several calls add up: --only, --seeds, and --label with --set for another
+setting of ours. The table has mean and standard error over the seeds; "from TRL" is the difference of the means over
+the root of both standard errors' squares, for the same dtype and settings. Losses of TRL are means of its batches'.
+The second table is of the trained models, measured by one code for both programs: margins, how they go with the
+lengths of the responses, and with --samples the length of greedy responses to that many validation prompts.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import HERE, own_environment, print_head, print_row, run_json, say
+from programs import NotRun, Training, limited_data, machine, start_ours, start_trl, versions
+
+FIGURES = {
+    "loss": "eval_loss",
+    "accuracy": "eval_rewards/accuracies",
+    "margin": "eval_rewards/margins",
+    "chosen reward": "eval_rewards/chosen",
+    "rejected reward": "eval_rewards/rejected",
+}
+# Of the trained model, measured by one code for both programs.
+HELD_OUT = {
+    "margin": "margin",
+    "chosen reward": "chosen_reward",
+    "accuracy, chosen longer": "accuracy_chosen_longer",
+    "accuracy, chosen shorter": "accuracy_chosen_shorter",
+    "margin's correlation with length": "margin_length_correlation",
+    "chosen reward a token": "chosen_reward_a_token",
+    "rejected reward a token": "rejected_reward_a_token",
+    "sampled tokens": "sampled_length",
+    "ended by itself": "sampled_whole",
+}
+SETTINGS = ("epochs", "batch_size", "max_seq_length", "learning_rate", "schedule", "beta")
+
+
+def held_out(spec, timeout=None):
+    """`held_out.py` in a process of its own."""
+    return run_json([sys.executable, HERE / "held_out.py", json.dumps(spec)], own_environment(), timeout)
+
+
+def train(program, seed, options):
+    """One run: its record for the results file.
+
+    Raises:
+        NotRun: the program ended with an error.
+    """
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    training = Training(
+        options.model, options.data, seed=seed, validations=options.epochs, options=options.set, **settings
+    )
+    started = time.perf_counter()
+    limits = {"timeout": options.timeout, "measure_memory": False}
+    with tempfile.TemporaryDirectory() as folder:
+        if program == "ours":
+            _, reports = start_ours(training, folder, **limits)
+        else:
+            _, reports = start_trl(training, folder, options.python_trl, **limits)
+        seconds = time.perf_counter() - started
+        spec = {"model": options.model, "data": options.data, "adapters": f"{folder}/adapters", "beta": options.beta}
+        spec |= {"samples": options.samples, "max_seq_length": options.max_seq_length}
+        measured = held_out(spec, options.timeout)
+    validations = [report for report in reports if "eval_loss" in report]
+    return {
+        "program": program,
+        "label": options.label if program == "ours" else "TRL",
+        "seed": seed,
+        "dtype": options.dtype,
+        "settings": settings | ({"set": options.set} if program == "ours" and options.set else {}),
+        "epochs": [{name: report[key] for name, key in FIGURES.items()} for report in validations],
+        "held_out": measured,
+        "seconds": seconds,
+        "machine": machine(),
+        "versions": versions() if program == "ours" else versions(options.python_trl),
+        "command": " ".join(sys.argv),
+    }
+
+
+class Results:
+    """The results file: a list of records; one that is run again replaces its like."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.records = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.lock = threading.Lock()
+
+    def add(self, record):
+        same = ("label", "seed", "dtype", "settings")
+        with self.lock:
+            others = [old for old in self.records if any(old[key] != record[key] for key in same)]
+            self.records = [*others, record]
+            half = self.path.with_name(self.path.name + ".part")
+            half.write_text("[\n" + ",\n".join(json.dumps(item) for item in self.records) + "\n]\n")
+            half.replace(self.path)
+
+
+def run_all(options, results):
+    """Run what is asked for, `jobs` at a time, our programs and TRL's in turn."""
+    programs = [options.only] if options.only else ["ours", "trl"]
+    asked = [(program, seed) for seed in options.seeds for program in programs]
+
+    def one(item):
+        try:
+            record = train(*item, options)
+        except NotRun as error:
+            say(f"{item[0]}, seed {item[1]}: not run: {error}")
+            return False
+        results.add(record)
+        say(f"{record['label']}, seed {item[1]}, {record['seconds']:.0f} s: {json.dumps(record['epochs'][-1])}")
+        return True
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return all(pool.map(one, asked))
+
+
+def add_base(options, results):
+    """The length of the base model's responses, where it is not known yet."""
+    settings = {"model": Path(options.model).name, "samples": options.samples}
+    if any(record["label"] == "base" and record["settings"] == settings for record in results.records):
+        return
+    measured = held_out({"model": options.model, "data": options.data, "adapters": None, "samples": options.samples})
+    named = {"program": "base", "label": "base", "seed": 0, "dtype": options.dtype, "settings": settings}
+    results.add(named | {"epochs": [], "held_out": measured, "machine": machine()})
+
+
+def groups(records):
+    """`{(label, dtype, settings): records}` in the order of their first runs."""
+    found = {}
+    for record in records:
+        key = record["label"], record["dtype"], json.dumps(record["settings"], sort_keys=True)
+        found.setdefault(key, []).append(record)
+    return found
+
+
+def mean_and_error(values):
+    """Mean and standard error, None for one value."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None, None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def cell(values):
+    mean, error = mean_and_error(values)
+    if mean is None:
+        return "-"
+    return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
+
+
+def distance(ours, theirs):
+    """The difference of two samples' means in standard errors, as a cell."""
+    (mean, error), (other, other_error) = mean_and_error(ours), mean_and_error(theirs)
+    if error is None or other_error is None or error == other_error == 0:
+        return "-"
+    return f"{(mean - other) / math.hypot(error, other_error):+.1f}"
+
+
+def counterpart(key, grouped):
+    """TRL's runs of the same dtype and settings."""
+    _, dtype, settings = key
+    settings = {name: value for name, value in json.loads(settings).items() if name != "set"}
+    return grouped.get(("TRL", dtype, json.dumps(settings, sort_keys=True)))
+
+
+def print_epochs(grouped):
+    print_head("run", "dtype", "seeds", "epoch", *(head for name in FIGURES for head in (name, "from TRL")))
+    for key, records in grouped.items():
+        label, dtype, _ = key
+        others = counterpart(key, grouped) if label != "TRL" else None
+        for epoch in range(len(records[0]["epochs"])):
+            row = []
+            for name in FIGURES:
+                values = [record["epochs"][epoch][name] for record in records]
+                theirs = [record["epochs"][epoch][name] for record in others] if others else []
+                row += [cell(values), distance(values, theirs)]
+            print_row(label, dtype, len(records), epoch, *row)
+
+
+def print_held_out(grouped):
+    print()
+    print_head("run", "dtype", "seeds", *HELD_OUT)
+    for (label, dtype, _), records in grouped.items():
+        found = [record["held_out"] for record in records]
+        print_row(label, dtype, len(records), *(cell([each.get(key) for each in found]) for key in HELD_OUT.values()))
+
+
+def draw(grouped, path):
+    """The curves of all groups over the epochs: a line each seed, and the mean with its standard error."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 3).flat, FIGURES, strict=False):
+        for number, ((label, dtype, _), records) in enumerate(
+            (key, records) for key, records in grouped.items() if records[0]["epochs"]
+        ):
+            curves = [[epoch[name] for epoch in record["epochs"]] for record in records]
+            points = [mean_and_error(column) for column in zip(*curves, strict=True)]
+            steps = range(len(points))
+            for curve in curves:
+                axes.plot(steps, curve, color=f"C{number}", alpha=0.25, linewidth=0.8)
+            means, errors = [mean for mean, _ in points], [error or 0 for _, error in points]
+            axes.errorbar(steps, means, errors, color=f"C{number}", capsize=3, label=f"{label}, {dtype}")
+        axes.set_title(f"held-out {name}")
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    figure.axes[-1].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def seeds(text):
+    return [int(seed) for seed in text.split(",")]
+
+
+def options_of(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="model folder, read by both; without it only the file's table is printed")
+    parser.add_argument("--data", help="folder with train.jsonl and valid.jsonl")
+    parser.add_argument("--out", required=True, help="JSON file that the runs are added to")
+    parser.add_argument("--seeds", type=seeds, default="0,1,2,3,4", help="by comma")
+    parser.add_argument("--only", choices=("ours", "trl"))
+    parser.add_argument("--label", default="ours", help="name of our runs in the table")
+    parser.add_argument("--set", type=json.loads, default={}, help="more keys of our configuration, as a JSON object")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="cast the model first")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-seq-length", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--schedule", choices=("constant", "linear"), default="linear")
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--samples", type=int, default=0, help="validation prompts to respond to")
+    parser.add_argument("--limit", type=int, help="take only so many training pairs, and a quarter for validation")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--python-trl", default=sys.executable, metavar="PYTHON", help="interpreter that has TRL")
+    parser.add_argument("--timeout", type=float, help="seconds that one run may take")
+    parser.add_argument("--picture", help="PNG file for the curves")
+    options = parser.parse_args(arguments)
+    if options.model and not options.data:
+        parser.error("--model needs --data")
+    return options
+
+
+def prepare(options, folder):
+    """Cast the model and shorten the data, where that is asked for."""
+    if options.limit is not None:
+        options.data = limited_data(options.data, f"{folder}/data", options.limit)
+    if options.dtype is None:
+        config = json.loads((Path(options.model) / "config.json").read_text())
+        options.dtype = config.get("dtype") or config.get("torch_dtype") or "as stored"
+        return
+    made = held_out({"model": options.model, "cast": options.dtype, "to": f"{folder}/model"})
+    if "error" in made:
+        sys.exit(f"the model cannot be cast to {options.dtype}: {made['error']}")
+    options.model = made["model"]
+
+
+def main():
+    options = options_of()
+    results, complete = Results(options.out), True
+    if options.model:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(options, folder)
+            complete = run_all(options, results)
+            if options.samples:
+                add_base(options, results)
+    grouped = groups(results.records)
+    print_epochs(grouped)
+    print_held_out(grouped)
+    if options.picture:
+        draw(grouped, options.picture)
+    if not complete:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What a trained adapter, ours or PEFT's, does to held-out pairs and to the length of sampled responses.
+
+    PYTHONPATH=. python benchmarks/held_out.py '{"model": FOLDER, "data": FOLDER, "adapters": FOLDER, "samples": 64}'
+
+Prints a JSON object; see `measure`. Both programs' adapters are measured by the same code, with the model's own logps.
+A spec with `cast` writes the model in another dtype into the folder `to` instead.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_lm import batch_generate, load
+from mlx_lm.tuner.datasets import load_dataset
+from mlx_lm.utils import get_batched_logps
+
+IGNORED = -100
+MAX_TOKENS = 256
+BATCH = 8
+
+
+def cast(model, dtype, folder):
+    """Write a copy of a model folder in another dtype."""
+    folder = Path(folder)
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+    for path in Path(model).glob("*.safetensors"):
+        weights = tree_map(lambda x: x.astype(getattr(mx, dtype)), mx.load(str(path)))
+        mx.save_safetensors(str(folder / path.name), weights, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}))
+    return {"model": str(folder)}
+
+
+def add_peft_adapters(model, folder):
+    """Put LoRA that PEFT saved on `model`: its matrices are the transposes of mlx-lm's."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    linear_to_lora_layers(model, len(model.layers), {"rank": config["r"], "scale": scale, "dropout": 0.0})
+    names = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
+    weights = []
+    for name, value in mx.load(str(folder / "adapter_model.safetensors")).items():
+        for theirs, ours in names.items():
+            name = name.removeprefix("base_model.model.").replace(theirs, ours)
+        weights.append((name, value.T))
+    model.load_weights(weights, strict=False)
+    given, taken = {name for name, _ in weights}, {name for name, _ in flat_adapters(model)}
+    if given != taken:
+        raise ValueError(f"PEFT's adapters and the model's differ: {sorted(given ^ taken)[:4]}")
+
+
+def flat_adapters(model):
+    for name, module in model.named_modules():
+        for leaf in ("lora_a", "lora_b"):
+            if leaf in module:
+                yield f"{name}.{leaf}", module[leaf]
+
+
+def load_policy(model, adapters):
+    """`(model, tokenizer)` with trained adapters of either kind, or the base model where `adapters` is None."""
+    if adapters is None:
+        return load(model)
+    if (Path(adapters) / "adapter_model.safetensors").exists():
+        policy, tokenizer = load(model)
+        add_peft_adapters(policy, Path(adapters))
+        return policy, tokenizer
+    return load(model, adapter_path=adapters)
+
+
+def padded(pairs):
+    """Inputs and targets of some pairs `(2B, T)`, chosen first; what is not a response's token is not scored."""
+    sequences = [(pair.prompt, response) for name in ("chosen", "rejected") for pair in pairs
+                 for response in [getattr(pair, name)]]  # fmt: skip
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+    inputs = np.zeros((len(sequences), width - 1), np.int32)
+    targets = np.full((len(sequences), width - 1), IGNORED, np.int32)
+    for row, (prompt, response) in enumerate(sequences):
+        tokens = [*prompt, *response]
+        inputs[row, : len(tokens) - 1] = tokens[:-1]
+        targets[row, len(prompt) - 1 : len(tokens) - 1] = response
+    return mx.array(inputs), mx.array(targets)
+
+
+def logps(model, pairs):
+    """Logps of chosen and rejected `(n, 2)`, in the order of `pairs`."""
+    found = np.zeros((len(pairs), 2))
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen))
+    for start in range(0, len(pairs), BATCH):
+        rows = order[start : start + BATCH]
+        both = get_batched_logps(model, *padded([pairs[i] for i in rows]), ignore_index=IGNORED)
+        found[rows] = np.array(mx.stack(both, axis=1))
+        mx.clear_cache()
+    return found
+
+
+def sampled_lengths(model, tokenizer, pairs):
+    """Tokens of the greedy responses to the pairs' prompts, at most MAX_TOKENS."""
+    prompts = [pair.prompt for pair in pairs]
+    done = batch_generate(model, tokenizer, prompts, max_tokens=MAX_TOKENS, return_token_ids=True)
+    return [len(tokens) for tokens in done.token_ids]
+
+
+def measure(model, data, adapters, beta=0.1, samples=0, max_seq_length=1024, split="valid"):
+    """Held-out measures of an adapter.
+
+    Args:
+        model, data: folders.
+        adapters: a folder, or None for the base model.
+        beta: reward per nat.
+        samples: prompts to respond to.
+        max_seq_length: as for training.
+        split: of the data.
+
+    Returns:
+        A dict: with samples `sampled_length`, mean tokens of a response, and `sampled_whole`, the share that ended by
+        itself; with adapters what `by_length` gives.
+    """
+    policy, tokenizer = load_policy(model, adapters)
+    asked = {"loss_type": "dpo", "train": True, "test": split == "test", "max_seq_length": max_seq_length}
+    pairs = load_dataset(SimpleNamespace(data=data, **asked), tokenizer)[("train", "valid", "test").index(split)]
+    pairs = [pairs[i] for i in range(len(pairs))]
+    found = {}
+    if samples:
+        lengths = sampled_lengths(policy, tokenizer, pairs[:samples])
+        found["sampled_length"] = float(np.mean(lengths))
+        found["sampled_whole"] = float(np.mean([length < MAX_TOKENS for length in lengths]))
+    if adapters is not None:
+        base, _ = load(model)
+        found |= by_length(beta * (logps(policy, pairs) - logps(base, pairs)), pairs)
+    return found
+
+
+def by_length(rewards, pairs):
+    """Means of the rewards `(n, 2)`, and how they go with the lengths of the responses."""
+    lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    margins, longer = rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]
+    right = np.where(margins == 0, 0.5, margins > 0)
+    varied = margins.std() > 0 and longer.std() > 0
+    found = {
+        "loss": np.logaddexp(0, -margins).mean(),
+        "accuracy": right.mean(),
+        "margin": margins.mean(),
+        "chosen_reward": rewards[:, 0].mean(),
+        "rejected_reward": rewards[:, 1].mean(),
+        "accuracy_chosen_longer": right[longer > 0].mean() if (longer > 0).any() else None,
+        "accuracy_chosen_shorter": right[longer < 0].mean() if (longer < 0).any() else None,
+        "margin_length_correlation": np.corrcoef(margins, longer)[0, 1] if varied else None,
+        "chosen_reward_a_token": rewards[:, 0].sum() / lengths[:, 0].sum(),
+        "rejected_reward_a_token": rewards[:, 1].sum() / lengths[:, 1].sum(),
+    }
+    return {name: None if value is None else float(value) for name, value in found.items()}
+
+
+if __name__ == "__main__":
+    spec = json.loads(sys.argv[1])
+    result = cast(spec["model"], spec["cast"], spec["to"]) if "cast" in spec else measure(**spec)
+    print(json.dumps(result))
