@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -153,11 +152,11 @@ def _keep_earlier(folder, progress, count):
     if count > 1 and progress.saved not in (None, progress.iteration) and path.is_file():
         # A second name, so that there is a complete state under the first one at any time.
         name = folder / f"{progress.saved:07d}_{STATE_FILE}"
-        with suppress(FileExistsError):
-            try:
-                os.link(path, name)
-            except (PermissionError, NotImplementedError):
-                os.replace(path, name)  # a file system without links
+        name.unlink(missing_ok=True)  # one that was damaged
+        try:
+            os.link(path, name)
+        except (PermissionError, NotImplementedError):
+            os.replace(path, name)  # a file system without links
     for old in sorted(folder.glob(EARLIER_STATES), reverse=True)[count - 1 :]:
         old.unlink(missing_ok=True)
 

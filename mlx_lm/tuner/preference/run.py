@@ -145,8 +145,9 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         due = Due.at(progress, args)
         sums, norm = step(batch, reference, due.update)
         progress.updates += due.update
-        window.add(sums, norm if due.norm else None, tokens)
-        work = [step.state(), step.accumulated or [], sums, norm if due.norm else []]
+        norm = norm if due.norm or args.on_nonfinite == "skip" else None
+        window.add(sums, norm, tokens)
+        work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
         if due.update and not measured:
             measure_step(work, tokens[0], schedule.most_tokens())
             measured = True
@@ -183,7 +184,7 @@ class Due(NamedTuple):
         last: it is the run's last.
         update: the model is updated. Steps left over at the end make an update of their own: no pair is dropped.
         refresh: with TR-DPO, the reference is exchanged after it; after the last one no step would read it.
-        norm: the gradient's norm is reported, which of other updates is never computed.
+        norm: the gradient's norm is reported; of other updates it is computed only where those may be left out.
         report, validate, save: as the names say.
     """
 
