@@ -63,9 +63,9 @@ def read_metrics(path):
     for text in Path(path).read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict) or "iteration" not in line:
+        if not isinstance(line, dict) or type(line.get("iteration")) is not int:
             break
         lines.append(line)
     return lines
@@ -97,7 +97,7 @@ def plot_metrics(folder):
             label = key.rpartition("/")[2]
             for prefix, style, kind in (("", "-", "training"), ("eval_", "o--", "validation")):
                 points = [(line["iteration"], line.get(prefix + key)) for line in lines]
-                points = [point for point in points if point[1] is not None]
+                points = [point for point in points if isinstance(point[1], (int, float))]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{label}, {kind}")
         axes.set_title(title)

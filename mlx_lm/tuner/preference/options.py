@@ -7,14 +7,26 @@ import argparse
 import difflib
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+LONGEST_MESSAGE = 400
+
 
 class ConfigError(ValueError):
-    """A user's mistake, told in one sentence: what was found, what was expected, what to do."""
+    """A user's mistake, told in one sentence: what was found, what was expected, what to do.
+
+    A message is printed, so that control characters are taken out of it, and the middle of a long one.
+    """
+
+    def __init__(self, message):
+        message = "".join(letter if letter.isprintable() else " " for letter in str(message))
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[5 - LONGEST_MESSAGE // 2 :]}"
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ class Option:
             too_high = self.high is not None and (value > self.high or ("high" in self.open and value == self.high))
             if too_low or too_high or value != value:
                 raise ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
-            if abs(value) == math.inf:
+            if abs(value) == math.inf or (self.kind is float and abs(value) > LARGEST):
                 raise ConfigError(f"{self.name} is {value}; it must be finite{self.range and ' and ' + self.range}.")
         return self.kind(value)
 
@@ -134,6 +146,7 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, value or not off)
 
 
+LARGEST = sys.float_info.max
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
 
 
