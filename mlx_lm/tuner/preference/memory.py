@@ -1,5 +1,7 @@
 """How much memory MLX may hold: little more than a run's arrays need."""
 
+from contextlib import contextmanager
+
 import mlx.core as mx
 
 from .attention import on_cuda
@@ -8,6 +10,17 @@ from .attention import on_cuda
 SLACK = 1.15
 # What is kept for the next arrays may make so much of the most that arrays have taken.
 MOST_HELD = 1.3
+
+
+@contextmanager
+def usual_memory_limit():
+    """MLX's memory limit is after the context what it was before."""
+    usual = mx.set_memory_limit(0)
+    mx.set_memory_limit(usual)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(usual)
 
 
 def measure_step(work, tokens, most_tokens):
@@ -20,19 +33,22 @@ def measure_step(work, tokens, most_tokens):
     Args:
         work: all that the step makes, a tree of arrays; the optimizer's state among them.
         tokens, most_tokens: how many this step and the largest one run over.
+
+    Returns:
+        The most bytes that arrays took before: `mx.get_peak_memory()` counts from this step on.
     """
-    if not on_cuda():
-        mx.eval(work)
-        return
     mx.synchronize()
+    mx.clear_cache()
     earlier = mx.get_peak_memory()
     mx.reset_peak_memory()
-    usual = mx.set_memory_limit(0)
+    usual = mx.set_memory_limit(0) if on_cuda() else 0
     mx.eval(work)
     mx.synchronize()
-    resting = mx.get_active_memory()
-    need = (mx.get_peak_memory() - resting) * max(1.0, most_tokens / tokens)
-    mx.set_memory_limit(min(usual, max(earlier, int(resting + SLACK * need))))
+    if on_cuda():
+        resting = mx.get_active_memory()
+        need = (mx.get_peak_memory() - resting) * max(1.0, most_tokens / tokens)
+        mx.set_memory_limit(min(usual, int(resting + SLACK * need)))
+    return earlier
 
 
 def trim_cache(threshold=0):

@@ -165,8 +165,7 @@ def ample_tokens(scorer, longest):
     # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused
     # three float32 scores for each token before it and each head of 64.
     per_token = width * (40 * states.dtype.size + 3 * 4 * longest / 64)
-    most = 2**15 if mx.default_device() == mx.gpu else 2**13  # a GPU waits for its kernels' launches
-    return min(max(int(device_memory() / 20 / per_token), 1024), most)
+    return min(max(int(device_memory() / 20 / per_token), 1024), 8192)
 
 
 def device_memory():

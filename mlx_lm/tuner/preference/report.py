@@ -58,7 +58,7 @@ class Reporter:
         self.ui, self.callback, self.rank, self.check = ui, callback, rank, check
         self.validated = None
 
-    def training(self, window, progress, learning_rate):
+    def training(self, window, progress, learning_rate, peak_memory):
         """Report on the steps since the last report.
 
         Raises:
@@ -73,7 +73,7 @@ class Reporter:
             raise ConfigError(f"no step of the {len(sums)} up to iteration {progress.iteration} is finite. {REMEDY}")
         figures, pairs, trained = as_means(sums[sound].sum(axis=0))
         progress.trained_tokens += int(trained)
-        speed, seconds, peak_memory = trained / window.seconds, window.seconds, mx.get_peak_memory() / 1e9
+        speed, seconds = trained / window.seconds, window.seconds
         self.ui.report_train(progress.iteration, figures["loss"], speed, progress.trained_tokens)
         left_out = f" · {progress.skipped} updates left out" if progress.skipped else ""
         self._say(figures, f"lr {learning_rate:.2e} · {peak_memory:.2f} GB{left_out}")

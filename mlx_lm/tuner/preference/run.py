@@ -30,7 +30,7 @@ from .evaluation import evaluated_rows, unwrapped
 from .files import locked, move_aside, remove_leftovers
 from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
-from .memory import measure_step, trim_cache
+from .memory import measure_step, trim_cache, usual_memory_limit
 from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import ConfigError
@@ -101,6 +101,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     save = partial(save_run, step, logps, progress, settings, args, config)
     with (
         checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
+        usual_memory_limit(),
         TrainUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
@@ -132,7 +133,7 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         save: writes adapters and checkpoint.
         request: a `Request` of signals, which ends the steps.
     """
-    window, upcoming, earlier, measured = Window(), None, [], False
+    window, upcoming, earlier, peak_before = Window(), None, [], None
     for _ in range(progress.iteration):
         report.ui.advance()
     if progress.iteration == 0:
@@ -148,9 +149,8 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         norm = norm if due.norm or args.on_nonfinite == "skip" else None
         window.add(sums, norm, tokens)
         work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
-        if due.update and not measured:
-            measure_step(work, tokens[0], schedule.most_tokens())
-            measured = True
+        if due.update and peak_before is None:
+            peak_before = measure_step(work, tokens[0], schedule.most_tokens())
         mx.async_eval(work)
         # The next batch is made while the device works on this one, unless another reference comes first.
         upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, logps.train)
@@ -162,7 +162,8 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         window.seconds += time.perf_counter() - tic
         report.ui.advance()
         if due.report:
-            report.training(window, progress, step.optimizer.learning_rate.item())
+            peak = max(peak_before or 0, mx.get_peak_memory())
+            report.training(window, progress, step.optimizer.learning_rate.item(), peak / 1e9)
             window = Window()
         if due.validate:
             validate()
