@@ -1,5 +1,9 @@
 """mlx-lm with preference training: this folder laid over the installed mlx_lm package."""
 
+from ._interruption import end_quietly_while_importing
+
+end_quietly_while_importing()
+
 from ._backend import load_fast_blas
 from ._upstream import run_upstream
 

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+from . import _interruption
 from ._backend import set_cuda_for_training, slow_blas_hint
 from ._upstream import rebound, run_upstream
 
@@ -15,6 +16,7 @@ run_upstream(
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from signal import SIGINT
 from types import SimpleNamespace
 
 from .cli_ui import print_header_panel
@@ -30,6 +32,7 @@ from .tuner.preference.check import (
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
 from .tuner.preference.evaluation import evaluate_preference, evaluated_rows
+from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
 from .tuner.preference.load import (
     add_adapters,
     check_tokens,
@@ -203,7 +206,7 @@ def run(args, training_callback=None):
     set_cuda_for_training()
     if not args.train and (slow_blas := slow_blas_hint()) is not None:
         rprint(slow_blas)  # training says it itself
-    with _told_plainly(args):
+    with handled_signals(), _told_plainly(args):
         _run(args, loss, training_callback)
 
 
@@ -236,10 +239,14 @@ def _told_plainly(args):
     before = state.stat().st_mtime_ns if state.is_file() else None
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         saved = state.is_file() and state.stat().st_mtime_ns != before
-        left = f"{state} is complete, and --resume goes on from it" if saved else "nothing had been saved yet"
-        raise KeyboardInterrupt(f"interrupted; {left if args.train else 'nothing is lost'}.") from None
+        if saved:
+            left = str(error) or f"{state} is complete"
+            sentence = f"interrupted; {left}. This goes on: {resume_command()}"
+        else:
+            sentence = f"interrupted; {'nothing had been saved yet' if args.train else 'nothing is lost'}."
+        raise Interrupted(getattr(error, "number", SIGINT), sentence) from None
     except OSError as error:
         raise ConfigError(f"the run stopped ({first_line(error)}); files saved before are complete.") from error
     except (MemoryError, RuntimeError) as error:
@@ -290,6 +297,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
 
 def main():
     """The command: a user's mistake is told in one sentence, with exit status 2; an interruption ends with 130."""
+    _interruption.restore()
     try:
         config = build_parser().parse_args().config
         if config:
@@ -300,7 +308,7 @@ def main():
     except yaml.YAMLError as error:
         sys.exit(_told(f"error: the configuration file cannot be read: {' '.join(str(error).split())}.", 2))
     except KeyboardInterrupt as error:
-        sys.exit(_told(str(error) or "interrupted.", 130))
+        sys.exit(_told(str(error) or "interrupted.", getattr(error, "status", 130)))
 
 
 def _told(sentence, status):

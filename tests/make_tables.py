@@ -25,7 +25,13 @@ from types import SimpleNamespace
 import mlx_lm.lora
 from mlx_lm.tuner.preference.objective import ALIASES, OPTION, TABLE
 from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.preference.options import DATA_OPTIONS, REFERENCE_OPTIONS, STEP_OPTIONS, UPSTREAM_OPTIONS
+from mlx_lm.tuner.preference.options import (
+    DATA_OPTIONS,
+    REFERENCE_OPTIONS,
+    SAVE_OPTIONS,
+    STEP_OPTIONS,
+    UPSTREAM_OPTIONS,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 README, MANUAL = ROOT / "README.md", ROOT / "LORA.md"
@@ -52,6 +58,7 @@ def options_tables():
         ("Data", own_table(DATA_OPTIONS) + "\n\n" + hub),
         ("Reference", own_table(REFERENCE_OPTIONS)),
         ("Step", own_table(STEP_OPTIONS)),
+        ("Saving", own_table(SAVE_OPTIONS)),
         ("Run (mlx-lm's own keys)", run_table()),
     )
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in groups)

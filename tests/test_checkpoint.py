@@ -17,16 +17,21 @@ from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
 from mlx_lm.tuner.preference.checkpoint import (
     STATE_FILE,
+    Progress,
+    _write_state,
     check_adapter,
+    read_state,
     refuse_non_finite,
-    restore_state,
+    restore_run,
     save_adapters,
-    save_state,
+    save_run,
     starting_point,
 )
 from mlx_lm.tuner.preference.files import replace_file, replace_files
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.pairs import Pair
+from mlx_lm.tuner.preference.reference import ReferenceLogps
+from mlx_lm.tuner.preference.step import Step
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 from mlx_lm.utils import load_model
 
@@ -155,10 +160,10 @@ def test_the_runs_above_have_what_they_are_named_for(tmp_path):
         trained(tmp_path / "accumulation", stop=4, grad_accumulation_steps=2)
     middle = mx.load(str(tmp_path / "accumulation" / STATE_FILE))
     # Iteration 3 begins an accumulation of two: 2 pairs of a gradient that is not zero.
-    assert middle["extra.pairs"].item() == 2
-    assert mx.abs(middle["extra.model.layers.1.self_attn.q_proj.lora_b"]).max().item() > 0
+    assert middle["pairs"].item() == 2
+    assert mx.abs(middle["gradient.model.layers.1.self_attn.q_proj.lora_b"]).max().item() > 0
     updated = trained(tmp_path / "reference", reference_update_steps=2)
-    assert "extra.reference" in updated and "extra.reference" not in plain
+    assert "logps.reference" in updated and "logps.reference" not in plain
 
 
 def test_resume_goes_on_at_the_checkpoint_and_not_from_the_start(tmp_path, capsys):
@@ -266,13 +271,15 @@ def test_resume_without_a_checkpoint_is_told(tmp_path):
 
 def test_the_random_state_is_that_of_the_saved_run(tmp_path):
     model, _ = load_model(GOLDEN)
-    optimizer = optimizers.Adam(learning_rate=0.1)
+    step = Step(model, optimizers.Adam(learning_rate=0.1), None, compiled=False)
+    step.optimizer.init(model.trainable_parameters())
+    args, logps = TrainingArgs(adapter_file=tmp_path / "adapters.safetensors"), ReferenceLogps([], [], [])
     mx.random.seed(2**40 + 12345)
     mx.random.normal((3,))
-    save_state(tmp_path, model, optimizer, 1, {})
+    save_run(step, logps, Progress(iteration=1), {}, args, None)
     expected = [mx.random.uniform(shape=(5,)).tolist() for _ in range(3)]
     mx.random.seed(0)
-    restore_state(tmp_path, model, optimizer, {}, 1)
+    assert restore_run(tmp_path / STATE_FILE, step, logps).iteration == 1
     assert [mx.random.uniform(shape=(5,)).tolist() for _ in range(3)] == expected
 
 
@@ -280,16 +287,20 @@ class TestNonFinite:
     def test_a_loss_that_becomes_nan_leaves_the_saved_adapters(self, tmp_path):
         trained(tmp_path, iters=3)
         saved = {name: (tmp_path / name).read_bytes() for name in ("adapters.safetensors", STATE_FILE)}
-        with pytest.raises(ConfigError, match="the loss is nan at iteration 2; the adapters saved before stay"):
+        with pytest.raises(
+            ConfigError,
+            match="the loss is nan at iteration 2, on the pairs 11 of the training data, 8 of ",
+        ):
             trained(tmp_path, rate=1e30, make=optimizers.SGD)
-        assert {name: (tmp_path / name).read_bytes() for name in saved} == saved
+        # They are moved aside when a run begins anew.
+        assert {name: (tmp_path / "earlier-1" / name).read_bytes() for name in saved} == saved
         # Iteration 1's loss is log 2, but the weights that follow from it are no numbers.
         with pytest.raises(ConfigError, match="weights are not finite after iteration 1"):
             trained(tmp_path, rate=float("inf"), steps_per_save=1, make=optimizers.SGD)
-        assert {name: (tmp_path / name).read_bytes() for name in saved} == saved
+        assert {name: (tmp_path / "earlier-1" / name).read_bytes() for name in saved} == saved
 
     def test_weights_are_checked_where_no_report_came_before_the_save(self, tmp_path):
-        with pytest.raises(ConfigError, match="weights are not finite after iteration 3; .* A lower learning_rate"):
+        with pytest.raises(ConfigError, match="the loss is nan at iteration 2, on the pairs .* A lower learning_rate"):
             trained(tmp_path, rate=1e30, steps_per_report=100, make=optimizers.SGD)
         assert not (tmp_path / "adapters.safetensors").exists()
 
@@ -298,6 +309,168 @@ class TestNonFinite:
         for value in (float("nan"), float("inf"), -float("inf")):
             with pytest.raises(ConfigError, match="not finite after iteration 9"):
                 refuse_non_finite([{"a": mx.zeros(3), "b": [mx.array([1.0, value])]}], 9)
+
+
+class TestLeftOut:
+    """`on_nonfinite: skip`: an update whose gradient is not finite is left out and counted."""
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_it_changes_nothing_and_the_others_go_on(self, compiled, tmp_path, monkeypatch):
+        heavy = [pairs()[0]._replace(weight=1e38), *pairs()[1:]]
+        monkeypatch.setattr(sys.modules[__name__], "pairs", lambda *_, **__: heavy)
+        found = trained(tmp_path, iters=6, on_nonfinite="skip", compile=compiled)
+        assert all(mx.isfinite(value).all().item() for name, value in found.items() if name.startswith("model."))
+        assert found["optimizer.step"].item() == 5
+        lines = [line for line in metrics(tmp_path) if "loss" in line]
+        assert lines[-1]["skipped_updates"] == 1 and len(lines) < 7
+        with pytest.raises(ConfigError, match="0 of the training data has a weight of 1e.38: that is the likely cause"):
+            trained(tmp_path, iters=6, compile=compiled)
+
+
+class TestEarlierStates:
+    def test_so_many_are_kept_and_the_newest_sound_one_is_taken(self, tmp_path, capsys):
+        whole = trained(tmp_path / "whole", iters=7, steps_per_save=2)
+        trained(tmp_path / "parted", iters=7, steps_per_save=2, keep_checkpoints=3)
+        states = sorted(path.name for path in (tmp_path / "parted").glob("*checkpoint*"))
+        assert states == ["0000004_checkpoint.safetensors", "0000006_checkpoint.safetensors", STATE_FILE]
+        for name in (STATE_FILE, "0000006_checkpoint.safetensors"):
+            flip_a_bit(tmp_path / "parted" / name)
+        found = trained(tmp_path / "parted", resume=True, keep_checkpoints=3, steps_per_save=2)
+        told = " ".join(capsys.readouterr().out.split())
+        assert told.count("its content is not what was written); the one before it, of iteration 4, is taken") == 2
+        assert all(mx.array_equal(found[key], whole[key], equal_nan=True).item() for key in whole)
+        # A damaged state is never kept as one to go on from.
+        for path in (tmp_path / "parted").glob("*checkpoint*"):
+            read_state(path)
+
+    def test_any_flipped_bit_is_found(self, tmp_path):
+        trained(tmp_path, iters=3, steps_per_save=100)
+        content = (tmp_path / STATE_FILE).read_bytes()
+        draw = np.random.default_rng(0).integers
+        for place in [*draw(8, len(content), 100), len(content) - 1]:
+            flip_a_bit(tmp_path / STATE_FILE, place, content)
+            with pytest.raises(ConfigError, match="is damaged or no checkpoint"):
+                trained(tmp_path, iters=3, resume=True)
+
+    @pytest.mark.parametrize("part", ["random", "optimizer.model.layers.0", "gradient.", "pairs", "optimizer.step"])
+    def test_a_state_with_a_part_missing_is_told(self, part, tmp_path):
+        trained(tmp_path, iters=3, grad_accumulation_steps=2)
+        with pytest.raises(Stopped):
+            trained(tmp_path, stop=4, iters=7, grad_accumulation_steps=2)
+        arrays, metadata = mx.load(str(tmp_path / STATE_FILE), return_metadata=True)
+        rest = {name: value for name, value in arrays.items() if not name.startswith(part)}
+        assert len(rest) < len(arrays)
+        del metadata["digest"]
+        _write_state(tmp_path / STATE_FILE, rest, metadata)
+        if part == "pairs":
+            return  # an accumulation that is not there begins anew
+        with pytest.raises(ConfigError, match="lacks a part"):
+            trained(tmp_path, iters=7, resume=True, grad_accumulation_steps=2)
+
+
+def flip_a_bit(path, place=-1, content=None):
+    content = bytearray(path.read_bytes() if content is None else content)
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+class TestResumeAuto:
+    def test_it_starts_where_there_is_nothing_and_goes_on_where_there_is_something(self, tmp_path, capsys):
+        expected = trained(tmp_path / "whole")
+        with pytest.raises(Stopped):
+            trained(tmp_path / "parted", stop=5, resume="auto")
+        assert "Going on" not in capsys.readouterr().out
+        for _ in range(2):  # a restart loop may begin a run that is done once more
+            found = trained(tmp_path / "parted", resume="auto")
+            assert all(mx.array_equal(found[key], expected[key]).item() for key in expected)
+        told = " ".join(capsys.readouterr().out.split())
+        assert "Going on after iteration 3 of 7" in told and "Going on after iteration 7 of 7" in told
+        assert not (tmp_path / "parted" / "earlier-1").exists()
+
+
+class TestFolder:
+    def test_a_second_run_is_refused_while_the_first_lives(self, tmp_path):
+        script = "import sys, time; from mlx_lm.tuner.preference.files import locked\n"
+        script += "with locked(sys.argv[1]): print('ready', flush=True); time.sleep(60)"
+        holder = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, cwd=ROOT)
+        try:
+            assert holder.stdout.readline() == b"ready\n"
+            with pytest.raises(ConfigError, match="another run writes to adapter_path .*; wait for its end or give"):
+                trained(tmp_path, iters=1)
+        finally:
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+        trained(tmp_path, iters=1)  # a dead process holds nothing
+
+    def test_an_earlier_run_is_moved_aside_and_said(self, tmp_path, capsys):
+        trained(tmp_path, iters=3, config=dict(CONFIG))
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        (tmp_path / "notes.txt").write_text("mine")
+        for number in (1, 2):
+            trained(tmp_path, iters=2, config=CONFIG | {"resume_adapter_file": str(tmp_path / "adapters.safetensors")})
+            told = " ".join(capsys.readouterr().out.split())
+            assert f"The files of an earlier run in {tmp_path} are now in {tmp_path / f'earlier-{number}'}." in told
+        assert {path.name: path.read_bytes() for path in (tmp_path / "earlier-1").iterdir()} == before
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert config["resume_adapter_file"] == str(tmp_path / "earlier-2" / "adapters.safetensors")
+
+    def test_what_killed_runs_left_is_removed_and_nothing_else(self, tmp_path):
+        (tmp_path / ".adapters.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
+        (tmp_path / ".mine.tmp").write_bytes(b"mine")
+        trained(tmp_path, iters=1)
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".mine.tmp"]
+
+    def test_a_temporary_file_follows_no_link_out_of_the_folder(self, tmp_path, monkeypatch):
+        outside = tmp_path / "outside"
+        outside.write_text("theirs")
+        (tmp_path / "run").mkdir()
+        monkeypatch.setattr("secrets.token_hex", lambda _: "0" * 16)
+        (tmp_path / "run" / f".a.txt.{'0' * 16}.tmp").symlink_to(outside)
+        with pytest.raises(OSError, match="exists"):
+            replace_file(tmp_path / "run" / "a.txt", lambda file: file.write(b"ours"))
+        assert outside.read_text() == "theirs"
+
+
+class TestBest:
+    OPTIONS = {"iters": 8, "steps_per_eval": 1, "steps_per_save": 3, "batch_size": 6}
+
+    @pytest.mark.parametrize("by", ["eval_loss", "accuracy", "margin"])
+    def test_the_best_adapters_are_kept_and_named(self, by, tmp_path, capsys):
+        trained(tmp_path, save_best=by, rate=3e-2, config=dict(CONFIG), **self.OPTIONS)
+        key, best = {"eval_loss": ("eval_loss", min), "accuracy": ("eval_rewards/accuracies", max)}.get(
+            by, ("eval_rewards/margins", max)
+        )
+        values = {line["iteration"]: line[key] for line in metrics(tmp_path) if key in line}
+        first = next(iteration for iteration, value in values.items() if value == best(values.values()))
+        assert first > 0
+        assert f"at iteration {first}: {tmp_path / 'best'}" in " ".join(capsys.readouterr().out.split())
+        assert (tmp_path / "best" / "adapter_config.json").is_file()
+        other = tmp_path / "until"
+        trained(other, save_best=by, rate=3e-2, **self.OPTIONS | {"iters": first})
+        expected = mx.load(str(other / "adapters.safetensors"))
+        kept = mx.load(str(tmp_path / "best" / "adapters.safetensors"))
+        assert all(mx.array_equal(kept[name], expected[name]).item() for name in expected)
+
+    def test_a_run_ends_early_and_resumes_exactly(self, tmp_path, capsys):
+        options = self.OPTIONS | {"rate": 0.05, "save_best": "eval_loss", "early_stop": 2}
+        options |= {"iters": 20, "steps_per_save": 1}
+        whole = trained(tmp_path / "whole", **options)
+        reached = metrics(tmp_path / "whole")[-1]["iteration"]
+        assert 1 < reached < 20
+        assert f"Ended after iteration {reached}: 2 validations without a gain." in capsys.readouterr().out
+        with pytest.raises(Stopped):
+            trained(tmp_path / "parted", stop=reached, **options)
+        for _ in range(2):
+            found = trained(tmp_path / "parted", resume=True, **options)
+            assert all(mx.array_equal(found[key], whole[key]).item() for key in whole)
+        kept = [mx.load(str(tmp_path / run / "best" / "adapters.safetensors")) for run in ("whole", "parted")]
+        assert all(mx.array_equal(kept[0][name], kept[1][name]).item() for name in kept[0])
+
+    def test_without_validations_it_is_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="save_best and early_stop need validations"):
+            trained(tmp_path, save_best="margin", val_batches=0)
 
 
 class TestStartingPoint:
@@ -324,14 +497,14 @@ class TestStartingPoint:
 
 class TestFiles:
     def write(self, text):
-        return lambda path: Path(path).write_text(text)
+        return lambda file: file.write(text.encode())
 
     def test_a_failure_while_writing_leaves_the_file_and_no_other(self, tmp_path):
         path = tmp_path / "a.txt"
         path.write_text("old")
 
-        def fail(temporary):
-            Path(temporary).write_text("half")
+        def fail(file):
+            file.write(b"half")
             raise OSError(28, "No space left on device")
 
         with pytest.raises(OSError, match="No space left"):
@@ -343,7 +516,7 @@ class TestFiles:
         first.write_text("old a")
         second.write_text("old b")
 
-        def fail(temporary):
+        def fail(file):
             raise RuntimeError("[write] Unable to write 5 bytes to file.")
 
         with pytest.raises(OSError, match="b.txt cannot be written: .write. Unable"):
@@ -362,7 +535,7 @@ class TestFiles:
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert set(before) == {"adapters.safetensors", "adapter_config.json"}
         model.update({"lm_head": {"weight": model.lm_head.weight + 1}})
-        monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
             save_adapters(model, tmp_path / "adapters.safetensors", config={"a": 2})
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -378,7 +551,7 @@ class TestFiles:
             "save_adapters(model, Path(sys.argv[2]) / 'adapters.safetensors')"
         )
         done = command("-c", script, GOLDEN, tmp_path)
-        assert done.returncode == 1 and "adapters.safetensors cannot be written: [write]" in done.stderr
+        assert done.returncode == 1 and "adapters.safetensors cannot be written: [Errno 27]" in done.stderr
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -33,7 +33,7 @@ class MetricsFile(TrainingCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration] if iteration else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        replace_file(self.path, lambda path: Path(path).write_text(text))
+        replace_file(self.path, lambda file: file.write(text.encode()))
 
     def _write(self, report):
         # JSON has no word for what is not a number.
@@ -63,9 +63,9 @@ def read_metrics(path):
     for text in Path(path).read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict) or "iteration" not in line:
+        if not isinstance(line, dict) or type(line.get("iteration")) is not int:
             break
         lines.append(line)
     return lines
@@ -97,7 +97,7 @@ def plot_metrics(folder):
             label = key.rpartition("/")[2]
             for prefix, style, kind in (("", "-", "training"), ("eval_", "o--", "validation")):
                 points = [(line["iteration"], line.get(prefix + key)) for line in lines]
-                points = [point for point in points if point[1] is not None]
+                points = [point for point in points if isinstance(point[1], (int, float))]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{label}, {kind}")
         axes.set_title(title)
@@ -106,5 +106,5 @@ def plot_metrics(folder):
         if axes.lines:
             axes.legend(fontsize="small")
     path = Path(folder) / PLOT_FILE
-    replace_file(path, lambda name: figure.savefig(name, dpi=110))
+    replace_file(path, lambda file: figure.savefig(file, dpi=110))
     return path

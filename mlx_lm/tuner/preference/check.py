@@ -12,7 +12,7 @@ import mlx.optimizers as optimizers
 import yaml
 
 from ..utils import build_schedule
-from .checkpoint import check_is_file, state_file
+from .checkpoint import check_is_file, state_files
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, nearest
@@ -61,9 +61,15 @@ def check_file(path, loader):
     if not isinstance(node, yaml.MappingNode):
         what = "a list" if isinstance(node, yaml.SequenceNode) else "text"
         raise ConfigError(f"the configuration file {path} holds {what}; {form}.")
-    lines = {}
-    for key, _ in node.value:
+    lines, values = {}, loader("")
+    for key, value in node.value:
         line = key.start_mark.line + 1
+        try:
+            values.construct_object(value, deep=True)
+        except Exception as error:
+            # A value of a type that YAML sees in it, such as a date, and that it is not.
+            reason = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise ConfigError(f"{path}:{line}: the value of {key.value} cannot be read ({reason}).") from error
         if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
             raise ConfigError(f"{path}:{line}: {getattr(key, 'value', key)} is no name of a key; {form}.")
         if key.value in lines:
@@ -143,7 +149,7 @@ def check_config(args):
     if args.train:
         refuse_without_gradient(loss)
     if args.fine_tune_type != "full":
-        _check_lora(args.lora_parameters)
+        check_lora(args.lora_parameters)
     if args.lr_schedule is not None:
         _check_schedule(args.lr_schedule, -(-args.iters // args.grad_accumulation_steps))
     args.optimizer_config = _checked_optimizers(args.optimizer_config)
@@ -152,18 +158,24 @@ def check_config(args):
         check_is_file(args.resume_adapter_file)
     if args.train:
         _check_folder(args.adapter_path)
-        if args.resume:
-            state_file(args.adapter_path)
+        if args.resume is True:
+            state_files(args.adapter_path)
     return loss
 
 
 def _at_home(key, path):
     """`path` with a leading ~ replaced by the user's folder: a shell does not see what a file says."""
-    if path is None or not path.startswith("~"):
-        return path
+    if path is None:
+        return None
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ConfigError(f"{key} is {path!r}, and there is no such user's folder.")
+    try:
+        os.lstat(expanded)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # told where it is opened
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key} is {path!r}, which can be no path ({error}).") from error
     return expanded
 
 
@@ -179,7 +191,12 @@ def _check_folder(folder):
         raise ConfigError(f"adapter_path is {str(folder)!r}, but nothing can be written in {place}; give another one.")
 
 
-def _check_lora(parameters):
+def check_lora(parameters):
+    """Check `lora_parameters`.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is out of range.
+    """
     form = "it holds rank, scale, dropout and, if wanted, keys"
     if not isinstance(parameters, dict):
         raise ConfigError(f"lora_parameters is {parameters!r}; {form}.")

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,21 +11,39 @@ import numpy as np
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
+from ...cli_ui import rprint
 from .files import replace_file, replace_files
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
 
 STATE_FILE = "checkpoint.safetensors"
+BEST_FOLDER = "best"
+EARLIER_STATES = "[0-9]*_" + STATE_FILE
+# All that a run leaves in its folder; the plot is drawn and the metrics are written in `callbacks.py`.
+RUN_FILES = ("*adapters.safetensors", "adapter_config.json", "*" + STATE_FILE)
+RUN_FILES += ("metrics.jsonl", "training.png", BEST_FOLDER)
 REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
 SAMPLE = 4096  # values of a weight that tell it from another model's
 
 
 @dataclass
 class Progress:
-    """How far a run is: iterations begun, updates made, tokens reported."""
+    """How far a run is.
+
+    Attributes:
+        iteration, updates, trained_tokens, skipped: iterations begun, updates made, tokens reported, updates left out.
+        best, best_iteration: the best validation's figure, None before the first, and where it was.
+        without_gain: validations since then.
+        saved: the iteration of the state on disk, None where there is none that is sound.
+    """
 
     iteration: int = 0
     updates: int = 0
     trained_tokens: int = 0
+    skipped: int = 0
+    best: float | None = None
+    best_iteration: int = 0
+    without_gain: int = 0
+    saved: int | None = None
 
 
 def kept_settings(args, loss, config, model):
@@ -40,63 +59,6 @@ def kept_settings(args, loss, config, model):
     settings = {name: getattr(args, name, (config or {}).get(name)) for name in names} | loss.parameters
     settings |= {"loss_type": list(loss.names), "loss_weights": loss.weights}
     return settings | {"the model or the adapter it begins with": starting_point(model)}
-
-
-def save_run(step, logps, progress, settings, args, config, numbered=False):
-    """Write the adapters, and all that going on needs.
-
-    Args:
-        step: the `Step`.
-        logps: the `ReferenceLogps`, which TR-DPO changes.
-        progress: the `Progress`.
-        settings: what has to be the same for the run to go on.
-        args: `TrainingArgs`.
-        config: contents of `adapter_config.json`, or None to leave that file as it is.
-        numbered: whether to write a numbered copy too.
-
-    Returns:
-        The path of the numbered copy, or None.
-
-    Raises:
-        ConfigError: a weight is not finite; nothing is written.
-    """
-    accumulated, world = step.accumulated, mx.distributed.init()
-    if accumulated is not None and world.size() > 1:
-        # Each worker goes on from the mean of all.
-        gradient, pairs = accumulated
-        accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs) / world.size()
-    trained = step.model.trainable_parameters()
-    refuse_non_finite([trained, step.optimizer.state, accumulated or []], progress.iteration)
-    if world.rank() != 0:
-        return None
-    extra = {"counts": mx.array([progress.trained_tokens, progress.updates], mx.int64)}
-    if args.reference_update_steps:
-        tables = {"reference": logps.train, "val_reference": logps.valid}
-        extra |= {name: mx.array(table) for name, table in tables.items() if table is not None}
-    if accumulated is not None:
-        gradient, pairs = accumulated
-        extra |= {"pairs": pairs, **dict(tree_flatten(gradient))}
-    saved = save_adapters(step.model, args.adapter_file, progress.iteration if numbered else None, config)
-    folder = Path(args.adapter_file).parent
-    save_state(folder, step.model, step.optimizer, progress.iteration, settings, extra.items())
-    return saved
-
-
-def restore_run(folder, step, logps, settings, iters):
-    """Put back what `save_run` wrote, and return its `Progress`.
-
-    Raises:
-        ConfigError: as `read_state`.
-    """
-    iteration, extra = restore_state(folder, step.model, step.optimizer, settings, iters)
-    tokens, updates = extra.pop("counts").tolist()
-    logps.train = np.array(extra.pop("reference")) if "reference" in extra else logps.train
-    logps.valid = np.array(extra.pop("val_reference")) if "val_reference" in extra else logps.valid
-    if "pairs" in extra:
-        # Parts of the tree that hold no array have left no trace in the file.
-        gradient = tree_map_with_path(lambda name, _: extra[name], step.model.trainable_parameters())
-        step.accumulated = (gradient, extra["pairs"])
-    return Progress(iteration, updates, tokens)
 
 
 def save_adapters(model, adapter_file, iteration=None, config=None):
@@ -117,11 +79,11 @@ def save_adapters(model, adapter_file, iteration=None, config=None):
     numbered = None
     if iteration is not None:
         numbered = adapter_file.with_name(f"{iteration:07d}_adapters.safetensors")
-        replace_file(numbered, lambda path: mx.save_safetensors(path, weights))
-    files = [(adapter_file, lambda path: mx.save_safetensors(path, weights))]
+        replace_file(numbered, lambda file: mx.save_safetensors(file, weights))
+    files = [(adapter_file, lambda file: mx.save_safetensors(file, weights))]
     if config is not None:
-        text = json.dumps(dict(sorted(config.items())), indent=4, default=str)
-        files.append((adapter_file.with_name("adapter_config.json"), lambda path: Path(path).write_text(text)))
+        text = json.dumps(dict(sorted(config.items())), indent=4, default=str).encode()
+        files.append((adapter_file.with_name("adapter_config.json"), lambda file: file.write(text)))
     replace_files(*files)
     return numbered
 
@@ -139,60 +101,152 @@ def refuse_non_finite(tree, iteration):
         )
 
 
-def save_state(folder, model, optimizer, iteration, settings, extra=()):
-    """Write one file from which `restore_state` goes on.
+def save_run(step, logps, progress, settings, args, config, numbered=False):
+    """Write the adapters, and a state with all that going on needs; the states before it are kept as `args` say.
 
     Args:
-        folder: the run's adapter folder.
-        model, optimizer: as they are after `iteration` steps.
-        iteration: steps taken.
+        step: the `Step`.
+        logps: the `ReferenceLogps`, which TR-DPO changes.
+        progress: the `Progress`.
         settings: what has to be the same for the run to go on; any JSON.
-        extra: `(name, array)` pairs of the trainer's own.
+        args: `TrainingArgs`.
+        config: contents of `adapter_config.json`, or None to leave that file as it is.
+        numbered: whether to write a numbered copy of the adapters too.
+
+    Returns:
+        The path of the numbered copy, or None.
+
+    Raises:
+        ConfigError: a weight is not finite; nothing is written.
     """
-    arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
-    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
+    accumulated, world = step.accumulated, mx.distributed.init()
+    if accumulated is not None and world.size() > 1:
+        # Each worker goes on from the mean of all.
+        gradient, pairs = accumulated
+        accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs) / world.size()
+    trained = step.model.trainable_parameters()
+    refuse_non_finite([trained, step.optimizer.state, accumulated or []], progress.iteration)
+    if world.rank() != 0:
+        return None
+    arrays = {f"model.{name}": value for name, value in tree_flatten(trained)}
+    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(step.optimizer.state)}
     arrays["random"] = mx.array(mx.random.state[0])
-    arrays |= {f"extra.{name}": value for name, value in extra}
-    metadata = {"iteration": str(iteration), "settings": _json(settings)}
-    replace_file(Path(folder) / STATE_FILE, lambda path: mx.save_safetensors(path, arrays, metadata))
+    if args.reference_update_steps:
+        tables = {"reference": logps.train, "val_reference": logps.valid}
+        arrays |= {f"logps.{name}": mx.array(table) for name, table in tables.items() if table is not None}
+    if accumulated is not None:
+        gradient, pairs = accumulated
+        arrays |= {"pairs": pairs} | {f"gradient.{name}": value for name, value in tree_flatten(gradient)}
+    saved = save_adapters(step.model, args.adapter_file, progress.iteration if numbered else None, config)
+    folder = Path(args.adapter_file).parent
+    _keep_earlier(folder, progress, args.keep_checkpoints)
+    progress.saved = progress.iteration
+    told = {"iteration": str(progress.iteration), "progress": _json(asdict(progress)), "settings": _json(settings)}
+    _write_state(folder / STATE_FILE, arrays, told)
+    return saved
 
 
-def state_file(folder):
-    """The path of a folder's checkpoint.
+def _keep_earlier(folder, progress, count):
+    """Give the state on disk a name of its own, and delete all but the newest `count` - 1 of those that have one."""
+    path = folder / STATE_FILE
+    if count > 1 and progress.saved not in (None, progress.iteration) and path.is_file():
+        # A second name, so that there is a complete state under the first one at any time.
+        name = folder / f"{progress.saved:07d}_{STATE_FILE}"
+        name.unlink(missing_ok=True)  # one that was damaged
+        try:
+            os.link(path, name)
+        except (PermissionError, NotImplementedError):
+            os.replace(path, name)  # a file system without links
+    for old in sorted(folder.glob(EARLIER_STATES), reverse=True)[count - 1 :]:
+        old.unlink(missing_ok=True)
+
+
+def _write_state(path, arrays, metadata):
+    metadata = metadata | {"digest": _digest(arrays, metadata)}
+    replace_file(path, lambda file: mx.save_safetensors(file, arrays, metadata))
+
+
+def _digest(arrays, metadata):
+    """A digest of names, shapes, types and every bit of the values, and of the metadata."""
+    digest = hashlib.blake2b(repr(sorted(metadata.items())).encode(), digest_size=16)
+    for name, value in sorted(arrays.items()):
+        digest.update(repr((name, value.shape, str(value.dtype))).encode())
+        digest.update(np.array(mx.view(value.reshape(-1), mx.uint8)).data)
+    return digest.hexdigest()
+
+
+def read_state(path):
+    """The arrays and the metadata of a state.
+
+    Returns:
+        `(arrays by name, Progress, settings)`.
+
+    Raises:
+        ValueError: the file is damaged, or no state.
+    """
+    try:
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        digest = metadata.pop("digest")
+        if digest != _digest(arrays, metadata):
+            raise ValueError("its content is not what was written")
+        return arrays, Progress(**json.loads(metadata["progress"])), json.loads(metadata["settings"])
+    except KeyError as error:
+        raise ValueError(f"it has no {error.args[0]}") from error
+    except (OSError, RuntimeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(first_line(error)) from error
+
+
+def state_files(folder):
+    """The paths of a folder's states, the newest first.
 
     Raises:
         ConfigError: there is none.
     """
     path = Path(folder) / STATE_FILE
-    if not path.is_file():
+    found = [path] if path.is_file() else []
+    found += sorted(Path(folder).glob(EARLIER_STATES), reverse=True)
+    if not found:
         raise ConfigError(f"resume needs {path}, and there is none; leave resume out to start anew.")
-    return path
+    return found
 
 
-def read_state(folder, model, settings, iters):
-    """What `save_state` wrote, if a run of `model` with these settings may go on from it.
+def has_state(folder):
+    """Whether there is a state in a folder."""
+    return Path(folder, STATE_FILE).is_file() or any(Path(folder).glob(EARLIER_STATES))
+
+
+def find_state(folder, model, settings, iters):
+    """The newest sound state of a folder, if a run of `model` with these settings may go on from it.
 
     Returns:
-        `(iteration, parts)`, parts the arrays of "model", "optimizer", "extra" and "random" as lists of pairs.
+        `(path, iteration)`.
 
     Raises:
-        ConfigError: there is no checkpoint, it is damaged, or it is of a run with other settings or weights.
+        ConfigError: there is no state, all are damaged, or it is of a run with other settings or weights.
     """
-    path = state_file(folder)
-    try:
-        arrays, metadata = mx.load(str(path), return_metadata=True)
-        iteration, saved = int(metadata["iteration"]), json.loads(metadata["settings"])
-        parts = {"model": [], "optimizer": [], "extra": [], "random": []}
-        for name, value in arrays.items():
-            part, _, rest = name.partition(".")
-            parts[part].append((rest, value))
-        if len(parts["random"]) != 1:
-            raise ValueError("it has no random state")
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{path} is damaged or no checkpoint of this project ({first_line(error)}); leave resume out to start anew."
-        ) from error
-    now = json.loads(_json(settings))
+    faults = []
+    for path in state_files(folder):
+        try:
+            arrays, progress, saved = read_state(path)
+        except ValueError as error:
+            faults.append(f"{path} is damaged or no checkpoint of this project ({error})")
+            continue
+        for fault in faults:
+            rprint(f"[WARNING] {fault}; the one before it, of iteration {progress.iteration}, is taken.")
+        _check_settings(folder, saved, json.loads(_json(settings)))
+        if progress.iteration > iters:
+            told = f"{path} is at iteration {progress.iteration}, and iters is {iters}"
+            raise ConfigError(f"{told}; raise iters to go on.")
+        expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+        if {name: value.shape for name, value in _part(arrays, "model")} != expected:
+            raise ConfigError(
+                f"{path} holds other weights than this run trains; use the num_layers that it began with."
+            )
+        return path, progress.iteration
+    raise ConfigError(f"{faults[0]}; leave resume out to start anew.")
+
+
+def _check_settings(folder, saved, now):
     changed = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
     if changed:
         told = (
@@ -200,31 +254,46 @@ def read_state(folder, model, settings, iters):
             for key in changed
         )
         raise ConfigError(f"resume goes on with the run in {folder} as it was begun, but {', '.join(told)}.")
-    if iteration > iters:
-        raise ConfigError(f"{path} is at iteration {iteration}, and iters is {iters}; raise iters to go on.")
-    expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-    if {name: value.shape for name, value in parts["model"]} != expected:
-        raise ConfigError(f"{path} holds other weights than this run trains; use the num_layers that it began with.")
-    return iteration, parts
 
 
-def restore_state(folder, model, optimizer, settings, iters):
-    """Put back what `save_state` wrote.
-
-    Returns:
-        `(iteration, extra)`, extra a dict of the trainer's own arrays.
+def restore_run(path, step, logps):
+    """Put back what `save_run` wrote, and return its `Progress`.
 
     Raises:
-        ConfigError: as `read_state`.
+        ConfigError: a part is missing.
     """
-    iteration, parts = read_state(folder, model, settings, iters)
-    model.update(tree_unflatten(parts["model"]))
-    optimizer.state = tree_unflatten(parts["optimizer"])
+    try:
+        arrays, progress, _ = read_state(path)
+        high, low = arrays["random"].tolist()
+        state = dict(_part(arrays, "optimizer"))
+        step.optimizer.init(step.model.trainable_parameters())
+        missing = {name for name, _ in tree_flatten(step.optimizer.state)} - set(state)
+        if missing and progress.updates > 0:
+            raise ValueError(f"it has no {min(missing)} of the optimizer's")
+        tables = dict(_part(arrays, "logps"))
+        logps.train = np.array(tables["reference"]) if "reference" in tables else logps.train
+        logps.valid = np.array(tables["val_reference"]) if "val_reference" in tables else logps.valid
+        if "pairs" in arrays:
+            # Parts of the tree that hold no array have left no trace in the file.
+            parts = dict(_part(arrays, "gradient"))
+            gradient = tree_map_with_path(lambda name, _: parts[name], step.model.trainable_parameters())
+            step.accumulated = (gradient, arrays["pairs"])
+    except (KeyError, TypeError, ValueError) as error:
+        told = f"it has no {error.args[0]}" if isinstance(error, KeyError) else first_line(error)
+        raise ConfigError(f"{path} lacks a part ({told}); leave resume out to start anew.") from error
+    step.model.update(tree_unflatten(_part(arrays, "model")))
+    step.optimizer.state = tree_unflatten(list(state.items()))
     # The state is a key, and a seed becomes the key of its two halves; the state itself takes no assignment.
-    high, low = parts["random"][0][1].tolist()
     mx.random.seed(high << 32 | low)
-    mx.eval(model.parameters(), optimizer.state)
-    return iteration, dict(parts["extra"])
+    mx.eval(step.model.parameters(), step.optimizer.state)
+    # One that is damaged is never kept.
+    progress.saved = progress.iteration if Path(path).name == STATE_FILE else None
+    return progress
+
+
+def _part(arrays, part):
+    """The arrays whose names begin with a part's, without it, as pairs."""
+    return [(name.removeprefix(part + "."), value) for name, value in arrays.items() if name.startswith(part + ".")]
 
 
 def starting_point(model):

@@ -109,5 +109,10 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
 
 def means(totals):
     """`(means of FIGURES, pairs, tokens)` over all workers, of `Objective`'s sums on this one."""
-    *sums, pairs, tokens = np.array(mx.distributed.all_sum(totals), np.float64).tolist()
+    return as_means(np.array(mx.distributed.all_sum(totals), np.float64))
+
+
+def as_means(totals):
+    """`(means of FIGURES, pairs, tokens)` of sums over pairs, `(9,)` float64."""
+    *sums, pairs, tokens = totals.tolist()
     return {name: total / pairs for name, total in zip(FIGURES, sums, strict=True)}, pairs, tokens

@@ -1,7 +1,15 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and a folder that belongs to one run."""
 
+import fcntl
 import os
+import re
+import secrets
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .options import ConfigError
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def replace_file(path, write):
@@ -9,7 +17,7 @@ def replace_file(path, write):
 
     Args:
         path: the file; what stands there stays until the new one is complete.
-        write: called with a temporary path of the same suffix in the same folder; writes the file there.
+        write: called with a binary file to write to.
 
     Raises:
         OSError: the file cannot be written; what stood there is as it was.
@@ -27,17 +35,74 @@ def replace_files(*files):
     try:
         for path, write in files:
             path = Path(path)
-            temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+            # A name that nobody can foresee, and no link: what is written stays in the folder.
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             written.append((temporary, path))
-            try:
-                write(str(temporary))
-            except RuntimeError as error:
-                # What MLX raises where there is no room or no folder.
-                raise OSError(f"{path} cannot be written: {error}") from error
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            with open(descriptor, "wb") as file:
+                try:
+                    write(file)
+                    file.flush()
+                    os.fsync(descriptor)
+                except (RuntimeError, OSError) as error:
+                    raise OSError(f"{path} cannot be written: {error}") from error
         for temporary, path in written:
             os.replace(temporary, path)
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files that a killed process left in a folder of which no other process writes to."""
+    for path in Path(folder).glob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder):
+    """Within the context, the folder is this process's to write to. A process that dies lets go of it.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # A file system without locks has none to give; what it refuses for another reason is no run's.
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another run writes to adapter_path {str(folder)!r}; wait for its end or give another folder."
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def move_aside(folder, patterns):
+    """Move the files of an earlier run into a new folder beside them.
+
+    Args:
+        folder: what holds them.
+        patterns: of their names.
+
+    Returns:
+        The new folder, `earlier-1` or the first number that is free; None where there was nothing to move.
+    """
+    folder = Path(folder)
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    if not found:
+        return None
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    place = folder / f"earlier-{number}"
+    place.mkdir()
+    for path in found:
+        path.rename(place / path.name)
+    return place

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers, load_adapters
+from .check import check_lora
 from .checkpoint import check_adapter
 from .layers import is_float32
 from .options import ConfigError, nearest
@@ -151,7 +152,7 @@ def _warn_of_scale(file, scale):
     """LoRA's scale is not in its weights: an adapter with another one acts more or less than it was trained to."""
     try:
         was = json.loads(file.with_name("adapter_config.json").read_text())["lora_parameters"]["scale"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if was != scale:
         print(
@@ -189,10 +190,15 @@ def read_adapter_config(adapter_path):
         raise ConfigError(f"{told}, and there is no such folder; a test without train needs one with {ADAPTER_FILES}.")
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{told}, but {path} cannot be read ({error}); it needs {ADAPTER_FILES}.") from error
     if not isinstance(config, dict) or not {"num_layers", "lora_parameters"} <= set(config):
         raise ConfigError(f"{told}, but {path} does not hold num_layers and lora_parameters; it needs {ADAPTER_FILES}.")
+    if config.get("fine_tune_type") != "full":
+        try:
+            check_lora(config["lora_parameters"])
+        except ConfigError as error:
+            raise ConfigError(f"{told}, but in {path} {error}") from error
     return config
 
 

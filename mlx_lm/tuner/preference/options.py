@@ -7,13 +7,26 @@ import argparse
 import difflib
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+LONGEST_MESSAGE = 400
 
 
 class ConfigError(ValueError):
-    """A user's mistake, told in one sentence: what was found, what was expected, what to do."""
+    """A user's mistake, told in one sentence: what was found, what was expected, what to do.
+
+    A message is printed, so that control characters are taken out of it, and the middle of a long one.
+    """
+
+    def __init__(self, message):
+        message = "".join(letter if letter.isprintable() else " " for letter in str(message))
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[5 - LONGEST_MESSAGE // 2 :]}"
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class Option:
         low, high: the bounds of a number, None where there is none.
         open: which bounds are outside the range: any of "low", "high".
         choices: the only values allowed, where there are few.
+        words: names allowed in place of a value of `kind`.
         many: whether a list of values is allowed too.
         group: the section of LORA.md that lists it.
         keep: whether a resumed run must have the value that it began with.
@@ -43,6 +57,7 @@ class Option:
     high: float | None = None
     open: tuple = ()
     choices: tuple = ()
+    words: tuple = ()
     many: bool = False
     group: str = "loss"
     keep: bool = False
@@ -61,7 +76,8 @@ class Option:
             told += f"; {str(self.default).lower() if self.kind is bool else self.default} by default"
         told = told.replace("%", "%%") + "."
         if self.kind is bool:
-            return {"action": argparse.BooleanOptionalAction, "default": None, "help": told}
+            action = partial(_Switch, words=self.words) if self.words else argparse.BooleanOptionalAction
+            return {"action": action, "default": None, "help": told}
         shape = {"nargs": "+"} if self.many else {}
         return {"type": self.kind, "default": None, "metavar": self.kind.__name__.upper(), "help": told} | shape
 
@@ -94,7 +110,9 @@ class Option:
         return self._check_one(value)
 
     def _check_one(self, value):
-        expected = EXPECTED[self.kind]
+        if isinstance(value, str) and value in self.words:
+            return value
+        expected = " or ".join((EXPECTED[self.kind], *self.words))
         if self.range:
             expected += f", {self.range}"
         if self.kind is not str and isinstance(value, str):
@@ -109,11 +127,26 @@ class Option:
             too_high = self.high is not None and (value > self.high or ("high" in self.open and value == self.high))
             if too_low or too_high or value != value:
                 raise ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
-            if abs(value) == math.inf:
+            if abs(value) == math.inf or (self.kind is float and abs(value) > LARGEST):
                 raise ConfigError(f"{self.name} is {value}; it must be finite{self.range and ' and ' + self.range}.")
         return self.kind(value)
 
 
+class _Switch(argparse.Action):
+    """`--flag`, `--no-flag`, and `--flag WORD` for the words of an option that takes some."""
+
+    def __init__(self, option_strings, dest, words, **options):
+        flags = [*option_strings, "--no-" + option_strings[0].removeprefix("--")]
+        super().__init__(flags, dest, nargs="?", choices=words, metavar="|".join(words), **options)
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        off = option_string.startswith("--no-")
+        if off and value is not None:
+            parser.error(f"argument {option_string}: ignored explicit argument {value!r}")
+        setattr(namespace, self.dest, value or not off)
+
+
+LARGEST = sys.float_info.max
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
 
 
@@ -204,16 +237,48 @@ STEP_OPTIONS = (
         group="step",
         keep=True,
     ),
+)
+
+SAVE_OPTIONS = (
     Option(
         "resume",
         False,
         bool,
-        "Go on from the last checkpoint in adapter_path, as if the run had not been interrupted",
-        group="step",
+        "Go on from the last checkpoint in adapter_path, as if the run had not been interrupted; auto does so where "
+        "there is one and starts anew where there is none",
+        words=("auto",),
+        group="save",
+    ),
+    Option("keep_checkpoints", 2, int, "Complete states kept to go on from, the newest ones", low=1, group="save"),
+    Option(
+        "save_best",
+        None,
+        str,
+        "Keep the adapters of the best validation in adapter_path/best, by this figure; not set, none",
+        choices=("eval_loss", "accuracy", "margin"),
+        group="save",
+        keep=True,
+    ),
+    Option(
+        "early_stop",
+        None,
+        int,
+        "End the run after so many validations without a gain, by save_best's figure or else eval_loss; not set, never",
+        low=1,
+        group="save",
+    ),
+    Option(
+        "on_nonfinite",
+        "stop",
+        str,
+        "What an update does whose loss or gradient is not finite: end the run, or leave that update out",
+        choices=("stop", "skip"),
+        group="save",
+        keep=True,
     ),
 )
 
-RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS
+RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + SAVE_OPTIONS
 
 # mlx-lm's own keys, in the order of a run, with its defaults: it takes any value and fails later.
 UPSTREAM_OPTIONS = (

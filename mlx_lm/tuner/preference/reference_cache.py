@@ -18,7 +18,7 @@ from .files import replace_file
 FORMAT = 3
 ROW_BYTES = 16 + 4 * 4  # a row's key and its four float32 values
 # An entry of the cache, or one that a process is still writing or was stopped at: nothing else is ever deleted.
-ENTRY = re.compile(r"[0-9a-f]{32}\.npz|\.[0-9a-f]{32}\.\d+\.npz")
+ENTRY = re.compile(r"[0-9a-f]{32}\.npz|\.[0-9a-f]{32}\.npz\.[0-9a-f]{16}\.tmp")
 CHECKSUM_WORDS = 2**22  # words in one part of a checksum: its temporaries take some 100 MB
 
 
@@ -114,7 +114,7 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             digest = np.frombuffer(self._digest(keys, values), np.uint8)
-            replace_file(self.path, lambda path: np.savez(path, keys=keys, values=values, digest=digest))
+            replace_file(self.path, lambda file: np.savez(file, keys=keys, values=values, digest=digest))
             self._drop_oldest()
         except OSError as error:
             rprint(f"[WARNING] The reference logps could not be kept in {self.folder} ({error}).")

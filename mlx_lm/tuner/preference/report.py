@@ -8,8 +8,11 @@ import numpy as np
 from ...cli_ui import make_console, rprint
 from .batches import PLAIN
 from .checkpoint import REMEDY
-from .evaluation import mean_figures, means
+from .evaluation import as_means, mean_figures
 from .options import ConfigError
+
+# Logratios of both responses below this, and logps twice as low as the reference's: no longer a model of text.
+DISPLACED, DISPLACED_TIMES = -20.0, 2.0
 
 
 class Window:
@@ -17,19 +20,24 @@ class Window:
 
     Attributes:
         sums: of each step, `Objective`'s `(9,)` sums.
-        norm: the last update's gradient norm, None without one.
+        norms: of each step, the gradient's norm, None where it made no update.
         tokens: `(2,)`, processed ones and of these padding.
         seconds: that the steps took, without validations and saves.
     """
 
     def __init__(self):
-        self.sums, self.norm, self.tokens, self.seconds = [], None, np.zeros(2), 0.0
+        self.sums, self.norms, self.tokens, self.seconds = [], [], np.zeros(2), 0.0
 
     def add(self, sums, norm, tokens):
         """Add a step; `norm` is None where it made no update."""
         self.sums.append(sums)
-        self.norm = self.norm if norm is None else norm
+        self.norms.append(norm)
         self.tokens += tokens
+
+    def figures(self):
+        """`(sums over all workers (k, 9), norms)` as numbers."""
+        sums = np.array(mx.distributed.all_sum(mx.stack(self.sums)), np.float64)
+        return sums, [None if norm is None else norm.item() for norm in self.norms]
 
 
 class Reporter:
@@ -39,46 +47,65 @@ class Reporter:
         ui: upstream's `TrainUI`.
         callback: a `TrainingCallback`, or None.
         rank: of this worker; only the first one speaks.
+        check: called with a window's losses, norms and first iteration; raises where a run must not go on. None where
+            steps that are not finite are left out.
+
+    Attributes:
+        validated: the last validation's means of FIGURES.
     """
 
-    def __init__(self, ui, callback, rank):
-        self.ui, self.callback, self.rank = ui, callback, rank
+    def __init__(self, ui, callback, rank, check):
+        self.ui, self.callback, self.rank, self.check = ui, callback, rank, check
+        self.validated = None
 
     def training(self, window, progress, learning_rate, peak_memory):
         """Report on the steps since the last report.
 
         Raises:
-            ConfigError: the loss is not finite.
+            ConfigError: a loss or a gradient is not finite, or in every step.
         """
-        figures, pairs, trained = means(mx.stack(window.sums).sum(0))
-        if not np.isfinite(figures["loss"]):
-            raise ConfigError(
-                f"the loss is {figures['loss']} at iteration {progress.iteration}; the adapters saved before stay as "
-                f"they are. {REMEDY}"
-            )
+        sums, norms = window.figures()
+        if self.check is not None:
+            self.check(sums[:, 0], norms, progress.iteration - len(sums) + 1)
+        sound = np.isfinite(sums).all(axis=1)
+        progress.skipped += sum(norm is not None and not np.isfinite(norm) for norm in norms)
+        if not sound.any():
+            raise ConfigError(f"no step of the {len(sums)} up to iteration {progress.iteration} is finite. {REMEDY}")
+        figures, pairs, trained = as_means(sums[sound].sum(axis=0))
         progress.trained_tokens += int(trained)
         speed, seconds = trained / window.seconds, window.seconds
         self.ui.report_train(progress.iteration, figures["loss"], speed, progress.trained_tokens)
-        self._say(figures, f"lr {learning_rate:.2e} · {peak_memory:.2f} GB")
+        left_out = f" · {progress.skipped} updates left out" if progress.skipped else ""
+        self._say(figures, f"lr {learning_rate:.2e} · {peak_memory:.2f} GB{left_out}")
         if self.callback is None:
             return
         processed, padding = window.tokens
         report = {"iteration": progress.iteration, "train_loss": figures.pop("loss"), **figures}
-        if window.norm is not None:
-            report["grad_norm"] = window.norm.item()
-        report |= {"learning_rate": learning_rate, "iterations_per_second": len(window.sums) / seconds}
+        if norms := [norm for norm in norms if norm is not None]:
+            report["grad_norm"] = norms[-1]
+        if self.check is None:
+            report["skipped_updates"] = progress.skipped
+        report |= {"learning_rate": learning_rate, "iterations_per_second": len(sums) / seconds}
         report |= {"pairs_per_second": pairs / seconds, "tokens_per_second": speed}
         report |= {"trained_tokens": progress.trained_tokens, "padding_share": padding / processed}
         self.callback.on_train_loss_report(report | {"peak_memory": peak_memory})
+
+    def check_window(self, window, progress):
+        """Check the steps since the last report before they are saved; raises as `training`."""
+        if self.check is not None and window.sums:
+            sums, norms = window.figures()
+            self.check(sums[:, 0], norms, progress.iteration - len(sums) + 1)
 
     def validation(self, iteration, objective, logps, batch_size):
         """Score the validation pairs of `ReferenceLogps`, report, and return the means of FIGURES."""
         tic = time.perf_counter()
         with self.ui.val_task(-(-len(logps.val_rows) // batch_size)) as advance:
             figures = mean_figures(objective, logps.val_dataset, logps.val_rows, logps.valid, batch_size, advance)
-        seconds = time.perf_counter() - tic
+        self.validated, seconds = figures, time.perf_counter() - tic
         self.ui.report_val(iteration, figures["loss"], seconds)
         self._say(figures)
+        if not np.isfinite(figures["loss"]):
+            rprint(f"[WARNING] The validation loss is {figures['loss']} at iteration {iteration}. {REMEDY}")
         if self.callback is not None:
             report = {"iteration": iteration, "val_loss": figures["loss"], "val_time": seconds}
             report |= {f"eval_{name}": value for name, value in figures.items() if name != "loss"}
@@ -101,3 +128,22 @@ def say_fallbacks(scorer, share_prompt):
         rprint("This model's cache cannot hold a shared prompt: each prompt is run for both of its responses.")
     if scorer.head is None:
         rprint("This model's output head cannot be run apart: it projects prompt positions too.")
+
+
+def warn_of_displacement(figures, loss):
+    """Say so where both responses have become far less likely than they were: the model may write no text any more.
+
+    Args:
+        figures: a validation's means of FIGURES, or None.
+        loss: the `PreferenceLoss`.
+    """
+    if figures is None or not loss.needs_reference:
+        return
+    logratios = [figures[f"rewards/{name}"] / loss.parameters["beta"] for name in ("chosen", "rejected")]
+    reference = figures["logps/chosen"] - logratios[0]
+    if max(logratios) < DISPLACED and figures["logps/chosen"] < DISPLACED_TIMES * reference:
+        rprint(
+            f"[WARNING] The chosen responses are {-logratios[0]:.0f} nats less likely than to the reference, the "
+            f"rejected ones {-logratios[1]:.0f}: the margin may be good, but the model may write no sense any more. "
+            "Look at what it generates. A lower learning_rate, a larger beta, or sft beside the loss holds it."
+        )

@@ -8,22 +8,39 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..._backend import slow_blas_hint
 from ...cli_ui import TrainUI, rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
 from .batches import Schedule
-from .checkpoint import Progress, kept_settings, read_state, restore_run, save_run
+from .checkpoint import (
+    BEST_FOLDER,
+    RUN_FILES,
+    Progress,
+    find_state,
+    has_state,
+    kept_settings,
+    restore_run,
+    save_adapters,
+    save_run,
+)
 from .evaluation import evaluated_rows, unwrapped
+from .files import locked, move_aside, remove_leftovers
+from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
 from .memory import bounded_memory, peak_memory, trim_cache
+from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import ConfigError
 from .reference import Reference, ReferenceLogps, reference_of
 from .reference_cache import row_key
-from .report import Reporter, Window, say_fallbacks
+from .report import Reporter, Window, say_fallbacks, warn_of_displacement
 from .step import Step
+
+# The figure of each value of save_best, and the sign that makes more of it better.
+BEST = {"eval_loss": ("loss", -1), "accuracy": ("rewards/accuracies", 1), "margin": ("rewards/margins", 1)}
 
 
 def train_preference(
@@ -32,48 +49,76 @@ def train_preference(
     """Train the model of an `Objective` on preference pairs; see `trainer.train`.
 
     Raises:
-        ConfigError: the data or a checkpoint does not fit `args`, or the training fails.
+        ConfigError: the data or a checkpoint does not fit `args`, another run has the folder, or the training fails.
+        Interrupted: a signal asked for the end, and the run is saved.
     """
-    scorer, loss = objective.scorer, objective.loss
-    model, folder, rank = scorer.model, Path(args.adapter_file).parent, mx.distributed.init().rank()
-    dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
     if args.grad_accumulation_steps < 1:
         raise ConfigError(f"grad_accumulation_steps is {args.grad_accumulation_steps}; it must be at least 1.")
-    refuse_without_gradient(loss)
+    refuse_without_gradient(objective.loss)
+    dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
+    logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
+    if (args.save_best or args.early_stop) and not len(logps.val_rows):
+        raise ConfigError("save_best and early_stop need validations, and there is no validation set.")
     maybe_set_recommended_wired_limit()
     for line in filter(None, [slow_blas_hint()]):
         rprint(line)
-    say_fallbacks(scorer, args.share_prompt)
-    schedule = Schedule(dataset, args.batch_size, args.seed, scorer.arrangement)
-    val_rows = evaluated_rows(val_dataset, args.batch_size, args.val_batches)
-    settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(dataset, loss)}
-    if args.resume:
-        # A checkpoint that does not fit is told before the reference pass, which may be long.
-        read_state(folder, model, settings, args.iters)
-    logps = ReferenceLogps(dataset, val_dataset, val_rows)
+    say_fallbacks(objective.scorer, args.share_prompt)
+    folder, first = Path(args.adapter_file).parent, mx.distributed.init().rank() == 0
+    with locked(folder) if first else nullcontext():
+        _train(objective, optimizer, logps, args, reference, callback, config, folder, first)
+
+
+def _train(objective, optimizer, logps, args, reference, callback, config, folder, first):
+    """Train on the rows of `logps`, in a folder of this run's own; `first` is whether this is the first worker."""
+    scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
+    schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement)
+    settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
+    state = None
+    if args.resume is True or (args.resume and has_state(folder)):
+        # One that does not fit is told before the reference pass, which may be long.
+        state, iteration = find_state(folder, model, settings, args.iters)
+        rprint(f"Going on after iteration {iteration} of {args.iters}, from {state}.")
     if loss.needs_reference:
         reference = reference or reference_of(scorer, args)
         logps.take(reference, schedule.visited(1, args.iters))
         if args.reference_model is not None:
             reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
+    if args.on_nonfinite == "skip":
+        optimizer = SkippingOptimizer(optimizer, model.trainable_parameters())
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm)
-    progress = restore_run(folder, step, logps, settings, args.iters) if args.resume else Progress()
-    if rank == 0:
+    progress = Progress() if state is None else restore_run(state, step, logps)
+    if first:
+        remove_leftovers(folder)
+        if state is None:
+            make_room(folder, config)
         callback = MetricsFile(folder, callback, progress.iteration)
-    layers = checkpointed_layers(model) if args.grad_checkpoint else nullcontext()
-    with layers, bounded_memory() as evaluate, TrainUI(args.iters, rank=rank) as ui:
-        report = Reporter(ui, callback, rank)
-        validate = partial(_validate, objective, logps, progress, args, report)
+    check = (
+        None
+        if args.on_nonfinite == "skip"
+        else partial(refuse_non_finite_steps, schedule=schedule, where=places_of(logps.dataset))
+    )
+    save = partial(save_run, step, logps, progress, settings, args, config)
+    with (
+        checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
+        bounded_memory() as evaluate,
+        TrainUI(args.iters, rank=0 if first else 1) as ui,
+        REQUEST.at_steps() as request,
+    ):
+        report = Reporter(ui, callback, 0 if first else 1, check)
+        validate = partial(_validate, objective, logps, progress, args, report, config)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
-        save = partial(save_run, step, logps, progress, settings, args, config)
-        _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save)
+        _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
         save()
-    if rank == 0:
+        if request.number is not None:
+            raise Interrupted(request.number, f"after iteration {progress.iteration} of {args.iters}, which is saved")
+        warn_of_displacement(report.validated, loss)
+    if first:
         plot_metrics(folder)
+        _tell_best(folder, progress, args)
 
 
-def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save):
+def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request):
     """Take the steps that are left.
 
     Args:
@@ -87,6 +132,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         validate: scores the validation pairs, if there are any.
         refresh: makes the policy the reference of the steps to come.
         save: writes adapters and checkpoint.
+        request: a `Request` of signals, which ends the steps.
     """
     window, upcoming, earlier, measured = Window(), None, [], False
     for _ in range(progress.iteration):
@@ -94,36 +140,40 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
     if progress.iteration == 0:
         validate()
     step.model.train()
-    while progress.iteration < args.iters:
+    while progress.iteration < args.iters and not (args.early_stop and progress.without_gain >= args.early_stop):
         tic = time.perf_counter()
         batch, reference, tokens = upcoming or schedule.batch(progress.iteration + 1, logps.train)
         progress.iteration += 1
         due = Due.at(progress, args)
         sums, norm = step(batch, reference, due.update)
         progress.updates += due.update
-        window.add(sums, norm if due.norm else None, tokens)
-        work = [step.state(), step.accumulated or [], sums, norm if due.norm else []]
+        norm = norm if due.norm or args.on_nonfinite == "skip" else None
+        window.add(sums, norm, tokens)
+        work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
         if due.update and not measured:
             evaluate(work, schedule.most_tokens() / tokens[0])
             measured = True
         mx.async_eval(work)
         # The next batch is made while the device works on this one, unless another reference comes first.
         upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, logps.train)
+        stops = asked_anywhere(request, due.report)
         # The next step is traced while the device works on this one, but no more than that.
-        mx.eval(work if due.refresh or due.report or due.validate or due.save else earlier)
+        mx.eval(work if stops or due.refresh or due.report or due.validate or due.save else earlier)
         earlier = sums
         trim_cache(args.clear_cache_threshold)
         window.seconds += time.perf_counter() - tic
         report.ui.advance()
         if due.report:
-            learning_rate = step.optimizer.learning_rate.item()
-            report.training(window, progress, learning_rate, peak_memory() / 1e9)
+            report.training(window, progress, step.optimizer.learning_rate.item(), peak_memory() / 1e9)
             window = Window()
         if due.validate:
             validate()
         if due.refresh:
             refresh()
+        if stops:
+            break
         if due.save:
+            report.check_window(window, progress)
             numbered = save(numbered=True)
             if numbered is not None:
                 report.ui.report_save(numbered)
@@ -136,7 +186,7 @@ class Due(NamedTuple):
         last: it is the run's last.
         update: the model is updated. Steps left over at the end make an update of their own: no pair is dropped.
         refresh: with TR-DPO, the reference is exchanged after it; after the last one no step would read it.
-        norm: the gradient's norm is reported, which of other updates is never computed.
+        norm: the gradient's norm is reported; of other updates it is computed only where those may be left out.
         report, validate, save: as the names say.
     """
 
@@ -167,10 +217,43 @@ class Due(NamedTuple):
         )
 
 
-def _validate(objective, logps, progress, args, report):
-    """Score the validation pairs, if there are any."""
-    if len(logps.val_rows):
-        report.validation(progress.iteration, objective, logps, args.batch_size)
+def _validate(objective, logps, progress, args, report, config):
+    """Score the validation pairs, if there are any; keep the adapters where they are the best so far."""
+    if not len(logps.val_rows):
+        return
+    figures = report.validation(progress.iteration, objective, logps, args.batch_size)
+    if not (args.save_best or args.early_stop):
+        return
+    name, sign = BEST[args.save_best or "eval_loss"]
+    gained = np.isfinite(figures[name]) and (progress.best is None or sign * figures[name] > sign * progress.best)
+    progress.without_gain = 0 if gained else progress.without_gain + 1
+    if gained:
+        progress.best, progress.best_iteration = figures[name], progress.iteration
+        if args.save_best and progress.iteration > 0 and mx.distributed.init().rank() == 0:
+            adapter_file = Path(args.adapter_file)
+            save_adapters(objective.scorer.model, adapter_file.parent / BEST_FOLDER / adapter_file.name, config=config)
+
+
+def _tell_best(folder, progress, args):
+    """Name the best adapters, and why a run ended early."""
+    if args.early_stop and progress.without_gain >= args.early_stop:
+        rprint(f"Ended after iteration {progress.iteration}: {progress.without_gain} validations without a gain.")
+    if args.save_best and progress.best_iteration > 0:
+        place = folder / BEST_FOLDER
+        rprint(f"Best {args.save_best} {progress.best:.3f} at iteration {progress.best_iteration}: {place}")
+    elif args.save_best:
+        rprint(f"No validation had a better {args.save_best} than the one before training: no best adapters are kept.")
+
+
+def make_room(folder, config):
+    """Move an earlier run's files aside and say so; `config` is told where the adapter that this run began with is."""
+    place = move_aside(folder, RUN_FILES)
+    if place is None:
+        return
+    rprint(f"The files of an earlier run in {folder} are now in {place}.")
+    start = (config or {}).get("resume_adapter_file")
+    if start is not None and Path(start).resolve().parent == folder.resolve():
+        config["resume_adapter_file"] = str(place / Path(start).name)
 
 
 def _refresh(scorer, schedule, logps, progress, args):

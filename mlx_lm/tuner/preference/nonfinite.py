@@ -1,0 +1,107 @@
+"""Losses and gradients that are not finite: which step and which pairs, the likely cause, and leaving them out."""
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from .checkpoint import REMEDY
+from .options import ConfigError
+
+# A weight or a margin of a row beyond this is the likely cause of what follows from its pair.
+LARGE = 1e3
+
+
+class SkippingOptimizer:
+    """An optimizer that leaves an update out where the gradient is not finite.
+
+    Args:
+        optimizer: MLX's.
+        parameters: what will be updated, a tree.
+    """
+
+    def __init__(self, optimizer, parameters):
+        self.optimizer = optimizer
+        optimizer.init(parameters)
+
+    @property
+    def state(self):
+        """The optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state):
+        self.optimizer.state = state
+
+    @property
+    def learning_rate(self):
+        """The optimizer's learning rate."""
+        return self.optimizer.learning_rate
+
+    def init(self, parameters):
+        """As the optimizer's."""
+        self.optimizer.init(parameters)
+
+    def update(self, model, gradients):
+        """Update the model, or leave it and the state as they are."""
+        # The norm's squares too, which Adam's second moments would take over.
+        finite = mx.isfinite(sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradients)))
+        parameters = model.trainable_parameters()
+        state = tree_map(lambda value: value, self.state)
+        # Zeros, so that nothing that is not finite goes further.
+        self.optimizer.update(model, tree_map(lambda value: mx.where(finite, value, 0).astype(value.dtype), gradients))
+        model.update(_chosen(finite, model.trainable_parameters(), parameters))
+        _put(self.state, _chosen(finite, self.state, state))
+
+
+def _chosen(finite, new, old):
+    return tree_map(lambda value, before: mx.where(finite, value, before), new, old)
+
+
+def _put(tree, values):
+    """Give the leaves of `tree` new values in their places, where a compiled function looks for them."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        if isinstance(tree[key], mx.array):
+            tree[key] = values[key]
+        else:
+            _put(tree[key], values[key])
+
+
+def refuse_non_finite_steps(losses, norms, first, schedule, where):
+    """Check the steps since the last check.
+
+    Args:
+        losses: `(k,)`, each step's loss.
+        norms: each step's gradient norm, None where it made no update.
+        first: the iteration of the first of them.
+        schedule: the `Schedule` of the run.
+        where: gives the place of a row of the training data.
+
+    Raises:
+        ConfigError: a loss or a norm is not finite; the sentence names the step, its pairs and the likely cause.
+    """
+    for iteration, loss, norm in zip(range(first, first + len(losses)), losses, norms, strict=True):
+        if np.isfinite(loss) and (norm is None or np.isfinite(norm)):
+            continue
+        what = "the gradient" if np.isfinite(loss) else f"the loss is {loss:g}"
+        what += f" at iteration {iteration}" if not np.isfinite(loss) else f" is not finite at iteration {iteration}"
+        rows = schedule.rows(iteration).tolist()
+        places = ", ".join(where(row) for row in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        raise ConfigError(
+            f"{what}, on the pairs {places}; the adapters saved before stay as they are. "
+            f"{_cause(schedule, rows, where)}"
+        )
+
+
+def _cause(schedule, rows, where):
+    for row in rows:
+        pair = schedule.pairs[row]
+        for name in ("weight", "margin"):
+            if abs(getattr(pair, name)) > LARGE:
+                return f"{where(row)} has a {name} of {getattr(pair, name):g}: that is the likely cause."
+    return REMEDY
+
+
+def places_of(dataset):
+    """A function that gives the place of a row: its file and line where the data set knows them."""
+    name = getattr(dataset, "name", "the training data")
+    return getattr(dataset, "where", None) or (lambda row: f"{row} of {name}")
