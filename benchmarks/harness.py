@@ -13,13 +13,13 @@ import mlx.optimizers as optim
 import numpy as np
 from common import SHAPES, llama_config, make_rows  # noqa: F401
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.preference.sharing import checkpointed_layers
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lm._cuda import suit_training
 from mlx_lm.models import llama
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference.batches import make_batch
+from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import Dispatch
 from mlx_lm.tuner.preference.objective import preference_loss

@@ -11,12 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tuner.preference.schedule import Schedule
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
-from mlx_lm.tuner.preference.batches import PACKED
+from mlx_lm.tuner.preference.batches import PACKED, Schedule
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.trainer import TrainingArgs
 
 ROOT = Path(__file__).parents[1]
 # Nine pairs in batches of four: of the last batch's one pair, the second worker has none.
@@ -134,4 +132,4 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
 
     monkeypatch.setattr(mx.distributed, "init", lambda *_: Three())
     with pytest.raises(ConfigError, match="batch_size is 4; it must be a multiple of the number of workers, 3"):
-        Schedule(PAIRS, TrainingArgs(batch_size=4), arrangement=PACKED)
+        Schedule(PAIRS, 4, 0, PACKED)

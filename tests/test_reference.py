@@ -21,7 +21,7 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 import mlx_lm.lora
 import mlx_lm.utils
 from mlx_lm.tuner.preference import reference as module
-from mlx_lm.tuner.preference.batches import ARRANGEMENTS, CACHED, PACKED, make_batch, plan
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch, plan
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Cache, Reference, ample_tokens, checksum, fingerprint, row_key
 from mlx_lm.utils import get_batched_logps
@@ -132,18 +132,16 @@ def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch)
     assert max(map(len, reference._batches(lengths))) < 6
     assert sorted(row for rows in reference._batches(lengths) for row in rows) == list(range(200))
     reference.batch_size = 7
-    assert [rows.tolist() for rows in reference._batches(lengths)] == [
-        rows.tolist() for rows in plan(lengths, 7, arrangement)
-    ]
+    assert [rows.tolist() for rows in reference._batches(lengths)] == [rows.tolist() for rows in plan(lengths, 7)]
 
 
 def test_large_batches_waste_little():
     pairs = some_pairs(300, prompt=(20, 120), response=(5, 120))
     reference = Reference(tiny_llama())
-    reference.scorer.arrangement = CACHED  # a packed row has none
+    reference.scorer.arrangement = PLAIN  # a packed batch has none
     batches = reference._batches(np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]))
     assert len(batches) < 15
-    counts = [make_batch([pairs[row] for row in rows], CACHED)[1:] for rows in batches]
+    counts = [make_batch([pairs[row] for row in rows], PLAIN)[1:] for rows in batches]
     processed, padding = np.sum(counts, axis=0)
     assert padding / processed < 0.15
 

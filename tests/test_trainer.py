@@ -13,14 +13,13 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.preference.sharing import checkpointed_layers
 from mlx_lm.tuner.utils import build_schedule, load_adapters
 from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.datasets import CacheDataset, Pair
 from mlx_lm.tuner.preference import run as preference
-from mlx_lm.tuner.preference import step as step_module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
@@ -170,8 +169,7 @@ def one_update(sizes, optimizer, compiled=False, max_grad_norm=None, loss_type="
 @pytest.mark.parametrize(
     "sizes, compiled", [([4, 4, 4], False), ([5, 5, 2], False), ([1, 11], False), ([1] * 12, False), ([6, 6], True)]
 )
-def test_small_batches_make_the_large_ones_update(sizes, compiled, monkeypatch):
-    monkeypatch.setattr(step_module, "VISITS_UNCOMPILED", 0)
+def test_small_batches_make_the_large_ones_update(sizes, compiled):
     expected, norm = one_update([12], optim.SGD(1e-2))
     found, found_norm = one_update(sizes, optim.SGD(1e-2), compiled)
     assert largest_difference(expected, trained(tiny_llama(moved=True))) > 1e-3
@@ -241,8 +239,7 @@ def run_with(folder, **options):
         {"grad_checkpoint": True, "compile": True},
     ],
 )
-def test_how_a_step_is_computed_changes_nothing(tmp_path, options, monkeypatch):
-    monkeypatch.setattr(step_module, "VISITS_UNCOMPILED", 1)
+def test_how_a_step_is_computed_changes_nothing(tmp_path, options):
     expected, losses = run_with(tmp_path, compile=False)
     found, found_losses = run_with(tmp_path, **options)
     assert found_losses == pytest.approx(losses, abs=1e-5) and losses[0] != losses[-1]
