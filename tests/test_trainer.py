@@ -17,7 +17,7 @@ from mlx_lm.tuner.utils import build_schedule, load_adapters
 from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.datasets import CacheDataset, Pair
-from mlx_lm.tuner.preference import run as preference
+from mlx_lm.tuner.preference import batches as batches_module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
@@ -73,7 +73,8 @@ def test_a_step_has_trls_logps_rewards_and_gradient(case, arrangement):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
 def test_thirty_steps_are_trls(tmp_path, monkeypatch, loss_type):
     trajectory = TRL["trajectory"]
-    monkeypatch.setattr(preference.Schedule, "rows", lambda _, step: np.array(trajectory["batches"][step - 1]))
+    monkeypatch.setattr(batches_module, "plan", lambda *_: [np.array(rows) for rows in trajectory["batches"]])
+    monkeypatch.setattr(batches_module, "order_of_epoch", lambda count, *_: np.arange(count))
     model = trl_model(trajectory["adapter"].removeprefix("adapter_"))
     adam = trajectory["adam"]
     optimizer = optim.Adam(adam["lr"], adam["betas"], adam["eps"], bias_correction=True)
