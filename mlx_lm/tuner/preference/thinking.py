@@ -1,0 +1,81 @@
+"""Reasoning in a response: where the text has it, and the text that the model would write behind a prompt.
+
+Upstream has no module of this name. Prompts leave a thought unopened, open one, or close an empty one; responses hold a
+whole thought, its end, its beginning (cut off within it), or none. Chat templates get few of these right, because they
+are made for turns that are over.
+"""
+
+from typing import NamedTuple
+
+
+class Thought(NamedTuple):
+    """The reasoning of a response.
+
+    Attributes:
+        text: the reasoning, without its tags.
+        closed: whether it ends within the response.
+    """
+
+    text: str
+    closed: bool
+
+
+class Thinking:
+    """The tags of a model's reasoning.
+
+    Args:
+        start, end: the texts that open and close a thought, such as `<think>` and `</think>`; None where the model has
+            none.
+    """
+
+    def __init__(self, start, end):
+        self.start, self.end = start, end
+        self.known = bool(start and end)
+
+    def opened(self, prompt):
+        """Whether a prompt ends with the beginning of a thought."""
+        return self.known and prompt.rstrip().endswith(self.start)
+
+    def closed(self, prompt):
+        """Whether a prompt ends with a thought that is over."""
+        return self.known and prompt.rstrip().endswith(self.end)
+
+    def thought(self, content):
+        """The `Thought` of a response's content, None where it has none."""
+        content = content.strip()
+        if not self.known or not (content.startswith(self.start) or self.end in content):
+            return None
+        before, end, _ = content.rpartition(self.end)
+        text = before if end else content
+        return Thought(text.strip().removeprefix(self.start).strip(), bool(end))
+
+    def joined(self, reasoning, content):
+        """A thought and what follows it as one content."""
+        return f"{self.start}\n{reasoning.strip()}\n{self.end}\n\n{content.lstrip()}"
+
+    def written(self, thought, text):
+        """Whether a response's text holds its thought, and no other."""
+        return thought.text in text and text.count(self.end) == thought.text.count(self.end) + thought.closed
+
+    def behind(self, prompt, content):
+        """The content as the model writes it behind a prompt, its thought opened once."""
+        content = content.strip()
+        if not self.opened(prompt):
+            return content if content.startswith(self.start) else f"{self.start}\n{content}"
+        if content.startswith(self.start):
+            content = content.removeprefix(self.start)
+            content = content.lstrip("\n") if prompt.endswith("\n") else content
+        return content
+
+    def empty(self, prompt, head):
+        """What closes the thought that a prompt opens, where the response has none.
+
+        Args:
+            prompt: a prompt that opens a thought.
+            head: the text that the template writes before the response's content.
+        """
+        begun = prompt.rstrip().removesuffix(self.start)
+        block = head[len(begun) :] if head.startswith(begun) else ""
+        if self.end in block:
+            return self.end + block.rpartition(self.end)[2]
+        return ("" if prompt.endswith("\n\n") else "\n") + self.end + "\n\n"
