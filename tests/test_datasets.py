@@ -92,8 +92,8 @@ def test_missing_files(tmp_path):
     write(tmp_path, train=[ROW])
     with pytest.raises(ConfigError, match=r"test\.jsonl is missing"):
         load(data=str(tmp_path), test=True)
-    with pytest.raises(ConfigError, match=r"data is the file .*train\.jsonl; give the folder"):
-        load(data=str(tmp_path / "train.jsonl"))
+    with pytest.raises(ConfigError, match=r"train\.jsonl is no test set"):
+        load(data=str(tmp_path / "train.jsonl"), test=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.jsonl").mkdir()
     with pytest.raises(ConfigError, match=r"train\.jsonl cannot be read"):

@@ -48,6 +48,9 @@ def messages(value, key):
     Raises:
         ConfigError: something in it is no message that can be trained on.
     """
+    if isinstance(value, Mapping) and isinstance(value.get("role", value.get("from")), list):
+        # A column of messages that is stored by the messages' keys.
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     listed = [value] if isinstance(value, Mapping) else value
     # A message alone has no number.
     names = [key] if isinstance(value, Mapping) else [f"{key}[{i}]" for i in range(len(listed))]

@@ -144,6 +144,7 @@ class PreferenceDataset:
         """One data set of the pairs of several, in their order."""
         whole = cls.__new__(cls)
         whole.name = ", ".join(dataset.name for dataset in datasets)
+        whole.layout = datasets[0].layout
         whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         return whole

@@ -49,7 +49,7 @@ class Template:
         """
         every = [*conversation.prompt, *conversation.chosen, *conversation.rejected]
         if any("reasoning_content" in message for message in every):
-            key = self._reasoning_key(conversation)
+            key = self.reasoning_key(conversation)
             conversation = _changed(conversation, lambda message: _renamed(message, key))
         if not conversation.tools and not any(m.get("tool_calls") or m["role"] == "tool" for m in every):
             return conversation
@@ -114,7 +114,7 @@ class Template:
                 return what
         return None
 
-    def _reasoning_key(self, conversation):
+    def reasoning_key(self, conversation):
         """The key whose reasoning the template writes in the last message; None where there is none."""
         known = repr(sorted(conversation.template_kwargs.items()))
         if known not in self._reasoning_keys:

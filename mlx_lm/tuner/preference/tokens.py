@@ -5,6 +5,7 @@ the token that ends its turn, once.
 """
 
 import os
+from bisect import bisect_left
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -145,19 +146,30 @@ class PairEncoder:
             everything is scored in both.
         """
         spans = []
-        for text, response, cuts in zip(texts[1:3], (chosen, rejected), texts.unscored, strict=True):
+        # Where the responses' tokens begin in their texts.
+        begin = len(self._decode(prompt[len(self.lead) :])) if texts.disputed else len(texts.prompt)
+        for response, cuts in zip((chosen, rejected), texts.unscored, strict=True):
             found = []
             for start, stop in cuts:
-                places = [self._tokens_before(prompt, response, text[:cut]) for cut in (start, stop)]
-                # The token that ends the model's turn is scored, and what the template writes behind it is not.
-                ends = [at for at in range(*places) if response[at - 1] in self.eos_ids] if places[0] else []
-                found.append((ends[0] if ends and ends[0] - places[0] <= 2 else places[0], places[1]))
+                places = [self._tokens_before(prompt, response, cut - begin) for cut in (start, stop)]
+                found.append((self._behind_end(response, places[0]), places[1]))
             spans.append(tuple(span for span in found if span[0] < span[1]))
         return tuple(spans) if any(spans) else ()
 
-    def _tokens_before(self, prompt, response, text):
-        """How many tokens of a response stand before the end of a text that begins as prompt and response do."""
-        return max(_common(prompt + response, [*self.lead, *self._encode(text)]) - len(prompt), 0)
+    def _behind_end(self, response, at):
+        """Where the model's turn ends that the template has written up to `at`: no white space behind its end."""
+        end = at
+        while end > 0 and response[end - 1] not in self.eos_ids and self._is_blank(response[end - 1]):
+            end -= 1
+        return end if end > 0 and response[end - 1] in self.eos_ids else at
+
+    def _tokens_before(self, prompt, response, size):
+        """How many tokens of a response its first `size` characters have."""
+        tail = prompt[-8:]
+        before = len(self._decode(tail))
+        return bisect_left(
+            range(len(response)), size, key=lambda count: len(self._decode(tail + response[:count])) - before
+        )
 
     def _unscored(self, conversation, response, whole):
         """The spans of a text that hold turns of the response that are not the model's."""
@@ -166,31 +178,34 @@ class PairEncoder:
             messages.append(message)
             following = response[i + 1] if i + 1 < len(response) else None
             if message["role"] == "assistant" and following and following["role"] != "assistant":
-                start = self._shared(conversation, messages, whole)
+                start = self._shared(conversation, messages, whole, spans[-1][1] if spans else 0)
             elif message["role"] != "assistant" and following and following["role"] == "assistant":
-                spans.append((start, self._shared(conversation, messages, whole, add_generation_prompt=True)))
+                spans.append((start, self._shared(conversation, messages, whole, start, add_generation_prompt=True)))
         if any(stop <= start for start, stop in spans):
             raise ConfigError("the chat template writes the turns of this response otherwise when others follow them.")
         return tuple(spans)
 
-    def _shared(self, conversation, messages, whole, add_generation_prompt=False):
-        """The end, within a text of all messages, of the text of some of them.
+    def _shared(self, conversation, messages, whole, after=0, add_generation_prompt=False):
+        """The end, within a text of all messages and behind `after`, of the text of some of them.
 
         What the template writes otherwise once more messages follow, such as dropped reasoning, stands before the last
         of the given messages, whose text is found from behind.
         """
         text = self.template.render(conversation, messages, add_generation_prompt)
-        if whole.startswith(text):
-            return len(text)
-        for size in range(min(len(text), 400), 3, -1):
-            if whole.count(text[-size:]) == 1:
-                return whole.index(text[-size:]) + size
+        # A generation prompt may open a thought that no turn before the last one has.
+        unopened = text.rstrip().removesuffix(self.thinking.start) if self.thinking.opened(text) else text
+        for begun in (text, unopened):
+            if whole.startswith(begun):
+                return len(begun)
+            for size in range(min(len(begun), 400), 7, -1):
+                if whole.count(begun[-size:], after) == 1:
+                    return whole.index(begun[-size:], after) + size
         return 0
 
     def _whole(self, conversation, prompt, response):
         """The text of prompt and response; it begins with `prompt`, or with all of it but the generation prompt."""
-        if len(response) == 1 and "reasoning_content" in response[0]:
-            response = [self._with_thought(response[0])]
+        if "reasoning_content" in response[0] and self.template.reasoning_key(conversation) is None:
+            response = [self._with_thought(response[0]), *response[1:]]
         whole = self.template.render(conversation, conversation.prompt + response)
         shared = len(os.path.commonprefix([prompt, whole]))
         content = (response[0]["content"] or "").strip()
