@@ -29,7 +29,7 @@ QWEN25 = """{%- if tools %}{{ '<|im_start|>system\n<tools>' + tools | tojson + '
 {{- call.function.arguments | tojson + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
-# The generation prompt opens the thought, an answer without one has it empty, and arguments are parameters of their own.
+# The generation prompt opens the thought, an answer without one has it empty; arguments are parameters of their own.
 QWEN35 = """{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}
 {%- set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- if tools %}{{ '<|im_start|>system\n<tools>' + tools | tojson + '</tools><|im_end|>\n' }}{% endif %}
@@ -45,10 +45,12 @@ QWEN35 = """{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role
 {%- elif m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}
 {%- else %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
-{{- '<think>\n\n</think>\n\n' if enable_thinking is defined and enable_thinking is false else '<think>\n' }}{% endif %}"""
+{{- '<think>\n\n</think>\n\n' if enable_thinking is defined and enable_thinking is false else '<think>\n' }}
+{%- endif %}"""
 
 # Only users and the model, by turns; a system message is refused.
-GEMMA = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
+GEMMA = """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
 {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
 {{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
@@ -60,7 +62,8 @@ PHI3 = """{% for m in messages %}{% if m.role in ['system', 'user', 'assistant']
 
 # Tools stand before the last user turn, calls are a list behind a mark, results have a mark of their own.
 MISTRAL = """{{ bos_token }}{% set ns = namespace(last=0, system='') %}{% for m in messages %}{% if m.role == 'user' %}
-{%- set ns.last = loop.index0 %}{% elif m.role == 'system' %}{% set ns.system = m.content + '\n\n' %}{% endif %}{% endfor %}
+{%- set ns.last = loop.index0 %}{% elif m.role == 'system' %}{% set ns.system = m.content + '\n\n' %}{% endif %}
+{%- endfor %}
 {%- for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 == ns.last %}
 {{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}
 {{- '[INST]' + (ns.system if loop.index0 == ns.last else '') + m.content + '[/INST]' }}
@@ -69,10 +72,10 @@ MISTRAL = """{{ bos_token }}{% set ns = namespace(last=0, system='') %}{% for m 
 {{- call.function | tojson + (']' if loop.last else ', ') }}{% endfor %}{{ eos_token }}
 {%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
 
-# Calls only in messages without content, their arguments put into the text as they are; reasoning is dropped.
+# Calls without the content beside them, their arguments put into the text as they are; reasoning is dropped.
 DEEPSEEK = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}
 {%- for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}
-{%- elif m.role == 'assistant' and m.content is none %}{{ '<|Assistant|>' }}{% for call in m.tool_calls %}
+{%- elif m.role == 'assistant' and m.tool_calls %}{{ '<|Assistant|>' }}{% for call in m.tool_calls %}
 {{- '<|call|>' + call.function.name + '\n```json\n' + call.function.arguments + '\n```' }}{% endfor %}{{ eos_token }}
 {%- elif m.role == 'assistant' %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] | trim + eos_token }}
 {%- elif m.role == 'tool' %}{{ '<|output|>' + m.content }}{% endif %}{% endfor %}
@@ -86,17 +89,21 @@ GPT_OSS = """{{ '<|start|>system<|message|>You are a model.<|end|>' }}
 {%- if m.tool_calls %}{% set call = m.tool_calls[0].function %}
 {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
 {{- call.arguments | tojson + '<|call|>' }}
-{%- else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}
-{%- endif %}{% elif m.role == 'tool' %}{{ '<|start|>functions to=assistant<|message|>' + m.content | tojson + '<|end|>' }}
+{%- else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}
+{{- '<|return|>' if loop.last else '<|end|>' }}
+{%- endif %}{% elif m.role == 'tool' %}
+{{- '<|start|>functions to=assistant<|message|>' + m.content | tojson + '<|end|>' }}
 {%- else %}{{ '<|start|>' + ('developer' if m.role == 'system' else m.role) + '<|message|>' + m.content + '<|end|>' }}
 {%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
 
 # A line's end before the thought, which an answer without one has empty; arguments by key and value.
 GLM = """{{ '[gMASK]<sop>' }}{% if tools %}{{ '<|system|>\n' + tools | tojson }}{% endif %}
-{%- set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
-{%- endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{% set text = m.content %}
+{%- set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}
+{%- set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}{% if m.role == 'assistant' %}{% set text = m.content %}
 {%- set thought = m.reasoning_content or '' %}{% if not thought and '</think>' in text %}
-{%- set thought = text.split('</think>')[0].split('<think>')[-1] %}{% set text = text.split('</think>')[-1] %}{% endif %}
+{%- set thought = text.split('</think>')[0].split('<think>')[-1] %}
+{%- set text = text.split('</think>')[-1] %}{% endif %}
 {{- '<|assistant|>' }}{% if loop.index0 > ns.last and thought %}{{ '\n<think>' + thought | trim + '</think>' }}
 {%- else %}{{ '\n<think></think>' }}{% endif %}{% if text | trim %}{{ '\n' + text | trim }}{% endif %}
 {%- for call in m.tool_calls or [] %}{{ '\n<tool_call>' + call.function.name }}

@@ -53,17 +53,18 @@ class Template:
             conversation = _changed(conversation, lambda message: _renamed(message, key))
         if not conversation.tools and not any(m.get("tool_calls") or m["role"] == "tool" for m in every):
             return conversation
-        reason = None
-        for form in (_as_served, _without_content, _as_strings, lambda m: _as_strings(_without_content(m))):
+        first_lost = refused = None
+        for form in (_as_served, _as_strings):
             tried = _changed(conversation, form)
             try:
                 lost = self._lost(tried)
             except ConfigError as error:
-                lost = error
+                refused = refused or error
+                continue
             if lost is None:
                 return tried
-            reason = reason or lost
-        raise reason
+            first_lost = first_lost or lost
+        raise first_lost or refused
 
     def leaves_out(self, conversation, messages, i, **change):
         """Whether the text of messages stays the same when message `i` is changed."""
@@ -153,11 +154,6 @@ def _renamed(message, key):
 
 def _as_served(message):
     return message
-
-
-def _without_content(message):
-    """Some templates write calls only where there is no content at all."""
-    return {**message, "content": None} if message.get("tool_calls") and not message["content"] else message
 
 
 def _as_strings(message):

@@ -67,15 +67,18 @@ class Thinking:
             content = content.lstrip("\n") if prompt.endswith("\n") else content
         return content
 
-    def empty(self, prompt, head):
-        """What closes the thought that a prompt opens, where the response has none.
+    def unopened(self, prompt):
+        """A prompt without the beginning of a thought at its end."""
+        return prompt.rstrip().removesuffix(self.start) if self.opened(prompt) else prompt
+
+    def over(self, prompt, rest):
+        """What follows a prompt that opens a thought, where the response has none: its end, then the response.
 
         Args:
             prompt: a prompt that opens a thought.
-            head: the text that the template writes before the response's content.
+            rest: what the template writes of the response where the thought begins: an empty thought, or none.
         """
-        begun = prompt.rstrip().removesuffix(self.start)
-        block = head[len(begun) :] if head.startswith(begun) else ""
-        if self.end in block:
-            return self.end + block.rpartition(self.end)[2]
-        return ("" if prompt.endswith("\n\n") else "\n") + self.end + "\n\n"
+        block, end, behind = rest.partition(self.end)
+        if end and block.strip() == self.start:
+            return end + behind
+        return ("" if prompt.endswith("\n\n") else "\n") + self.end + "\n\n" + rest

@@ -193,8 +193,7 @@ class PairEncoder:
         """
         text = self.template.render(conversation, messages, add_generation_prompt)
         # A generation prompt may open a thought that no turn before the last one has.
-        unopened = text.rstrip().removesuffix(self.thinking.start) if self.thinking.opened(text) else text
-        for begun in (text, unopened):
+        for begun in (text, self.thinking.unopened(text)):
             if whole.startswith(begun):
                 return len(begun)
             for size in range(min(len(begun), 400), 7, -1):
@@ -204,13 +203,15 @@ class PairEncoder:
 
     def _whole(self, conversation, prompt, response):
         """The text of prompt and response; it begins with `prompt`, or with all of it but the generation prompt."""
-        if "reasoning_content" in response[0] and self.template.reasoning_key(conversation) is None:
+        if self.thinking.closed(prompt):
+            response = [self._without_thought(response[0]), *response[1:]]
+        elif "reasoning_content" in response[0] and self.template.reasoning_key(conversation) is None:
             response = [self._with_thought(response[0]), *response[1:]]
         whole = self.template.render(conversation, conversation.prompt + response)
         shared = len(os.path.commonprefix([prompt, whole]))
         content = (response[0]["content"] or "").strip()
         thought = self.thinking.thought(content)
-        if len(response) == 1 and thought and not self.thinking.closed(prompt):
+        if len(response) == 1 and thought:
             # Templates drop the reasoning of turns that are over; here the turn is what the model is to write.
             if shared < len(prompt) or not self.thinking.written(thought, whole[shared:]):
                 head, tail = self._around(conversation, conversation.prompt, response)
@@ -219,9 +220,9 @@ class PairEncoder:
         if shared == len(prompt):
             return self._checked(conversation, response, content, whole, whole[shared:])
         if not thought and self.thinking.opened(prompt):
-            head, _ = self._around(conversation, conversation.prompt, response)
-            if whole.startswith(head) and not whole[len(head) :].lstrip().startswith(self.thinking.start):
-                return prompt + self.thinking.empty(prompt, head) + whole[len(head) :]
+            begun = self.thinking.unopened(prompt)
+            if whole.startswith(begun):
+                return prompt + self.thinking.over(prompt, whole[len(begun) :])
         bare = self.template.render(conversation, conversation.prompt)
         if shared >= len(os.path.commonprefix([prompt, bare])):
             return self._checked(conversation, response, content, whole, whole[shared:])
@@ -243,6 +244,14 @@ class PairEncoder:
             )
         rest = {name: value for name, value in message.items() if name != "reasoning_content"}
         return {**rest, "content": self.thinking.joined(message["reasoning_content"], message["content"] or "")}
+
+    def _without_thought(self, message):
+        """A response without its reasoning, which a prompt whose thought is over leaves no place for."""
+        rest = {name: value for name, value in message.items() if name not in REASONING}
+        thought = self.thinking.thought(rest["content"] or "")
+        if thought:
+            rest["content"] = rest["content"].rpartition(self.thinking.end)[2].lstrip() if thought.closed else ""
+        return rest
 
     def _checked(self, conversation, response, content, whole, rest):
         """`whole`, where its end `rest` holds the content of a response's first message, or would hold another's."""
