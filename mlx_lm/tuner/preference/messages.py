@@ -116,9 +116,7 @@ def transcript(text):
         A list of `(message, end)`, where `end` is the number of characters up to the end of the turn.
     """
     marks = list(TURN.finditer(text))
-    if not marks or text[: marks[0].start()].strip() or not re.match(r"\s*(Human|Assistant):", text):
-        return None
-    if len(marks) == 1 and marks[0][1] == "Assistant":
+    if {mark[1] for mark in marks} != {"Human", "Assistant"} or text[: marks[0].start()].strip():
         return None
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return [

@@ -4,6 +4,7 @@ Upstream has no module of this name. Layouts are known by their keys in `layouts
 tokens made in `tokens.py`, files and hub data sets read in `datasets.py`.
 """
 
+import itertools
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from .options import ConfigError, nearest
 EQUAL = "whose chosen and rejected responses are equal"
 EMPTY_RESPONSE = "with an empty response"
 EMPTY_PROMPT = "with an empty prompt"
+TRANSCRIPTS = "Human/Assistant transcripts"
+REPEATED = "the prompt in both responses"
 NO_ANSWER = "whose transcripts do not end with an answer to the same question"
 SCORED_LOWER = "whose chosen response has the lower score"
 SCORED_ALIKE = "whose scores differ by less than min_score_difference"
@@ -104,6 +107,8 @@ class RowReader:
             raise UselessRow(EQUAL)
         if self.chat:
             prompt, chosen, rejected, form = self._turns(prompt, chosen, rejected, row)
+            if not any(_says_something(message) for message in prompt):
+                raise UselessRow(EMPTY_PROMPT)
             prompt = _with_system(prompt, system)
         else:
             listed = [isinstance(value, list) for value in (prompt, chosen, rejected)]
@@ -166,16 +171,11 @@ class RowReader:
             if prompt is not None and not _mentions(chosen[:shared], prompt):
                 raise ConfigError(f"the messages that {self.chosen} and {self.rejected} share do not hold the prompt.")
             prompt = chosen[:shared]
-            sides = {key: side[shared:] for key, side in sides.items()}
-        elif isinstance(prompt, str):
+            return prompt, *(_response(side[shared:], key, form) for key, side in sides.items()), form
+        if isinstance(prompt, str):
             if not both_lists and (rest := without_prompt(prompt, chosen, rejected)):
-                sides, form = (
-                    dict(zip(sides, (text.lstrip() for text in rest), strict=True)),
-                    "the prompt in both responses",
-                )
+                sides, form = dict(zip(sides, (text.lstrip() for text in rest), strict=True)), REPEATED
             prompt = [{"role": "user", "content": prompt}]
-        if not any(message["content"].strip() or speaks(message) for message in prompt):
-            raise UselessRow(EMPTY_PROMPT)
         responses = [_response(_continuation(side, prompt, key), key, form) for key, side in sides.items()]
         return prompt, *responses, form
 
@@ -200,25 +200,19 @@ class RowReader:
 
     def _transcripts(self, prompt, chosen, rejected):
         """The turns of `Human:` and `Assistant:` transcripts as messages, of the prompt or of both whole responses."""
-        if isinstance(prompt, str) and (turns := transcript(prompt)):
-            spoken = [message for message, _ in turns]
-            if spoken[-1]["role"] == "assistant" and not spoken[-1]["content"]:
-                spoken.pop()
-            if not isinstance(chosen, str) or not isinstance(rejected, str) or not spoken:
-                return prompt, chosen, rejected, ""
-            sides = [transcript(text) for text in (chosen, rejected)]
-            if all(sides):
-                return spoken, *([message for message, _ in side] for side in sides), "Human/Assistant transcripts"
-            return (
-                spoken,
-                *(re.sub(r"^\s*Assistant:\s*", "", text) for text in (chosen, rejected)),
-                "Human/Assistant transcripts",
-            )
-        if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-            sides = [transcript(text) for text in (chosen, rejected)]
-            if all(sides):
-                return None, *([message for message, _ in side] for side in sides), "Human/Assistant transcripts"
-        return prompt, chosen, rejected, ""
+        asked = transcript(prompt) if isinstance(prompt, str) else None
+        sides = [transcript(text) if isinstance(text, str) else None for text in (chosen, rejected)]
+        if not asked and (prompt is not None or not all(sides)):
+            return prompt, chosen, rejected, ""
+        if asked:
+            prompt = [message for message, _ in asked]
+            if len(prompt) > 1 and prompt[-1]["role"] == "assistant" and not prompt[-1]["content"]:
+                prompt.pop()
+        responses = [
+            [message for message, _ in turns] if turns else _without_name(side)
+            for turns, side in zip(sides, (chosen, rejected), strict=True)
+        ]
+        return prompt, *responses, TRANSCRIPTS
 
     def _texts(self, prompt, chosen, rejected):
         """Prompt and responses as strings, the prompt lifted out where the responses repeat it."""
@@ -229,19 +223,18 @@ class RowReader:
             end, form = self._end_of_prompt(chosen, rejected)
             prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
         elif rest := without_prompt(prompt, chosen, rejected):
-            (chosen, rejected), form = rest, "the prompt in both responses"
+            (chosen, rejected), form = rest, REPEATED
         if not chosen.strip() or not rejected.strip():
             raise UselessRow(EMPTY_RESPONSE)
         return prompt, chosen, rejected, form
 
     def _end_of_prompt(self, chosen, rejected):
         if (sides := [transcript(text) for text in (chosen, rejected)]) and all(sides):
-            # The last of the shared turns' ends, and behind it the name of who speaks next.
-            ends = [one[1] for one, other in zip(*sides, strict=False) if one == other]
-            shared = len(os.path.commonprefix([[message for message, _ in side] for side in sides]))
-            shared = min(shared, len(ends), *(len(side) - 1 for side in sides))
+            same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))
+            ends = [end for (_, end), _ in same]
+            shared = min(len(ends), *(len(side) - 1 for side in sides))
             if shared and all(side[shared][0]["role"] == "assistant" for side in sides):
-                return chosen.index("Assistant:", ends[shared - 1]) + len("Assistant:"), "Human/Assistant transcripts"
+                return chosen.index("Assistant:", ends[shared - 1]) + len("Assistant:"), TRANSCRIPTS
             raise UselessRow(NO_ANSWER)
         end = shared_text(chosen, rejected, self.specials)
         if end == 0:
@@ -348,6 +341,11 @@ def _joined(before, after):
 
 def _of_word(character):
     return character.isalnum() or character in "_'’" or unicodedata.category(character)[0] == "M"
+
+
+def _without_name(side):
+    """A response of a transcript without the name of who speaks."""
+    return re.sub(r"^\s*Assistant:\s*", "", side) if isinstance(side, str) else side
 
 
 def _repeats(messages):
