@@ -1,99 +1,15 @@
 """Layouts of public data sets: each read as its prompt and its two responses, or refused as what it is."""
 
+import json
+import re
+
+import layouts
 import pytest
+from layouts import BAD, GOOD, LAYOUTS, USER
 
 from mlx_lm.tuner.preference.layouts import SAME, UselessRow, paired
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.rows import EMPTY_PROMPT, NO_ANSWER, SCORED_ALIKE, SCORED_LOWER, RowReader
-
-USER = {"role": "user", "content": "Name a planet."}
-GOOD, BAD = ({"role": "assistant", "content": text} for text in ("Mars.", "No."))
-
-# Layout: a row of it, which says that "Mars." is better than "No.".
-LAYOUTS = {
-    "prompt, chosen, rejected": {"prompt": "Name a planet.", "chosen": "Mars.", "rejected": "No."},
-    "UltraFeedback, binarized": {
-        "prompt": "Name a planet.",
-        "prompt_id": "f0e37e",
-        "chosen": [USER, GOOD],
-        "rejected": [USER, BAD],
-        "messages": [USER, GOOD],
-        "score_chosen": 8.5,
-        "score_rejected": 3.0,
-    },
-    "Anthropic HH-RLHF": {
-        "chosen": "\n\nHuman: Name a planet.\n\nAssistant: Mars.",
-        "rejected": "\n\nHuman: Name a planet.\n\nAssistant: No.",
-    },
-    "Orca DPO pairs": {"system": "", "question": "Name a planet.", "chosen": "Mars.", "rejected": "No."},
-    "Argilla mixes": {
-        "source": "evol_instruct",
-        "chosen": [USER, GOOD],
-        "chosen-rating": 5.0,
-        "chosen-model": "a",
-        "rejected": [USER, BAD],
-        "rejected-rating": 2.5,
-        "rejected-model": "b",
-    },
-    "Argilla distilabel": {
-        "input": "Name a planet.",
-        "chosen": "Mars.",
-        "rejected": "No.",
-        "generations": ["Mars.", "No."],
-    },
-    "Capybara": {
-        "conversation": [{"input": "Name a planet.", "output": "Mars."}],
-        "original_response": "Mars.",
-        "chosen": [USER, GOOD],
-        "rejected": [USER, BAD],
-    },
-    "ShareGPT": {
-        "conversations": [{"from": "human", "value": "Name a planet."}],
-        "chosen": {"from": "gpt", "value": "Mars."},
-        "rejected": {"from": "gpt", "value": "No."},
-    },
-    "one message an answer": {"prompt": "Name a planet.", "chosen": GOOD, "rejected": BAD},
-    "OpenAI": {
-        "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
-        "preferred_output": [GOOD],
-        "non_preferred_output": [BAD],
-    },
-    "Alpaca": {"instruction": "Name a planet.", "input": "", "chosen": "Mars.", "rejected": "No."},
-    "Alpaca comparisons": {
-        "instruction": "Name a planet.",
-        "input": "",
-        "output_1": "No.",
-        "output_2": "Mars.",
-        "preference": 2,
-    },
-    "HelpSteer2 preferences": {
-        "prompt": "Name a planet.",
-        "response_1": "Mars.",
-        "response_2": "No.",
-        "preference_strength": -2,
-    },
-    "HelpSteer3 preferences": {
-        "context": [USER],
-        "response1": "No.",
-        "response2": "Mars.",
-        "overall_preference": 1,
-    },
-    "SHP": {
-        "history": "Name a planet.",
-        "human_ref_A": "No.",
-        "human_ref_B": "Mars.",
-        "labels": 0,
-        "score_A": 3,
-        "score_B": 9,
-    },
-    "PKU-SafeRLHF": {
-        "prompt": "Name a planet.",
-        "response_0": "No.",
-        "response_1": "Mars.",
-        "better_response_id": 1,
-    },
-    "Chatbot Arena": {"conversation_a": [USER, BAD], "conversation_b": [USER, GOOD], "winner": "model_b"},
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -271,3 +187,10 @@ def test_labelled_completions_are_paired_by_their_prompts():
         paired(rows[:2])
     with pytest.raises(ConfigError, match="row 1 has no completion with a label"):
         paired([rows[0], {"prompt": "a"}])
+
+
+def test_the_manuals_table_is_made_of_these_rows():
+    text = layouts.MANUAL.read_text()
+    assert layouts.between(text) == layouts.table(), "run: python -m tests.layouts"
+    shown = [re.findall(r"`(.+?)`", line)[-1] for line in layouts.table().splitlines()[2:]]
+    assert [json.loads(row) for row in shown] == list(LAYOUTS.values())
