@@ -295,6 +295,29 @@ def test_reasoning_in_the_content(family):
             assert found[other] == PLAIN[family][1].format("Paris.")
 
 
+@pytest.mark.parametrize("family", THOUGHTS)
+def test_reasoning_before_further_turns(family):
+    tokenizer = templates.tokenizer(family)
+    content = "<think>\nPeru.\n</think>\n\nIt is Lima."
+    turns = [LIMA | {"content": content}, {"role": "user", "content": "Sure?"}, LIMA | {"content": "Yes."}]
+    pair = PreferenceDataset([ROW | {"chosen": turns}], tokenizer)[0]
+    assert tokenizer.decode(pair.prompt) == PLAIN[family][0]
+    ((start, stop),), _ = pair.unscored
+    first = THOUGHTS[family][0].removesuffix("<|endoftext|>")
+    if family == "glm":
+        # The template drops the thought here; the row's own text of it takes its place.
+        first = "\n" + content
+    assert tokenizer.decode(pair.chosen[:start]) == first
+    assert "Sure?" in tokenizer.decode(pair.chosen[start:stop])
+    assert "Yes." in tokenizer.decode(pair.chosen[stop:])
+
+
+def test_an_empty_thought_in_the_content_is_the_one_that_stands_for_none():
+    for family in ("qwen3", "qwen35", "deepseek"):
+        row = ROW | {"chosen": "<think>\n\n</think>\n\nIt is Lima."}
+        assert texts(family, row) == texts(family, ROW)
+
+
 # A conversation within a response: what is between the model's turns is not scored.
 BETWEEN = {
     "llama3": (

@@ -53,9 +53,10 @@ class Thinking:
         """A thought and what follows it as one content."""
         return f"{self.start}\n{reasoning.strip()}\n{self.end}\n\n{content.lstrip()}"
 
-    def written(self, thought, text):
-        """Whether a response's text holds its thought, and no other."""
-        return thought.text in text and text.count(self.end) == thought.text.count(self.end) + thought.closed
+    def written(self, thought, text, alone=True):
+        """Whether a response's text holds its thought and, where it has one turn alone, no other."""
+        ends = thought.text.count(self.end) + thought.closed
+        return thought.text in text and (text.count(self.end) == ends or not alone)
 
     def behind(self, prompt, content):
         """The content as the model writes it behind a prompt, its thought opened once."""
@@ -63,8 +64,8 @@ class Thinking:
         if not self.opened(prompt):
             return content if content.startswith(self.start) else f"{self.start}\n{content}"
         if content.startswith(self.start):
-            content = content.removeprefix(self.start)
-            content = content.lstrip("\n") if prompt.endswith("\n") else content
+            # The white space behind the tag that the prompt has already.
+            content = content.removeprefix(self.start).removeprefix(prompt[len(prompt.rstrip()) :])
         return content
 
     def unopened(self, prompt):

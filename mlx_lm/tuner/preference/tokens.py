@@ -211,9 +211,9 @@ class PairEncoder:
         shared = len(os.path.commonprefix([prompt, whole]))
         content = (response[0]["content"] or "").strip()
         thought = self.thinking.thought(content)
-        if len(response) == 1 and thought:
+        if thought:
             # Templates drop the reasoning of turns that are over; here the turn is what the model is to write.
-            if shared < len(prompt) or not self.thinking.written(thought, whole[shared:]):
+            if shared < len(prompt) or not self.thinking.written(thought, whole[shared:], len(response) == 1):
                 head, tail = self._around(conversation, conversation.prompt, response)
                 gap = head[len(prompt) :].partition(self.thinking.start)[0] if head.startswith(prompt) else ""
                 return prompt + (gap if not gap.strip() else "") + self.thinking.behind(prompt, content) + tail
