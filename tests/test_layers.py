@@ -15,17 +15,13 @@ from mlx_lm.models import activations, qwen3
 from mlx_lm.models.activations import recomputed_activations, swiglu
 from mlx_lm.tuner.preference.attention import RowCache
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS
+from mlx_lm.tuner.preference.intercept import drawing_from, evaluating, intercepted, parameters_in, recomputed
 from mlx_lm.tuner.preference.layers import (
     LeanLoRALinear,
     UnpackedEmbedding,
     UnpackedLinear,
     checkpointed_layers,
-    drawing_from,
-    evaluating,
-    intercepted,
     lean_layers,
-    parameters_in,
-    recomputed,
 )
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError

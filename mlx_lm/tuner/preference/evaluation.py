@@ -8,7 +8,7 @@ from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
 from .batches import filled, make_batch, pair_lengths, plan, reference_rows
-from .layers import evaluating
+from .intercept import evaluating
 from .logps import Scorer
 from .memory import bounded_memory
 from .objective import loss_of

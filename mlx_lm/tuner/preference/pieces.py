@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from .modules import exchanged, intercepted, recomputed
+from .intercept import exchanged, intercepted, recomputed
 
 # Tokens a piece. For a sequence of a thousand tokens about as many states are kept between pieces as within one.
 PIECE = 32

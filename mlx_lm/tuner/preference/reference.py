@@ -7,7 +7,7 @@ import numpy as np
 
 from ...cli_ui import make_console, make_train_progress
 from .batches import filled, make_batch, pair_lengths, plan
-from .layers import evaluating
+from .intercept import evaluating
 from .load import check_same_tokens, load_named
 from .logps import Scorer
 from .memory import bounded_memory
