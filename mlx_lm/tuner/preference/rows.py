@@ -126,7 +126,9 @@ class RowReader:
         value = laid.get(name, row.get(key))
         if value is None:
             found = ", ".join(map(str, row)) or "none"
-            state = "null" if key in row else f"missing{nearest(key, row)}"
+            alike = [other for other in row if key in str(other).lower()]
+            hint = f" (did you mean {alike[0]}?)" if alike else nearest(key, row)
+            state = "null" if key in row else f"missing{hint}"
             raise ConfigError(
                 f"{key} is {state}; the row's keys are {found}. chosen_feature and rejected_feature name other keys."
             )
