@@ -18,6 +18,8 @@ from .thinking import Thinking
 # Texts that a response is tried behind, so that its first token is not taken for the beginning of a text.
 ANCHORS = ("", "\n", ".", "a")
 
+SPECIAL = "a message's text holds a special token of the tokenizer, which becomes that token"
+
 
 class PairEncoder:
     """Turns conversations into tokens.
@@ -72,12 +74,23 @@ class PairEncoder:
             texts = Texts(prompt, prompt + conversation.chosen, prompt + conversation.rejected)
         else:
             texts = self.chat_texts(conversation)
+            if self._holds_specials(conversation):
+                texts = texts._replace(notes=(*texts.notes, SPECIAL))
         for text in texts[:3]:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ConfigError(f"the text holds half of a surrogate pair ({error.object[error.start]!r}).") from None
         return texts
+
+    def _holds_specials(self, conversation):
+        """Whether a message's text holds a special token, other than the one that may end a response."""
+        contents = [message["content"] for message in conversation.prompt]
+        for side in (conversation.chosen, conversation.rejected):
+            contents += [message["content"] for message in side]
+            for end in self.specials:
+                contents[-1] = contents[-1].rstrip().removesuffix(end)
+        return any(special in content for content in contents for special in self.specials)
 
     def encode(self, batch):
         """Tokens of many `Texts`, each distinct text tokenized once.
