@@ -109,6 +109,10 @@ def test_short_prompts_may_be_repeated_by_chance():
         ({"prompt": "a", "completion": "b", "label": True}, "KTO rows, which hold one completion and its label"),
         ({"messages": [USER, GOOD]}, "conversations without a rejected response, which supervised training reads"),
         ({"text": "a"}, "texts, which supervised training reads"),
+        ({"messages": [USER, GOOD], "chosen": "a", "rejected": "b"}, "no prompt, and messages ends with an answer"),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "chosen": "a", "rejected": "b"}, "ends with an answer"),
+        ({"prompt": "a", "response_chosen": "b", "rejected": "c"}, r"chosen is missing \(did you mean response_chosen"),
+        (LAYOUTS["Alpaca"] | {"input": [1]}, "input is a list; with chosen and rejected it must be a string"),
         ({"passage": "Long text.", "id": "7", "chosen": "a b", "rejected": "a c"}, "such as prompt_feature: passage"),
         (
             {"chosen": "The answer is 4.", "rejected": "The answer is 5."},

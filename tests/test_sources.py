@@ -171,3 +171,16 @@ def test_the_layout_is_told_once_with_the_first_row(tmp_path, capsys):
         r"first rejected 'Paris. Paris. Paris. Paris. P ... s. Paris. Paris. <|im_end|>\n'."
         "\n"
     )
+
+
+def test_options_of_the_rows_reach_them(tmp_path, capsys):
+    rows = [ROW | {"score_chosen": 3 + i, "score_rejected": 2} for i in range(2)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, *_ = load(tmp_path, score_difference="margin", score_scale=0.5, min_score_difference=1.5)
+    assert [pair.margin for pair in train] == [1.0]
+    assert "1 whose scores differ by less than min_score_difference" in capsys.readouterr().out
+    (plain, *_) = load(tmp_path, use_chat_template=False)[0]
+    assert TOKENIZER.decode(plain.prompt) == "Who?"
+    turns = [{"role": role, "content": text} for role, text in (("assistant", "a"), ("user", "b"), ("assistant", "c"))]
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW | {"chosen": turns}))
+    assert load(tmp_path)[0][0].unscored and not load(tmp_path, score="all")[0][0].unscored

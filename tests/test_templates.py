@@ -388,6 +388,20 @@ def test_a_template_that_loses_a_message_is_refused():
         PreferenceDataset([ROW | {"system": "Be brief."}], templates.chat_tokenizers.with_template(tokenizer, answers))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, False),
+        ({"chosen": "It is Lima.<|im_end|>\n"}, False),
+        ({"chosen": "It is <|im_end|> Lima."}, True),
+        ({"prompt": "What is <|im_start|>?"}, True),
+    ],
+)
+def test_special_tokens_in_texts_are_told(change, told, capsys):
+    texts("smollm", ROW | change)
+    assert ("a message's text holds a special token of the tokenizer" in capsys.readouterr().out) == told
+
+
 WORDS = st.text(st.sampled_from("ab \n.é"), min_size=1, max_size=12).filter(lambda text: text.strip())
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .messages import kind
+from .messages import OTHER_ROLES, kind
 from .options import ConfigError
 
 SAME = "whose responses are rated equal"
@@ -24,6 +24,7 @@ PROMPTS = (
     "context",
     "problem",
 )
+ANSWERS = ("assistant", *(name for name, role in OTHER_ROLES.items() if role == "assistant"))
 CHOSEN_SCORES = ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "rating_chosen")
 REJECTED_SCORES = ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected")
 
@@ -62,8 +63,9 @@ def _openai(row):
 
 def _alpaca_prompt(row):
     parts = [row["instruction"], row.get("input")]
-    if not all(part is None or isinstance(part, str) for part in parts):
-        return row["instruction"]
+    for key, part in zip(("instruction", "input"), parts, strict=True):
+        if part is not None and not isinstance(part, str):
+            raise ConfigError(f"{key} is {kind(part)}; with chosen and rejected it must be a string.")
     asked = "\n".join(part for part in parts if part and part.strip())
     turns = row.get("history") or []
     if not turns:
@@ -203,7 +205,18 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
     key = next((key for key in PROMPTS if row.get(key)), None)
     if key is None:
         return {"prompt": None}, IMPLICIT, ()
-    return {"prompt": row[key]}, f"{key}, {chosen}, {rejected}", (key,)
+    return {"prompt": _asked(row[key], key, chosen)}, f"{key}, {chosen}, {rejected}", (key,)
+
+
+def _asked(value, key, chosen):
+    """A prompt that was found by its key, where it does not hold an answer, too."""
+    last = value[-1] if isinstance(value, list) and value else None
+    if isinstance(last, Mapping) and str(last.get("role", last.get("from", ""))).lower() in ANSWERS:
+        raise ConfigError(
+            f"there is no prompt, and {key} ends with an answer, which {chosen} would go on from; leave it out, "
+            f"or say that it is the beginning of both responses with prompt_feature: {key}."
+        )
+    return value
 
 
 def _whole(value):

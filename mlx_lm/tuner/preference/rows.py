@@ -6,9 +6,7 @@ tokens made in `tokens.py`, files and hub data sets read in `datasets.py`.
 
 import itertools
 import math
-import os
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +14,7 @@ from typing import NamedTuple
 from .layouts import CHOSEN_SCORES, REJECTED_SCORES, UselessRow, recognised
 from .messages import KEYS, decoded, kind, messages, speaks, tools, transcript
 from .options import ConfigError, nearest
+from .overlap import shared_text, without_prompt
 
 EQUAL = "whose chosen and rejected responses are equal"
 EMPTY_RESPONSE = "with an empty response"
@@ -34,8 +33,6 @@ READ = ("tools", "chat_template_kwargs", "margin", "weight")
 # What chat templates of well-known models write at the beginning of a text.
 MARKERS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "[INST]", "<s>[INST]", "<start_of_turn>")
 MARKERS += ("<bos><start_of_turn>", "<|user|>", "<|system|>", "<|User|>", "<|start|>", "[gMASK]", "<\uff5c")
-# A shorter prompt may well be repeated by answers that are complete without it: "Hello" and "Hello!".
-REPEATED_WORDS = 3
 
 
 class Conversation(NamedTuple):
@@ -126,7 +123,9 @@ class RowReader:
         value = laid.get(name, row.get(key))
         if value is None:
             found = ", ".join(map(str, row)) or "none"
-            state = "null" if key in row else f"missing{nearest(key, row)}"
+            alike = [other for other in row if key in str(other).lower()]
+            hint = f" (did you mean {alike[0]}?)" if alike else nearest(key, row)
+            state = "null" if key in row else f"missing{hint}"
             raise ConfigError(
                 f"{key} is {state}; the row's keys are {found}. chosen_feature and rejected_feature name other keys."
             )
@@ -291,56 +290,6 @@ class RowReader:
                 raise UselessRow(SCORED_LOWER)
             weight *= self.score_scale * difference
         return margin, weight
-
-
-def without_prompt(prompt, chosen, rejected):
-    """The two responses without the prompt that both begin with; None where they do not, or where it may be chance."""
-    asked = prompt.strip()
-    bare = [text.lstrip() if isinstance(text, str) else "" for text in (chosen, rejected)]
-    if len(asked.split()) < REPEATED_WORDS or not all(text.startswith(asked) for text in bare):
-        return None
-    rest = [text[len(asked) :] for text in bare]
-    # "It is four" does not repeat "It is fou".
-    return rest if all(not text or not _joined(asked[-1], text[0]) for text in rest) else None
-
-
-def shared_text(chosen, rejected, specials=()):
-    """Where the prompt ends that two texts begin with.
-
-    The longest common prefix, cut back until it ends inside no word, no character sequence and none of
-    `specials`, leaves something of both texts, and ends in no space: the space goes to the responses,
-    whose first tokens most tokenizers write with it.
-
-    Returns:
-        The number of characters, 0 where nothing is shared.
-    """
-    end = len(os.path.commonprefix([chosen, rejected]))
-    end = min(end, len(chosen.rstrip()) - 1, len(rejected.rstrip()) - 1)
-    pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
-    while end > 0:
-        cut = end
-        if pattern:
-            for text in (chosen, rejected):
-                inside = [m.start() for m in pattern.finditer(text) if m.start() < cut < m.end()]
-                cut = min([cut, *inside])
-        while cut > 0 and any(_joined(text[cut - 1], text[cut]) for text in (chosen, rejected)):
-            cut -= 1
-        while cut > 0 and chosen[cut - 1] == " ":
-            cut -= 1
-        if cut == end:
-            break
-        end = cut
-    return max(end, 0)
-
-
-def _joined(before, after):
-    """Whether two neighbouring characters stand in one word or one drawn character."""
-    extends = unicodedata.category(after)[0] == "M" or "\u200d" in (before, after)
-    return extends or (_of_word(before) and _of_word(after))
-
-
-def _of_word(character):
-    return character.isalnum() or character in "_'’" or unicodedata.category(character)[0] == "M"
 
 
 def _without_name(side):

@@ -1,0 +1,216 @@
+"""A conversation as the text that its model reads and writes, by way of the chat template.
+
+Upstream has no module of this name. The prompt is what the model is given to generate from; each response stands behind
+it as the model would write it there.
+"""
+
+import os
+from typing import NamedTuple
+
+from .options import ConfigError
+from .template import REASONING, STAND_IN
+
+EARLIER_REASONING = "the chat template leaves the reasoning of earlier turns out"
+EMPTY_THOUGHT = "a response without reasoning closes at once the thought that the generation prompt opens"
+CLOSED_REASONING = "the chat template leaves reasoning out of responses, whose thought is over where they begin"
+
+
+class Texts(NamedTuple):
+    """A row as text, each response with the prompt in front of it.
+
+    Attributes:
+        prompt, chosen, rejected: the texts; both responses stand behind the prompt.
+        disputed: the template wrote a generation prompt which it does not write before these responses.
+        notes: what is to be told of the row, such as reasoning that the template leaves out.
+        unscored: for each response the spans of its text, counted from the beginning of the prompt, that the model
+            does not write: turns of a user or a tool.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    disputed: bool = False
+    notes: tuple = ()
+    unscored: tuple = ((), ())
+
+
+class ChatTexts:
+    """Turns conversations into texts.
+
+    Args:
+        template: the tokenizer's `Template`.
+        thinking: the tags of its reasoning, `Thinking`.
+        score: "assistant" or "all", as `PairEncoder` has it.
+    """
+
+    def __init__(self, template, thinking, score):
+        self.template, self.thinking, self.score = template, thinking, score
+
+    def __call__(self, conversation):
+        """A `Conversation` of messages as `Texts`.
+
+        Raises:
+            ConfigError: the chat template refuses it or loses something of it.
+        """
+        conversation = self.template.fitted(conversation)
+        sides = (conversation.chosen, conversation.rejected)
+        if conversation.prompt[-1]["role"] == "assistant":
+            texts = self._continued(conversation)
+        else:
+            prompt = self.template.render(conversation, conversation.prompt, add_generation_prompt=True)
+            wholes = [self._whole(conversation, prompt, side) for side in sides]
+            texts = Texts(prompt, *wholes, disputed=not all(whole.startswith(prompt) for whole in wholes))
+        notes = {*self._lost_in_prompt(conversation, texts.prompt)}
+        for side, whole in zip(sides, texts[1:3], strict=True):
+            rest = whole[len(os.path.commonprefix([texts.prompt, whole])) :]
+            notes |= self._lost_in_response(side, rest)
+            if self.thinking.opened(texts.prompt) and rest.lstrip().startswith(self.thinking.end):
+                notes.add(EMPTY_THOUGHT)
+        unscored = ((), ())
+        if self.score == "assistant":
+            unscored = tuple(self._unscored(conversation, *parts) for parts in zip(sides, texts[1:3], strict=True))
+        return texts._replace(notes=tuple(sorted(notes)), unscored=unscored)
+
+    def _unscored(self, conversation, response, whole):
+        """The spans of a text that hold turns of the response that are not the model's."""
+        spans, messages = [], list(conversation.prompt)
+        for i, message in enumerate(response):
+            messages.append(message)
+            following = response[i + 1] if i + 1 < len(response) else None
+            if message["role"] == "assistant" and following and following["role"] != "assistant":
+                start = self._shared(conversation, messages, whole, spans[-1][1] if spans else 0)
+            elif message["role"] != "assistant" and following and following["role"] == "assistant":
+                spans.append((start, self._shared(conversation, messages, whole, start, add_generation_prompt=True)))
+        if any(stop <= start for start, stop in spans):
+            raise ConfigError("the chat template writes the turns of this response otherwise when others follow them.")
+        return tuple(spans)
+
+    def _shared(self, conversation, messages, whole, after=0, add_generation_prompt=False):
+        """The end, within a text of all messages and behind `after`, of the text of some of them.
+
+        What the template writes otherwise once more messages follow, such as dropped reasoning, stands before the last
+        of the given messages, whose text is found from behind.
+        """
+        text = self.template.render(conversation, messages, add_generation_prompt)
+        # A generation prompt may open a thought that no turn before the last one has.
+        for begun in (text, self.thinking.unopened(text)):
+            if whole.startswith(begun):
+                return len(begun)
+            for size in range(min(len(begun), 400), 7, -1):
+                if whole.count(begun[-size:], after) == 1:
+                    return whole.index(begun[-size:], after) + size
+        return 0
+
+    def _whole(self, conversation, prompt, response):
+        """The text of prompt and response; it begins with `prompt`, or with all of it but the generation prompt."""
+        if self.thinking.closed(prompt):
+            response = [self._without_thought(response[0]), *response[1:]]
+        elif "reasoning_content" in response[0] and self.template.reasoning_key(conversation) is None:
+            response = [self._with_thought(response[0]), *response[1:]]
+        whole = self.template.render(conversation, conversation.prompt + response)
+        shared = len(os.path.commonprefix([prompt, whole]))
+        content = (response[0]["content"] or "").strip()
+        thought = self.thinking.thought(content)
+        if thought:
+            # Templates drop the reasoning of turns that are over; here the turn is what the model is to write.
+            if shared < len(prompt) or not self.thinking.written(thought, whole[shared:], len(response) == 1):
+                head, tail = self._around(conversation, conversation.prompt, response)
+                gap = head[len(prompt) :].partition(self.thinking.start)[0] if head.startswith(prompt) else ""
+                return prompt + (gap if not gap.strip() else "") + self.thinking.behind(prompt, content) + tail
+        if shared == len(prompt):
+            return self._checked(conversation, response, content, whole, whole[shared:])
+        if not thought and self.thinking.opened(prompt):
+            begun = self.thinking.unopened(prompt)
+            if whole.startswith(begun):
+                return prompt + self.thinking.over(prompt, whole[len(begun) :])
+        bare = self.template.render(conversation, conversation.prompt)
+        if shared >= len(os.path.commonprefix([prompt, bare])):
+            return self._checked(conversation, response, content, whole, whole[shared:])
+        # The template writes an earlier part otherwise once a response follows. The prompt is what the model will
+        # be given, so it stays as it is, and only the response is taken from the whole text.
+        head, _ = self._around(conversation, conversation.prompt, response)
+        if self.thinking.opened(prompt) or not whole.startswith(head):
+            raise ConfigError("the chat template writes the prompt otherwise when this response follows it.")
+        # White space in front of the response belongs to it, as far as the prompt does not end with it already.
+        gap, end = head[len(head.rstrip()) :], prompt[len(prompt.rstrip()) :]
+        return prompt + (gap.removeprefix(end) if gap.startswith(end) else "") + whole[len(head) :]
+
+    def _with_thought(self, message):
+        """A response whose reasoning no key of the template takes, with the reasoning in its content."""
+        if not self.thinking.known:
+            raise ConfigError(
+                "the tokenizer's chat template does not write reasoning_content; leave it out of the rows, put it into "
+                "content, or take a model that thinks."
+            )
+        rest = {name: value for name, value in message.items() if name != "reasoning_content"}
+        return {**rest, "content": self.thinking.joined(message["reasoning_content"], message["content"] or "")}
+
+    def _without_thought(self, message):
+        """A response without its reasoning, which a prompt whose thought is over leaves no place for."""
+        rest = {name: value for name, value in message.items() if name not in REASONING}
+        thought = self.thinking.thought(rest["content"] or "")
+        if thought:
+            rest["content"] = rest["content"].rpartition(self.thinking.end)[2].lstrip() if thought.closed else ""
+        return rest
+
+    def _checked(self, conversation, response, content, whole, rest):
+        """`whole`, where its end `rest` holds the content of a response's first message, or would hold another's."""
+        if content and content not in rest:
+            self._around(conversation, conversation.prompt, response)
+        return whole
+
+    def _around(self, conversation, before, response):
+        """The texts that the template writes up to the content of the response's first message, and behind it."""
+        first, *rest = response
+        text = self.template.render(conversation, [*before, {**first, "content": STAND_IN}, *rest])
+        head, found, tail = text.rpartition(STAND_IN)
+        if not found:
+            raise ConfigError("the tokenizer's chat template does not write what the response's first message holds.")
+        return head, tail
+
+    def _lost_in_prompt(self, conversation, text):
+        """What the template leaves out of the prompt by its own rules, as notes; what it loses is an error."""
+        messages = conversation.prompt
+        for i, message in enumerate(messages):
+            content = (message["content"] or "").strip()
+            if content and content not in text:
+                thought = self.thinking.thought(content)
+                answer = content.rpartition(self.thinking.end)[2].strip() if thought else content
+                if thought and answer in text:
+                    yield EARLIER_REASONING
+                elif self.template.leaves_out(conversation, messages, i, content=STAND_IN):
+                    raise ConfigError(
+                        f"the tokenizer's chat template does not write the {message['role']} message of the prompt "
+                        f"({content[:40]!r}); leave it out, or put its text into another message."
+                    )
+            if any(message[key].strip() not in text for key in REASONING if key in message):
+                yield EARLIER_REASONING
+
+    def _lost_in_response(self, response, text):
+        """What the template leaves out of a response by its own rules, as notes."""
+        notes = set()
+        for message in response:
+            thought = self.thinking.thought(message["content"] or "")
+            if thought and thought.text not in text:
+                notes.add(CLOSED_REASONING)
+            if any(message[key].strip() not in text for key in REASONING if key in message):
+                notes.add(CLOSED_REASONING)
+        return notes
+
+    def _continued(self, conversation):
+        """Texts of a row whose prompt ends with the beginning of the response's first message."""
+        *before, begun = conversation.prompt
+        lead = begun["content"] or ""
+        if not before or not lead.strip() or begun.get("tool_calls"):
+            raise ConfigError("the prompt ends with an assistant message that no response can go on from.")
+        prompts, wholes = set(), []
+        for first, *rest in (conversation.chosen, conversation.rejected):
+            first = {**begun, **first, "content": lead + (first["content"] or "")}
+            head, _ = self._around(conversation, before, [first, *rest])
+            wholes.append(self.template.render(conversation, [*before, first, *rest]))
+            kept = [head + text for text in (lead, lead.lstrip()) if wholes[-1].startswith(head + text)]
+            prompts.add(kept[0] if kept else None)
+        prompt = prompts.pop()
+        if prompts or prompt is None:
+            raise ConfigError("the chat template does not keep the assistant message that the prompt ends with.")
+        return Texts(prompt, *wholes)
