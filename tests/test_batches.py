@@ -356,3 +356,21 @@ def test_a_pair_of_the_shortest_kind_is_scored():
     pair = Pair([3], [4], [5])
     scores = Scorer(model)(make_batch([pair], PACKED)[0])
     assert np.allclose(np.array(scores.total), one_at_a_time(model, [pair]), atol=1e-5)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_tokens_that_the_model_does_not_write_are_run_but_not_scored(arrangement):
+    """Of a response of six tokens the third and fourth are another's: the sum is of the other four."""
+    model = tiny_llama(moved=True)
+    pair = Pair([3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13], unscored=(((2, 4),), ()))
+    batch, *_ = make_batch([pair], arrangement)
+    sequence = pair.prompt + pair.chosen
+    logits = model(mx.array([sequence[:-1]]))[0]
+    logps = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[
+        mx.arange(len(sequence) - 1), mx.array(sequence[1:])
+    ]
+    expected = sum(logps[2 + i].item() for i in (0, 1, 4, 5))
+    scores = Scorer(model, arrangement != PLAIN)(batch)
+    assert scores.total[0].item() == pytest.approx(expected, abs=1e-4)
+    assert scores.common[0].item() == pytest.approx(logps[2].item() + logps[3].item(), abs=1e-4)
+    assert batch.lengths.tolist() == [4, 2]

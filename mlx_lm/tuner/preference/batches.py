@@ -40,7 +40,7 @@ class Batch(NamedTuple):
         targets: `(M,)` int32, the token predicted there.
         sequences: `(M,)` int32, whose it is; 2B where it is padding.
         common: `(M,)` bool, whether it is among the first tokens that a pair's responses both have, by number.
-        lengths: `(2B,)` float32, response tokens.
+        lengths: `(2B,)` float32, scored tokens of each response.
         counts: `(B,)` float32, 1 for a pair and 0 for one that only fills up the batch.
         weights, margins: `(B,)` float32, the rows' `weight` and `margin`.
         ntoks: the prompts' and responses' tokens, each prompt counted for both responses, as `()` int32.
@@ -210,7 +210,8 @@ def make_batch(pairs, arrangement, shape=None, size=None):
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     lay_out = _pack if arrangement == PACKED else _rows
     tokens, layout, places, own = lay_out(pairs, responses, shape)
-    positions, targets, sequences, common = _scored(responses, places, shape.scored)
+    scored = [_scored_places(pair, side) for side in (0, 1) for pair in pairs]
+    positions, targets, sequences, common = _scored(responses, places, scored, shape.scored)
     batch = Batch(
         tokens=mx.array(tokens),
         layout=layout,
@@ -218,7 +219,7 @@ def make_batch(pairs, arrangement, shape=None, size=None):
         targets=mx.array(targets),
         sequences=mx.array(sequences),
         common=mx.array(common),
-        lengths=mx.array(np.array([len(response) for response in responses], np.float32)),
+        lengths=mx.array(np.array([len(numbers) for numbers in scored], np.float32)),
         counts=mx.array(np.array(counts, np.float32)),
         weights=mx.array(np.array([pair.weight for pair in pairs], np.float32)),
         margins=mx.array(np.array([pair.margin for pair in pairs], np.float32)),
@@ -270,16 +271,24 @@ def _rows(pairs, responses, shape):
     return tokens, (), places, own
 
 
-def _scored(responses, places, count):
+def _scored_places(pair, side):
+    """Which tokens of a pair's chosen (0) or rejected (1) response are scored: their numbers within it."""
+    kept = np.ones(len(pair.rejected if side else pair.chosen), bool)
+    for start, stop in pair.unscored[side] if pair.unscored else ():
+        kept[start:stop] = False
+    return np.flatnonzero(kept)
+
+
+def _scored(responses, places, scored, count):
     """`positions`, `targets`, `sequences` and `common` of a batch, M being `count`."""
     half = len(responses) // 2
     positions, targets = np.zeros(count, np.int32), np.zeros(count, np.int32)
     sequences, common = np.full(count, len(responses), np.int32), np.zeros(count, bool)
     start = 0
-    for row, (response, place) in enumerate(zip(responses, places, strict=True)):
-        stop = start + len(response)
-        positions[start:stop], targets[start:stop], sequences[start:stop] = place, response, row
-        common[start : start + min(len(response), len(responses[(row + half) % len(responses)]))] = True
+    for row, (response, place, own) in enumerate(zip(responses, places, scored, strict=True)):
+        stop = start + len(own)
+        positions[start:stop], targets[start:stop], sequences[start:stop] = place[own], np.array(response)[own], row
+        common[start : start + min(len(own), len(scored[(row + half) % len(responses)]))] = True
         start = stop
     return positions, targets, sequences, common
 

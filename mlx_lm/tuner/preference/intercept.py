@@ -98,8 +98,10 @@ def recomputed(module, function):
 
     @once.vjp
     def again(arrays, cotangents, _):
+        # MLX hands over a single array bare.
+        arrays = [arrays] if isinstance(arrays, mx.array) else list(arrays)
         # MLX divides by zero where it has to compute the gradient of an empty array.
-        arrays = mx.depends(list(arrays), [cotangent for cotangent in cotangents if cotangent.size])
+        arrays = mx.depends(arrays, [cotangent for cotangent in cotangents if cotangent.size])
         with drawing_from(key):
             _, slopes = mx.vjp(run, arrays, list(cotangents))
         own, passed_on = slopes[: len(names)], slopes[len(names) :]

@@ -23,10 +23,11 @@ CHECKSUM_WORDS = 2**22  # words in one part of a checksum: its temporaries take 
 
 
 def row_key(pair):
-    """A 16-byte digest of a pair's tokens and lengths."""
+    """A 16-byte digest of a pair's tokens and lengths, and of what is not scored of them."""
     lengths = [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
     tokens = np.array([*lengths, *pair.prompt, *pair.chosen, *pair.rejected], np.int64)
-    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+    unscored = repr(pair.unscored).encode() if pair.unscored else b""
+    return hashlib.blake2b(tokens.tobytes() + unscored, digest_size=16).digest()
 
 
 def fingerprint(model):
