@@ -41,7 +41,7 @@ setup(
     extras_require={
         **{backend: [mlx.replace("cpu", backend)] for backend in ("cpu", "cuda12", "cuda13")},
         "train": ["datasets"],
-        "test": ["pytest", "setuptools>=70.1"],
+        "test": ["pytest", "pytest-xdist", "setuptools>=70.1"],
     },
     packages=[
         "mlx_lm_dpo",
