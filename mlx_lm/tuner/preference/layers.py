@@ -148,7 +148,7 @@ def checkpointed_layers(model):
 
 def _checkpointed(call):
     def checkpointed(layer, *args, **kwargs):
-        leaves = tree_flatten([args, kwargs])
+        leaves = tree_flatten([args, kwargs], is_leaf=_is_empty)
         if any(_keeps_state(x) for _, x in leaves):
             # What a layer leaves in an object has no gradient once the layer is computed again.
             return call(layer, *args, **kwargs)
@@ -158,16 +158,23 @@ def _checkpointed(call):
 
         def run(*arrays):
             given = dict(zip(names, arrays, strict=True))
-            # An empty dict leaves no trace in the leaves.
-            args, kwargs = [*tree_unflatten([(name, given.get(name, x)) for name, x in leaves]), {}][:2]
-            outputs.append(tree_flatten([call(layer, *args, **kwargs)]))
-            return [x for _, x in outputs[-1] if isinstance(x, mx.array)]
+            args, kwargs = tree_unflatten([(name, given.get(name, x)) for name, x in leaves])
+            outputs.append(tree_flatten([call(layer, *args, **kwargs)], is_leaf=_is_empty))
+            # MLX loses the gradient of an array that is returned twice: views differ.
+            return [mx.expand_dims(x, 0) for _, x in outputs[-1] if isinstance(x, mx.array)]
 
         found = iter(recomputed(layer, run)(*(x for name, x in leaves if name in names)))
-        (out,) = tree_unflatten([(name, next(found) if isinstance(x, mx.array) else x) for name, x in outputs[0]])
+        (out,) = tree_unflatten(
+            [(name, next(found).squeeze(0) if isinstance(x, mx.array) else x) for name, x in outputs[0]]
+        )
         return out
 
     return checkpointed
+
+
+def _is_empty(value):
+    """Whether a value is a list, tuple or dict of nothing, which leaves no trace among its leaves."""
+    return isinstance(value, (list, tuple, dict)) and not value
 
 
 def _keeps_state(value):

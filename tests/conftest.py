@@ -1,0 +1,19 @@
+"""Tests marked `device` need a GPU; `--run-device` runs them on whatever device there is."""
+
+import mlx.core as mx
+import pytest
+
+import mlx_lm  # noqa: F401, I001 (first: it chooses the BLAS that MLX multiplies with)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-device", action="store_true", help="run tests marked `device` on a CPU, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--run-device") or mx.default_device() == mx.gpu:
+        return
+    skip = pytest.mark.skip(reason="needs a GPU; --run-device runs it without")
+    for item in items:
+        if "device" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,220 @@
+"""What holds on the device that training runs on: gradients of every kind of step, and of attention.
+
+On a CPU: `python -m pytest -m device --run-device tests/test_device.py`, in float32 alone.
+"""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from architectures import make_model
+from mlx.utils import tree_flatten
+from plain_pass import make_pairs
+
+from mlx_lm.tuner.preference.attention import PackedCache, Window, attention, gathered, make_layout, on_cuda
+from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule
+from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.memory import measure_step
+from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.step import Objective, Step
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from check_gradients import LEAST, add_lora, compare  # noqa: E402
+
+pytestmark = pytest.mark.device
+
+ON_GPU = mx.default_device() == mx.gpu
+# A CPU compiles a kernel for each shape with a C++ compiler, and multiplies half precision a hundred times slower.
+DTYPES = [mx.float32, mx.bfloat16] if ON_GPU else [mx.float32]
+BATCHES = 6 if ON_GPU else 1
+# Windows are shorter than most sequences, and longer than the probe's.
+WINDOW = {"sliding_window": 48}
+SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 512}
+MODELS = {
+    "llama": {},
+    "qwen3": {},
+    "qwen3_5": {},
+    "gemma3_text": WINDOW,
+    "gpt_oss": WINDOW,
+    "qwen3_moe": {},
+    "gemma2": {},
+}
+# Half precision rounds a router's scores by up to 2^-9 of their size. Where two of four experts are closer than that,
+# which happens to about one token in a hundred, another expert runs, and all of that token's gradient through it is
+# another: of the squared norm about a hundredth is off, which by itself makes a cosine of 0.99.
+EXPERTS = {"gpt_oss", "qwen3_moe"}
+LEAST_WITH_EXPERTS = 0.97
+
+
+def real_pairs(count, seed=5):
+    """Pairs of random tokens whose longest sequences have 30 to 300 tokens."""
+    draw = np.random.default_rng(seed).integers
+    return make_pairs([(draw(10, 150), draw(20, 150), draw(20, 150)) for _ in range(count)])
+
+
+def make_policy(name, dtype, **changes):
+    model = make_model(name, **{**SIZES, **MODELS[name], **changes})
+    model.set_dtype(dtype)
+    return add_lora(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_plain_ones_in_float32(name, dtype):
+    """Packed and plain batches in turns, eager and compiled, with and without grad_checkpoint, in one process."""
+    cosines = compare(make_policy(name, dtype), real_pairs(4 * BATCHES), 4, BATCHES)
+    arrangements = {arrangement for arrangement, *_ in cosines}
+    assert arrangements == ({PLAIN} if name in ("qwen3_5", "gemma2") else {PACKED, PLAIN})
+    assert all(len(found) == BATCHES for found in cosines.values()) and len(cosines) == 4 * len(arrangements)
+    least = LEAST_WITH_EXPERTS if name in EXPERTS and dtype != mx.float32 else LEAST[dtype]
+    assert {way: min(found) for way, found in cosines.items() if min(found) < least} == {}
+
+
+def cosine(found, expected):
+    found, expected = (np.array(x.astype(mx.float32), np.float64).ravel() for x in (found, expected))
+    return found @ expected / np.sqrt((found @ found) * (expected @ expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [96, 128, 256])
+@pytest.mark.parametrize("mask", ["causal", "window"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention_is_right_whichever_way_its_gradient_is_laid_out(dtype, length, mask, sinks):
+    draw = np.random.default_rng(0).normal
+    arrays = [mx.array(draw(size=(4, length, heads, 64)), dtype).swapaxes(1, 2) for heads in (4, 2, 2)]
+    slope = mx.array(draw(size=(4, length, 4, 64)), dtype).swapaxes(1, 2)
+    sinks = mx.array(draw(size=4), dtype) if sinks else None
+    if mask == "window":
+        place = mx.arange(length)
+        mask = (place[:, None] >= place) & (place[:, None] - place < 40)
+
+    def gradients(function, arrays, slope, sinks):
+        out, slopes = mx.vjp(lambda *qkv: function(*qkv, 0.125, mask, sinks), arrays, [slope])
+        mx.eval(out, slopes)
+        return [*out, *slopes]
+
+    def plain(queries, keys, values, scale, mask, sinks):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+    exact = [x.astype(mx.float32) for x in arrays]
+    expected = gradients(plain, exact, slope.astype(mx.float32), sinks if sinks is None else sinks.astype(mx.float32))
+    for laid_out in (slope, mx.contiguous(slope), slope, mx.contiguous(slope.swapaxes(0, 1)).swapaxes(0, 1)):
+        found = gradients(attention, arrays, laid_out, sinks)
+        assert min(map(cosine, found, expected)) > LEAST[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [64, 5])
+def test_what_is_gathered_is_the_same_at_every_run(dtype, width):
+    """Of 500 tokens the first 200 stand in two sequences; compared with numpy's sums in float64."""
+    draw = np.random.default_rng(0)
+    index = np.concatenate([np.arange(500), np.arange(200)])
+    x = mx.array(draw.normal(size=(500, 3, width)), dtype)
+    slope = mx.array(draw.normal(size=(700, 3, width)), dtype)
+    second = np.where(np.arange(500) < 200, 500 + np.arange(500), 0)
+    sources = [(mx.arange(500), mx.ones((500, 1, 1), mx.bool_)),
+               (mx.array(second), (mx.arange(500) < 200)[:, None, None])]  # fmt: skip
+
+    def run():
+        (out,), (gradient,) = mx.vjp(lambda x: gathered(x, mx.array(index), sources), [x], [slope])
+        mx.eval(out, gradient)
+        return out, gradient
+
+    (out, gradient), *others = [run() for _ in range(5)]
+    assert mx.array_equal(out, x[mx.array(index)])
+    assert all(mx.array_equal(gradient, other) for _, other in others)
+    expected = np.zeros((500, 3, width))
+    np.add.at(expected, index, np.array(slope.astype(mx.float32), np.float64))
+    assert np.allclose(np.array(gradient.astype(mx.float32)), expected, atol=1e-6 if dtype == mx.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["causal", Window(50)])
+def test_packed_attention_is_each_sequences_own(dtype, mask):
+    lengths = [300, 31, 128, 200]
+    ends = np.cumsum(lengths)
+    sequences = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    draw = np.random.default_rng(0).normal
+    arrays = [mx.array(draw(size=(768, heads, 1, 64)), dtype) for heads in (4, 2, 2)]
+    slope = mx.array(draw(size=(768, 4, 1, 64)), dtype) * (mx.arange(768) < 659)[:, None, None, None].astype(dtype)
+    cache = PackedCache(make_layout(768, sequences, [(range(4), 0, 384)]))
+    out, slopes = mx.vjp(lambda *qkv: cache.attend(*qkv, 0.125, mask, None), arrays, [slope])
+    mx.eval(out, slopes)
+    for sequence in sequences:
+        own = [x[mx.array(sequence), :, 0][None].swapaxes(1, 2).astype(mx.float32) for x in (*arrays, slope)]
+        place = mx.arange(len(sequence))
+        seen = place[:, None] >= place
+        if mask != "causal":
+            seen = seen & (place[:, None] - place < mask.size)
+        expected = mx.vjp(lambda *qkv, seen=seen: mx.fast.scaled_dot_product_attention(*qkv, scale=0.125, mask=seen),
+                          own[:3], own[3:])  # fmt: skip
+        found = [x[mx.array(sequence), :, 0].swapaxes(0, 1) for x in (*out, *slopes)]
+        assert min(map(cosine, found, [*expected[0], *expected[1]])) > LEAST[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_compiled_run_is_the_eager_one(dtype):
+    """Two updates over batches of a schedule's shapes; half precision rounds a step by some hundredths."""
+
+    def run(compiled):
+        model = make_policy("llama", dtype)
+        scorer = Scorer(model)
+        schedule = Schedule(real_pairs(8), 4, 0, scorer.arrangement)
+        step = Step(model, optim.SGD(0.5), Objective(scorer, preference_loss("dpo", beta=0.5)), compiled, 1.0)
+        mx.random.seed(0)
+        losses = []
+        for iteration in (1, 2):
+            batch, reference, _ = schedule.batch(iteration, np.full((8, 2, 2), -300, np.float32))
+            sums, norm = step(batch, reference, True)
+            mx.eval(sums, norm, step.state())
+            losses.append(sums.tolist())
+        return losses, dict(tree_flatten(model.trainable_parameters()))
+
+    (expected, eager), (losses, compiled) = run(False), run(True)
+    exact = dtype == mx.float32
+    assert np.allclose(losses, expected, rtol=1e-4 if exact else 1e-2)
+    for name, value in eager.items():
+        assert mx.allclose(compiled[name], value, atol=1e-5 if exact else 1e-2), name
+
+
+def test_one_seed_gives_one_run():
+    """Bit for bit: nothing on the way adds up numbers in an order of its own."""
+
+    def run():
+        model = make_policy("qwen3", DTYPES[-1])
+        scorer = Scorer(model)
+        step = Step(model, optim.Adam(1e-3), Objective(scorer, preference_loss("dpo")), ON_GPU)
+        schedule = Schedule(real_pairs(16), 4, 0, scorer.arrangement)
+        for iteration in range(1, 5):
+            batch, reference, _ = schedule.batch(iteration, np.full((16, 2, 2), -300, np.float32))
+            mx.eval(step(batch, reference, True), step.state())
+        return tree_flatten(model.trainable_parameters())
+
+    assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(run(), run(), strict=True))
+
+
+@pytest.mark.skipif(not on_cuda(), reason="elsewhere nothing is limited")
+def test_a_step_stays_within_the_limit_that_was_measured():
+    """Twenty layers whose activations are let go one by one: handed out at once they would all be there."""
+    layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(20)))
+    x = mx.random.normal((8192, 1024))
+    mx.eval(layers.parameters(), x)
+    usual = mx.set_memory_limit(0)
+    mx.set_memory_limit(usual)
+    try:
+        mx.reset_peak_memory()
+        resting = mx.get_active_memory()
+        measure_step(layers(x).sum(), 100, 100)
+        need = mx.get_peak_memory() - resting
+        # Two activations of 32 MB at a time, and some room.
+        assert 2 * 2**25 <= need < 6 * 2**25
+        mx.reset_peak_memory()
+        mx.eval(layers(x).sum())
+        assert mx.get_peak_memory() - resting < 1.5 * need
+    finally:
+        mx.set_memory_limit(usual)
