@@ -6,8 +6,9 @@
 Each run trains LoRA on all linear layers with DPO for some epochs, with AdamW at the same rate and schedule, and
 validates before the first step and after each epoch; runs differ in the seed of adapters and order. Each run is added
 to --out as soon as it is done, so that several calls add up: --only, --seeds, and --label with --set for another
-setting of ours. The table has mean and standard error over the seeds; "from TRL" is the difference of the means over
-the root of both standard errors' squares, for the same dtype and settings. Losses of TRL are means of its batches'.
+setting of ours. The table has mean and standard error over the seeds, as each program tells them; "from TRL" is the
+difference of the means over the root of both standard errors' squares, for the same dtype and settings. TRL also scores
+what a chat template writes after the end of a turn.
 The second table is of the trained models, measured by one code for both programs: margins, how they go with the
 lengths of the responses, and with --samples the length of greedy responses to that many validation prompts.
 """
@@ -15,16 +16,15 @@ lengths of the responses, and with --samples the length of greedy responses to t
 import argparse
 import json
 import math
-import statistics
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import HERE, own_environment, print_head, print_row, run_json, say
-from programs import NotRun, Training, limited_data, machine, start_ours, start_trl, versions
+from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
+from records import Results, cell, mean_and_error
 
 FIGURES = {
     "loss": "eval_loss",
@@ -53,6 +53,12 @@ def held_out(spec, timeout=None):
     return run_json([sys.executable, HERE / "held_out.py", json.dumps(spec)], own_environment(), timeout)
 
 
+def even_batches(data):
+    """The largest batch size up to TRL's 8 that leaves no short batch, which would count as much as a whole one."""
+    rows = count_lines(Path(data) / "valid.jsonl")
+    return max(size for size in range(1, 9) if rows % size == 0)
+
+
 def train(program, seed, options):
     """One run: its record for the results file.
 
@@ -61,7 +67,13 @@ def train(program, seed, options):
     """
     settings = {name: getattr(options, name) for name in SETTINGS}
     training = Training(
-        options.model, options.data, seed=seed, validations=options.epochs, options=options.set, **settings
+        options.model,
+        options.data,
+        seed=seed,
+        validations=options.epochs,
+        options=options.set,
+        trl_options=("--eval-batch-size", even_batches(options.data)),
+        **settings,
     )
     started = time.perf_counter()
     limits = {"timeout": options.timeout, "measure_memory": False}
@@ -86,26 +98,8 @@ def train(program, seed, options):
         "seconds": seconds,
         "machine": machine(),
         "versions": versions() if program == "ours" else versions(options.python_trl),
-        "command": " ".join(sys.argv),
+        "command": command_line(),
     }
-
-
-class Results:
-    """The results file: a list of records; one that is run again replaces its like."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.records = json.loads(self.path.read_text()) if self.path.exists() else []
-        self.lock = threading.Lock()
-
-    def add(self, record):
-        same = ("label", "seed", "dtype", "settings")
-        with self.lock:
-            others = [old for old in self.records if any(old[key] != record[key] for key in same)]
-            self.records = [*others, record]
-            half = self.path.with_name(self.path.name + ".part")
-            half.write_text("[\n" + ",\n".join(json.dumps(item) for item in self.records) + "\n]\n")
-            half.replace(self.path)
 
 
 def run_all(options, results):
@@ -133,8 +127,8 @@ def add_base(options, results):
     if any(record["label"] == "base" and record["settings"] == settings for record in results.records):
         return
     measured = held_out({"model": options.model, "data": options.data, "adapters": None, "samples": options.samples})
-    named = {"program": "base", "label": "base", "seed": 0, "dtype": options.dtype, "settings": settings}
-    results.add(named | {"epochs": [], "held_out": measured, "machine": machine()})
+    named = {"program": "base", "label": "base", "seed": 0, "dtype": options.dtype, "settings": settings, "epochs": []}
+    results.add(named | {"held_out": measured, "machine": machine()})
 
 
 def groups(records):
@@ -144,22 +138,6 @@ def groups(records):
         key = record["label"], record["dtype"], json.dumps(record["settings"], sort_keys=True)
         found.setdefault(key, []).append(record)
     return found
-
-
-def mean_and_error(values):
-    """Mean and standard error, None for one value."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return None, None
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
-
-
-def cell(values):
-    mean, error = mean_and_error(values)
-    if mean is None:
-        return "-"
-    return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
 
 
 def distance(ours, theirs):
@@ -203,20 +181,22 @@ def draw(grouped, path):
     """The curves of all groups over the epochs: a line each seed, and the mean with its standard error."""
     from matplotlib.figure import Figure
 
+    trained = [(key, records) for key, records in grouped.items() if records[0]["epochs"]]
     figure = Figure(figsize=(12, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 3).flat, FIGURES, strict=False):
-        for number, ((label, dtype, _), records) in enumerate(
-            (key, records) for key, records in grouped.items() if records[0]["epochs"]
-        ):
-            curves = [[epoch[name] for epoch in record["epochs"]] for record in records]
+        # Before the first step every pair is a tie, which TRL counts as wrong.
+        first = 1 if name == "accuracy" else 0
+        for number, ((label, dtype, _), records) in enumerate(trained):
+            curves = [[epoch[name] for epoch in record["epochs"][first:]] for record in records]
             points = [mean_and_error(column) for column in zip(*curves, strict=True)]
-            steps = range(len(points))
+            steps = range(first, first + len(points))
             for curve in curves:
                 axes.plot(steps, curve, color=f"C{number}", alpha=0.25, linewidth=0.8)
             means, errors = [mean for mean, _ in points], [error or 0 for _, error in points]
             axes.errorbar(steps, means, errors, color=f"C{number}", capsize=3, label=f"{label}, {dtype}")
         axes.set_title(f"held-out {name}")
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     figure.axes[-1].set_visible(False)

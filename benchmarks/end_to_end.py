@@ -14,6 +14,7 @@ valid.jsonl at the start, in the middle and at the end. Nothing is kept from an 
 - tokenizing and reference: until the pairs, and until the reference's logps of both splits are there
 - ms a step: of every fifty steps, validations left out, as the programs measure it
 - second half: pairs a second from the end of the middle validation to the start of the last one
+- processor s: of all cores, less sensitive to other work on the machine
 - arrays: the most that arrays or tensors held; of TRL on a CPU it is not known
 - held: the most GPU memory that was taken beyond what was in use before, or on a CPU the peak of resident memory
 """
@@ -21,12 +22,13 @@ valid.jsonl at the start, in the middle and at the end. Nothing is kept from an 
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 from common import print_head, print_row, say
-from programs import NotRun, Training, count_lines, limited_data, machine, start_ours, start_trl, versions
+from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
 
 RUNS = {"ours": "ours", "trl": "TRL", "liger": "TRL, Liger"}
 
@@ -35,10 +37,11 @@ def measure_ours(training, folder, fresh_kernels, timeout):
     """One run of our command."""
     environment = {}
     if fresh_kernels:
-        environment["MLX_PTX_CACHE_DIR"] = f"{folder}/kernels"
+        # MLX's own folder of compiled kernels, and the driver's.
+        environment = {"MLX_PTX_CACHE_DIR": f"{folder}/kernels", "CUDA_CACHE_PATH": f"{folder}/driver"}
     watched, reports = start_ours(training, folder, environment, timeout=timeout)
     validations = [report for report in reports if "eval_loss" in report]
-    told = [seconds for seconds, line in watched.lines if " val " in line]
+    told = [seconds for seconds, line in watched.lines if re.match(r"\s*\d+\s+val ", line)]
     # The last is in the head of the table of steps.
     loaded, tokenized, referenced = (watched.moment(text) for text in ("Loading datasets", "Training", "train_loss"))
     steps, before = [], 0
@@ -103,6 +106,7 @@ def summary(training, watched, phases, steps, validations, peak_gb):
         "validation_seconds": [seconds for _, _, seconds, _ in validations],
         "validations": [{"iteration": i, **found} for i, _, _, found in validations],
         "whole_seconds": watched.seconds,
+        "cpu_seconds": watched.cpu_seconds,
         "arrays_gb": peak_gb,
         "held_gb": watched.held_gb,
         **figures,
@@ -136,6 +140,7 @@ def cells(result):
         "second half, pairs/s": f"{result['pairs_per_second']:.2f}",
         "validations, s": ", ".join(f"{seconds:.1f}" for seconds in result["validation_seconds"]),
         "whole, s": f"{result['whole_seconds']:.1f}",
+        "whole, processor s": f"{result['cpu_seconds']:.1f}",
         "arrays, GB": "-" if result["arrays_gb"] is None else f"{result['arrays_gb']:.2f}",
         "held, GB": f"{result['held_gb']:.2f}",
         "last validation: loss": f"{result['loss']:.4f}",
@@ -187,7 +192,7 @@ def main():
         found = {
             "machine": machine(),
             "versions": versions() | versions(options.python_trl),
-            "command": " ".join(sys.argv),
+            "command": command_line(),
             "rows": training.rows,
             "validation_rows": count_lines(Path(data) / "valid.jsonl"),
             "iters": training.iters,

@@ -21,7 +21,7 @@ from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference.batches import make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.memory import measure_step as settle
+from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import Objective, Step
 
@@ -88,7 +88,8 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     reference = mx.zeros((len(pairs), 2, 2))
     model.train()
     seconds = []
-    with checkpointed_layers(model) if checkpoint else nullcontext():
+    layers = checkpointed_layers(model) if checkpoint else nullcontext()
+    with layers, bounded_memory() as evaluate:
         for i in range(warmup + steps):
             if i == warmup:
                 mx.reset_peak_memory()
@@ -99,9 +100,7 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
                 mx.eval(reference)
             sums, _ = step(batch, reference, True)
             work = [step.state(), sums]
-            if i == 0:
-                settle(work, processed, processed)
-            mx.eval(work)
+            evaluate(work)
             seconds.append(time.perf_counter() - tic)
     median = float(np.median(seconds[warmup:]))
     return {

@@ -74,14 +74,13 @@ def load_policy(model, adapters):
     return load(model, adapter_path=adapters)
 
 
-def padded(pairs):
-    """Inputs and targets of some pairs `(2B, T)`, chosen first; what is not a response's token is not scored."""
-    sequences = [(pair.prompt, response) for name in ("chosen", "rejected") for pair in pairs
-                 for response in [getattr(pair, name)]]  # fmt: skip
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
-    inputs = np.zeros((len(sequences), width - 1), np.int32)
-    targets = np.full((len(sequences), width - 1), IGNORED, np.int32)
-    for row, (prompt, response) in enumerate(sequences):
+def padded(prompts, responses, multiple=32):
+    """Inputs and targets `(B, T)`, T a multiple; what is not a response's token is IGNORED."""
+    longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)) - 1
+    width = -(-longest // multiple) * multiple
+    inputs = np.zeros((len(prompts), width), np.int32)
+    targets = np.full((len(prompts), width), IGNORED, np.int32)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         tokens = [*prompt, *response]
         inputs[row, : len(tokens) - 1] = tokens[:-1]
         targets[row, len(prompt) - 1 : len(tokens) - 1] = response
@@ -94,7 +93,8 @@ def logps(model, pairs):
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen))
     for start in range(0, len(pairs), BATCH):
         rows = order[start : start + BATCH]
-        both = get_batched_logps(model, *padded([pairs[i] for i in rows]), ignore_index=IGNORED)
+        responses = [pairs[i].chosen for i in rows] + [pairs[i].rejected for i in rows]
+        both = get_batched_logps(model, *padded([pairs[i].prompt for i in rows] * 2, responses), ignore_index=IGNORED)
         found[rows] = np.array(mx.stack(both, axis=1))
         mx.clear_cache()
     return found

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ class Training:
         validations: how many follow the one at the start, evenly spread.
         rank, scale: of LoRA on all linear layers; scale is alpha / rank.
         options: more keys of our configuration, or other values of those here.
+        trl_options: more words after `trl_train.py`.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Training:
     rank: int = 8
     scale: float = 20.0
     options: dict = field(default_factory=dict)
+    trl_options: tuple = ()
 
     @property
     def rows(self):
@@ -90,11 +93,11 @@ class Training:
         }
 
     def trl_arguments(self, folder, liger=False):
-        """The words after `trl_train.py`."""
+        """The words after `trl_train.py`; `trl_options` are added to them."""
         named = ("model", "data", "batch_size", "iters", "steps_per_eval", "max_seq_length", "learning_rate")
         named += ("schedule", "beta", "rank", "scale", "seed")
         words = [word for name in named for word in (f"--{name.replace('_', '-')}", getattr(self, name))]
-        return [*words, "--output", f"{folder}/adapters", *(["--liger"] if liger else [])]
+        return [*words, "--output", f"{folder}/adapters", *self.trl_options, *(["--liger"] if liger else [])]
 
 
 @dataclass
@@ -105,12 +108,14 @@ class Watched:
         lines: `(seconds since its start, text)` of each line of its output, without colours.
         started: seconds since 1970 at its start.
         seconds: till it had ended.
+        cpu_seconds: of the processor, all threads together.
         held_gb: the most memory that it held: of the GPU where there is one, else resident.
     """
 
     lines: list
     started: float
     seconds: float
+    cpu_seconds: float
     held_gb: float
 
     def moment(self, text):
@@ -197,7 +202,7 @@ def watch(command, environment, timeout=None, measure_memory=True):
     if process.returncode != 0:
         words = [line for line in said.splitlines() if line.strip()] or [line for _, line in lines]
         raise NotRun(f"exit status {process.returncode}: {words[-1] if words else 'nothing said'}")
-    return Watched(lines, started, seconds, held)
+    return Watched(lines, started, seconds, usage.ru_utime + usage.ru_stime, held)
 
 
 class GpuMemory:
@@ -261,6 +266,12 @@ def machine():
     cpus = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*:\s*(.*)$", cpus, re.MULTILINE)
     return f"{model[1] if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def command_line():
+    """This process's command, with files and folders by their own names."""
+    words = [Path(word).name if os.sep in word and not word.startswith("{") else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def versions(python=sys.executable):

@@ -115,6 +115,7 @@ def dpo_config(options, dtype):
         lr_scheduler_type=options.schedule,
         max_length=options.max_seq_length,
         per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size,
         max_steps=options.iters,
         precompute_ref_log_probs=True,
         use_liger_kernel=options.liger,
@@ -139,6 +140,7 @@ def main():
     parser.add_argument("--data", required=True, help="folder with train.jsonl and valid.jsonl")
     parser.add_argument("--output", required=True, help="folder for the adapters")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--eval-batch-size", type=int, default=8, help="TRL's default")
     parser.add_argument("--iters", type=int, required=True, help="steps")
     parser.add_argument("--steps-per-eval", type=int, required=True)
     parser.add_argument("--max-seq-length", type=int, default=1024)

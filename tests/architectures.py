@@ -608,10 +608,52 @@ WITHOUT_LORA = {
     "gemma3n": ("altup.correction_coefs", "altup.prediction_coefs"),
     "kimi_k3": ("self_attention_res_proj", "mlp_res_proj"),
 }
-# Model types whose logits after a cached prefix are not those of the plain pass, whatever the cache.
-UNSHARED = {
-    "gemma3n": "without a cache its last layers make keys and values of their own, with one they reuse earlier ones",
+# Model types that run as rows of whole sequences, a prompt for each response, and why they cannot be packed.
+_RECURRENT = "its recurrent layers carry a state from token to token"
+_LATENT = "it adds scores of its own for positions, as a mask"
+_CACHES = "it keeps several caches a layer"
+UNPACKED = {
+    "afm7": "its last layers read keys and values from another layer's cache",
+    "baichuan_m1": "its attention carries a state from token to token",
+    "bailing_hybrid": _RECURRENT,
+    "bailing_moe_linear": _RECURRENT,
+    "bailing_moe_v3": _RECURRENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _CACHES,
+    "falcon_h1": _RECURRENT,
+    "falcon_mamba": _RECURRENT,
+    "gear": _RECURRENT,
+    "gemma2": "it computes its soft-capped scores itself, and asks for a mask to compute with",
+    "gemma3n": "its last layers read keys and values from another layer's cache",
+    "gemma4_text": "its layers that reuse keys and values attend without a cache",
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _CACHES,
+    "gpt_bigcode": "it takes a cache's offset for a number",
+    "granitemoehybrid": _RECURRENT,
+    "jamba": _RECURRENT,
+    "kimi_k25": _LATENT,
+    "kimi_k3": _RECURRENT,
+    "kimi_linear": _RECURRENT,
+    "kimi_vl": _LATENT,
+    "lfm2": _RECURRENT,
+    "lfm2-vl": _RECURRENT,
+    "lfm2_moe": _RECURRENT,
+    "llama4": "its attention is cut into chunks, which its cache trims",
+    "longcat_flash": _CACHES,
+    "longcat_flash_ngram": _CACHES,
+    "mamba": _RECURRENT,
+    "mamba2": _RECURRENT,
+    "minimax_m3_vl": _CACHES,
+    "mistral4": _LATENT,
+    "nemotron_h": _RECURRENT,
+    "olmo_hybrid": _RECURRENT,
     "phi3small": "its block-sparse layers add the mask's booleans to their scores, so that tokens see later ones",
+    "plamo2": _RECURRENT,
+    "prism_hadamard_qwen35": _RECURRENT,
+    "qwen3_5": _RECURRENT,
+    "qwen3_5_moe": _RECURRENT,
+    "qwen3_next": _RECURRENT,
+    "rwkv7": _RECURRENT,
 }
 
 

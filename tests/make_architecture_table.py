@@ -10,44 +10,35 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import mlx.core as mx
-from architectures import ARCHITECTURES, SKIPPED, UNSHARED, UNTRAINABLE, make_model
+from architectures import ARCHITECTURES, SKIPPED, UNPACKED, UNTRAINABLE, make_model
 
 import mlx_lm
-from mlx_lm.tuner.preference.batches import CACHED, PACKED, PLAIN
+from mlx_lm.tuner.preference.batches import PACKED
 from mlx_lm.tuner.preference.logps import Scorer
 
 BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"
-HEADER = "| model type | output head, run on response positions only | shared prompt |\n|---|---|---|\n"
+HEADER = "| model type | batches |\n|---|---|\n"
 
 
 def table_row(name, scorer):
     """The table's line on a model type, with what its scorer found."""
-    head = scorer.head
-    where = "none: logits at every position"
-    if head is not None:
-        path = next(path for path, module in scorer.model.named_modules() if module is head.module)
-        where = f"`{path}`" + (", tied" if head.method == "as_linear" else "")
-    shared = {
-        PACKED: "in one packed row",
-        CACHED: "through its cache",
-        PLAIN: f"no: {UNSHARED.get(name, 'its cache is of a kind of its own')}",
-    }[scorer.arrangement]
-    return f"| {name} | {where} | {shared} |\n"
+    how = "packed" if scorer.arrangement == PACKED else f"plain: {UNPACKED[name]}"
+    return f"| {name} | {how} |\n"
 
 
 def make_table():
-    rows = {name: f"| {name} | not tried: {reason} | |\n" for name, reason in SKIPPED.items()}
+    rows = {name: f"| {name} | not tried: {reason} |\n" for name, reason in SKIPPED.items()}
     for name in ARCHITECTURES:
         if name in UNTRAINABLE:
-            rows[name] = f"| {name} | cannot be trained: {UNTRAINABLE[name]} | |\n"
+            rows[name] = f"| {name} | cannot be trained: {UNTRAINABLE[name]} |\n"
         else:
             rows[name] = table_row(name, Scorer(make_model(name)))
     trained = len(ARCHITECTURES) - len(UNTRAINABLE)
+    packed = sum(" | packed |" in row for row in rows.values())
     text = (
-        f"mlx-lm {mlx_lm.__version__}: {trained} model types train, each with LoRA on every layer; logps are within "
-        "1e-4 nats\nand gradients within 1e-4 (relative) of the plain pass, with and without `grad_checkpoint`. Heads "
-        "are those of\nthe small configurations that were tried; `llama4_text`, `minicpm` and `seed_oss` have a head "
-        "to run apart only where\nthey are not tied.\n\n"
+        f"mlx-lm {mlx_lm.__version__}: {trained} model types train, each with LoRA on every layer, and {packed} of "
+        "them pack.\nFor all of them the output head runs on response positions only, and logps are within 1e-4 nats "
+        "and gradients within\n1e-4 (relative) of the plain pass, with and without `grad_checkpoint`.\n\n"
     )
     return text + HEADER + "".join(rows[name] for name in sorted(rows, key=str.lower))
 

@@ -7,14 +7,13 @@ import pytest
 from architectures import (
     ARCHITECTURES,
     SKIPPED,
-    UNSHARED,
+    UNPACKED,
     UNTRAINABLE,
     WITHOUT_LORA,
     installed_model_types,
     make_model,
 )
 from make_architecture_table import BEGIN, END, table_row
-from mlx_lm.tuner.preference.sharing import PROBE_WINDOW, narrow_windows
 from plain_pass import (
     PAIRS,
     add_lora,
@@ -28,14 +27,12 @@ from plain_pass import (
 )
 
 import mlx_lm
-from mlx_lm.tuner.preference.batches import CACHED, PACKED, PLAIN, SHORTEST_PREFIX, make_batch
-from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.batches import PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.logps import PROBE_WINDOW, Scorer, narrow_windows
 from mlx_lm.utils import MODEL_REMAPPING
 
 TOLERANCE = 1e-4
 TRAINABLE = [name for name in ARCHITECTURES if name not in UNTRAINABLE]
-# Their logits are a product with an array, without a call of the module that holds it.
-RAW_HEADS = {"llama4_text", "seed_oss", "talkie"}
 # Its tokens see the padding behind them: rows of one length have none.
 NOT_CAUSAL = {"phi3small"}
 WINDOWS = {
@@ -84,13 +81,12 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(name):
     gradient = plain_gradient(model, reference, pairs)
     scorer, full = Scorer(model), Scorer(model, share_prompt=False, response_only=False)
     assert model.training
-    assert (scorer.arrangement == PLAIN) == (name in UNSHARED)
-    assert (scorer.head is None) == (name in RAW_HEADS)
+    assert (scorer.arrangement == PLAIN) == (name in UNPACKED)
+    assert scorer.head is not None
     assert full.head is None and full.arrangement == PLAIN
     for arrangement in arrangements_for(scorer):
         batch, *_ = make_batch(pairs, arrangement)
-        assert (batch.prefix.shape[1] >= SHORTEST_PREFIX) == (arrangement == CACHED)
-        assert (len(batch.groups) > 1) == (pairs is PAIRS and arrangement != PACKED)
+        assert (batch.tokens.shape[1] == 1) == bool(batch.layout) == (arrangement == PACKED)
         for way in (scorer, full):
             assert mx.abs(way(batch).total - expected).max().item() < TOLERANCE, (arrangement, way)
         for checkpoint in (False, True):

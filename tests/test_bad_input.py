@@ -194,7 +194,7 @@ class TestData:
 
     def test_folders(self, command, data):
         command.refused("data is '.*/nothing', and there is no such folder", data=str(command.folder / "nothing"))
-        command.refused("data is the file .*; give the folder that holds", data=f"{data}/train.jsonl")
+        command.refused("train.jsonl is no test set; it must hold", data=f"{data}/train.jsonl", test=True)
         command.refused("data is 5; it must be a name", data=5)
 
     def test_features(self, command):

@@ -1,34 +1,34 @@
 """Batches: every pair where it belongs and once, padding that changes nothing, an order from the seed alone."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.preference.schedule import Schedule
 from tiny import some_pairs, tiny_llama
 
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference import batches as module
 from mlx_lm.tuner.preference.batches import (
     ARRANGEMENTS,
-    CACHED,
-    CPU,
-    CUDA,
-    METAL,
+    MOST_SHAPES,
     PACKED,
     PLAIN,
-    device,
+    Schedule,
+    Shape,
+    as_batch,
+    filled,
+    ladder,
     make_batch,
     order_of_epoch,
     plan,
+    shape_of,
 )
 from mlx_lm.tuner.preference.evaluation import mean_figures
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import FIGURES, Objective
-from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.utils import get_batched_logps
 
 
@@ -36,28 +36,128 @@ def lengths_of(pairs):
     return np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("rows, size, sizes", [(8, 4, [4, 4]), (9, 4, [4, 4, 1]), (3, 8, [3]), (1, 1, [1])])
-def test_a_plan_holds_every_row_once(rows, size, sizes, arrangement):
-    planned = plan(lengths_of(some_pairs(rows)), size, arrangement)
+def test_a_plan_holds_every_row_once(rows, size, sizes):
+    planned = plan(lengths_of(some_pairs(rows)), size)
     assert [len(batch) for batch in planned] == sizes
     assert sorted(np.concatenate(planned).tolist()) == list(range(rows))
 
 
 def test_rows_of_like_length_come_together():
-    pairs = some_pairs(64, prompt=(3, 100), response=(1, 100))
-    lengths = lengths_of(pairs)
+    lengths = lengths_of(some_pairs(64, prompt=(3, 100), response=(1, 100)))
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    plain = [totals[rows] for rows in plan(lengths, 8, PLAIN)]
-    assert all(shorter.max() <= longer.min() for shorter, longer in pairwise(plain))
-    # A shared prompt is as long as the batch's shortest: prompts within 16 tokens of each other come first.
-    prompts = [lengths[rows, 0] // 16 for rows in plan(lengths, 8, CACHED)]
-    assert all(shorter.max() <= longer.min() for shorter, longer in pairwise(prompts))
+    batches = [totals[rows] for rows in plan(lengths, 8)]
+    assert all(shorter.max() <= longer.min() for shorter, longer in pairwise(batches))
+    # Of rows of one length, like responses.
+    assert [rows.tolist() for rows in plan([[5, 3, 1], [7, 1, 1], [4, 1, 4], [6, 2, 2]], 2)] == [[1, 3], [0, 2]]
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("most, share", [(1200, None), (1200, 7), (50, None), (10**6, None), (10**6, 60)])
+def test_filled_batches_hold_each_row_once_and_stay_under_the_tokens(arrangement, most, share):
+    lengths = lengths_of(some_pairs(200, prompt=(9, 60), response=(1, 60)))
+    totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    batches = filled(lengths, most, arrangement, share)
+    assert sorted(row for rows in batches for row in rows) == list(range(200))
+
+    def tokens(rows):
+        return lengths[rows].sum() if arrangement == PACKED else 2 * len(rows) * totals[rows].max()
+
+    for rows, following in zip(batches, [*batches[1:], np.array([], int)], strict=True):
+        assert len(rows) <= (share or 200)
+        assert tokens(rows) <= most or len(rows) == 1  # a longer pair is alone, but not left out
+        if len(following) and len(rows) != share:
+            assert tokens(np.append(rows, following[0])) > most  # full
+    order = [row for rows in batches for row in rows]
+    assert (np.diff(totals[order]) >= 0).all()
+    assert filled(np.zeros((0, 3)), most, arrangement) == []
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    "arrangement, to, shape",
+    [
+        # Prompts of 5 and 2; responses of 3 and 1, 4 and 7, whose last tokens predict nothing: 7 + 15 - 4 tokens.
+        (PACKED, 1, (18, 8, 15)),
+        (PLAIN, 1, (0, 8, 15)),
+        (PACKED, 16, (32, 16, 16)),
+        (PLAIN, 4, (0, 8, 16)),
+    ],
+)
+def test_the_least_shape_of_a_batch(arrangement, to, shape):
+    assert shape_of([[5, 3, 1], [2, 4, 7]], arrangement, to) == Shape(*shape)
+
+
+def real_lengths(count, seed=0):
+    """Lengths as in real data: many short pairs, few long ones."""
+    draw = np.random.default_rng(seed)
+    return np.minimum(np.exp(draw.normal([4.0, 4.5, 4.5], 0.8, (count, 3))).astype(int) + 1, 500)
+
+
+def shapes_of(lengths, size, arrangement, to):
+    return [shape_of(lengths[rows], arrangement, to) for rows in plan(lengths, size)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 9, 60, 257, 3000])
+@pytest.mark.parametrize("arrangement, to", [(PACKED, 128), (PLAIN, 32), (PACKED, 1)])
+def test_a_ladder_has_room_for_every_batch_in_few_shapes(count, arrangement, to):
+    shapes = shapes_of(real_lengths(4 * count), 4, arrangement, to)
+    assert len(shapes) == count
+    # In an order of their own: a ladder may not lean on theirs.
+    shapes = [shapes[i] for i in np.random.default_rng(1).permutation(count)]
+    found = ladder(shapes, 4)
+    assert len(found) == count and len(set(found)) <= MOST_SHAPES
+    assert all(type(number) is int for shape in found for number in shape)
+    assert (np.array(found) >= np.array(shapes)).all()
+    assert found == ladder(list(shapes), 4)
+    if len(set(shapes)) <= MOST_SHAPES and count < 8:
+        assert found == shapes
+    one = ladder(shapes, 4, most=1)
+    assert set(one) == {Shape(*np.max(shapes, axis=0).tolist())}
+    if len(set(shapes)) > 1:
+        assert padded(found, shapes) < padded(one, shapes)
+
+
+def padded(found, shapes):
+    """Positions of plain rows, or tokens of packed ones, that padding adds."""
+    column = 0 if shapes[0].tokens else 1
+    return sum(a[column] - b[column] for a, b in zip(found, shapes, strict=True))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_ladder_is_the_best_split_of_the_sorted_shapes(most):
+    """Against every split into so many groups, the work being tokens + scored / 4 + 2 B width^2 / 4096."""
+    shapes = shapes_of(real_lengths(40), 4, PACKED, 16)
+    assert len(set(shapes)) == 10
+
+    def work(shape):
+        return shape[0] + shape[2] / 4 + 2 * 4 * shape[1] ** 2 / 4096
+
+    ordered = sorted(shapes, key=work)
+    splits = []
+    for cuts in combinations(range(1, 10), most - 1):
+        groups = [ordered[start:stop] for start, stop in pairwise((0, *cuts, 10))]
+        splits.append(sum(len(group) * work(np.max(group, axis=0)) for group in groups))
+    assert sum(map(work, ladder(shapes, 4, most))) == pytest.approx(min(splits))
+
+
+def test_a_ladder_pads_real_lengths_little():
+    """Eight shapes for 750 batches; lengths spread over a factor of ten, of which one shape would fill a third."""
+    shapes = shapes_of(real_lengths(3000), 4, PACKED, 1)
+    tokens = np.array([shape.tokens for shape in shapes])
+    found = np.array([shape.tokens for shape in ladder(shapes, 4)])
+    assert tokens.sum() / (len(shapes) * tokens.max()) < 0.4
+    assert tokens.sum() / found.sum() > 0.85
+
+
+# Schedules
 
 
 @pytest.mark.parametrize("rows, size", [(12, 4), (10, 4), (3, 4), (7, 1)])
 def test_an_epoch_visits_every_row_once(rows, size):
-    schedule = Schedule(some_pairs(rows), TrainingArgs(batch_size=size), arrangement=PACKED)
+    schedule = Schedule(some_pairs(rows), size, 0, PACKED)
     steps = -(-rows // size)
     for epoch in range(3):
         visited = [schedule.rows(epoch * steps + step) for step in range(1, steps + 1)]
@@ -72,16 +172,55 @@ def test_the_order_comes_from_the_seed_and_the_epoch_alone():
     def order(seed):
         np.random.seed(seed + 1)
         np.random.permutation(5)  # what others draw has no effect
-        schedule = Schedule(pairs, TrainingArgs(batch_size=4, seed=seed), arrangement=PACKED)
+        schedule = Schedule(pairs, 4, seed, PACKED)
         return [schedule.rows(step).tolist() for step in range(1, 21)]
 
     first = order(seed=0)
     assert first == order(seed=0) != order(seed=1)
     assert first[:10] != first[10:] and sorted(first[:10]) == sorted(first[10:])
     # A later iteration is the same whichever was asked for before: what a resumed run does.
-    schedule = Schedule(pairs, TrainingArgs(batch_size=4), arrangement=PACKED)
+    schedule = Schedule(pairs, 4, 0, PACKED)
     assert [schedule.rows(step).tolist() for step in (15, 3, 20)] == [first[14], first[2], first[19]]
     assert order_of_epoch(9, 0, 0).tolist() != order_of_epoch(9, 0, 1).tolist()
+
+
+def shapes_in(batch):
+    return tuple(value.shape for _, value in tree_flatten(batch))
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("multiple", [32, 128])
+def test_where_shapes_are_compiled_few_serve_a_run_and_the_last_batch_is_filled(arrangement, multiple, monkeypatch):
+    monkeypatch.setattr(module, "multiple", lambda: multiple)
+    pairs = some_pairs(81, prompt=(20, 200), response=(5, 300))
+    schedule = Schedule(pairs, 4, 0, arrangement)
+    logps = np.arange(81 * 4, dtype=np.float32).reshape(81, 2, 2)
+    shapes, counts, processed = set(), [], 0
+    for iteration in range(1, 22):
+        batch, reference, (tokens, padding) = schedule.batch(iteration, logps)
+        shapes.add(shapes_in(batch))
+        counts.append(batch.counts.tolist())
+        rows = schedule.rows(iteration)
+        assert reference.shape == (4, 2, 2) and mx.array_equal(reference[: len(rows)], mx.array(logps[rows]))
+        assert batch.ntoks.item() == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in
+                                         (pairs[row] for row in rows))  # fmt: skip
+        assert tokens == batch.tokens.size and tokens % multiple == 0 and tokens <= schedule.most_tokens()
+        shape, needed = schedule.shape(iteration), shape_of(lengths_of([pairs[row] for row in rows]), arrangement)
+        assert all(have >= need and have % multiple == 0 for have, need in zip(shape, needed, strict=True))
+        processed = max(processed, tokens)
+    assert len(shapes) <= MOST_SHAPES and processed == schedule.most_tokens()
+    assert sorted(counts) == [[1.0, 0.0, 0.0, 0.0]] + [[1.0] * 4] * 20
+
+
+def test_where_nothing_is_compiled_every_batch_has_its_own_shape(monkeypatch):
+    monkeypatch.setattr(module, "multiple", lambda: 1)
+    pairs = some_pairs(30, prompt=(20, 200), response=(5, 300))
+    schedule = Schedule(pairs, 4, 0, PACKED)
+    made = [schedule.batch(iteration, None) for iteration in range(1, 9)]
+    assert all(padding == 0 for *_, (_, padding) in made)
+    assert sorted(len(batch.counts) for batch, *_ in made) == [2] + [4] * 7
+    assert not any(reference.any() for _, reference, _ in made)
+    assert max(batch.tokens.size for batch, *_ in made) == schedule.most_tokens()
 
 
 def one_at_a_time(model, pairs):
@@ -101,49 +240,75 @@ def one_at_a_time(model, pairs):
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("multiple", [1, 8, 16])
-def test_padding_changes_no_number(arrangement, multiple):
+@pytest.mark.parametrize("multiple", [1, 8, 128])
+def test_padding_changes_no_number(arrangement, multiple, monkeypatch):
     model = tiny_llama(moved=True)
     pairs = some_pairs(5, response=(1, 40))
-    batch, processed, padding = make_batch(pairs, arrangement, multiple)
-    # 16 is more than the shortest prompt has.
-    assert bool(batch.prefix.shape[1]) == (arrangement == CACHED and multiple < 16)
-    scores = Scorer(model, arrangement != PLAIN)(batch)
-    assert np.allclose(np.array(scores.total), one_at_a_time(model, pairs), atol=1e-4)
-    whole = lengths_of(pairs)
-    prompts = sum(whole[:, 0])
-    run = prompts if arrangement == PACKED else 2 * prompts - batch.prefix.shape[1] * len(pairs)
-    assert processed - padding == run + whole[:, 1:].sum() - 2 * len(pairs)
-    assert batch.tokens.item() == 2 * prompts + whole[:, 1:].sum()
-    assert processed == batch.prefix.size + sum(group.tokens.size for group in batch.groups)
-    if arrangement == PACKED:
-        assert padding < multiple
-        assert len(batch.layout.body.parts) > 2 - (multiple == 16) and len(batch.layout.last.parts) > 1
-    else:
-        assert len(batch.groups) > 1 and padding > 0
+    scorer = Scorer(model, arrangement != PLAIN)
+    monkeypatch.setattr(module, "multiple", lambda: multiple)
+    batch, processed, padding = make_batch(pairs, arrangement)
+    assert np.allclose(np.array(scorer(batch).total), one_at_a_time(model, pairs), atol=1e-4)
+    lengths = lengths_of(pairs)
+    prompts = sum(lengths[:, 0])
+    own = (prompts if arrangement == PACKED else 2 * prompts) + lengths[:, 1:].sum() - 2 * len(pairs)
+    assert processed == batch.tokens.size and processed - padding == own
+    assert batch.ntoks.item() == 2 * prompts + lengths[:, 1:].sum()
+    # Larger than it has to be, too.
+    shape = shape_of(lengths, arrangement)
+    larger = Shape(shape.tokens and shape.tokens + 300, shape.width + 20, shape.scored + 50)
+    assert np.allclose(
+        np.array(scorer(make_batch(pairs, arrangement, larger)[0]).total), np.array(scorer(batch).total), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_a_packed_row_holds_each_token_once(multiple):
+def test_a_packed_batch_holds_each_token_once(multiple, monkeypatch):
+    monkeypatch.setattr(module, "multiple", lambda: multiple)
     pairs = some_pairs(5, response=(1, 40))
-    batch, processed, padding = make_batch(pairs, PACKED, multiple)
-    (group,) = batch.groups
-    used = np.array(group.tokens)[0, : processed - padding].tolist()
+    batch, processed, padding = make_batch(pairs, PACKED)
+    tokens, places = np.array(batch.tokens)[:, 0], np.array(batch.layout.places)
     wanted = [pair.prompt for pair in pairs] + [pair.chosen[:-1] for pair in pairs]
-    assert used == [token for tokens in wanted + [pair.rejected[:-1] for pair in pairs] for token in tokens]
-    body, last = batch.layout.body, batch.layout.last
-    places, tokens = np.array(body.places), np.array(group.tokens)[0]
+    wanted += [pair.rejected[:-1] for pair in pairs]
+    assert tokens.tolist() == [token for part in wanted for token in part] + [0] * padding
     rows = [(pair.prompt + response)[:-1] for side in ("chosen", "rejected") for pair in pairs
             for response in [getattr(pair, side)]]  # fmt: skip
-    found = [tokens[keys[: places[keys].argmax() + 1]].tolist() for part in last.parts for keys in np.array(part.keys)]
-    assert sorted(found) == sorted(rows)
-    # Every token asks once; the scored ones are those that response tokens follow, in the targets' order.
-    assert (np.array(body.outputs) >= 0).sum() == processed - padding
-    assert len(set(np.array(body.outputs).tolist()) - {-1}) == processed - padding
-    scored = np.array(batch.layout.scored)[: sum(len(p.chosen) + len(p.rejected) for p in pairs)]
-    ends = {(tokens[number], places[number]) for number in scored}
-    assert (pairs[0].prompt[-1], len(pairs[0].prompt) - 1) in ends
-    assert np.array_equal(scored, np.array(batch.positions)[: len(scored)])
+    keys = [row for part in batch.layout.parts for row in np.array(part.keys)]
+    found = [tokens[row[: len(own)]].tolist() for row, own in zip(keys, rows, strict=True)]
+    assert found == rows and [places[row[: len(own)]].tolist() for row, own in zip(keys, rows, strict=True)] == [
+        list(range(len(own))) for own in rows
+    ]
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_a_response_token_is_scored_where_it_is_predicted(arrangement):
+    pairs = some_pairs(5, response=(1, 40))
+    batch, *_ = make_batch(pairs, arrangement)
+    tokens = np.array(batch.tokens).ravel()
+    scored = list(zip(tokens[np.array(batch.positions)].tolist(), batch.targets.tolist(),
+                      batch.sequences.tolist(), batch.common.tolist(), strict=True))  # fmt: skip
+    expected = []
+    for i, (pair, response, other) in enumerate(
+        [(p, p.chosen, p.rejected) for p in pairs] + [(p, p.rejected, p.chosen) for p in pairs]
+    ):
+        before = [pair.prompt[-1], *response[:-1]]
+        expected += [(a, b, i, n < len(other)) for n, (a, b) in enumerate(zip(before, response, strict=True))]
+    assert scored[: len(expected)] == expected
+    assert all(sequence == 10 and not common for *_, sequence, common in scored[len(expected) :])
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_a_batch_comes_back_from_plain_tuples(arrangement):
+    """MLX's compiler knows tuples, and not which kind they were."""
+    batch, *_ = make_batch(some_pairs(3), arrangement)
+
+    def plain(value):
+        return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+    again = as_batch(plain(batch))
+    assert type(again) is type(batch) and type(again.layout) is type(batch.layout)
+    assert shapes_in(again) == shapes_in(batch)
+    if arrangement == PACKED:
+        assert [type(part) for part in again.layout.parts] == [type(part) for part in batch.layout.parts]
 
 
 def test_common_logps_stop_where_the_shorter_response_ends():
@@ -155,92 +320,20 @@ def test_common_logps_stop_where_the_shorter_response_ends():
     assert scores.common[1].item() == scores.total[1].item()
 
 
-@pytest.mark.parametrize("arrangement", [CACHED, PLAIN])
-def test_row_groups_waste_little(arrangement, monkeypatch):
-    """Of a third of the tokens, whatever share of them is padding in batches that are not split."""
-    pairs = some_pairs(64, prompt=(20, 100), response=(5, 100))
-
-    def padding_share(size):
-        counts = [
-            make_batch([pairs[i] for i in rows], arrangement)[1:] for rows in plan(lengths_of(pairs), size, CACHED)
-        ]
-        processed, padding = np.sum(counts, axis=0)
-        return padding / processed
-
-    split = padding_share(8)
-    monkeypatch.setattr(module, "CPU", CPU._replace(most_groups=1))
-    unsplit = padding_share(8)
-    monkeypatch.undo()
-    assert unsplit > 0.25 and split < unsplit / 2
-    assert padding_share(1) < 0.02
-
-
-@pytest.mark.parametrize(
-    "lengths, expected",
-    [
-        ([7, 7, 7], [([0, 1, 2], 7)]),
-        ([100, 99, 98, 97], [([0, 1, 2, 3], 100)]),  # 6 of 400 tokens are not worth a pass
-        ([10, 90, 12, 95], [([0, 2], 12), ([1, 3], 95)]),
-        ([50, 10, 90, 52, 12, 95], [([1, 4], 12), ([0, 3], 52), ([2, 5], 95)]),
-        ([5], [([0], 5)]),
-    ],
-)
-def test_rows_are_split_where_that_saves_enough(lengths, expected):
-    assert module._row_groups(lengths, 1, 4) == expected
-    rounded = module._row_groups(lengths, 8, 4)
-    assert sorted(row for rows, _ in rounded for row in rows) == list(range(len(lengths)))
-    assert all(width % 8 == 0 and max(lengths[row] for row in rows) <= width for rows, width in rounded)
-
-
-def test_a_pass_of_its_own_has_to_save_what_it_costs(monkeypatch):
-    pairs = [Pair([1] * 101, [2] * 8, [3] * 8), Pair([1] * 101, [2] * 64, [3] * 64)]
-
-    def passes(least):
-        monkeypatch.setattr(module, "CPU", CPU._replace(least_saving=least))
-        batch, *_ = make_batch(pairs, CACHED, multiple=1)
-        return batch.prefix.shape[1], len(batch.groups)
-
-    # 100 tokens of two prompts, and 56 of two rows.
-    assert passes(0) == passes(111) == (100, 2)
-    assert passes(112) == passes(200) == (100, 1)
-    assert passes(201) == (0, 1)
-
-
-def test_every_device_is_known_by_its_kind(monkeypatch):
-    assert device() == CPU
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    assert device() == METAL
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    assert device() == CUDA
-
-
-@pytest.mark.parametrize("kind, most", [(CPU, 64), (METAL, 60), (CUDA, 30)])
-def test_packed_batches_have_few_shapes_on_a_gpu(kind, most, monkeypatch):
-    monkeypatch.setattr(module, "device", lambda: kind)
-    pairs = some_pairs(256, prompt=(20, 200), response=(5, 300))
-    shapes, counts = set(), []
-    for rows in plan(lengths_of(pairs), 4, PACKED):
-        batch, *tokens = make_batch([pairs[row] for row in rows], PACKED)
-        shapes.add(tuple(value.shape for _, value in tree_flatten(batch)))
-        counts.append(tokens)
-    processed, padding = np.sum(counts, axis=0)
-    assert len(shapes) <= most and padding / processed < 0.1
-    assert batch.groups[0].tokens.size % kind.packed_multiple == batch.targets.size % kind.packed_multiple == 0
-
-
-def test_fillers_count_for_nothing():
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_fillers_count_for_nothing(arrangement):
     model = tiny_llama(moved=True)
     pairs = some_pairs(3)
     reference = mx.random.normal((3, 2, 2), key=mx.random.key(1))
     for loss_type in ("dpo", "aot", ["dpo", "sft"]):
         objective = Objective(Scorer(model), preference_loss(loss_type))
-        exact = objective(make_batch(pairs, PACKED)[0], reference)[1]
-        filled = make_batch(pairs, PACKED, size=5)[0]
-        assert filled.counts.tolist() == [1, 1, 1, 0, 0]
+        exact = objective(make_batch(pairs, arrangement)[0], reference)[1]
+        fuller = make_batch(pairs, arrangement, size=5)[0]
+        assert fuller.counts.tolist() == [1, 1, 1, 0, 0]
         padded = mx.concatenate([reference, mx.full((2, 2, 2), 1e3)])
-        assert np.allclose(np.array(objective(filled, padded)[1]), np.array(exact), rtol=1e-5), loss_type
+        assert np.allclose(np.array(objective(fuller, padded)[1]), np.array(exact), rtol=1e-5), loss_type
         assert exact[len(FIGURES)].item() == 3
+        assert fuller.ntoks.item() == lengths_of(pairs).sum() + lengths_of(pairs)[:, 0].sum()
 
 
 @pytest.mark.parametrize("rows, size", [(9, 4), (9, 9), (9, 16), (9, 1)])

@@ -132,9 +132,10 @@ class TestUnreadKeys:
         return capsys.readouterr().err.splitlines()
 
     def test_each_is_named_with_the_nearest_known_key(self, capsys):
-        assert self.unread(capsys, False, betta=0.1, learning_rates=1, xyzzy=2) == [
+        assert self.unread(capsys, False, betta=0.1, learning_rates=1, lora_layers=4, xyzzy=2) == [
             "[WARNING] betta is not a key that this command reads (did you mean beta?).",
             "[WARNING] learning_rates is not a key that this command reads (did you mean learning_rate?).",
+            "[WARNING] lora_layers is not a key that this command reads (did you mean num_layers?).",
             "[WARNING] xyzzy is not a key that this command reads.",
         ]
 

@@ -92,8 +92,8 @@ def test_missing_files(tmp_path):
     write(tmp_path, train=[ROW])
     with pytest.raises(ConfigError, match=r"test\.jsonl is missing"):
         load(data=str(tmp_path), test=True)
-    with pytest.raises(ConfigError, match=r"data is the file .*train\.jsonl; give the folder"):
-        load(data=str(tmp_path / "train.jsonl"))
+    with pytest.raises(ConfigError, match=r"train\.jsonl is no test set"):
+        load(data=str(tmp_path / "train.jsonl"), test=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.jsonl").mkdir()
     with pytest.raises(ConfigError, match=r"train\.jsonl cannot be read"):
@@ -323,3 +323,19 @@ def test_create_dataset_of_rows_in_memory():
     assert chosen(datasets.create_dataset([ROW], TOKENIZER, config())) == ["It is Lima."]
     with pytest.raises(ConfigError, match="^the data set, row 0: chosen is missing"):
         datasets.create_dataset([{"text": "x"}], TOKENIZER, config())
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, (1, 1)), (4, (3, 1)), (10, (8, 1)), (40, (32, 4))])
+def test_default_splits_of_an_hf_dataset_share_no_row(hub, monkeypatch, count, sizes):
+    rows = [ROW | {"chosen": f"c{i}"} for i in range(count)]
+    hub["a"] = {"train": rows} | {f"train[:{n}]": rows[:n] for n in range(count + 1)}
+    hub["a"] |= {f"train[{n}:]": rows[n:] for n in range(count + 1)}
+    train, valid, _ = load(hf_dataset={"path": "a"})
+    assert (len(train), len(valid)) == sizes
+    assert not set(chosen(train)) & set(chosen(valid))
+
+
+def test_one_row_is_not_enough_to_validate_on_another(hub):
+    hub["a"] = {"train": [ROW]}
+    with pytest.raises(ConfigError, match="the hf_dataset a has 1 rows to train and validate on; name the splits"):
+        load(hf_dataset={"path": "a"})

@@ -1,86 +1,93 @@
-"""MLX's memory limit while steps are handed to a GPU of NVIDIA's, played on the CPU, where MLX has one too."""
+"""How much memory MLX may hold; the limit that is set on CUDA, played on the CPU, where MLX has one too."""
 
 import mlx.core as mx
 import pytest
 
 from mlx_lm.tuner.preference import memory as module
-from mlx_lm.tuner.preference.memory import SLACK, Dispatch, with_limit
+from mlx_lm.tuner.preference.memory import MOST_HELD, SLACK, measure_step, trim_cache
 
 MEGABYTE = 2**20
 
 
-@pytest.fixture
-def limits(monkeypatch):
-    """The limits that were in force at each evaluation, as on CUDA."""
-    monkeypatch.setattr(module, "on_cuda", lambda: True)
-    found = []
-
-    def watched(function):
-        def evaluate(work):
-            limit = mx.set_memory_limit(0)
-            mx.set_memory_limit(limit)
-            found.append(limit)
-            return function(work)
-
-        return evaluate
-
-    for name in ("eval", "async_eval"):
-        monkeypatch.setattr(mx, name, watched(getattr(mx, name)))
+def limit():
+    found = mx.set_memory_limit(0)
+    mx.set_memory_limit(found)
     return found
 
 
-def usual_limit():
-    limit = mx.set_memory_limit(0)
-    mx.set_memory_limit(limit)
-    return limit
+@pytest.fixture
+def usual():
+    """The limit as it was before, to which it goes back after the test."""
+    found = limit()
+    yield found
+    mx.set_memory_limit(found)
 
 
-def step(kept):
+@pytest.fixture
+def limits(monkeypatch, usual):
+    """The limits that were in force at each evaluation, on CUDA's side of the branch."""
+    monkeypatch.setattr(module, "on_cuda", lambda: True)
+    found, evaluate = [], mx.eval
+
+    def watched(work):
+        found.append(limit())
+        return evaluate(work)
+
+    monkeypatch.setattr(mx, "eval", watched)
+    return found
+
+
+def step():
     """A step that takes eight megabytes on its way to a sum."""
-    return (mx.ones((2 * MEGABYTE,)) + kept).sum()
+    return mx.ones((2 * MEGABYTE,)).sum()
 
 
-def test_steps_are_given_what_the_first_update_needed(limits):
-    usual, dispatch, kept = usual_limit(), Dispatch(), mx.zeros((1,))
-    steps = [(100, False, False), (100, True, False), (50, True, False), (200, False, False), (100, True, True)]
-    for tokens, update, compiled in steps:
-        work = step(kept)
-        dispatch(work, tokens, update, compiled)
-        assert usual_limit() == usual
-        mx.synchronize()
-    assert limits[0] == usual and limits[1] == 0
-    resting, need, _ = dispatch._needs[False]
-    assert 8 * MEGABYTE <= need < 20 * MEGABYTE
-    # A smaller batch has as much, a larger one in proportion to its tokens.
-    assert limits[2] == int(resting + SLACK * need)
-    assert limits[3] == int(resting + SLACK * 2 * need)
-    # Compiled steps are measured apart.
-    assert limits[4] == 0 and dispatch._needs[True][2] == 100
-
-
-def test_the_peak_is_that_of_all_that_has_run(limits):
+@pytest.mark.parametrize("share", [1, 3])
+def test_the_largest_step_gets_what_a_measured_one_needs_in_proportion(limits, share):
+    # Megabytes that lie there before, and that the step has no part in.
+    kept = mx.zeros((4 * MEGABYTE,))
+    kept[0].item()
+    resting = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(mx.ones((16 * MEGABYTE,)))
-    peak, dispatch = mx.get_peak_memory(), Dispatch()
-    dispatch(step(mx.zeros((1,))), 100, True, False)
-    assert mx.get_peak_memory() < peak == dispatch.peak_memory()
+    measure_step(step(), 100, share * 100)
+    assert limits == [0]  # nothing is held for longer than needed while it is measured
+    need = share * 8 * MEGABYTE
+    assert resting + need <= limit() <= resting + 2 * SLACK * need
 
 
-def test_elsewhere_nothing_is_limited(limits, monkeypatch):
-    monkeypatch.setattr(module, "on_cuda", lambda: False)
-    dispatch = Dispatch()
-    for _ in range(3):
-        dispatch(step(mx.zeros((1,))), 100, True, False)
-    assert limits == [usual_limit()] * 3
+def test_a_smaller_largest_step_gets_as_much_as_the_measured_one(limits):
+    mx.reset_peak_memory()
+    measure_step(step(), 100, 50)
+    assert limit() >= 8 * MEGABYTE
 
 
-def test_a_lower_limit_of_the_user_stays():
-    usual = mx.set_memory_limit(50 * MEGABYTE)
-    try:
-        assert with_limit(100 * MEGABYTE, usual_limit) == 50 * MEGABYTE
-        assert with_limit(10 * MEGABYTE, usual_limit) == 10 * MEGABYTE
-        with pytest.raises(ZeroDivisionError):
-            with_limit(10 * MEGABYTE, lambda: 1 / 0)
-        assert usual_limit() == 50 * MEGABYTE
-    finally:
-        mx.set_memory_limit(usual)
+def test_what_was_needed_before_is_not_taken_away(limits):
+    mx.reset_peak_memory()
+    before = mx.ones((64 * MEGABYTE // 4,)).sum()
+    before.item()
+    measure_step(step(), 100, 100)
+    assert limit() >= 64 * MEGABYTE
+
+
+def test_a_lower_limit_of_the_user_stays(limits):
+    mx.set_memory_limit(5 * MEGABYTE)
+    measure_step(step(), 100, 100)
+    assert limit() == 5 * MEGABYTE
+
+
+@pytest.mark.skipif(module.on_cuda(), reason="it is limited there")
+def test_elsewhere_nothing_is_limited(usual):
+    work = step()
+    measure_step(work, 100, 1000)
+    assert limit() == usual and work.item() == 2 * MEGABYTE
+
+
+@pytest.mark.parametrize("held, kept", [(MOST_HELD - 0.01, True), (MOST_HELD + 0.01, False)])
+def test_what_is_kept_for_later_arrays_is_given_back_where_it_is_much(held, kept, monkeypatch):
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 0.5e9)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: held * 1e9 - 0.5e9)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 1e9)
+    cleared = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    trim_cache()
+    assert (not cleared) == kept

@@ -10,7 +10,8 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 LIMA = {"role": "assistant", "content": "Lima."}
 PARIS = {"role": "assistant", "content": "Paris."}
 MORE = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {}}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [LOOK]}
 RESULT = {"role": "tool", "content": "Lima"}
 
 FORMS = {
@@ -128,8 +129,8 @@ def test_implicit_prompt_of_strings():
     row = {"chosen": "Q: hi A: yes", "rejected": "Q: hi A: no"}
     read = RowReader(chat=False)(row)
     assert (read.prompt, read.chosen, read.rejected) == ("Q: hi A:", " yes", " no")
-    read = RowReader()(row)
-    assert [message["content"] for message in (*read.prompt, *read.chosen, *read.rejected)] == ["Q: hi A:", "yes", "no"]
+    with pytest.raises(ConfigError, match="there is no prompt; the row's keys are chosen, rejected. Give each row"):
+        RowReader()(row)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_useless_rows_of_plain_text(change, reason):
 MALFORMED = [
     ([], "the row is a list"),
     ({"prompt": "a", "chosen": "b"}, "rejected is missing"),
-    ({"prompt": "a", "chosen": None, "rejected": "b"}, "chosen is missing"),
+    ({"prompt": "a", "chosen": None, "rejected": "b"}, "chosen is null; the row's keys are prompt"),
     ({"prompt": "a", "chose": "b", "rejected": "c"}, r"chosen is missing \(did you mean chose\?\)"),
     ({"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen is a number; it must be a string or a list"),
     ({"prompt": {"a": 1}, "chosen": "b", "rejected": "c"}, "prompt is an object"),
@@ -174,13 +175,13 @@ MALFORMED = [
     ({"prompt": ["hi"], "chosen": "b", "rejected": "c"}, r"prompt\[0\] is a string; a message is an object"),
     ({"prompt": [USER, {"content": "x"}], "chosen": "b", "rejected": "c"}, r"prompt\[1\]\.role is missing"),
     (
-        {"chosen": [{"from": "human", "value": "x"}], "rejected": [LIMA]},
-        r"chosen\[0\]\.role is missing.*from and value",
+        {"prompt": [{"role": "narrator", "content": "x"}], "chosen": "b", "rejected": "c"},
+        r"prompt\[0\]\.role is 'narrator'; known roles are system, user, assistant, tool, developer, human",
     ),
     ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": "c"}, r"chosen\[0\]\.content is missing"),
     ({"prompt": [{"role": "user", "content": 3}], "chosen": "b", "rejected": "c"}, r"prompt\[0\]\.content is a number"),
     ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "b", "rejected": "c"}, "is not text"),
-    ({"chosen": "yes", "rejected": "no"}, "share no beginning"),
+    ({"chosen": "yes", "rejected": "no", "id": 3}, "there is no prompt; the row's keys are chosen, rejected, id"),
     ({"chosen": "yes", "rejected": [USER, LIMA]}, "must be of one type"),
     ({"chosen": [LIMA], "rejected": [PARIS]}, "share no leading messages"),
     ({"chosen": [USER, LIMA], "rejected": [SYSTEM, USER, PARIS]}, "share no leading messages"),

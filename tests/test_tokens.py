@@ -213,18 +213,19 @@ def test_reasoning_stays_out_where_the_prompt_has_closed_it():
 
 
 def test_generation_prompt_that_the_responses_do_not_follow_is_left_out(capsys):
-    tokenizer = tokenizers.deepseek_r1()
-    rows = [ROW, ROW | {"chosen": "<b>Lima</b>"}, THOUGHT]
+    template = tokenizers.DEEPSEEK_R1.replace("<think>\n", "<draft>")
+    tokenizer = tokenizers.with_template(tokenizers.deepseek_r1(), template)
+    rows = [ROW, ROW | {"chosen": "<b>Lima</b>"}]
     pairs = PreferenceDataset(rows, tokenizer)
     prompt = "<|begin|><|User|>Who?<|Assistant|>"
     assert tokenizer.decode(pairs[0].prompt) == prompt
     assert tokenizer.decode(pairs[0].chosen) == "It is Lima.<|end|>"
-    # "<" begins "<think>" and "<b>": the prompt ends in front of it, not inside a token.
+    # "<" begins "<draft>" and "<b>": the prompt ends in front of it, not inside a token.
     assert tokenizer.decode(pairs[1].prompt) == prompt
     assert tokenizer.decode(pairs[1].chosen) == "<b>Lima</b><|end|>"
     said = capsys.readouterr().out
     assert said.count("[WARNING]") == 1
-    assert "in 2 of 3 pairs the chat template's generation prompt does not stand before the response" in said
+    assert "in 2 of 2 pairs the chat template's generation prompt does not stand before the response" in said
 
 
 def test_prompt_stays_whole_where_the_template_changes_it_before_a_response():
@@ -278,10 +279,9 @@ def test_prompt_that_begins_the_response_with_reasoning():
 
 
 def test_response_that_the_prompt_cannot_lead_to():
-    """The system message moves, and the generation prompt opens a thought that the response does not close."""
+    """The system message moves, and what stands before a response depends on the response."""
     template = """{% for m in messages %}{% if m.role == 'user' %}{{ ('Be brief. ' if loop.last else '') + m.content }}
-{%- else %}{{ '|' + m.content + eos_token }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ '|<think>' }}{% endif %}"""
+{%- else %}{{ '|' ~ m.content | length ~ ':' + m.content + eos_token }}{% endif %}{% endfor %}"""
     tokenizer = tokenizers.with_template(tokenizers.qwen3(), template)
     with pytest.raises(ConfigError, match="row 0: the chat template writes the prompt otherwise when this response"):
         pair(tokenizer, ROW)
@@ -291,8 +291,6 @@ def test_template_that_refuses_a_row():
     raising = tokenizers.byte_level((), "{{ raise_exception('only users') }}", None, "</s>")
     with pytest.raises(ConfigError, match="row 0: the tokenizer's chat template refuses the row .only users."):
         pair(raising, ROW)
-    with pytest.raises(ConfigError, match="refuses the row"):
-        pair(tokenizers.qwen(), ROW | {"prompt": [USER, CALL, RESULT]})
 
 
 def test_half_a_surrogate_pair_is_refused():

@@ -4,31 +4,37 @@ Without one (`loss_type` unset or "sft") every function here is upstream's. The 
 itself is in `pairs.py`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from .._upstream import run_upstream
 from ..cli_ui import rprint
+from .preference.layouts import is_kto, paired
 from .preference.options import ConfigError, is_preference, nearest
 from .preference.pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
+from .preference.sources import SPLITS, Rows, files_of, held_out, is_saved, joined, of_hub, read_file
 
 LOADERS = ("load_dataset", "create_dataset", "load_local_dataset", "load_hf_dataset", "load_custom_hf_dataset")
 run_upstream(globals(), needs=(*LOADERS, "CacheDataset"))
 _upstream = SimpleNamespace(**{name: globals()[name] for name in LOADERS})
 
 # What a row's origin hands down to the data set made of it.
-DATA_KEYS = (*FEATURES, "chat_template_kwargs", "max_seq_length", "loss_type")
-ENTRY_KEYS = (*FEATURES, "chat_template_kwargs", "path", "config", "train_split", "valid_split", "test_split")
-# Hub data sets that hold preferences beside other rows call the splits of the former so.
-HUB_SPLITS = {
-    "train": ("train", "train_prefs"),
-    "valid": ("valid", "validation", "valid_prefs", "validation_prefs"),
-    "test": ("test", "test_prefs"),
-}
+ROW_KEYS = ("use_chat_template", "score", "score_difference", "score_scale", "min_score_difference")
+DATA_KEYS = (*FEATURES, "chat_template_kwargs", "max_seq_length", *ROW_KEYS, "loss_type")
+ENTRY_KEYS = (
+    *FEATURES,
+    *ROW_KEYS,
+    "chat_template_kwargs",
+    "path",
+    "config",
+    "train_split",
+    "valid_split",
+    "test_split",
+)
 
 
 def prefers(config):
@@ -63,7 +69,10 @@ def load_dataset(args, tokenizer):
             raise ConfigError(f"data is {str(data)!r}, and there is no such folder.")
         if path.exists():
             args = SimpleNamespace(**{**vars(args), "data": str(path)})
-    return _upstream.load_dataset(args, tokenizer)
+    splits = _upstream.load_dataset(args, tokenizer)
+    if shown := next((split for split in splits if len(split)), None):
+        rprint(f"{shown.name}: {shown.layout}.")
+    return splits
 
 
 def create_dataset(data, tokenizer, config):
@@ -74,26 +83,30 @@ def create_dataset(data, tokenizer, config):
         return []
     origin, split = getattr(config, "path", None) or getattr(config, "data", None), getattr(data, "split", None)
     name = ", ".join([str(origin or "the data set"), *([f"split {split}"] if split else [])])
-    return _preferences(_WithoutNone(data), tokenizer, config, name)
+    return _preferences(of_hub(data, name), tokenizer, config, name)
 
 
 def load_local_dataset(data_path, tokenizer, config):
-    """`(train, valid, test)` from a folder's `train.jsonl`, `valid.jsonl` and `test.jsonl`."""
+    """`(train, valid, test)` from a folder's files, from one file, or from a folder that `datasets` has saved."""
     if not prefers(config):
         return _upstream.load_local_dataset(data_path, tokenizer, config)
-    if not data_path.is_dir():
-        raise ConfigError(f"data is the file {data_path}; give the folder that holds train.jsonl and valid.jsonl.")
-    splits = []
+    if is_saved(data_path):
+        hub = _hub_package(f"data is {str(data_path)!r}, which the datasets package has saved, and")
+        with _hub_errors(hub, f"data is {str(data_path)!r}, which"):
+            found = hub.load_from_disk(str(data_path))
+        return _of_splits(found if isinstance(found, Mapping) else {"train": found}, str(data_path), tokenizer, config)
+    found = {}
     for split, wanted in _wanted(config).items():
-        path = data_path / f"{split}.jsonl"
-        rows, lines = _read_rows(path) if wanted and path.exists() else ([], [])
-        if wanted and not rows and split != "valid":
-            state = "holds no rows" if path.exists() else "is missing"
+        paths = files_of(data_path, split) if data_path.is_dir() else [data_path] if split == "train" else []
+        path = paths[0] if paths else data_path / f"{split}.jsonl" if data_path.is_dir() else data_path
+        parts = [read_file(part, partial(_hub_package, f"{part} is a Parquet file:")) for part in paths if wanted]
+        rows = joined(parts) if parts else None
+        if wanted and split != "valid" and (rows is None or len(rows.rows) == 0):
+            state = "holds no rows" if paths else "is missing" if data_path.is_dir() else f"is no {split} set"
             advice = ", or set test: false" if split == "test" else ""
             raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line{advice}.")
-        where = [f"{path}:{line}" for line in lines].__getitem__
-        splits.append(_preferences(rows, tokenizer, config, str(path), where) if rows else [])
-    return tuple(splits)
+        found[split] = (rows, str(path)) if rows is not None and len(rows.rows) else None
+    return _made(found, tokenizer, config)
 
 
 def load_hf_dataset(data_id, tokenizer, config):
@@ -103,16 +116,33 @@ def load_hf_dataset(data_id, tokenizer, config):
     hub = _hub_package(f"data is {data_id!r}: there is no such folder, and")
     with _hub_errors(hub, f"data is {data_id!r}: there is no such folder, and the hub's data set"):
         found = hub.load_dataset(data_id)
-    splits = []
+    return _not_empty(_of_splits(found, data_id, tokenizer, config), config, data_id)
+
+
+def _of_splits(found, data_id, tokenizer, config):
+    """`(train, valid, test)` from a mapping of splits to data sets of the `datasets` package."""
+    splits = {}
     for split, wanted in _wanted(config).items():
-        names = [name for name in HUB_SPLITS[split] if name in found]
+        names = [name for name in SPLITS[split] if name in found]
         if wanted and not names and split != "valid":
             raise ConfigError(
-                f"the data set {data_id} has no split named {' or '.join(HUB_SPLITS[split])}, only {', '.join(found)}; "
+                f"the data set {data_id} has no split named {' or '.join(SPLITS[split])}, only {', '.join(found)}; "
                 f"name one with hf_dataset and its {split}_split."
             )
-        splits.append(create_dataset(found[names[0]], tokenizer, config) if wanted and names else [])
-    return _not_empty(splits, config, data_id)
+        name = f"{data_id}, split {names[0]}" if names else ""
+        rows = of_hub(found[names[0]], name) if wanted and names else None
+        splits[split] = (rows, name) if rows is not None and len(rows.rows) else None
+    return _made(splits, tokenizer, config)
+
+
+def _made(found, tokenizer, config):
+    """Data sets of the `Rows` and names of three splits, None for each that there is not."""
+    share = getattr(config, "valid_share", None)
+    if share and found["train"] and not found["valid"]:
+        rows, name = found["train"]
+        numbers = held_out(rows.rows, share, getattr(config, "seed", 0), getattr(config, "prompt_feature", None))
+        found["train"], found["valid"] = ((rows.taken(taken), name) for taken in numbers)
+    return tuple(_preferences(part[0], tokenizer, config, part[1]) if part else [] for part in found.values())
 
 
 def load_custom_hf_dataset(args, tokenizer):
@@ -125,39 +155,41 @@ def load_custom_hf_dataset(args, tokenizer):
     collection = []
     for entry in entries:
         _check_entry(entry, args)
-        one = SimpleNamespace(**{**vars(args), "hf_dataset": {**shared, **entry}})
         with _hub_errors(hub, f"the hf_dataset {entry['path']}"):
+            entry = {**shared, **entry, **_default_splits(hub, entry, args)}
+            one = SimpleNamespace(**{**vars(args), "hf_dataset": entry})
             collection.append(_upstream.load_custom_hf_dataset(one, tokenizer))
     splits = [[part for part in parts if len(part)] for parts in zip(*collection, strict=True)]
     splits = [PreferenceDataset.joined(parts) if len(parts) > 1 else parts[0] if parts else [] for parts in splits]
     return _not_empty(splits, args, "hf_dataset")
 
 
-class _WithoutNone:
-    """A hub data set's rows without the empty values that its columns fill up rows with."""
+def _default_splits(hub, entry, args):
+    """The training and validation splits of an entry that names neither: the first 80 % and the last 10 % of `train`.
 
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, idx):
-        return _without_none(self.data[idx])
-
-
-def _without_none(value):
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+    Upstream's two slices overlap where a tenth of the rows is less than one.
+    """
+    if "train_split" in entry or "valid_split" in entry or not args.train:
+        return {}
+    count = len(hub.load_dataset(entry["path"], split="train", **entry.get("config", {})))
+    if count < 2:
+        raise ConfigError(f"the hf_dataset {entry['path']} has {count} rows to train and validate on; name the splits.")
+    valid = max(1, round(count * (getattr(args, "valid_share", None) or 0.1)))
+    train = min(max(1, round(0.8 * count)), count - valid)
+    return {"train_split": f"train[:{train}]", "valid_split": f"train[{count - valid}:]"}
 
 
-def _preferences(rows, tokenizer, config, name, where=None):
+def _preferences(rows, tokenizer, config, name):
     keys = {key: getattr(config, key) for key in DATA_KEYS[:-1] if getattr(config, key, None) is not None}
     if keys.get("prompt_feature") == "prompt":
         # The usual key, which rows may leave out; only another one has to be there.
         del keys["prompt_feature"]
-    return PreferenceDataset(rows, tokenizer, **keys, name=name, where=where)
+    if is_kto(rows.rows[0]):
+        found, numbers = paired(rows.rows)
+        lost = len(rows.rows) - 2 * len(found)
+        rprint(f"{name}: {len(found)} pairs of rows with one labelled completion (KTO); {lost} rows have no partner.")
+        rows = Rows(found, lambda i, where=rows.where: where(numbers[i]))
+    return PreferenceDataset(rows.rows, tokenizer, **keys, name=name, where=rows.where)
 
 
 def _wanted(config):
@@ -170,26 +202,6 @@ def _not_empty(splits, config, origin):
         if wanted and split != "valid" and len(rows) == 0:
             raise ConfigError(f"the {split} split of {origin} holds no rows.")
     return tuple(splits)
-
-
-def _read_rows(path):
-    """A file's rows and the number of the line that each stands on; blank lines count but hold no row."""
-    rows, lines = [], []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    rows.append(json.loads(text))
-                    lines.append(number)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}:{number}: the line is not UTF-8 ({error.reason}).") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg + f" at column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
-        raise ConfigError(f"{path}:{number}: the line is not JSON ({reason}).") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}).") from error
-    return rows, lines
 
 
 def _hub_package(why):

@@ -106,7 +106,7 @@ class RowCache:
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What upstream answers where there is no cache."""
-        if N == 1 and not return_array:
+        if N == 1:
             return None
         if return_array or (window_size and window_size < N):
             return create_causal_mask(N, window_size=window_size)

@@ -34,6 +34,8 @@ PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_mode
 # of supervised rows.
 FURTHER_KEYS = {"config", "hf_dataset", "chat_template_kwargs"}
 SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
+# Keys of older versions and other programs that are called otherwise here, and are not spelled alike.
+FORMER_KEYS = {"lora_layers": "num_layers"}
 
 _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
 
@@ -87,7 +89,8 @@ def known_keys(parser, defaults, supervised):
 def warn_of_unread_keys(args, known):
     """Name each key of the configuration that nothing reads, with the known key most like it."""
     for key in sorted(set(vars(args)) - known, key=str):
-        print(f"[WARNING] {key} is not a key that this command reads{nearest(key, known)}.", file=sys.stderr)
+        hint = f" (did you mean {FORMER_KEYS[key]}?)" if key in FORMER_KEYS else nearest(key, known)
+        print(f"[WARNING] {key} is not a key that this command reads{hint}.", file=sys.stderr)
 
 
 def warn_of_preference_keys(args):

@@ -8,9 +8,9 @@ from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
 from .batches import filled, make_batch, pair_lengths, plan, reference_rows
-from .layers import evaluating
+from .intercept import evaluating
 from .logps import Scorer
-from .memory import trim_cache
+from .memory import bounded_memory
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, ample_tokens, reference_of
@@ -92,14 +92,13 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
         batches = filled(
             lengths, world.size() * ample_tokens(scorer, int(lengths.sum(axis=1).max())), scorer.arrangement
         )
-    with evaluating(scorer.model):
+    with evaluating(scorer.model), bounded_memory() as evaluate:
         for places in batches:
             here = places[world.rank() :: world.size()]
             if len(here):
                 batch, *_ = make_batch([dataset[int(rows[place])] for place in here], scorer.arrangement)
                 totals = totals + objective(batch, reference_rows(reference, here))[1]
-                mx.eval(totals)
-                trim_cache()
+                evaluate(totals)
             before, done = done, done + len(places)
             if progress_callback is not None:
                 # As often as there are batches of `batch_size` pairs, which is what is waited for.

@@ -18,7 +18,8 @@ from ...models.cache import ChunkedKVCache, ConcatenateKVCache, KVCache, Rotatin
 from ...utils import token_logps
 from .attention import PackedCache, RowCache, on_cuda
 from .batches import PACKED, PLAIN, make_batch, shape_of
-from .layers import drawing_from, evaluating, intercepted, is_float32, layers_of, lean_layers, parameters_in
+from .intercept import drawing_from, evaluating, intercepted, parameters_in
+from .layers import is_float32, layers_of, lean_layers
 from .pairs import Pair
 
 # Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for a GPU; a CPU is as fast

@@ -1,4 +1,10 @@
-"""How much memory MLX may hold: little more than a run's arrays need."""
+"""How much memory MLX may hold: little more than a run's arrays need.
+
+MLX's CUDA backend hands out kernels faster than they run, and keeps all their arrays until they have: a step then
+holds up to twice what it needs, and a forward pass many times that. At its memory limit MLX gives back what it keeps
+for later arrays, and waits for the device before it hands out more, which costs next to nothing while the device is
+busy. So the first evaluation of a kind is made with a limit of 0, and what it takes sets the limit for the others.
+"""
 
 from contextlib import contextmanager
 
@@ -6,49 +12,56 @@ import mlx.core as mx
 
 from .attention import on_cuda
 
-# Steps are measured with no array held for longer than needed; others may hold so much more.
+# What an evaluation may take besides what was seen to be needed, and what may be kept between two, as shares of that.
 SLACK = 1.15
-# What is kept for the next arrays may make so much of the most that arrays have taken.
 MOST_HELD = 1.3
+
+# The most that arrays took before MLX's own count was begun anew.
+_earlier_peak = 0
+
+
+def peak_memory():
+    """The most bytes that MLX's arrays have taken."""
+    return max(_earlier_peak, mx.get_peak_memory())
 
 
 @contextmanager
-def usual_memory_limit():
-    """MLX's memory limit is after the context what it was before."""
+def bounded_memory():
+    """Within the context, MLX holds little more than what evaluations need; gives the function that evaluates.
+
+    It takes a tree of arrays, and how many times as much as the first one a later evaluation will take at most. On the
+    first call it sets MLX's limit on CUDA, which is as before after the context.
+    """
     usual = mx.set_memory_limit(0)
     mx.set_memory_limit(usual)
+    measured = False
+
+    def evaluate(work, growth=1.0):
+        nonlocal measured
+        if not measured and on_cuda():
+            mx.set_memory_limit(min(usual, _limit_for(work, growth)))
+        mx.eval(work)
+        measured = True
+        trim_cache()
+
     try:
-        yield
+        yield evaluate
     finally:
         mx.set_memory_limit(usual)
 
 
-def measure_step(work, tokens, most_tokens):
-    """Evaluate a step; on CUDA, set MLX's memory limit to what the largest one will need.
-
-    MLX's CUDA backend hands out kernels faster than they run, and keeps all their arrays until they have: a step then
-    holds up to twice what it needs. At its limit MLX waits for the device before it hands out more, which costs next to
-    nothing while the device is busy.
-
-    Args:
-        work: all that the step makes, a tree of arrays; the optimizer's state among them.
-        tokens, most_tokens: how many this step and the largest one run over.
-
-    Returns:
-        The most bytes that arrays took before: `mx.get_peak_memory()` counts from this step on.
-    """
+def _limit_for(work, growth):
+    """Evaluate `work` with as little memory as can be, and give the limit for what takes `growth` times as much."""
+    global _earlier_peak
     mx.synchronize()
     mx.clear_cache()
-    earlier = mx.get_peak_memory()
+    _earlier_peak = peak_memory()
     mx.reset_peak_memory()
-    usual = mx.set_memory_limit(0) if on_cuda() else 0
+    mx.set_memory_limit(0)
     mx.eval(work)
     mx.synchronize()
-    if on_cuda():
-        resting = mx.get_active_memory()
-        need = (mx.get_peak_memory() - resting) * max(1.0, most_tokens / tokens)
-        mx.set_memory_limit(min(usual, int(resting + SLACK * need)))
-    return earlier
+    resting = mx.get_active_memory()
+    return int(resting + SLACK * (mx.get_peak_memory() - resting) * max(1.0, growth))
 
 
 def trim_cache(threshold=0):

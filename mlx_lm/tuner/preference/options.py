@@ -174,6 +174,47 @@ DATA_OPTIONS = (
     Option("prompt_feature", "prompt", str, "Key of a row's prompt", group="data"),
     Option("chosen_feature", "chosen", str, "Key of a row's preferred response", group="data"),
     Option("rejected_feature", "rejected", str, "Key of a row's rejected response", group="data"),
+    Option(
+        "use_chat_template",
+        True,
+        bool,
+        "Put rows into the tokenizer's chat template, where it has one; false trains strings as they stand",
+        group="data",
+    ),
+    Option(
+        "score",
+        "assistant",
+        str,
+        "Which turns of a response are scored: the model's own, or also those of users and tools within it",
+        choices=("assistant", "all"),
+        group="data",
+    ),
+    Option(
+        "score_difference",
+        None,
+        str,
+        "What a row's score_chosen - score_rejected becomes; by default nothing",
+        choices=("margin", "weight"),
+        group="data",
+    ),
+    Option("score_scale", 1.0, float, "Factor of that difference", low=0, open=("low",), group="data"),
+    Option(
+        "min_score_difference",
+        None,
+        float,
+        "Leave out rows whose score_chosen is not above score_rejected by this much; by default none",
+        group="data",
+    ),
+    Option(
+        "valid_share",
+        None,
+        float,
+        "Share of the training rows to validate on instead of training, where there is no validation set",
+        low=0,
+        high=1,
+        open=("low", "high"),
+        group="data",
+    ),
 )
 
 REFERENCE_OPTIONS = (

@@ -1,9 +1,10 @@
 """Preference rows as pairs of token sequences: what training and evaluation take their batches from.
 
-Upstream has no module of this name. Rows are read in `preferences.py` and tokenized in `encoding.py`; `datasets.py`
-loads them.
+Upstream has no module of this name. Rows are read in `rows.py` and tokenized in `tokens.py`; `datasets.py` loads
+them.
 """
 
+import os
 from array import array
 from collections import Counter
 from typing import NamedTuple
@@ -12,8 +13,9 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ...cli_ui import rprint
+from .layouts import UselessRow
 from .options import ConfigError
-from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, template_kwargs
+from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
 from .tokens import PairEncoder
 
 EQUAL_WHEN_CUT = "whose responses are equal within max_seq_length"
@@ -29,6 +31,8 @@ class Pair(NamedTuple):
         chosen, rejected: token ids of the responses alone; a full sequence is the prompt and one of them.
         margin: by how much the chosen response should win, in units of reward.
         weight: what the pair's loss counts, 1 for a usual pair.
+        unscored: for chosen and rejected the spans `(start, stop)` of their tokens that the model does not write, such
+            as a tool's result; () where every token of both is scored.
     """
 
     prompt: list
@@ -36,6 +40,7 @@ class Pair(NamedTuple):
     rejected: list
     margin: float = 0.0
     weight: float = 1.0
+    unscored: tuple = ()
 
 
 class PreferenceDataset:
@@ -48,6 +53,10 @@ class PreferenceDataset:
             `chosen` and `rejected`.
         chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
         max_seq_length: tokens of prompt and response together, at least 2.
+        use_chat_template: false to train strings as they stand, where the tokenizer has a chat template.
+        score: "assistant", to score what the model writes, or "all", to score all of a response's turns.
+        score_difference, score_scale, min_score_difference: what to make of the responses' scores, as `RowReader` has
+            it.
         name: what to call the rows in warnings.
         where: gives the place of row number i, for errors; the name and the number by default.
 
@@ -64,6 +73,11 @@ class PreferenceDataset:
         rejected_feature=None,
         chat_template_kwargs=None,
         max_seq_length=2048,
+        use_chat_template=True,
+        score="assistant",
+        score_difference=None,
+        score_scale=1.0,
+        min_score_difference=None,
         name="the data set",
         where=None,
     ):
@@ -75,7 +89,7 @@ class PreferenceDataset:
         self.name = name
         self.max_seq_length = max_seq_length
         self._where = where or (lambda i: f"{name}, row {i}")
-        self._encoder = PairEncoder(tokenizer)
+        self._encoder = PairEncoder(tokenizer, use_chat_template, score)
         self._reader = RowReader(
             prompt=prompt_feature,
             chosen=chosen_feature or "chosen",
@@ -83,9 +97,15 @@ class PreferenceDataset:
             chat=self._encoder.chat,
             template_kwargs=template_kwargs(chat_template_kwargs),
             specials=tuple(self._encoder.specials),
+            markers=self._encoder.markers(),
+            score_difference=score_difference,
+            score_scale=score_scale,
+            min_score_difference=min_score_difference,
         )
         self._counts = Counter()
         self._useless = {}
+        self._notes = {}
+        self.layout = ""
         self._longest = 0
         self._pairs = []
         with tqdm(
@@ -96,6 +116,7 @@ class PreferenceDataset:
                 self._add(numbers, [rows[i] for i in numbers])
                 progress.update(len(numbers))
         self._report(len(rows))
+        self.layout = "; ".join(filter(None, (self._layouts(), self.layout)))
         del self._encoder, self._reader, self._where
 
     def __len__(self):
@@ -123,6 +144,7 @@ class PreferenceDataset:
         """One data set of the pairs of several, in their order."""
         whole = cls.__new__(cls)
         whole.name = ", ".join(dataset.name for dataset in datasets)
+        whole.layout = datasets[0].layout
         whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         return whole
@@ -140,6 +162,9 @@ class PreferenceDataset:
                 raise ConfigError(f"{self._where(number)}: {error}") from error
         tokens = self._encoder.encode([texts for _, _, texts in read])
         for (number, conversation, texts), (prompt, chosen, rejected) in zip(read, tokens, strict=True):
+            for note in texts.notes:
+                count, first = self._notes.get(note, (0, number))
+                self._notes[note] = count + 1, first
             if useless := self._why_useless(prompt, chosen, rejected):
                 self._leave_out(number, useless)
                 continue
@@ -151,7 +176,13 @@ class PreferenceDataset:
             self._counts["prompts cut"] += len(cut[0]) < len(prompt)
             self._counts["responses cut"] += len(cut[1]) < len(chosen) or len(cut[2]) < len(rejected)
             self._longest = max(self._longest, len(prompt) + max(len(chosen), len(rejected)))
-            self._pairs.append(Pair(*(array("i", ids) for ids in cut), conversation.margin, conversation.weight))
+            unscored = ()
+            if any(texts.unscored):
+                unscored = within(self._encoder.unscored(texts, prompt, chosen, rejected), cut[1:])
+            if not self._pairs:
+                self.layout = self._described(texts)
+            ids = (array("i", tokens) for tokens in cut)
+            self._pairs.append(Pair(*ids, conversation.margin, conversation.weight, unscored))
 
     def _why_useless(self, prompt, chosen, rejected):
         ends = self._encoder.eos_ids
@@ -160,6 +191,19 @@ class PreferenceDataset:
         if any(not response or (len(response) == 1 and response[0] in ends) for response in (chosen, rejected)):
             return EMPTY_RESPONSE
         return EQUAL if chosen == rejected else None
+
+    def _layouts(self):
+        """The layouts that the rows were read in, most frequent first, and the keys that nothing reads."""
+        found = sorted(self._reader.layouts.items(), key=lambda item: -item[1])
+        names = [name if len(found) == 1 else f"{name} ({count})" for name, count in found]
+        unread = f"; not read: {', '.join(map(str, self._reader.unread))}" if self._reader.unread else ""
+        return "rows are read as " + " and ".join(names) + unread
+
+    def _described(self, texts):
+        """What the rows are read as, with the first one's texts shortened."""
+        shown = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
+        parts = zip(("prompt", "chosen", "rejected"), shown, strict=True)
+        return "; first ".join(["", *(f"{name} {shortened(text)}" for name, text in parts)]).lstrip("; ")
 
     def _leave_out(self, number, why):
         count, first = self._useless.get(why, (0, number))
@@ -181,12 +225,29 @@ class PreferenceDataset:
                 f"{self._longest} tokens; of {kept}, {self._counts['prompts cut']} lost the beginning of the prompt "
                 f"and {self._counts['responses cut']} the end of a response. Raise max_seq_length to keep them whole."
             )
+        for note, (count, first) in self._notes.items():
+            rprint(f"[WARNING] {self.name}: in {count} of {total} rows {note} (first: {self._where(first)}).")
         if self._counts["disputed"]:
             rprint(
                 f"[WARNING] {self.name}: in {self._counts['disputed']} of {kept} pairs the chat template's generation "
                 "prompt does not stand before the response, and the prompt ends before it. Responses that hold their "
                 "reasoning, or other chat_template_kwargs, avoid that."
             )
+
+
+def shortened(text, size=60):
+    """A text on one line, its middle left out where it is long."""
+    text = repr(text)
+    return text if len(text) <= size else f"{text[: size // 2]} ... {text[-size // 2 :]}"
+
+
+def within(unscored, responses):
+    """Spans of tokens, as far as they stand within responses that were cut."""
+    cut = tuple(
+        tuple((start, min(stop, len(response))) for start, stop in spans if start < len(response))
+        for spans, response in zip(unscored, responses, strict=False)
+    )
+    return cut if any(cut) else ()
 
 
 def truncate(prompt, chosen, rejected, max_seq_length):

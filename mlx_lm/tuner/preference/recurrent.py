@@ -25,6 +25,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ...models import gated_delta
+from .pieces import recurrences_in_pieces
 
 # Tokens a chunk, a power of two. Products of a chunk's tokens with each other grow with it, and the number of
 # products in a row shrinks.
@@ -37,12 +38,14 @@ TOKENS_AT_ONCE = {mx.DeviceType.cpu: 2**12, mx.DeviceType.gpu: 2**17}
 def chunked_recurrences(model):
     """Within the context, gated delta layers run in chunks wherever upstream's would loop over tokens.
 
-    It must last around the backward pass too where layers are computed again. Nothing of the model changes.
+    Other recurrent layers run in pieces. The context must last around the backward pass too where layers are computed
+    again; within another one it changes nothing more.
 
     Args:
         model: an mlx-lm model, with or without such layers.
     """
-    with gated_delta.computed_by(gated_delta_rule) if uses_gated_delta(model) else nullcontext():
+    chunks = gated_delta.computed_by(gated_delta_rule) if uses_gated_delta(model) else nullcontext()
+    with chunks, recurrences_in_pieces(model):
         yield
 
 

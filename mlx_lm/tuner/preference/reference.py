@@ -7,10 +7,10 @@ import numpy as np
 
 from ...cli_ui import make_console, make_train_progress
 from .batches import filled, make_batch, pair_lengths, plan
-from .layers import evaluating
+from .intercept import evaluating
 from .load import check_same_tokens, load_named
 from .logps import Scorer
-from .memory import trim_cache
+from .memory import bounded_memory
 from .options import ConfigError
 from .reference_cache import Cache, default_cache_folder, fingerprint, row_key
 
@@ -71,7 +71,7 @@ class Reference:
         """Fill `values` `(n, 4)`, batch by batch."""
         world = mx.distributed.init()
         progress = make_train_progress(make_console(), disable=world.rank() != 0)
-        with evaluating(self.scorer.model), progress:
+        with evaluating(self.scorer.model), bounded_memory() as evaluate, progress:
             batches = self._batches(np.array([pair_lengths(dataset[row]) for row in rows]))
             task = progress.add_task("ref", total=len(rows))
             for turn in range(world.rank(), len(batches), world.size()):
@@ -79,8 +79,8 @@ class Reference:
                 batch, *_ = make_batch([dataset[rows[place]] for place in places], self.scorer.arrangement)
                 logps = self.scorer(batch)
                 out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(places), 2)
+                evaluate(out)
                 values[places] = np.array(out.transpose(1, 0, 2)).reshape(len(places), 4)
-                trim_cache()
                 progress.advance(task, sum(map(len, batches[turn : turn + world.size()])))
         if world.size() > 1:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)

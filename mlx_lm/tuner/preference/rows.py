@@ -1,9 +1,10 @@
 """Preference rows: every accepted form of a row read as one prompt with two responses, before any token is made.
 
-Upstream has no module of this name. Tokens are made in `encoding.py`, files and hub data sets read in `datasets.py`.
+Upstream has no module of this name. Layouts are known by their keys in `layouts.py`, messages checked in `messages.py`,
+tokens made in `tokens.py`, files and hub data sets read in `datasets.py`.
 """
 
-import json
+import itertools
 import math
 import os
 import re
@@ -12,21 +13,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .layouts import CHOSEN_SCORES, REJECTED_SCORES, UselessRow, recognised
+from .messages import KEYS, decoded, kind, messages, speaks, tools, transcript
 from .options import ConfigError, nearest
 
 EQUAL = "whose chosen and rejected responses are equal"
 EMPTY_RESPONSE = "with an empty response"
 EMPTY_PROMPT = "with an empty prompt"
+TRANSCRIPTS = "Human/Assistant transcripts"
+REPEATED = "the prompt in both responses"
+NO_ANSWER = "whose transcripts do not end with an answer to the same question"
+SCORED_LOWER = "whose chosen response has the lower score"
+SCORED_ALIKE = "whose scores differ by less than min_score_difference"
 
 # What the model never writes: a response that begins with one of these is a mistake in the row.
-NOT_THE_MODEL = ("system", "developer", "user", "human", "tool", "function")
-# What an assistant message may hold in place of content.
-SPEECH = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+NOT_THE_MODEL = ("system", "user", "tool")
 RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
-
-
-class UselessRow(Exception):
-    """A well-formed row that holds nothing to learn from; its argument says why."""
+SYSTEM = ("system", "system_prompt", "system_message")
+READ = ("tools", "chat_template_kwargs", "margin", "weight")
+# What chat templates of well-known models write at the beginning of a text.
+MARKERS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "[INST]", "<s>[INST]", "<start_of_turn>")
+MARKERS += ("<bos><start_of_turn>", "<|user|>", "<|system|>", "<|User|>", "<|start|>", "[gMASK]", "<\uff5c")
+# A shorter prompt may well be repeated by answers that are complete without it: "Hello" and "Hello!".
+REPEATED_WORDS = 3
 
 
 class Conversation(NamedTuple):
@@ -46,10 +55,18 @@ class RowReader:
     """Reads rows.
 
     Args:
-        prompt, chosen, rejected: the rows' keys. A prompt key of None is "prompt", which rows may leave out.
-        chat: whether the tokenizer has a chat template.
+        prompt, chosen, rejected: the rows' keys. A prompt key of None is found by the row's layout.
+        chat: whether rows become messages of a chat template.
         template_kwargs: arguments of the chat template for every row; a row's own come before them.
         specials: texts of the tokenizer's special tokens, which an implicit prompt never ends inside.
+        markers: texts that the chat template begins with.
+        score_difference: "margin" or "weight", to take it from the difference of the two responses' scores.
+        score_scale: what the difference is multiplied by.
+        min_score_difference: leave out rows whose scores differ by less.
+
+    Attributes:
+        layouts: how many rows were read in each layout, by its name.
+        unread: the rows' keys that nothing reads.
     """
 
     prompt: str | None = None
@@ -58,6 +75,12 @@ class RowReader:
     chat: bool = True
     template_kwargs: dict = field(default_factory=dict)
     specials: tuple = ()
+    markers: tuple = ()
+    score_difference: str | None = None
+    score_scale: float = 1.0
+    min_score_difference: float | None = None
+    layouts: dict = field(default_factory=dict)
+    unread: dict = field(default_factory=dict)
 
     def __call__(self, row):
         """The row's `Conversation`.
@@ -67,81 +90,218 @@ class RowReader:
             UselessRow: there is nothing to learn from it.
         """
         if not isinstance(row, Mapping):
-            raise ConfigError(f"the row is {_kind(row)}; expected an object with {self.chosen} and {self.rejected}.")
-        chosen, rejected = (self._side(row, key) for key in (self.chosen, self.rejected))
-        prompt = self._prompt(row)
-        system, tools = _text(row, "system"), _tools(row.get("tools"))
+            raise ConfigError(f"the row is {kind(row)}; expected an object with {self.chosen} and {self.rejected}.")
+        laid, layout, keys = recognised(row, self.prompt, self.chosen, self.rejected)
+        system_key = next((key for key in SYSTEM if row.get(key)), "system")
+        read = {*keys, self.chosen, self.rejected, *READ, system_key}
+        scores = self._scores(row, read)
+        self.unread.update(dict.fromkeys(key for key in row if key not in read and row[key] is not None))
+        chosen, rejected = (
+            self._side(row, laid, *names) for names in (("chosen", self.chosen), ("rejected", self.rejected))
+        )
+        prompt = self._prompt(row, laid)
+        system, tools_ = _text(row, system_key), tools(laid.get("tools", row.get("tools")))
         kwargs = {**self.template_kwargs, **template_kwargs(row.get("chat_template_kwargs"))}
-        margin, weight = _number(row, "margin", 0.0), _number(row, "weight", 1.0)
-        if weight < 0:
-            raise ConfigError(f"weight is {weight:g}; it must not be negative.")
+        margin, weight = self._numbers(row, scores)
         if chosen == rejected:
             raise UselessRow(EQUAL)
         if self.chat:
-            prompt, chosen, rejected = self._turns(prompt, chosen, rejected)
+            prompt, chosen, rejected, form = self._turns(prompt, chosen, rejected, row)
+            if not any(_says_something(message) for message in prompt):
+                raise UselessRow(EMPTY_PROMPT)
             prompt = _with_system(prompt, system)
         else:
             listed = [isinstance(value, list) for value in (prompt, chosen, rejected)]
-            if any(listed) or system or tools or row.get("chat_template_kwargs"):
+            if any(listed) or system or tools_ or row.get("chat_template_kwargs"):
                 raise ConfigError(
-                    "messages, system, tools and chat_template_kwargs need a chat template, which this model's "
-                    "tokenizer does not have; give prompt, chosen and rejected as strings."
+                    "messages, system, tools and chat_template_kwargs need a chat template, which is not "
+                    "used here, or which the tokenizer does not have; give prompt, chosen and rejected as strings."
                 )
-            if prompt is None:
-                prompt, chosen, rejected = self._split_text(chosen, rejected)
-            if not chosen.strip() or not rejected.strip():
-                raise UselessRow(EMPTY_RESPONSE)
-        return Conversation(prompt, chosen, rejected, tools, kwargs, margin, weight)
+            prompt, chosen, rejected, form = self._texts(prompt, chosen, rejected)
+        name = ", ".join(filter(None, (layout, form)))
+        self.layouts[name] = self.layouts.get(name, 0) + 1
+        return Conversation(prompt, chosen, rejected, tools_, kwargs, margin, weight)
 
-    def _side(self, row, key):
-        if row.get(key) is None:
+    def _side(self, row, laid, name, key):
+        value = laid.get(name, row.get(key))
+        if value is None:
             found = ", ".join(map(str, row)) or "none"
+            state = "null" if key in row else f"missing{nearest(key, row)}"
             raise ConfigError(
-                f"{key} is missing{nearest(key, row)}; the row's keys are {found}. "
-                "chosen_feature and rejected_feature name other keys."
+                f"{key} is {state}; the row's keys are {found}. chosen_feature and rejected_feature name other keys."
             )
-        return _text_or_messages(row[key], key)
+        return self._text_or_messages(value, key)
 
-    def _prompt(self, row):
-        key = self.prompt or "prompt"
-        if row.get(key) is None:
+    def _prompt(self, row, laid):
+        key, value = self.prompt or "prompt", laid["prompt"] if "prompt" in laid else row.get("prompt")
+        if value is None:
             if self.prompt is not None:
-                raise ConfigError(f"{key} (prompt_feature) is missing{nearest(key, row)}.")
+                state = "null" if key in row else f"missing{nearest(key, row)}"
+                raise ConfigError(f"{key} (prompt_feature) is {state}.")
             return None
-        prompt = _text_or_messages(row[key], key)
+        prompt = self._text_or_messages(value, key)
         if prompt == []:
             raise ConfigError(f"{key} is an empty list; it needs a message.")
         return prompt
 
-    def _turns(self, prompt, chosen, rejected):
+    def _text_or_messages(self, value, key):
+        if isinstance(value, str):
+            value = (decoded(value, key) if self.chat else None) or value
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list) and not (isinstance(value, Mapping) and {"role", "from"} & set(value)):
+            raise ConfigError(f"{key} is {kind(value)}; it must be a string or a list of messages.")
+        read = messages(value, key)
+        self.unread.update(dict.fromkeys(f"{key}[].{name}" for message in read for name in message if name not in KEYS))
+        return read
+
+    def _turns(self, prompt, chosen, rejected, row):
         """Prompt and responses as messages, the prompt lifted out where the responses repeat it."""
+        for text in (prompt, chosen if prompt is None else None):
+            self._refuse_rendered(text)
+        prompt, chosen, rejected, form = self._transcripts(prompt, chosen, rejected)
         sides = {self.chosen: chosen, self.rejected: rejected}
         both_lists = isinstance(chosen, list) and isinstance(rejected, list)
         if prompt is None and not both_lists:
             if isinstance(chosen, list) or isinstance(rejected, list):
                 raise ConfigError(f"without a prompt, {self.chosen} and {self.rejected} must be of one type.")
-            prompt, *texts = self._split_text(chosen, rejected)
-            # The space between prompt and response belongs to neither of two turns.
-            sides = dict(zip(sides, (text.lstrip(" ") for text in texts), strict=True))
-        elif prompt is None or (isinstance(prompt, str) and both_lists and _repeats(chosen) and _repeats(rejected)):
-            shared = _shared_messages(chosen, rejected, self.chosen, self.rejected)
+            self._refuse_without_prompt(row)
+        if prompt is None or (isinstance(prompt, str) and both_lists and _repeats(chosen) and _repeats(rejected)):
+            shared = self._shared_messages(chosen, rejected, form)
             if prompt is not None and not _mentions(chosen[:shared], prompt):
                 raise ConfigError(f"the messages that {self.chosen} and {self.rejected} share do not hold the prompt.")
-            return chosen[:shared], *(_response(side[shared:], key) for key, side in sides.items())
+            prompt = chosen[:shared]
+            return prompt, *(_response(side[shared:], key, form) for key, side in sides.items()), form
         if isinstance(prompt, str):
+            if not both_lists and (rest := without_prompt(prompt, chosen, rejected)):
+                sides, form = dict(zip(sides, (text.lstrip() for text in rest), strict=True)), REPEATED
             prompt = [{"role": "user", "content": prompt}]
-        return prompt, *(_response(_continuation(side, prompt, key), key) for key, side in sides.items())
+        responses = [_response(_continuation(side, prompt, key), key, form) for key, side in sides.items()]
+        return prompt, *responses, form
 
-    def _split_text(self, chosen, rejected):
+    def _refuse_rendered(self, text):
+        begun = text.lstrip() if isinstance(text, str) else ""
+        for marker in (*self.markers, *MARKERS):
+            if begun.startswith(marker):
+                raise ConfigError(
+                    f"the text begins with {marker}, as a chat template writes it, and would go through one again; "
+                    "give messages or bare texts, or set use_chat_template: false to train strings as they stand."
+                )
+
+    def _refuse_without_prompt(self, row):
+        texts = [
+            key for key, value in row.items() if isinstance(value, str) and key not in (self.chosen, self.rejected)
+        ]
+        likely = max(texts, key=lambda key: len(row[key]), default=None)
+        raise ConfigError(
+            f"there is no prompt; the row's keys are {', '.join(map(str, row))}. "
+            + (f"Name the prompt's key, such as prompt_feature: {likely}." if likely else "Give each row a prompt.")
+        )
+
+    def _transcripts(self, prompt, chosen, rejected):
+        """The turns of `Human:` and `Assistant:` transcripts as messages, of the prompt or of both whole responses."""
+        asked = transcript(prompt) if isinstance(prompt, str) else None
+        sides = [transcript(text) if isinstance(text, str) else None for text in (chosen, rejected)]
+        if not asked and (prompt is not None or not all(sides)):
+            return prompt, chosen, rejected, ""
+        if asked:
+            prompt = [message for message, _ in asked]
+            if len(prompt) > 1 and prompt[-1]["role"] == "assistant" and not prompt[-1]["content"]:
+                prompt.pop()
+        responses = [
+            [message for message, _ in turns] if turns else _without_name(side)
+            for turns, side in zip(sides, (chosen, rejected), strict=True)
+        ]
+        return prompt, *responses, TRANSCRIPTS
+
+    def _texts(self, prompt, chosen, rejected):
+        """Prompt and responses as strings, the prompt lifted out where the responses repeat it."""
+        form = ""
         if not chosen.strip() or not rejected.strip():
             raise UselessRow(EMPTY_RESPONSE)
+        if prompt is None:
+            end, form = self._end_of_prompt(chosen, rejected)
+            prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
+        elif rest := without_prompt(prompt, chosen, rejected):
+            (chosen, rejected), form = rest, REPEATED
+        if not chosen.strip() or not rejected.strip():
+            raise UselessRow(EMPTY_RESPONSE)
+        return prompt, chosen, rejected, form
+
+    def _end_of_prompt(self, chosen, rejected):
+        if (sides := [transcript(text) for text in (chosen, rejected)]) and all(sides):
+            same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))
+            ends = [end for (_, end), _ in same]
+            shared = min(len(ends), *(len(side) - 1 for side in sides))
+            if shared and all(side[shared][0]["role"] == "assistant" for side in sides):
+                return chosen.index("Assistant:", ends[shared - 1]) + len("Assistant:"), TRANSCRIPTS
+            raise UselessRow(NO_ANSWER)
         end = shared_text(chosen, rejected, self.specials)
         if end == 0:
             raise ConfigError(
                 f"there is no prompt, and {self.chosen} and {self.rejected} share no beginning to take for one; "
                 "give a prompt, or name its key with prompt_feature."
             )
-        return chosen[:end], chosen[end:], rejected[end:]
+        return end, ""
+
+    def _shared_messages(self, chosen, rejected, form):
+        """The number of shared leading messages, which are the prompt, with a response left on each side."""
+        limit = max(min(len(chosen), len(rejected)) - 1, 0)
+        shared = 0
+        while shared < limit and chosen[shared] == rejected[shared]:
+            shared += 1
+        if shared == 0:
+            if form:
+                raise UselessRow(NO_ANSWER)
+            raise ConfigError(
+                f"there is no prompt, and {self.chosen} and {self.rejected} share no leading messages to take for one; "
+                "both must begin with the same messages and go on with a response."
+            )
+        return shared
+
+    def _scores(self, row, read):
+        """The scores of chosen and rejected, None for each that there is not; `read` gets their keys."""
+        scores = []
+        for names in (CHOSEN_SCORES, REJECTED_SCORES):
+            key = next((name for name in names if row.get(name) is not None), None)
+            wanted = self.score_difference is not None or self.min_score_difference is not None
+            if wanted and key is None:
+                raise ConfigError(
+                    f"the row has no {names[0]}, which score_difference and min_score_difference need; its keys are "
+                    f"{', '.join(map(str, row))}."
+                )
+            scores.append(_number(row, key, 0.0) if wanted else None)
+            if wanted:
+                read.add(key)
+        return scores
+
+    def _numbers(self, row, scores):
+        margin, weight = _number(row, "margin", 0.0), _number(row, "weight", 1.0)
+        if weight < 0:
+            raise ConfigError(f"weight is {weight:g}; it must not be negative.")
+        if scores[0] is None:
+            return margin, weight
+        difference = scores[0] - scores[1]
+        if self.min_score_difference is not None and difference < self.min_score_difference:
+            raise UselessRow(SCORED_ALIKE)
+        if self.score_difference == "margin":
+            margin += self.score_scale * difference
+        elif self.score_difference == "weight":
+            if difference < 0:
+                raise UselessRow(SCORED_LOWER)
+            weight *= self.score_scale * difference
+        return margin, weight
+
+
+def without_prompt(prompt, chosen, rejected):
+    """The two responses without the prompt that both begin with; None where they do not, or where it may be chance."""
+    asked = prompt.strip()
+    bare = [text.lstrip() if isinstance(text, str) else "" for text in (chosen, rejected)]
+    if len(asked.split()) < REPEATED_WORDS or not all(text.startswith(asked) for text in bare):
+        return None
+    rest = [text[len(asked) :] for text in bare]
+    # "It is four" does not repeat "It is fou".
+    return rest if all(not text or not _joined(asked[-1], text[0]) for text in rest) else None
 
 
 def shared_text(chosen, rejected, specials=()):
@@ -183,27 +343,18 @@ def _of_word(character):
     return character.isalnum() or character in "_'’" or unicodedata.category(character)[0] == "M"
 
 
+def _without_name(side):
+    """A response of a transcript without the name of who speaks."""
+    return re.sub(r"^\s*Assistant:\s*", "", side) if isinstance(side, str) else side
+
+
 def _repeats(messages):
     """Whether a message list is a whole conversation, not a response alone."""
     return bool(messages) and messages[0]["role"] in NOT_THE_MODEL
 
 
-def _shared_messages(chosen, rejected, chosen_key, rejected_key):
-    """The number of leading messages that are the prompt: all that are shared, with a response left on each side."""
-    limit = max(min(len(chosen), len(rejected)) - 1, 0)
-    shared = 0
-    while shared < limit and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == 0:
-        raise ConfigError(
-            f"there is no prompt, and {chosen_key} and {rejected_key} share no leading messages to take for one; "
-            "both must begin with the same messages and go on with a response."
-        )
-    return shared
-
-
 def _mentions(messages, prompt):
-    contents = [(message["content"] or "").strip() for message in messages]
+    contents = [message["content"].strip() for message in messages]
     return any(content and (content in prompt or prompt.strip() in content) for content in contents)
 
 
@@ -219,7 +370,7 @@ def _continuation(side, prompt, key):
     if last["role"] == "assistant" and side[: count - 1] == prompt[:-1] and len(side) >= count:
         # The prompt's last message is the beginning of the response's first.
         begun, whole = last["content"], side[count - 1]["content"]
-        if isinstance(begun, str) and isinstance(whole, str) and whole.startswith(begun):
+        if whole.startswith(begun):
             return [{**side[count - 1], "content": whole[len(begun) :]}, *side[count:]]
     raise ConfigError(
         f"{key} begins with a {side[0]['role']} message but does not repeat the prompt's messages; "
@@ -227,84 +378,44 @@ def _continuation(side, prompt, key):
     )
 
 
-def _response(messages, key):
+def _response(messages, key, form):
     """The messages of a response, checked."""
-    if not any(_says_something(message) for message in messages):
+    if not messages or not _says_something(messages[-1]) and messages[-1]["role"] not in NOT_THE_MODEL:
         raise UselessRow(EMPTY_RESPONSE)
     for message, place in ((messages[0], "begins"), (messages[-1], "ends")):
         if message["role"] in NOT_THE_MODEL:
+            if form:
+                raise UselessRow(NO_ANSWER)
             raise ConfigError(f"the response in {key} {place} with a {message['role']} message, not an assistant's.")
     return messages
 
 
 def _says_something(message):
-    return bool((message["content"] or "").strip()) or any(message.get(key) for key in SPEECH)
+    return bool(message["content"].strip()) or speaks(message)
 
 
 def _with_system(prompt, system):
     if not system:
         return prompt
-    if prompt[0]["role"] in ("system", "developer"):
+    if prompt[0]["role"] == "system":
         if prompt[0]["content"] == system:
             return prompt
         raise ConfigError("system is given, but the prompt begins with another system message; keep one of them.")
     return [{"role": "system", "content": system}, *prompt]
 
 
-def _text_or_messages(value, key):
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ConfigError(f"{key} is {_kind(value)}; it must be a string or a list of messages.")
-    return [_message(message, f"{key}[{i}]") for i, message in enumerate(value)]
-
-
-def _message(message, key):
-    """A checked copy of a message: text parts joined, keys without a value left out, `content` always there."""
-    if not isinstance(message, Mapping):
-        raise ConfigError(f"{key} is {_kind(message)}; a message is an object with role and content.")
-    message = {name: value for name, value in message.items() if value is not None}
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        hint = " (from and value are not read)" if "from" in message else ""
-        raise ConfigError(f"{key}.role is {_kind(role)}; it must be a name such as user or assistant{hint}.")
-    if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        if not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f"{key}.content has a part that is not text; only text can be trained on.")
-        content = "".join(texts)
-    if content is None and not any(message.get(name) for name in SPEECH):
-        raise ConfigError(f"{key}.content is missing; a message is an object with role and content.")
-    if content is not None and not isinstance(content, str):
-        raise ConfigError(f"{key}.content is {_kind(content)}; it must be a string.")
-    return {**message, "content": content}
-
-
 def _text(row, key):
     value = row.get(key)
     if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{key} is {_kind(value)}; it must be a string.")
+        raise ConfigError(f"{key} is {kind(value)}; it must be a string.")
     return value
-
-
-def _tools(tools):
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"tools is a string that is not JSON ({error}).") from None
-    if tools is None or tools == []:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ConfigError(f"tools is {_kind(tools)}; it must be a list of tool descriptions, each an object.")
-    return tools
 
 
 def template_kwargs(kwargs):
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
-        raise ConfigError(f"chat_template_kwargs is {_kind(kwargs)}; it must be an object.")
+        raise ConfigError(f"chat_template_kwargs is {kind(kwargs)}; it must be an object.")
     reserved = [key for key in kwargs if key in RESERVED]
     if reserved:
         raise ConfigError(f"chat_template_kwargs has {reserved[0]}, which is set by the row itself; leave it out.")
@@ -318,11 +429,3 @@ def _number(row, key, default):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{key} is {value!r}; it must be a finite number.")
     return float(value)
-
-
-def _kind(value):
-    """A value's type in the words of JSON."""
-    for kind, name in ((bool, "true or false"), (str, "a string"), ((int, float), "a number"), (list, "a list")):
-        if isinstance(value, kind):
-            return name
-    return "missing" if value is None else "an object" if isinstance(value, Mapping) else type(value).__name__

@@ -30,7 +30,7 @@ from .evaluation import evaluated_rows, unwrapped
 from .files import locked, move_aside, remove_leftovers
 from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
-from .memory import measure_step, trim_cache, usual_memory_limit
+from .memory import bounded_memory, peak_memory, trim_cache
 from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import ConfigError
@@ -102,14 +102,14 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     save = partial(save_run, step, logps, progress, settings, args, config)
     with (
         checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
-        usual_memory_limit(),
+        bounded_memory() as evaluate,
         TrainUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
         report = Reporter(ui, callback, 0 if first else 1, check)
         validate = partial(_validate, objective, logps, progress, args, report, config)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
-        _take_steps(step, schedule, logps, progress, args, report, validate, refresh, save, request)
+        _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
         save()
         if request.number is not None:
             raise Interrupted(request.number, f"after iteration {progress.iteration} of {args.iters}, which is saved")
@@ -119,7 +119,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         _tell_best(folder, progress, args)
 
 
-def _take_steps(step, schedule, logps, progress, args, report, validate, refresh, save, request):
+def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request):
     """Take the steps that are left.
 
     Args:
@@ -128,13 +128,14 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         logps: `ReferenceLogps`.
         progress: `Progress`, counted on.
         args: `TrainingArgs`.
+        evaluate: evaluates a tree of arrays, the first time to find out what memory a step needs.
         report: a `Reporter`.
         validate: scores the validation pairs, if there are any.
         refresh: makes the policy the reference of the steps to come.
         save: writes adapters and checkpoint.
         request: a `Request` of signals, which ends the steps.
     """
-    window, upcoming, earlier, peak_before = Window(), None, [], None
+    window, upcoming, earlier, measured = Window(), None, [], False
     for _ in range(progress.iteration):
         report.ui.advance()
     if progress.iteration == 0:
@@ -150,8 +151,9 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         norm = norm if due.norm or args.on_nonfinite == "skip" else None
         window.add(sums, norm, tokens)
         work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
-        if due.update and peak_before is None:
-            peak_before = measure_step(work, tokens[0], schedule.most_tokens())
+        if due.update and not measured:
+            evaluate(work, schedule.most_tokens() / tokens[0])
+            measured = True
         mx.async_eval(work)
         # The next batch is made while the device works on this one, unless another reference comes first.
         upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, logps.train)
@@ -163,8 +165,7 @@ def _take_steps(step, schedule, logps, progress, args, report, validate, refresh
         window.seconds += time.perf_counter() - tic
         report.ui.advance()
         if due.report:
-            peak = max(peak_before or 0, mx.get_peak_memory())
-            report.training(window, progress, step.optimizer.learning_rate.item(), peak / 1e9)
+            report.training(window, progress, step.optimizer.learning_rate.item(), peak_memory() / 1e9)
             window = Window()
         if due.validate:
             validate()

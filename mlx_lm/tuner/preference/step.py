@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..losses import PairLogps, wpo_weights
 from .batches import as_batch
-from .layers import lean_layers, parameters_in
+from .intercept import parameters_in
+from .layers import lean_layers
 
 # What is summed over pairs, in this order; TRL's names.
 FIGURES = (

@@ -5,30 +5,41 @@ the token that ends its turn, once.
 """
 
 import os
-from collections.abc import Mapping
+from bisect import bisect_left
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ...tokenizer_utils import TokenizerWrapper
 from .options import ConfigError
+from .rows import Conversation
+from .template import REASONING, STAND_IN, Template
+from .thinking import Thinking
 
 # Texts that a response is tried behind, so that its first token is not taken for the beginning of a text.
 ANCHORS = ("", "\n", ".", "a")
-# Stands in for a response, to see what the chat template writes around it.
-STAND_IN = "\u241fresponse\u241f"
+EARLIER_REASONING = "the chat template leaves the reasoning of earlier turns out"
+EMPTY_THOUGHT = "a response without reasoning closes at once the thought that the generation prompt opens"
+CLOSED_REASONING = "the chat template leaves reasoning out of responses, whose thought is over where they begin"
 
 
 class Texts(NamedTuple):
     """A row as text, each response with the prompt in front of it.
 
-    `disputed` says that the template wrote a generation prompt which it does not write before these responses.
+    Attributes:
+        prompt, chosen, rejected: the texts; both responses stand behind the prompt.
+        disputed: the template wrote a generation prompt which it does not write before these responses.
+        notes: what is to be told of the row, such as reasoning that the template leaves out.
+        unscored: for each response the spans of its text, counted from the beginning of the prompt, that the model
+            does not write: turns of a user or a tool.
     """
 
     prompt: str
     chosen: str
     rejected: str
     disputed: bool = False
+    notes: tuple = ()
+    unscored: tuple = ((), ())
 
 
 class PairEncoder:
@@ -36,11 +47,16 @@ class PairEncoder:
 
     Args:
         tokenizer: `mlx_lm.tokenizer_utils.TokenizerWrapper`, or a transformers tokenizer.
+        chat: whether to use its chat template, where it has one; by default yes.
+        score: "assistant", to score what the model writes, or "all", to score a response's user and tool
+            turns too.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, chat=True, score="assistant"):
         self.tokenizer = tokenizer
-        self.chat = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", None) is not None)
+        template = getattr(tokenizer, "chat_template", None)
+        self.chat = chat and bool(getattr(tokenizer, "has_chat_template", template is not None))
+        self.score = score
         self.eos = tokenizer.eos_token_id
         more = tokenizer.eos_token_ids if isinstance(tokenizer, TokenizerWrapper) else ()
         self.eos_ids = {self.eos, *more} - {None}
@@ -49,10 +65,25 @@ class PairEncoder:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.specials = {str(token): id for id, token in added.items() if token.special}
         self.special_ids = {*self.specials.values(), *tokenizer.all_special_ids, *self.eos_ids}
-        self.think_start = getattr(tokenizer, "think_start", None)
-        self.think_end = getattr(tokenizer, "think_end", None)
+        tags = getattr(tokenizer, "think_start", None), getattr(tokenizer, "think_end", None)
+        if not all(tags) and "</think>" in str(template):
+            tags = "<think>", "</think>"
+        self.thinking = Thinking(*tags)
+        self.template = Template(tokenizer)
         self.lead = [] if self.chat else self._lead()
         self._blank = {}
+
+    def markers(self):
+        """What the chat template begins a text with, where that is a mark of its own and no word."""
+        if not self.chat:
+            return ()
+        bare = Conversation([], [], [])
+        try:
+            text = self.template.render(bare, [{"role": "user", "content": STAND_IN}])
+        except ConfigError:
+            return ()
+        found = {text.partition(STAND_IN)[0], text[text.rfind("<", 0, text.find(STAND_IN)) :].partition(STAND_IN)[0]}
+        return tuple(mark for mark in (text.strip() for text in found) if len(mark) > 2 and not mark.isalpha())
 
     def texts(self, conversation):
         """A `Conversation` as `Texts`.
@@ -63,19 +94,33 @@ class PairEncoder:
         if not self.chat:
             prompt = conversation.prompt
             texts = Texts(prompt, prompt + conversation.chosen, prompt + conversation.rejected)
-        elif conversation.prompt[-1]["role"] == "assistant":
-            texts = self._continued(conversation)
         else:
-            prompt = self._render(conversation, conversation.prompt, add_generation_prompt=True)
-            sides = (conversation.chosen, conversation.rejected)
-            wholes = [self._whole(conversation, prompt, side) for side in sides]
-            texts = Texts(prompt, *wholes, disputed=not all(whole.startswith(prompt) for whole in wholes))
+            texts = self._chat(self.template.fitted(conversation))
         for text in texts[:3]:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ConfigError(f"the text holds half of a surrogate pair ({error.object[error.start]!r}).") from None
         return texts
+
+    def _chat(self, conversation):
+        sides = (conversation.chosen, conversation.rejected)
+        if conversation.prompt[-1]["role"] == "assistant":
+            texts = self._continued(conversation)
+        else:
+            prompt = self.template.render(conversation, conversation.prompt, add_generation_prompt=True)
+            wholes = [self._whole(conversation, prompt, side) for side in sides]
+            texts = Texts(prompt, *wholes, disputed=not all(whole.startswith(prompt) for whole in wholes))
+        notes = {*self._lost_in_prompt(conversation, texts.prompt)}
+        for side, whole in zip(sides, texts[1:3], strict=True):
+            rest = whole[len(os.path.commonprefix([texts.prompt, whole])) :]
+            notes |= self._lost_in_response(side, rest)
+            if self.thinking.opened(texts.prompt) and rest.lstrip().startswith(self.thinking.end):
+                notes.add(EMPTY_THOUGHT)
+        unscored = ((), ())
+        if self.score == "assistant":
+            unscored = tuple(self._unscored(conversation, *parts) for parts in zip(sides, texts[1:3], strict=True))
+        return texts._replace(notes=tuple(sorted(notes)), unscored=unscored)
 
     def encode(self, batch):
         """Tokens of many `Texts`, each distinct text tokenized once.
@@ -89,63 +134,168 @@ class PairEncoder:
         tokens = dict(zip(distinct, self._tokenize(distinct), strict=True))
         return [self._split(texts, *(tokens[text] for text in texts[:3])) for texts in batch]
 
-    def _render(self, conversation, messages, add_generation_prompt=False):
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=conversation.tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **conversation.template_kwargs,
-            )
-        except Exception as error:
-            # A template is a program that comes with the model: it may raise anything at a row it was not made for.
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"the tokenizer's chat template refuses the row ({reason}).") from error
+    def unscored(self, texts, prompt, chosen, rejected):
+        """The spans of a row's responses, as tokens, that the model does not write.
+
+        Args:
+            texts: the row's `Texts`.
+            prompt, chosen, rejected: its tokens, as `encode` gives them.
+
+        Returns:
+            `(chosen, rejected)`, each a tuple of `(start, stop)` that count from the response's first token; `()` where
+            everything is scored in both.
+        """
+        spans = []
+        # Where the responses' tokens begin in their texts.
+        begin = len(self._decode(prompt[len(self.lead) :])) if texts.disputed else len(texts.prompt)
+        for response, cuts in zip((chosen, rejected), texts.unscored, strict=True):
+            found = []
+            for start, stop in cuts:
+                places = [self._tokens_before(prompt, response, cut - begin) for cut in (start, stop)]
+                found.append((self._behind_end(response, places[0]), places[1]))
+            spans.append(tuple(span for span in found if span[0] < span[1]))
+        return tuple(spans) if any(spans) else ()
+
+    def _behind_end(self, response, at):
+        """Where the model's turn ends that the template has written up to `at`: no white space behind its end."""
+        end = at
+        while end > 0 and response[end - 1] not in self.eos_ids and self._is_blank(response[end - 1]):
+            end -= 1
+        return end if end > 0 and response[end - 1] in self.eos_ids else at
+
+    def _tokens_before(self, prompt, response, size):
+        """How many tokens of a response its first `size` characters have."""
+        tail = prompt[-8:]
+        before = len(self._decode(tail))
+        return bisect_left(
+            range(len(response)), size, key=lambda count: len(self._decode(tail + response[:count])) - before
+        )
+
+    def _unscored(self, conversation, response, whole):
+        """The spans of a text that hold turns of the response that are not the model's."""
+        spans, messages = [], list(conversation.prompt)
+        for i, message in enumerate(response):
+            messages.append(message)
+            following = response[i + 1] if i + 1 < len(response) else None
+            if message["role"] == "assistant" and following and following["role"] != "assistant":
+                start = self._shared(conversation, messages, whole, spans[-1][1] if spans else 0)
+            elif message["role"] != "assistant" and following and following["role"] == "assistant":
+                spans.append((start, self._shared(conversation, messages, whole, start, add_generation_prompt=True)))
+        if any(stop <= start for start, stop in spans):
+            raise ConfigError("the chat template writes the turns of this response otherwise when others follow them.")
+        return tuple(spans)
+
+    def _shared(self, conversation, messages, whole, after=0, add_generation_prompt=False):
+        """The end, within a text of all messages and behind `after`, of the text of some of them.
+
+        What the template writes otherwise once more messages follow, such as dropped reasoning, stands before the last
+        of the given messages, whose text is found from behind.
+        """
+        text = self.template.render(conversation, messages, add_generation_prompt)
+        # A generation prompt may open a thought that no turn before the last one has.
+        for begun in (text, self.thinking.unopened(text)):
+            if whole.startswith(begun):
+                return len(begun)
+            for size in range(min(len(begun), 400), 7, -1):
+                if whole.count(begun[-size:], after) == 1:
+                    return whole.index(begun[-size:], after) + size
+        return 0
 
     def _whole(self, conversation, prompt, response):
         """The text of prompt and response; it begins with `prompt`, or with all of it but the generation prompt."""
-        whole = self._render(conversation, conversation.prompt + response)
+        if self.thinking.closed(prompt):
+            response = [self._without_thought(response[0]), *response[1:]]
+        elif "reasoning_content" in response[0] and self.template.reasoning_key(conversation) is None:
+            response = [self._with_thought(response[0]), *response[1:]]
+        whole = self.template.render(conversation, conversation.prompt + response)
         shared = len(os.path.commonprefix([prompt, whole]))
         content = (response[0]["content"] or "").strip()
-        for message in response:
-            _check_calls(message, whole[shared:])
-        if len(response) == 1 and self._loses_reasoning(prompt, whole[shared:], content):
+        thought = self.thinking.thought(content)
+        if thought:
             # Templates drop the reasoning of turns that are over; here the turn is what the model is to write.
-            if prompt.rstrip().endswith(self.think_start):
-                content = content.removeprefix(self.think_start).lstrip("\n")
-            return prompt + content + self._around(conversation, conversation.prompt, response)[1]
+            if shared < len(prompt) or not self.thinking.written(thought, whole[shared:], len(response) == 1):
+                head, tail = self._around(conversation, conversation.prompt, response)
+                gap = head[len(prompt) :].partition(self.thinking.start)[0] if head.startswith(prompt) else ""
+                return prompt + (gap if not gap.strip() else "") + self.thinking.behind(prompt, content) + tail
         if shared == len(prompt):
-            return whole
-        bare = self._render(conversation, conversation.prompt)
+            return self._checked(conversation, response, content, whole, whole[shared:])
+        if not thought and self.thinking.opened(prompt):
+            begun = self.thinking.unopened(prompt)
+            if whole.startswith(begun):
+                return prompt + self.thinking.over(prompt, whole[len(begun) :])
+        bare = self.template.render(conversation, conversation.prompt)
         if shared >= len(os.path.commonprefix([prompt, bare])):
-            return whole
+            return self._checked(conversation, response, content, whole, whole[shared:])
         # The template writes an earlier part otherwise once a response follows. The prompt is what the model will
         # be given, so it stays as it is, and only the response is taken from the whole text.
         head, _ = self._around(conversation, conversation.prompt, response)
-        opens_thinking = self.think_start and prompt.rstrip().endswith(self.think_start)
-        if opens_thinking or not whole.startswith(head):
+        if self.thinking.opened(prompt) or not whole.startswith(head):
             raise ConfigError("the chat template writes the prompt otherwise when this response follows it.")
         # White space in front of the response belongs to it, as far as the prompt does not end with it already.
         gap, end = head[len(head.rstrip()) :], prompt[len(prompt.rstrip()) :]
         return prompt + (gap.removeprefix(end) if gap.startswith(end) else "") + whole[len(head) :]
 
-    def _loses_reasoning(self, prompt, rest, content):
-        """Whether a response's reasoning is missing from its text, or stands behind another block, an empty one."""
-        start, end = self.think_start, self.think_end
-        if not end or end not in content or prompt.rstrip().endswith(end):
-            return False
-        reasoning = content.rpartition(end)[0].strip().removeprefix(start).strip()
-        return bool(reasoning) and (reasoning not in rest or rest.count(end) > content.count(end))
+    def _with_thought(self, message):
+        """A response whose reasoning no key of the template takes, with the reasoning in its content."""
+        if not self.thinking.known:
+            raise ConfigError(
+                "the tokenizer's chat template does not write reasoning_content; leave it out of the rows, put it into "
+                "content, or take a model that thinks."
+            )
+        rest = {name: value for name, value in message.items() if name != "reasoning_content"}
+        return {**rest, "content": self.thinking.joined(message["reasoning_content"], message["content"] or "")}
+
+    def _without_thought(self, message):
+        """A response without its reasoning, which a prompt whose thought is over leaves no place for."""
+        rest = {name: value for name, value in message.items() if name not in REASONING}
+        thought = self.thinking.thought(rest["content"] or "")
+        if thought:
+            rest["content"] = rest["content"].rpartition(self.thinking.end)[2].lstrip() if thought.closed else ""
+        return rest
+
+    def _checked(self, conversation, response, content, whole, rest):
+        """`whole`, where its end `rest` holds the content of a response's first message, or would hold another's."""
+        if content and content not in rest:
+            self._around(conversation, conversation.prompt, response)
+        return whole
 
     def _around(self, conversation, before, response):
         """The texts that the template writes up to the content of the response's first message, and behind it."""
         first, *rest = response
-        text = self._render(conversation, [*before, {**first, "content": STAND_IN}, *rest])
+        text = self.template.render(conversation, [*before, {**first, "content": STAND_IN}, *rest])
         head, found, tail = text.rpartition(STAND_IN)
         if not found:
-            raise ConfigError("the chat template does not write what the response's first message holds.")
+            raise ConfigError("the tokenizer's chat template does not write what the response's first message holds.")
         return head, tail
+
+    def _lost_in_prompt(self, conversation, text):
+        """What the template leaves out of the prompt by its own rules, as notes; what it loses is an error."""
+        messages = conversation.prompt
+        for i, message in enumerate(messages):
+            content = (message["content"] or "").strip()
+            if content and content not in text:
+                thought = self.thinking.thought(content)
+                answer = content.rpartition(self.thinking.end)[2].strip() if thought else content
+                if thought and answer in text:
+                    yield EARLIER_REASONING
+                elif self.template.leaves_out(conversation, messages, i, content=STAND_IN):
+                    raise ConfigError(
+                        f"the tokenizer's chat template does not write the {message['role']} message of the prompt "
+                        f"({content[:40]!r}); leave it out, or put its text into another message."
+                    )
+            if any(message[key].strip() not in text for key in REASONING if key in message):
+                yield EARLIER_REASONING
+
+    def _lost_in_response(self, response, text):
+        """What the template leaves out of a response by its own rules, as notes."""
+        notes = set()
+        for message in response:
+            thought = self.thinking.thought(message["content"] or "")
+            if thought and thought.text not in text:
+                notes.add(CLOSED_REASONING)
+            if any(message[key].strip() not in text for key in REASONING if key in message):
+                notes.add(CLOSED_REASONING)
+        return notes
 
     def _continued(self, conversation):
         """Texts of a row whose prompt ends with the beginning of the response's first message."""
@@ -157,9 +307,7 @@ class PairEncoder:
         for first, *rest in (conversation.chosen, conversation.rejected):
             first = {**begun, **first, "content": lead + (first["content"] or "")}
             head, _ = self._around(conversation, before, [first, *rest])
-            wholes.append(self._render(conversation, [*before, first, *rest]))
-            for message in rest:
-                _check_calls(message, wholes[-1][len(head) :])
+            wholes.append(self.template.render(conversation, [*before, first, *rest]))
             kept = [head + text for text in (lead, lead.lstrip()) if wholes[-1].startswith(head + text)]
             prompts.add(kept[0] if kept else None)
         prompt = prompts.pop()
@@ -228,17 +376,6 @@ class PairEncoder:
         if token not in self._blank:
             self._blank[token] = not self._decode([token]).strip()
         return self._blank[token]
-
-
-def _check_calls(message, text):
-    """Refuse a message whose tool calls the template left out of its text."""
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(name, str):
-            raise ConfigError(f"a tool call is {call!r}; it must be an object with a function that has a name.")
-        if name not in text:
-            raise ConfigError(f"the tokenizer's chat template does not write the call of the tool {name}.")
 
 
 def _common(first, second):

@@ -1,0 +1,351 @@
+"""What gated delta layers cost in a preference step, with upstream's loop over tokens and in chunks.
+
+    python benchmarks/recurrent.py cpu          # a Qwen3.5 of 2 layers: memory, growth, speed; float32
+    python benchmarks/recurrent.py relatives    # memory a token of all recurrent architectures
+    python benchmarks/recurrent.py gpu          # Qwen3.5-0.8B's shape, bfloat16, LoRA on all linear layers
+
+Weights are random. Each setting runs in a process of its own. Tables go to stdout, numbers to results/recurrent.json
+beside this file, a key a mode. `--shape tiny` tries a mode in seconds.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from common import HERE, own_environment, print_head, print_row, run_json, say
+
+RESULTS = HERE / "results" / "recurrent.json"
+# Hidden, layers, intermediate, attention heads, their key-value heads and width, gated delta heads and width, every
+# how many layers attention comes, vocabulary. Qwen3.5-0.8B's numbers are its published configuration's.
+SHAPES = {
+    "0.8b": (1024, 24, 3584, 8, 2, 256, 16, 128, 4, 248320),
+    # The same widths with one layer of each kind.
+    "2-layers": (1024, 2, 3584, 8, 2, 256, 16, 128, 2, 32768),
+    "tiny": (64, 2, 128, 4, 2, 16, 2, 32, 2, 512),
+}
+LENGTHS = (512, 1024, 2048, 4096)
+LARGEST_PROCESS = 12 * 2**30  # bytes
+
+
+def qwen(shape, dtype, rank=8):
+    """A random Qwen3.5 with LoRA on all linear layers of all blocks."""
+    import mlx.core as mx
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    from mlx_lm.models import qwen3_5
+
+    hidden, layers, intermediate, heads, kv_heads, head_dim, delta_heads, delta_dim, interval, words = SHAPES[shape]
+    config = {
+        "model_type": "qwen3_5_text",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "linear_num_key_heads": delta_heads,
+        "linear_num_value_heads": delta_heads,
+        "linear_key_head_dim": delta_dim,
+        "linear_value_head_dim": delta_dim,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": interval,
+        "vocab_size": words,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262144,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1e7,
+    }
+    mx.random.seed(0)
+    model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict({"model_type": "qwen3_5", "text_config": config}))
+    model.set_dtype(dtype)
+    model.freeze()
+    linear_to_lora_layers(model, layers, {"rank": rank, "scale": 20.0, "dropout": 0.0})
+    mx.eval(model.parameters())
+    return model
+
+
+def step_flops(model, shape, prompt, response, pairs):
+    """Floating-point operations of the products that a LoRA step cannot do without.
+
+    A prompt once, both responses, the head on response positions. Two products for a frozen weight (outputs, and
+    gradients of inputs); causal attention's, and three for the gated delta rule's reading, update and output of a
+    state, and twice both for their gradients.
+    """
+    from mlx_lm.tuner.lora import LoRALinear
+
+    hidden, layers, _, heads, _, head_dim, delta_heads, delta_dim, interval, words = SHAPES[shape]
+    tokens = prompt + 2 * response
+    weights = sum(module.linear.weight.size for module in model.modules() if isinstance(module, LoRALinear))
+    attended = prompt**2 / 2 + 2 * (response * prompt + response**2 / 2)
+    attention = 4 * attended * heads * head_dim * (layers // interval)
+    delta = 6 * tokens * delta_heads * delta_dim**2 * (layers - layers // interval)
+    head = 2 * 2 * response * hidden * words
+    return pairs * (2 * 2 * tokens * weights + 3 * (attention + delta) + 2 * head)
+
+
+def loop(queries, keys, values, log_gates, betas, state=None, mask=None):
+    """The recurrence as upstream trains it, in the place of the one in chunks."""
+    import mlx.core as mx
+
+    from mlx_lm.models.gated_delta import gated_delta_ops
+
+    return gated_delta_ops(queries, keys, values, mx.exp(log_gates), betas, state, mask)
+
+
+def measure_step(shape, prompt, response, pairs, recurrence, device, steps=3, warmup=1, compiled=False):
+    """A preference step: `harness.measure_step`'s dict, with its floating-point operations and the matmul rate."""
+    import harness
+    import mlx.core as mx
+
+    from mlx_lm._backend import set_cuda_for_training
+    from mlx_lm.tuner.preference import recurrent
+
+    set_cuda_for_training()
+    mx.set_default_device(getattr(mx, device))
+    on_gpu = device == "gpu"
+    dtype = mx.bfloat16 if on_gpu else mx.float32
+    rate = harness.matmul_rate(dtype, 8192 if on_gpu else 1024)
+    model = qwen(shape, dtype)
+    if recurrence == "loop":
+        recurrent.gated_delta_rule = loop
+    batch = harness.make_pairs(pairs, prompt, response, SHAPES[shape][-1])
+    with recurrent.chunked_recurrences(model):
+        result = harness.measure_step(model, batch, steps=steps, warmup=warmup, compiled=compiled)
+    flops = step_flops(model, shape, prompt, response, pairs)
+    name = mx.device_info().get("device_name", str(mx.default_device()))
+    share = flops / (result["ms"] / 1000) / rate
+    return result | {"device": name, "flops": flops, "rate": rate, "share": share}
+
+
+def measure_rule(kind, shape, pairs, length, device, chunk=64):
+    """Milliseconds and GB of one layer's recurrence alone, forward and both passes, and how far it is from the loop.
+
+    Args:
+        kind: "loop", "chunks", or "fused" for `mx.fast.gated_delta_update`.
+        chunk: tokens a chunk.
+    """
+    import mlx.core as mx
+
+    from mlx_lm.tuner.preference import recurrent
+
+    recurrent.CHUNK = chunk
+    mx.set_default_device(getattr(mx, device))
+    *_, heads, width, _, _ = SHAPES[shape]
+    mx.random.seed(0)
+
+    def unit():
+        x = mx.random.normal((2 * pairs, length, heads, width))
+        return x / mx.linalg.norm(x, axis=-1, keepdims=True)
+
+    def fused(queries, keys, values, log_gates, betas):
+        return mx.fast.gated_delta_update(queries, keys, values, mx.exp(log_gates), betas)
+
+    per_head = (2 * pairs, length, heads)
+    dtype = mx.bfloat16 if device == "gpu" else mx.float32
+    inputs = [unit() * width**-0.5, unit(), mx.random.normal((*per_head, width))]
+    inputs = [x.astype(dtype) for x in inputs]
+    inputs += [-mx.exp(mx.random.normal(per_head) - 2), mx.sigmoid(mx.random.normal(per_head)).astype(dtype)]
+    function = {"loop": loop, "chunks": recurrent.gated_delta_rule, "fused": fused}[kind]
+    both = mx.grad(lambda *inputs: function(*inputs)[0].astype(mx.float32).square().sum(), argnums=(0, 1, 2, 3, 4))
+    mx.eval(inputs)
+    result = {}
+    for name, work in (("forward", lambda: function(*inputs)), ("both", lambda: both(*inputs))):
+        mx.eval(work())
+        mx.synchronize()
+        mx.reset_peak_memory()
+        tic = time.perf_counter()
+        out = work()
+        mx.eval(out)
+        result |= {f"{name}_ms": 1000 * (time.perf_counter() - tic), f"{name}_gb": mx.get_peak_memory() / 1e9}
+        if name == "forward":
+            error = mx.abs(out[0][:1].astype(mx.float32) - loop(*(x[:1] for x in inputs))[0].astype(mx.float32)).max()
+            result["error"] = error.item()
+        del out
+    return result
+
+
+# States much wider than what else there is of a token, so that a state kept for each token shows.
+WIDE = {
+    "falcon_h1": {"mamba_d_state": 64},
+    "granitemoehybrid": {"mamba_d_state": 64},
+    "jamba": {"mamba_d_state": 64},
+    "mamba": {"state_size": 64},
+    "falcon_mamba": {"state_size": 64},
+    "mamba2": {"state_size": 64},
+    "nemotron_h": {"ssm_state_size": 64},
+    "plamo2": {"mamba_d_state": 64},
+    "qwen3_5": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "qwen3_next": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "olmo_hybrid": {"linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "kimi_linear": {
+        "linear_attn_config": {"num_heads": 4, "head_dim": 64, "kda_layers": [1], "short_conv_kernel_size": 4}
+    },
+    "rwkv7": {"hidden_size": 128, "head_dim": 64},
+    "bailing_moe_linear": {"head_dim": 64},
+    "bailing_hybrid": {"head_dim": 64},
+    "bailing_moe_v3": {"head_dim": 64},
+}
+RELATIVES = (*WIDE, "lfm2", "lfm2_moe", "baichuan_m1", "gear", "minimax", "recurrent_gemma")
+
+
+def measure_relative(name, length, chunked):
+    """KB a token above weights of a small model's forward and backward pass, and KB of its states.
+
+    Attention is left out: it would be most of it. Its values stand for its outputs.
+    """
+    # Jamba's loop grows with the square of the length: it must not take the machine down.
+    resource.setrlimit(resource.RLIMIT_AS, (LARGEST_PROCESS,) * 2)
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import mlx.core as mx
+    import mlx.nn as nn
+    from architectures import make_model
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    from mlx_lm.tuner.preference.recurrent import chunked_recurrences
+
+    def without_scores(queries, keys, values, **_):
+        return mx.repeat(values, queries.shape[1] // values.shape[1], axis=1)
+
+    model = make_model(name, **WIDE.get(name, {}))
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.zeros((1, 2), mx.int32), cache=cache))
+    kinds = [kind for entry in cache for kind in (entry.caches if isinstance(entry, CacheList) else [entry])]
+    states = [
+        x for kind in kinds if isinstance(kind, ArraysCache) for _, x in tree_flatten(kind.state) if x is not None
+    ]
+    mx.fast.scaled_dot_product_attention = without_scores
+    model.train()
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), {"rank": 4, "scale": 2.0, "dropout": 0.0})
+    tokens = mx.random.randint(0, 101, (1, length))
+    with chunked_recurrences(model) if chunked else nullcontext():
+        peaks = []
+        for _ in range(2):
+            mx.synchronize()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            tic = time.perf_counter()
+            mx.eval(nn.value_and_grad(model, lambda model: mx.square(model(tokens)).mean())(model))
+            peaks.append((mx.get_peak_memory() - before, time.perf_counter() - tic))
+    peak, seconds = peaks[-1]
+    return {"kb_a_token": peak / length / 1e3, "state_kb": sum(x.nbytes for x in states) / 1e3, "s": seconds}
+
+
+def alone(function, timeout=150, **options):
+    """A function of this file in a process of its own."""
+    say(function, options)
+    return run_json([sys.executable, __file__, "one", json.dumps([function, options])], own_environment(), timeout)
+
+
+def keep(mode, measured):
+    """Put what a mode measured into the file of results."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if mode == "relatives":
+        rows = {row["type"]: row for row in [*kept.get(mode, []), *measured]}
+        measured = [rows[name] for name in RELATIVES if name in rows]
+    RESULTS.write_text(json.dumps(kept | {mode: measured}, indent=1) + "\n")
+
+
+def step_table(settings):
+    """Measure steps and print them; returns the results with their settings."""
+    print_head(
+        "recurrence", "prompt/response", "pairs", "ms a step", "peak GB", "MB above weights", "KB a token",
+        "of the matmul rate",
+    )  # fmt: skip
+    measured = []
+    for setting in settings:
+        result = alone("measure_step", **setting)
+        measured.append(setting | result)
+        head = setting["recurrence"], f"{setting['prompt']}/{setting['response']}", setting["pairs"]
+        if "ms" not in result:
+            print_row(*head, result["error"], *["-"] * 4)
+            continue
+        above = result["peak_gb"] - result["weights_gb"]
+        print_row(*head, f"{result['ms']:.0f}", f"{result['peak_gb']:.3f}", f"{1000 * above:.0f}",
+                  f"{1e6 * above / result['tokens']:.0f}", f"{result['share']:.3f}")  # fmt: skip
+    return measured
+
+
+def run_cpu(options):
+    fixed = {"shape": options.shape or "2-layers", "response": 128, "pairs": 1, "device": "cpu", "steps": 2}
+    settings = [fixed | {"recurrence": "loop", "prompt": 512}]
+    settings += [fixed | {"recurrence": "chunks", "prompt": prompt} for prompt in LENGTHS]
+    return step_table(settings)
+
+
+def run_gpu(options):
+    shape, device = options.shape or "0.8b", options.device
+    fixed = {"shape": shape, "prompt": options.prompt, "response": options.response, "pairs": 2, "device": device}
+    short = fixed | {"prompt": options.prompt // 8, "response": options.response // 8}
+    measured = step_table(
+        [
+            fixed | {"recurrence": "chunks", "compiled": True, "steps": 10, "warmup": 5},
+            fixed | {"recurrence": "chunks", "compiled": False, "steps": 10, "warmup": 5},
+            # The loop keeps a state of 1 MB a token, layer and sequence: what fits, then what was asked for.
+            short | {"recurrence": "chunks", "compiled": False, "steps": 5, "warmup": 2},
+            short | {"recurrence": "loop", "compiled": False, "steps": 1, "warmup": 1},
+            fixed | {"recurrence": "loop", "compiled": False, "steps": 1, "warmup": 1},
+        ]
+    )
+    print("\nOne layer's recurrence alone:\n")
+    print_head("recurrence", "forward ms", "GB", "forward and backward ms", "GB", "largest error")
+    for kind, chunk in (("chunks", 32), ("chunks", 64), ("chunks", 128), ("fused", 64), ("loop", 64)):
+        setting = {"kind": kind, "chunk": chunk, "shape": shape, "pairs": 2, "device": device}
+        result = alone("measure_rule", **setting, length=options.prompt + options.response)
+        measured.append(setting | result)
+        cells = [f"{result[k]:.3g}" for k in ("forward_ms", "forward_gb", "both_ms", "both_gb", "error") if k in result]
+        print_row(
+            f"{kind} of {chunk}" if kind == "chunks" else kind, *(cells or [result.get("error", "-"), *["-"] * 4])
+        )
+    return measured
+
+
+def run_relatives(options):
+    print_head(
+        "type", "KB of states", "KB a token at 512", "at 2,048", "in chunks at 512", "at 2,048", "s", "in chunks"
+    )
+    measured = []
+    for name in options.types.split(",") if options.types else RELATIVES:
+        row = {"type": name}
+        for chunked in (False, True):
+            for length in (512, 2048):
+                row[f"{'chunks' if chunked else 'upstream'}_{length}"] = alone(
+                    "measure_relative", name=name, length=length, chunked=chunked
+                )
+        measured.append(row)
+        found = [row[key] for key in ("upstream_512", "upstream_2048", "chunks_512", "chunks_2048")]
+        kb = [f"{x['kb_a_token']:.1f}" if "s" in x else x["error"][:60] for x in found]
+        seconds = [f"{x['s']:.2f}" if "s" in x else "-" for x in found[1::2]]
+        print_row(name, f"{found[0].get('state_kb', 0):.1f}", *kb, *seconds)
+    return measured
+
+
+def main():
+    if sys.argv[1:2] == ["one"]:
+        function, options = json.loads(sys.argv[2])
+        print(json.dumps(globals()[function](**options)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=("cpu", "gpu", "relatives"))
+    parser.add_argument("--shape", choices=SHAPES, help="instead of the mode's")
+    parser.add_argument("--types", help="for relatives: some, with commas between; others keep what they had")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="for gpu, to try it without one")
+    parser.add_argument("--prompt", type=int, default=1024, help="for gpu")
+    parser.add_argument("--response", type=int, default=256, help="for gpu")
+    options = parser.parse_args()
+    measured = {"cpu": run_cpu, "gpu": run_gpu, "relatives": run_relatives}[options.mode](options)
+    print(f"\n{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+    if options.shape != "tiny":
+        keep(options.mode, measured)
+
+
+if __name__ == "__main__":
+    main()

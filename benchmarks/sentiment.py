@@ -1,0 +1,255 @@
+"""The DPO paper's sentiment experiment, small: mean score against KL from the reference, as tables and a picture.
+
+    python benchmarks/sentiment.py --model FOLDER --out sentiment.json                   # a CPU, ten to twenty minutes
+    python benchmarks/sentiment.py --model FOLDER --out sentiment.json --setting gpu --jobs 6
+    python benchmarks/sentiment.py --out sentiment.json --picture sentiment.png          # what the file holds
+
+After arXiv 2305.18290, section 6.1, with a small model and a lexicon in place of a classifier. The model continues the
+first words of film reviews several times; VADER scores the continuations from -1 to 1; the best and the worst of each
+prompt are a pair. From the same model as reference each loss trains LoRA on the pairs. Every so many steps the policy
+continues held-out prompts at temperature 1: the mean score, and the KL of these sequences from the reference in nats,
+are a point of its frontier. sft and unlikelihood (alpha times the rejected responses' likelihood down) are the paper's
+baselines. Each run is added to --out as soon as it is done, so that several calls add up; --pairs keeps the sampled
+pairs, which all runs of a file should share. Needs vaderSentiment, and matplotlib for --picture.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+from common import HERE, own_environment, print_head, print_row, run_json, say
+from programs import command_line, machine, versions
+from records import Results, cell, mean_and_error
+
+# Name of a run in --runs: what it trains with.
+RUNS = {
+    **{f"dpo:{beta}": {"loss": "dpo", "beta": beta} for beta in (0.05, 0.1, 0.5, 1)},
+    **{f"ipo:{beta}": {"loss": "ipo", "beta": beta} for beta in (0.1, 0.5)},
+    **{f"simpo:{beta}": {"loss": "simpo", "beta": beta} for beta in (2, 10)},
+    "sft": {"loss": "likelihood", "alpha": 0.0},
+    **{f"unlikelihood:{alpha}": {"loss": "likelihood", "alpha": alpha} for alpha in (0.05, 0.5, 1)},
+}
+SETTINGS = {
+    "cpu": {
+        "sampling": {"prompts": 64, "held_out": 24, "continuations": 4, "tokens": 20, "batch": 32},
+        "training": {"steps": 40, "every": 10, "batch_size": 4, "learning_rate": 1e-4},
+        "evaluation": {"tokens": 20, "batch": 32, "kl_batch": 8},
+        "runs": "dpo:0.1,dpo:1,sft",
+        "seeds": "0",
+    },
+    "gpu": {
+        "sampling": {"prompts": 800, "held_out": 256, "continuations": 4, "tokens": 48, "batch": 256},
+        "training": {"steps": 300, "every": 50, "batch_size": 8, "learning_rate": 2e-5},
+        "evaluation": {"tokens": 48, "batch": 256, "kl_batch": 32},
+        "runs": ",".join(RUNS),
+        "seeds": "0,1,2",
+    },
+}
+
+
+def task(spec, timeout=None):
+    """`sentiment_task.py` in a process of its own."""
+    return run_json([sys.executable, HERE / "sentiment_task.py", json.dumps(spec)], own_environment(), timeout)
+
+
+def known_run(name):
+    """What a run of RUNS, or of another parameter such as dpo:0.2, trains with."""
+    if name in RUNS:
+        return RUNS[name]
+    kind, _, value = name.partition(":")
+    like = next((run for other, run in RUNS.items() if other.partition(":")[0] == kind), None)
+    try:
+        return like | {"alpha" if kind == "unlikelihood" else "beta": float(value)}
+    except (TypeError, ValueError):
+        # No such kind, or no number.
+        raise argparse.ArgumentTypeError(f"no such run: {name}; there are {', '.join(RUNS)}") from None
+
+
+def run_names(text):
+    names = text.split(",")
+    for name in names:
+        known_run(name)
+    return names
+
+
+def make_pairs(options, setting):
+    """The pairs that all runs train on, sampled unless the file is there."""
+    path = Path(options.pairs)
+    if path.exists():
+        return json.loads(path.read_text())
+    made = task({"work": "pairs", "model": options.model, **setting["sampling"]}, options.timeout)
+    if "error" in made:
+        sys.exit(f"no pairs were made: {made['error']}")
+    path.write_text(json.dumps(made) + "\n")
+    for prompt, chosen, rejected in made["examples"]:
+        say(f"{prompt!r}: {chosen!r} over {rejected!r}")
+    say(f"{len(made['pairs'])} pairs; mean score of all samples {made['mean_score']:.3f}")
+    return made
+
+
+def run_all(options, setting, results):
+    """Train every run of every seed, `jobs` at a time."""
+    training = setting["training"] | {
+        name: value for name, value in vars(options).items() if name in setting["training"] and value is not None
+    }
+
+    def one(item):
+        seed, name = item
+        spec = {"work": "train", "model": options.model, "pairs": options.pairs, "run": known_run(name), "seed": seed}
+        made = task(spec | training | setting["evaluation"], options.timeout)
+        if "error" in made:
+            say(f"{name}, seed {seed}: not run: {made['error']}")
+            return False
+        record = {"label": name, "seed": seed, "dtype": options.dtype, "settings": training | setting["evaluation"]}
+        results.add(record | made | {"machine": machine(), "versions": versions(), "command": command_line()})
+        last = made["points"][-1]
+        say(f"{name}, seed {seed}: KL {last['kl']:.2f}, score {last['score']:.3f}: {last['sample'][:80]!r}")
+        return True
+
+    asked = [(seed, name) for seed in options.seeds for name in options.runs]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return all(pool.map(one, asked))
+
+
+def runs_of(records):
+    """`{name: records}` of like runs, in the order of RUNS: a name tells in what it differs from the first run."""
+    kinds = list(dict.fromkeys(map(kind_of, RUNS)))
+    found = {}
+    for record in sorted(records, key=lambda record: place_of(record["label"], kinds)):
+        usual = records[0]["settings"] | {"dtype": records[0]["dtype"]}
+        own = record["settings"] | {"dtype": record["dtype"]}
+        further = [f"{name} {value}" for name, value in own.items() if usual.get(name) != value]
+        found.setdefault(", ".join([record["label"], *further]), []).append(record)
+    return found
+
+
+def kind_of(label):
+    """The loss of a run's name."""
+    return label.partition(",")[0].partition(":")[0]
+
+
+def place_of(label, kinds):
+    return kinds.index(kind_of(label)), float(label.partition(":")[2] or 0)
+
+
+def score_at(points, kl):
+    """The score where a run's frontier first comes to a KL, between its points; None where it stays below."""
+    for before, after in zip(points, points[1:], strict=False):
+        if before["kl"] <= kl <= after["kl"] and after["kl"] > before["kl"]:
+            share = (kl - before["kl"]) / (after["kl"] - before["kl"])
+            return before["score"] + share * (after["score"] - before["score"])
+    return None
+
+
+def score_and_error(points):
+    """The mean score at a step and its standard error over the seeds, or of one seed over its prompts."""
+    score, error = mean_and_error([point["score"] for point in points])
+    return score, points[0]["score_error"] if error is None else error
+
+
+def print_points(runs):
+    print_head("run", "step", "seeds", "KL, nats", "score", "tokens")
+    for label, records in runs.items():
+        for points in zip(*(record["points"] for record in records), strict=False):
+            kl, length = (cell([point[name] for point in points]) for name in ("kl", "length"))
+            score, error = score_and_error(points)
+            print_row(label, points[0]["iteration"], len(points), kl, f"{score:.4f} ± {error:.4f}", length)
+
+
+def print_scores_at(runs, divergences):
+    print()
+    print_head("run", *(f"score at {kl:g} nats" for kl in divergences), "highest KL", "score there")
+    for label, records in runs.items():
+        cells = []
+        for kl in divergences:
+            scores = [score_at(record["points"], kl) for record in records]
+            reached = [score for score in scores if score is not None]
+            cells.append(cell(reached) + (f" ({len(reached)} of {len(scores)})" if len(reached) < len(scores) else ""))
+        far = [max(record["points"], key=lambda point: point["kl"]) for record in records]
+        print_row(label, *cells, *(cell([point[name] for point in far]) for name in ("kl", "score")))
+
+
+def draw(runs, path):
+    """The frontiers: the means over the seeds, with the standard error of the score, joined in the order of steps."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(map(kind_of, runs)))
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    markers = "osD^vPX*"
+    for label, records in runs.items():
+        place = [other for other in runs if kind_of(other) == kind_of(label)].index(label)
+        steps = list(zip(*(record["points"] for record in records), strict=False))
+        kl = [statistics.fmean(point["kl"] for point in points) for points in steps]
+        scores = [score_and_error(points) for points in steps]
+        axes.errorbar(
+            kl,
+            [mean for mean, _ in scores],
+            [error for _, error in scores],
+            color=f"C{kinds.index(kind_of(label))}",
+            marker=markers[place % len(markers)],
+            alpha=0.8,
+            linewidth=1,
+            markersize=4,
+            label=label,
+        )
+    axes.set_xlabel("KL of sampled sequences from the reference, nats")
+    axes.set_ylabel("mean score")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def numbers(text):
+    return [float(number) for number in text.split(",")]
+
+
+def options_of(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="model folder; without it only the file's tables are printed")
+    parser.add_argument("--out", required=True, help="JSON file that the runs are added to")
+    parser.add_argument("--pairs", help="JSON file of the sampled pairs; by default --out with .pairs.json at its end")
+    parser.add_argument("--setting", choices=SETTINGS, default="cpu")
+    parser.add_argument("--runs", type=run_names, help="by comma, some of " + ", ".join(RUNS))
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], help="by comma")
+    parser.add_argument("--steps", type=int, help="instead of the setting's")
+    parser.add_argument("--every", type=int, help="steps from one point to the next")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--timeout", type=float, help="seconds that one run may take")
+    parser.add_argument("--at", type=numbers, default="5,10", help="KL, by comma, to tell the scores at")
+    parser.add_argument("--picture", help="PNG file for the frontiers")
+    options = parser.parse_args(arguments)
+    setting = SETTINGS[options.setting]
+    options.runs = options.runs or run_names(setting["runs"])
+    options.seeds = options.seeds or [int(seed) for seed in setting["seeds"].split(",")]
+    options.pairs = options.pairs or str(Path(options.out).with_suffix(".pairs.json"))
+    return options, setting
+
+
+def main():
+    options, setting = options_of()
+    results, complete = Results(options.out), True
+    if options.model:
+        if find_spec("vaderSentiment") is None:
+            sys.exit("vaderSentiment scores the texts and is not installed: pip install vaderSentiment.")
+        config = json.loads((Path(options.model) / "config.json").read_text())
+        options.dtype = config.get("dtype") or config.get("torch_dtype") or "as stored"
+        make_pairs(options, setting)
+        complete = run_all(options, setting, results)
+    runs = runs_of(results.records)
+    print_points(runs)
+    print_scores_at(runs, options.at)
+    if options.picture:
+        draw(runs, options.picture)
+    if not complete:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What is done to a model's modules from outside: other calls, other modes, activations computed again."""
+
+from contextlib import contextmanager
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+
+@contextmanager
+def intercepted(module, method, replacement):
+    """Within the context, this one module's `method` is `replacement(module, ...)`.
+
+    The module's class is exchanged, not the module: the tree of parameters stays as it is.
+    """
+    original = type(module)
+    module.__class__ = exchanged = type(original.__name__, (original,), {method: replacement})
+    try:
+        yield
+    finally:
+        module.__class__ = original
+        # A class is only freed when cycles are collected, and until then keeps the arrays that its methods hold.
+        delattr(exchanged, method)
+
+
+@contextmanager
+def exchanged(owner, name, replacement):
+    """Within the context, this attribute of a module of Python is `replacement`."""
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def evaluating(model):
+    """Within the context, the model is in evaluation mode: no dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # A module comes before what it holds, so that a part in another mode than the whole gets it back.
+        for module, training in modes:
+            if module.training != training:
+                module.train(training)
+
+
+@contextmanager
+def parameters_in(module, parameters):
+    """Within the context, the trainable parameters of `module` are these."""
+    kept = module.trainable_parameters()
+    module.update(parameters)
+    try:
+        yield
+    finally:
+        module.update(kept)
+
+
+@contextmanager
+def drawing_from(key):
+    """Within the context, dropout draws what it would if MLX's random state, which cannot be set, were `key`."""
+    original = mx.random.bernoulli
+
+    def bernoulli(*args, **kwargs):
+        nonlocal key
+        key, own = mx.random.split(key)
+        return original(*args, **kwargs | {"key": own})
+
+    with exchanged(mx.random, "bernoulli", bernoulli):
+        yield
+
+
+def recomputed(module, function):
+    """`function`, whose activations are not kept but computed again in the backward pass.
+
+    MLX's checkpoint waits for the function's own output before it computes again; here the second run waits for
+    the gradient to arrive, without which every layer could run again before the first is done with. The gradient
+    reaches the trainable parameters of `module` too, which are in their places again afterwards, and the second
+    run draws the dropout of the first.
+
+    Args:
+        module: what holds the parameters that `function` uses.
+        function: takes arrays and returns a list of arrays; one that it returned twice would lose a gradient.
+    """
+    key = mx.random.state[0]
+    parameters = tree_flatten(module.trainable_parameters())
+    names, values = [name for name, _ in parameters], [value for _, value in parameters]
+
+    def run(*arrays):
+        with parameters_in(module, tree_unflatten(list(zip(names, arrays, strict=False)))):
+            return function(*arrays[len(names) :])
+
+    @mx.custom_function
+    def once(*arrays):
+        return tuple(run(*arrays))
+
+    @once.vjp
+    def again(arrays, cotangents, _):
+        # MLX divides by zero where it has to compute the gradient of an empty array.
+        arrays = mx.depends(list(arrays), [cotangent for cotangent in cotangents if cotangent.size])
+        with drawing_from(key):
+            _, slopes = mx.vjp(run, arrays, list(cotangents))
+        own, passed_on = slopes[: len(names)], slopes[len(names) :]
+        return (*own, *(mx.depends(passed_on, own) if own else passed_on))
+
+    return lambda *inputs: once(*values, *inputs)

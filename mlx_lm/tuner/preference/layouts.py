@@ -1,0 +1,259 @@
+"""The ways in which public data sets lay out a preference, each read as `prompt`, `chosen` and `rejected`.
+
+Upstream has no module of this name. A layout is known by its keys; what the values hold is read in `rows.py`.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .messages import kind
+from .options import ConfigError
+
+SAME = "whose responses are rated equal"
+# Keys that hold a prompt where there is no `prompt`, the likeliest first.
+PROMPTS = (
+    "question",
+    "instruction",
+    "query",
+    "input",
+    "conversations",
+    "conversation",
+    "messages",
+    "context",
+    "problem",
+)
+CHOSEN_SCORES = ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "rating_chosen")
+REJECTED_SCORES = ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected")
+
+
+class UselessRow(Exception):
+    """A well-formed row that holds nothing to learn from; its argument says why."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A form of rows.
+
+    Attributes:
+        name: what to call it.
+        keys: the keys that a row of it has.
+        read: gives `prompt`, `chosen`, `rejected`, and where there are such `system`, `tools` and `margin`, of a row.
+        reads: further keys that `read` looks at.
+    """
+
+    name: str
+    keys: tuple
+    read: Callable
+    reads: tuple = ()
+
+    def fits(self, row):
+        return all(row.get(key) is not None for key in self.keys)
+
+
+def _openai(row):
+    given = row["input"]
+    if not isinstance(given, Mapping) or "messages" not in given:
+        raise ConfigError(f"input is {kind(given)}; it must be an object with messages.")
+    sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    return {"prompt": given["messages"], "tools": given.get("tools"), **sides}
+
+
+def _alpaca_prompt(row):
+    parts = [row["instruction"], row.get("input")]
+    if not all(part is None or isinstance(part, str) for part in parts):
+        return row["instruction"]
+    asked = "\n".join(part for part in parts if part and part.strip())
+    turns = row.get("history") or []
+    if not turns:
+        return asked
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise ConfigError("history has a turn that is not a question with its answer; it must be a list of such pairs.")
+    spoken = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return [*spoken, {"role": "user", "content": asked}]
+
+
+def _alpaca(row):
+    return {"prompt": _alpaca_prompt(row), "chosen": row["chosen"], "rejected": row["rejected"]}
+
+
+def _two(first, second, first_wins, prompt="prompt"):
+    """A reader of two responses of which a verdict names the better; `first_wins` gives true, false, or None."""
+
+    def read(row):
+        wins = first_wins(row)
+        if wins is None:
+            raise UselessRow(SAME)
+        better, worse = (first, second) if wins else (second, first)
+        asked = prompt(row) if callable(prompt) else row.get(prompt)
+        return {"prompt": asked, "chosen": row[better], "rejected": row[worse]}
+
+    return read
+
+
+def _number(row, key):
+    value = row[key]
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, str) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{key} is {value!r}; it must be a number.")
+    return value
+
+
+def _below_zero(key):
+    return lambda row: None if _number(row, key) == 0 else _number(row, key) < 0
+
+
+def _one_of(key, first, second):
+    def wins(row):
+        value = row[key] if isinstance(row[key], str) else _number(row, key)
+        if value in (first, second):
+            return value == first
+        if isinstance(value, str) and value.startswith("tie"):
+            return None
+        raise ConfigError(f"{key} is {value!r}; it must be {first!r} or {second!r}.")
+
+    return wins
+
+
+def _scores(row):
+    """SHP's A is better where its label is 1."""
+    return _one_of("labels", 1, 0)(row)
+
+
+LAYOUTS = (
+    Layout("OpenAI's preference format", ("input", "preferred_output", "non_preferred_output"), _openai),
+    Layout("Alpaca pairs", ("instruction", "chosen", "rejected"), _alpaca, ("input", "history")),
+    Layout(
+        "Alpaca comparisons",
+        ("instruction", "output_1", "output_2", "preference"),
+        _two("output_1", "output_2", _one_of("preference", 1, 2), _alpaca_prompt),
+        ("input",),
+    ),
+    Layout(
+        "HelpSteer2 preferences",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        _two("response_1", "response_2", _below_zero("preference_strength")),
+    ),
+    Layout(
+        "HelpSteer3 preferences",
+        ("context", "response1", "response2", "overall_preference"),
+        _two("response1", "response2", _below_zero("overall_preference"), "context"),
+    ),
+    Layout(
+        "SHP comparisons",
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        _two("human_ref_A", "human_ref_B", _scores, "history"),
+    ),
+    Layout(
+        "PKU-SafeRLHF comparisons",
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        _two("response_0", "response_1", _one_of("better_response_id", 0, 1)),
+    ),
+    Layout(
+        "Chatbot Arena conversations",
+        ("conversation_a", "conversation_b", "winner"),
+        _two("conversation_a", "conversation_b", _one_of("winner", "model_a", "model_b")),
+    ),
+)
+PLAIN = "prompt, chosen, rejected"
+IMPLICIT = "chosen and rejected with the prompt in them"
+
+# Rows of one response each, by a key that tells them, and what they are.
+NO_PAIRS = (
+    (("completion", "label"), "KTO rows, which hold one completion and its label"),
+    (("prompt", "response", "helpfulness"), "HelpSteer ratings, which hold one response"),
+    (("prompt", "completion"), "completions without a rejected one, which supervised training reads"),
+    (("messages",), "conversations without a rejected response, which supervised training reads"),
+    (("conversations",), "conversations without a rejected response, which supervised training reads"),
+    (("text",), "texts, which supervised training reads"),
+)
+
+
+def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
+    """A row laid out as `prompt`, `chosen` and `rejected`.
+
+    Args:
+        row: an object.
+        prompt, chosen, rejected: the keys that the configuration names; a prompt key of None is found.
+
+    Returns:
+        `(row, name, reads)`: the row with those three keys (`prompt` None where the responses hold it), what its layout
+        is called, and the row's keys that were read.
+    """
+    if row.get(chosen) is None and row.get(rejected) is None and (chosen, rejected) == ("chosen", "rejected"):
+        for layout in LAYOUTS:
+            if layout.fits(row):
+                return layout.read(row), layout.name, (*layout.keys, *layout.reads)
+        return _refused(row)
+    if prompt is not None or row.get("prompt") is not None or _whole(row.get(chosen)) and _whole(row.get(rejected)):
+        key = prompt or "prompt"
+        return {"prompt": row.get(key)}, PLAIN if row.get(key) is not None else IMPLICIT, (key,)
+    alpaca = next(layout for layout in LAYOUTS if layout.read is _alpaca)
+    if isinstance(row.get("instruction"), str):
+        return {"prompt": _alpaca_prompt(row)}, alpaca.name, ("instruction", *alpaca.reads)
+    key = next((key for key in PROMPTS if row.get(key)), None)
+    if key is None:
+        return {"prompt": None}, IMPLICIT, ()
+    return {"prompt": row[key]}, f"{key}, {chosen}, {rejected}", (key,)
+
+
+def _whole(value):
+    """Whether a response is a conversation from its beginning, which holds its own prompt."""
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, Mapping):
+        return False
+    role = str(first.get("role", first.get("from", ""))).lower()
+    return role in ("system", "developer", "user", "human", "prompter")
+
+
+def _refused(row):
+    for keys, what in NO_PAIRS:
+        if all(row.get(key) is not None for key in keys):
+            raise ConfigError(f"chosen is missing; the row's keys are {', '.join(map(str, row))}: {what}.")
+    return {}, PLAIN, ()
+
+
+def is_kto(row):
+    """Whether a row holds one completion that is labelled good or bad."""
+    return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and "chosen" not in row
+
+
+def paired(rows):
+    """Rows of one labelled completion each, put together by their prompts.
+
+    Args:
+        rows: objects with `prompt`, `completion` and `label`.
+
+    Returns:
+        `(rows, numbers)`: rows with `chosen` and `rejected`, and the number of the row that each chosen stands in.
+
+    Raises:
+        ConfigError: no prompt has completions with both labels.
+    """
+    groups = defaultdict(lambda: {True: [], False: []})
+    for number, row in enumerate(rows):
+        if not is_kto(row) or row["label"] not in (True, False, 0, 1):
+            raise ConfigError(f"row {number} has no completion with a label that is true or false, as the first has.")
+        key = json.dumps([row.get("prompt"), row.get("system"), row.get("tools")], sort_keys=True, default=str)
+        groups[key][bool(row["label"])].append((number, row))
+    found, numbers = [], []
+    for group in groups.values():
+        for (number, good), (_, bad) in zip(group[True], group[False], strict=False):
+            kept = {key: value for key, value in good.items() if key not in ("completion", "label")}
+            found.append({**kept, "chosen": good["completion"], "rejected": bad["completion"]})
+            numbers.append(number)
+    if not found:
+        raise ConfigError(
+            f"the {len(rows)} rows hold one completion and its label each (KTO), and no prompt has both a good and a "
+            "bad one; a preference needs two completions of one prompt."
+        )
+    return found, numbers

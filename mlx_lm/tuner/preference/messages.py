@@ -1,0 +1,214 @@
+"""One message, or a list of them, brought to the form that chat templates read.
+
+Upstream has no module of this name. Roles and shapes here are those that public data sets hold; how a row as a whole is
+laid out is read in `layouts.py`.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+
+from .options import ConfigError, nearest
+
+ROLES = ("system", "user", "assistant", "tool")
+# Other names of the four roles, in lower case.
+OTHER_ROLES = {
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+# ShareGPT's role of a message whose text is a tool call.
+CALLS = "function_call"
+# Keys of a message that are read; LORA.md names them.
+KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call_id")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+LOOKS_LIKE_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
+TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
+
+
+def messages(value, key):
+    """A list of checked messages.
+
+    Args:
+        value: a list of messages, or one message.
+        key: where it stands, for errors.
+
+    Raises:
+        ConfigError: something in it is no message that can be trained on.
+    """
+    if isinstance(value, Mapping) and isinstance(value.get("role", value.get("from")), list):
+        # A column of messages that is stored by the messages' keys.
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    listed = [value] if isinstance(value, Mapping) else value
+    # A message alone has no number.
+    names = [key] if isinstance(value, Mapping) else [f"{key}[{i}]" for i in range(len(listed))]
+    return [message(item, name) for item, name in zip(listed, names, strict=True)]
+
+
+def message(value, key):
+    """A checked copy: a known role, text in `content`, tool calls with their arguments decoded."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key} is {kind(value)}; a message is an object with role and content.")
+    value = {name: item for name, item in value.items() if item is not None}
+    if "role" not in value and "from" in value:
+        value = {"role": value.pop("from"), "content": value.pop("value", None), **value}
+    value["role"] = _role(value.get("role"), key)
+    value["content"] = _content(value.get("content"), key)
+    if value["role"] == CALLS:
+        value |= {"role": "assistant", "content": "", "tool_calls": _calls_in(value["content"], key)}
+    if calls := value.pop("function_call", None):
+        value.setdefault("tool_calls", [calls])
+    if "tool_calls" in value:
+        value["tool_calls"] = _calls(value["tool_calls"], key)
+    thoughts = [value.pop(name) for name in REASONING if name in value]
+    for thought in thoughts:
+        if not isinstance(thought, str):
+            raise ConfigError(f"{key} has reasoning that is {kind(thought)}; it must be a string.")
+    if thoughts := list(dict.fromkeys(thought for thought in thoughts if thought.strip())):
+        value["reasoning_content"] = thoughts[0]
+    if not value.get("tool_calls"):
+        value.pop("tool_calls", None)
+    if value["content"] is None and not speaks(value):
+        raise ConfigError(f"{key}.content is missing; a message is an object with role and content.")
+    # The server gives templates an empty text where there is none.
+    return {**value, "content": value["content"] or ""}
+
+
+def speaks(value):
+    """Whether an assistant's message says something without `content`."""
+    return bool(value.get("tool_calls") or value.get("reasoning_content"))
+
+
+def decoded(text, key):
+    """The messages that a string holds as JSON or as Python writes them; None where it is text.
+
+    Raises:
+        ConfigError: the string begins as messages do, and is none.
+    """
+    if not LOOKS_LIKE_MESSAGES.match(text):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, (list, dict)):
+            return found
+    raise ConfigError(f"{key} is a string that begins as messages do but is not JSON; give the messages as a list.")
+
+
+def transcript(text):
+    """The turns of a text of `Human:` and `Assistant:` paragraphs; None where it is none.
+
+    Returns:
+        A list of `(message, end)`, where `end` is the number of characters up to the end of the turn.
+    """
+    marks = list(TURN.finditer(text))
+    if {mark[1] for mark in marks} != {"Human", "Assistant"} or text[: marks[0].start()].strip():
+        return None
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return [
+        ({"role": "user" if mark[1] == "Human" else "assistant", "content": text[mark.end() : end].strip()}, end)
+        for mark, end in zip(marks, ends, strict=True)
+    ]
+
+
+def tools(value):
+    """The tool descriptions of a row, a list or that list as a JSON string; None where there are none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"tools is a string that is not JSON ({error}).") from None
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise ConfigError(f"tools is {kind(value)}; it must be a list of tool descriptions, each an object.")
+    # Some data sets write each description as a string.
+    value = [_json(item, f"tools[{i}]") if isinstance(item, str) else item for i, item in enumerate(value)]
+    if not all(isinstance(tool, Mapping) for tool in value):
+        raise ConfigError("tools is a list with something else than tool descriptions, which are objects.")
+    return value
+
+
+def kind(value):
+    """A value's type in the words of JSON."""
+    for type_, name in ((bool, "true or false"), (str, "a string"), ((int, float), "a number"), (list, "a list")):
+        if isinstance(value, type_):
+            return name
+    return "null" if value is None else "an object" if isinstance(value, Mapping) else type(value).__name__
+
+
+def _role(role, key):
+    if not isinstance(role, str) or not role:
+        found = "missing" if role is None else kind(role) if role != "" else "empty"
+        raise ConfigError(f"{key}.role is {found}; it must be a name such as user or assistant.")
+    lowered = role.strip().lower()
+    lowered = OTHER_ROLES.get(lowered, lowered)
+    if lowered not in (*ROLES, CALLS):
+        known = (*ROLES, *OTHER_ROLES)
+        raise ConfigError(f"{key}.role is {role!r}{nearest(role, known)}; known roles are {', '.join(known)}.")
+    return lowered
+
+
+def _content(content, key):
+    """`content` as a string, its text parts joined; None where there is none."""
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"{key}.content has a part that is not text; only text can be trained on.")
+        return "".join(texts)
+    if content is not None and not isinstance(content, str):
+        raise ConfigError(f"{key}.content is {kind(content)}; it must be a string.")
+    return content
+
+
+def _calls_in(text, key):
+    found = _json(text or "", f"{key}'s tool call")
+    return found if isinstance(found, list) else [found]
+
+
+def _calls(calls, key):
+    """Tool calls as mlx-lm's server gives them to templates: arguments that are JSON strings decoded to objects."""
+    if isinstance(calls, str):
+        calls = _json(calls, f"{key}.tool_calls")
+    if not isinstance(calls, list):
+        raise ConfigError(f"{key}.tool_calls is {kind(calls)}; it must be a list of calls.")
+    read = []
+    for call in calls:
+        inner = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
+            raise ConfigError(
+                f"{key}.tool_calls has {call!r}; a tool call is an object with a function that has a name."
+            )
+        inner = dict(inner)
+        arguments = inner.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _json(arguments, f"the arguments of the call of {inner['name']} in {key}") if arguments else {}
+        if not isinstance(arguments, Mapping) and arguments is not None:
+            raise ConfigError(
+                f"the arguments of the call of {inner['name']} in {key} are {kind(arguments)}; they must be an object."
+            )
+        inner["arguments"] = dict(arguments or {})
+        around = {name: item for name, item in call.items() if name not in ("name", "arguments")}
+        read.append({"type": "function", **around, "function": inner})
+    return read
+
+
+def _json(text, what):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{what} is a string that is not JSON ({error}).") from None

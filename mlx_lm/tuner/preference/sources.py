@@ -1,0 +1,247 @@
+"""Rows from files: which file of a folder holds which split, and the rows of a file of any kind.
+
+Upstream has no module of this name; it reads `train.jsonl`, `valid.jsonl` and `test.jsonl`.
+"""
+
+import csv
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from .layouts import CHOSEN_SCORES, PROMPTS, REJECTED_SCORES
+from .options import ConfigError
+
+# Other names of the splits, the usual one first.
+SPLITS = {
+    "train": ("train", "train_prefs"),
+    "valid": ("valid", "validation", "dev", "val", "valid_prefs", "validation_prefs"),
+    "test": ("test", "test_prefs"),
+}
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# Files that `save_to_disk` of the datasets package leaves in a folder.
+SAVED = ("dataset_dict.json", "state.json")
+# CSV holds text alone; these columns hold numbers.
+NUMBERS = ("margin", "weight", *CHOSEN_SCORES, *REJECTED_SCORES)
+
+
+class Rows(NamedTuple):
+    """Rows and where each stands.
+
+    Attributes:
+        rows: a sequence of objects.
+        where: gives the place of row number i, for errors.
+    """
+
+    rows: Sequence
+    where: Callable
+
+    def taken(self, numbers):
+        """Some of the rows."""
+        return Rows(Subset(self.rows, numbers), lambda i: self.where(numbers[i]))
+
+
+class Subset(Sequence):
+    """The rows of a sequence that have the given numbers."""
+
+    def __init__(self, rows, numbers):
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        return self.rows[self.numbers[i]]
+
+
+class WithoutNone(Sequence):
+    """A hub data set's rows without the empty values that its columns fill up rows with."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return {key: _without_none(value) for key, value in self.data[i].items()}
+
+
+def files_of(folder, split):
+    """The files of a folder, or of its folder `data`, that hold a split: several where they are parts of one."""
+    for name in SPLITS[split]:
+        for place in (folder, folder / "data"):
+            for ending in KINDS:
+                if (path := place / (name + ending)).exists():
+                    return [path]
+            if parts := sorted(place.glob(f"{name}-*.parquet")):
+                return parts
+    if split == "train" and folder.is_dir():
+        # A folder with one file of rows needs no name for it.
+        paths = [path for path in folder.iterdir() if path.suffix in KINDS and path.stem not in _all_names()]
+        return paths if len(paths) == 1 else []
+    return []
+
+
+def is_saved(folder):
+    """Whether the datasets package has saved a folder."""
+    return folder.is_dir() and any((folder / name).exists() for name in SAVED)
+
+
+def read_file(path, package):
+    """The `Rows` of a file.
+
+    Args:
+        path: a file whose name's end tells its kind.
+        package: gives the datasets package, which Parquet needs, or raises `ConfigError`.
+
+    Raises:
+        ConfigError: the file cannot be read; the sentence names the line.
+    """
+    kind = path.suffix.lower()
+    try:
+        if kind in (".csv", ".tsv"):
+            return _read_table(path, "\t" if kind == ".tsv" else ",")
+        if kind == ".parquet":
+            return of_hub(package().load_dataset("parquet", data_files=str(path), split="train"), path)
+        if kind == ".json":
+            return _read_json(path)
+        return _read_lines(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def of_hub(data, name):
+    """The `Rows` of a data set of the datasets package."""
+    return Rows(WithoutNone(data), lambda i: f"{name}, row {i}")
+
+
+def joined(parts):
+    """Several `Rows` as one."""
+    if len(parts) == 1:
+        return parts[0]
+    places = [(part, i) for part in parts for i in range(len(part.rows))]
+    rows = [part.rows[i] for part, i in places]
+    return Rows(rows, lambda i: places[i][0].where(places[i][1]))
+
+
+def held_out(rows, share, seed, prompt=None):
+    """Numbers of the rows to train on and of those to validate on; rows of one prompt stay together.
+
+    Args:
+        rows: a sequence of objects.
+        share: the share to validate on, between 0 and 1.
+        seed: of the choice.
+        prompt: the key of the prompt, where it is not a usual one.
+
+    Raises:
+        ConfigError: a prompt is left for one of the two only.
+    """
+    groups = {}
+    for i in range(len(rows)):
+        groups.setdefault(_prompt_of(rows[i], prompt, i), []).append(i)
+    order = list(groups.values())
+    random.Random(seed or 0).shuffle(order)
+    valid = []
+    while len(order) > 1 and len(valid) < max(1, round(share * len(rows))):
+        valid += order.pop()
+    if not valid:
+        raise ConfigError(f"valid_share is {share:g}, but the {len(rows)} training rows have one prompt; leave it out.")
+    taken = set(valid)
+    return [i for i in range(len(rows)) if i not in taken], sorted(valid)
+
+
+def _prompt_of(row, key, i):
+    found = [row[name] for name in (key, "prompt", *PROMPTS) if isinstance(row, Mapping) and row.get(name)]
+    if found:
+        return json.dumps(found[0], sort_keys=True, default=str)
+    first = row.get("chosen") if isinstance(row, Mapping) else None
+    return json.dumps(first[:-1], sort_keys=True, default=str) if isinstance(first, list) and len(first) > 1 else i
+
+
+def _all_names():
+    return {name for names in SPLITS.values() for name in names}
+
+
+def _read_lines(path):
+    """JSON lines; blank lines count but hold no row. A file that is one JSON array is read too."""
+    rows, lines = [], []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                if not rows and text[0] == "[" and (found := _array(path)) is not None:
+                    return Rows(found, lambda i: f"{path}, row {i}")
+                rows.append(json.loads(text))
+                lines.append(number)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}:{number}: the line is not UTF-8 ({error.reason}).") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg + f" at column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
+        raise ConfigError(f"{path}:{number}: the line is not JSON ({reason}).") from error
+    return Rows(rows, lambda i: f"{path}:{lines[i]}")
+
+
+def _array(path):
+    """The list of objects that a whole file holds as JSON, None where it holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and found and all(isinstance(row, Mapping) for row in found) else None
+
+
+def _read_json(path):
+    """A file of one JSON value: a list of rows, or an object that holds one; else JSON lines."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        return _read_lines(path)
+    if isinstance(found, Mapping):
+        lists = [value for value in found.values() if isinstance(value, list) and value]
+        lists = [value for value in lists if isinstance(value[0], Mapping)]
+        # One row has lists of messages; a file of rows has one list of them.
+        is_row = {"chosen", "rejected", "preferred_output"} & set(found)
+        found = lists[0] if len(lists) == 1 and not is_row else [found]
+    if not isinstance(found, list):
+        raise ConfigError(f"{path} holds no list of rows; expected a JSON array of objects, or an object a line.")
+    return Rows(found, lambda i: f"{path}, row {i}")
+
+
+def _read_table(path, delimiter):
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    rows, lines = [], []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            for row in reader:
+                if None in row or None in row.values():
+                    more = "more" if None in row else "fewer"
+                    raise ConfigError(f"{path}:{reader.line_num}: the line has {more} cells than the first line.")
+                rows.append({key: _cell(key, value) for key, value in row.items()})
+                lines.append(reader.line_num)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a table ({error}).") from error
+    return Rows(rows, lambda i: f"{path}:{lines[i]}")
+
+
+def _cell(key, value):
+    """A table's cell; empty cells of columns that rows may leave out are no values."""
+    if key in NUMBERS and re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", value, re.IGNORECASE):
+        return float(value)
+    if key == "chat_template_kwargs" and value.strip():
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return None if key in (*NUMBERS, "chat_template_kwargs", "tools") and not value.strip() else value
+
+
+def _without_none(value):
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

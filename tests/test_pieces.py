@@ -1,0 +1,135 @@
+"""Recurrences that run in pieces, against upstream's over whole sequences."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from architectures import ARCHITECTURES, make_model
+from mlx.utils import tree_flatten
+from plain_pass import add_lora
+
+from mlx_lm.tuner.preference import pieces
+from mlx_lm.tuner.preference.pieces import FUNCTIONS, METHODS, PIECE, recurrences_in_pieces, split
+
+TYPES = (
+    "bailing_moe_linear",
+    "falcon_h1",
+    "falcon_mamba",
+    "granitemoehybrid",
+    "jamba",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+    "plamo2",
+    "rwkv7",
+)
+LENGTH = 2 * PIECE + 5
+
+
+def in_pieces(model):
+    """Whether the context would exchange anything of the model."""
+    names = {(type(module).__module__.rpartition(".")[2], type(module).__name__) for module in model.modules()}
+    return any(file in FUNCTIONS or name in METHODS for file, name in names)
+
+
+def logits_and_gradients(model, tokens):
+    def total(model):
+        logits = model(tokens)
+        return mx.sin(logits).mean(), logits
+
+    (_, logits), gradients = nn.value_and_grad(model, total)(model)
+    return {"logits": logits, **dict(tree_flatten(gradients))}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        size = max(mx.abs(expected[key]).max().item(), 1e-6)
+        assert mx.abs(value - expected[key]).max().item() <= 1e-4 * size, key
+
+
+def test_the_types_that_run_in_pieces_are_known():
+    assert [name for name in ARCHITECTURES if in_pieces(make_model(name))] == list(TYPES)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_model_in_pieces_has_upstreams_logits_and_gradients(name):
+    """Of LoRA's matrices and of the layers' own parameters."""
+    model = add_lora(make_model(name))
+    model.apply_to_modules(
+        lambda _, module: module.unfreeze(keys=["A_log", "D", "dt_bias", "x_r"], recurse=False, strict=False)
+    )
+    tokens = mx.random.randint(0, 101, (2, LENGTH), key=mx.random.key(1))
+    expected = logits_and_gradients(model, tokens)
+    classes = [type(module) for module in model.modules()]
+    with recurrences_in_pieces(model):
+        found = logits_and_gradients(model, tokens)
+    assert_same(found, expected)
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_cached_prompt_goes_on_in_pieces(name):
+    model = make_model(name)
+    tokens = mx.random.randint(0, 101, (2, LENGTH + 7), key=mx.random.key(1))
+    expected = model(tokens)[:, 7:]
+    with recurrences_in_pieces(model):
+        cache = model.make_cache()
+        model(tokens[:, :7], cache=cache)
+        found = model(tokens[:, 7:], cache=cache)
+    assert_same({"logits": found}, {"logits": expected})
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "rwkv7", "mamba2", "bailing_moe_linear"])
+def test_no_more_than_a_piece_is_run_at_a_time(name, monkeypatch):
+    """Upstream's code, counted by the tokens that it gets."""
+    model, lengths = make_model(name), []
+
+    def counted(scan):
+        def run(step, *args, **options):
+            axis = options.get("axis", 1)
+
+            def watched(*arrays, **options):
+                lengths.append(arrays[0].shape[axis])
+                return step(*arrays, **options)
+
+            return scan(watched, *args, **options)
+
+        return run
+
+    monkeypatch.setattr(pieces, "scan", counted(pieces.scan))
+    with recurrences_in_pieces(model):
+        mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
+        assert max(lengths) == PIECE and sum(lengths) % LENGTH == 0
+        once = list(lengths)
+        with recurrences_in_pieces(model):
+            mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
+    assert lengths == 2 * once
+
+
+def test_a_mask_goes_to_its_piece():
+    model = make_model("mamba2")
+    tokens = mx.random.randint(0, 101, (2, LENGTH), key=mx.random.key(1))
+
+    def run():
+        cache = model.make_cache()
+        for entry in cache:
+            entry.left_padding = mx.array([0, PIECE + 3])
+        return model(tokens, cache=cache)
+
+    expected = run()
+    with recurrences_in_pieces(model):
+        found = run()
+    assert_same({"logits": found}, {"logits": expected})
+    assert not mx.allclose(expected, model(tokens), atol=1e-4)
+
+
+def test_split_gives_its_parts_gradients_back():
+    x = mx.random.normal((2, 10, 3))
+    weights = mx.random.normal(x.shape)
+
+    parts = mx.split(weights, [4, 9], axis=1)
+
+    def total(x):
+        return sum((part * weight).sum() for part, weight in zip(split(x, [4, 9], 1), parts, strict=True))
+
+    assert mx.array_equal(mx.grad(total)(x), weights)

@@ -1,0 +1,173 @@
+"""Rows from files of every kind, under every name of a split, and a share of them held out."""
+
+import csv
+import json
+import types
+
+import chat_tokenizers as tokenizers
+import pytest
+
+from mlx_lm.tuner import datasets
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.sources import held_out
+
+ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
+TOKENIZER = tokenizers.qwen()
+
+
+def load(data, **options):
+    config = {"loss_type": "dpo", "train": True, "test": False, "data": str(data), "seed": 0, **options}
+    return datasets.load_dataset(types.SimpleNamespace(**config), TOKENIZER)
+
+
+def chosen(dataset):
+    return [TOKENIZER.decode(pair.chosen[:-1]) for pair in dataset]
+
+
+def prompts(dataset):
+    return [TOKENIZER.decode(pair.prompt).split("\n")[1].removesuffix("<|im_end|>") for pair in dataset]
+
+
+def write_table(path, rows, delimiter=","):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "dev", "val"])
+def test_names_of_the_validation_set(tmp_path, name):
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW))
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROW | {"chosen": name}))
+    assert chosen(load(tmp_path)[1]) == [name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([ROW, ROW | {"chosen": "Peru"}]),
+        json.dumps([ROW, ROW | {"chosen": "Peru"}], indent=1),
+        json.dumps({"version": 1, "data": [ROW, ROW | {"chosen": "Peru"}]}),
+        json.dumps(ROW) + "\n" + json.dumps(ROW | {"chosen": "Peru"}),
+    ],
+)
+@pytest.mark.parametrize("folder", [True, False])
+def test_json(tmp_path, text, folder):
+    path = tmp_path / "train.json"
+    path.write_text(text)
+    assert chosen(load(tmp_path if folder else path)[0]) == ["It is Lima.", "Peru"]
+
+
+def test_an_array_in_a_file_of_json_lines(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps([ROW, ROW | {"chosen": "Peru"}], indent=2))
+    assert chosen(load(tmp_path)[0]) == ["It is Lima.", "Peru"]
+    path.write_text(json.dumps([ROW, {"chosen": "a"}]))
+    with pytest.raises(ConfigError, match=r"train\.jsonl, row 1: rejected is missing"):
+        load(tmp_path)
+
+
+def test_one_row_in_a_json_file(tmp_path):
+    user = {"role": "user", "content": "Who?"}
+    row = {"chosen": [user, {"role": "assistant", "content": "Lima"}]}
+    row["rejected"] = [user, {"role": "assistant", "content": "Paris"}]
+    (tmp_path / "train.json").write_text(json.dumps(row))
+    assert chosen(load(tmp_path)[0]) == ["Lima"]
+
+
+@pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_tables(tmp_path, ending, delimiter):
+    lists = {"prompt": "Who?", "chosen": str([{"role": "assistant", "content": "Line\none, 'two'"}]), "rejected": "b"}
+    write_table(tmp_path / f"train.{ending}", [ROW | {"margin": ""}, lists | {"margin": "1.5"}], delimiter)
+    train, *_ = load(tmp_path)
+    assert chosen(train) == ["It is Lima.", "Line\none, 'two'"]
+    assert [pair.margin for pair in train] == [0.0, 1.5]
+
+
+@pytest.mark.parametrize(("line", "more"), [("a,b", "fewer"), ("a,b,c,d", "more")])
+def test_broken_tables_are_named(tmp_path, line, more):
+    (tmp_path / "train.csv").write_text(f"prompt,chosen,rejected\nWho?,Lima,Paris\n{line}\n")
+    with pytest.raises(ConfigError, match=rf"train\.csv:3: the line has {more} cells than the first line"):
+        load(tmp_path)
+
+
+def test_rows_of_tables_are_named_by_their_line(tmp_path):
+    (tmp_path / "train.csv").write_text('prompt,chosen,rejected,weight\n"Who\nis?",a,b,1\nWho?,a,b,-1\n')
+    with pytest.raises(ConfigError, match=r"train\.csv:4: weight is -1"):
+        load(tmp_path)
+
+
+def test_a_folder_with_one_file_of_any_name_and_a_folder_within(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(ROW))
+    assert len(load(tmp_path)[0]) == 1
+    (tmp_path / "other.jsonl").write_text(json.dumps(ROW))
+    with pytest.raises(ConfigError, match=r"train\.jsonl is missing"):
+        load(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(ROW | {"chosen": "Peru"}))
+    assert chosen(load(tmp_path)[0]) == ["Peru"]
+
+
+def test_parquet_and_saved_data_sets(tmp_path):
+    package = pytest.importorskip("datasets")
+    rows = [ROW | {"system": None}, ROW | {"chosen": "Peru", "system": ""}]
+    package.Dataset.from_list(rows).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    assert chosen(load(tmp_path)[0]) == ["It is Lima.", "Peru"]
+    found = package.DatasetDict({"train": package.Dataset.from_list(rows), "dev": package.Dataset.from_list(rows[:1])})
+    found.save_to_disk(tmp_path / "saved")
+    train, valid, _ = load(tmp_path / "saved")
+    assert (chosen(train), chosen(valid)) == (["It is Lima.", "Peru"], ["It is Lima."])
+    package.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    assert len(load(tmp_path / "one")[0]) == 2
+
+
+def test_parquet_without_the_datasets_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r"train\.parquet is a Parquet file: .*needs the datasets package"):
+        load(tmp_path)
+
+
+def test_valid_share(tmp_path):
+    rows = [ROW | {"prompt": f"n{i // 2}", "chosen": f"c{i}"} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [len(split) for split in load(tmp_path)] == [20, 0, 0]
+    train, valid, _ = load(tmp_path, valid_share=0.2)
+    assert (len(train), len(valid)) == (16, 4)
+    assert sorted(chosen(train) + chosen(valid)) == sorted(row["chosen"] for row in rows)
+    # Both rows of a prompt are on one side.
+    assert not set(prompts(train)) & set(prompts(valid))
+    assert chosen(load(tmp_path, valid_share=0.2)[1]) == chosen(valid)
+    assert chosen(load(tmp_path, valid_share=0.2, seed=1)[1]) != chosen(valid)
+    (tmp_path / "valid.jsonl").write_text(json.dumps(ROW))
+    assert [len(split) for split in load(tmp_path, valid_share=0.2)] == [20, 1, 0]
+
+
+def test_valid_share_needs_two_prompts():
+    assert [len(numbers) for numbers in held_out([{"prompt": "a"}, {"prompt": "b"}], 0.1, 0)] == [1, 1]
+    with pytest.raises(ConfigError, match="valid_share is 0.5, but the 2 training rows have one prompt"):
+        held_out([{"prompt": "a"}, {"prompt": "a"}], 0.5, 0)
+
+
+def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
+    rows = [{"prompt": "Who?", "completion": text, "label": label} for text, label in (("a", False), ("b", True))]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
+    assert chosen(load(tmp_path)[0]) == ["b"]
+    assert "1 pairs of rows with one labelled completion (KTO); 1 rows have no partner" in capsys.readouterr().out
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row | {"weight": -1}) for row in rows))
+    with pytest.raises(ConfigError, match=r"train\.jsonl:2: weight is -1"):
+        load(tmp_path)
+
+
+def test_the_layout_is_told_once_with_the_first_row(tmp_path, capsys):
+    row = {"question": "Who?", "chosen": "It is Lima.", "rejected": "Paris. " * 30, "id": 7}
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    load(tmp_path)
+    said = capsys.readouterr().out
+    assert said == (
+        f"{tmp_path}/train.jsonl: rows are read as question, chosen, rejected; not read: id; first prompt "
+        r"'<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n'; first chosen 'It is Lima.<|im_end|>\n'; "
+        r"first rejected 'Paris. Paris. Paris. Paris. P ... s. Paris. Paris. <|im_end|>\n'."
+        "\n"
+    )

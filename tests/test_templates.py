@@ -1,0 +1,413 @@
+"""Rows of every kind under twelve families' chat templates, each with the text that it must become.
+
+The expected texts are written by hand from what each family's models read and write; `templates.py` has the templates.
+"""
+
+import pytest
+import templates
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_lm.tuner.datasets import PreferenceDataset
+from mlx_lm.tuner.preference.options import ConfigError
+
+USER = {"role": "user", "content": "Who?"}
+ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
+LIMA, PARIS = ({"role": "assistant", "content": text} for text in ("It is Lima.", "Paris."))
+FUNCTION = {"name": "look", "arguments": '{"at": "Peru"}'}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "c1", "function": FUNCTION}]}
+RESULT = {"role": "tool", "content": "Snow", "tool_call_id": "c1"}
+TOOLS = [{"name": "look"}]
+WRITTEN = '[{"name": "look"}]'
+
+# The prompt of one user's turn, and an answer without reasoning behind it.
+PLAIN = {
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{}<|eot_id|>",
+    ),
+    "qwen25": (
+        "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
+        "{}<|im_end|>",
+    ),
+    "qwen3": ("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n{}<|im_end|>"),
+    "qwen35": (
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        "\n</think>\n\n{}<|im_end|>",
+    ),
+    "gemma": ("<bos><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n", "{}<end_of_turn>"),
+    "phi3": ("<|user|>\nWho?<|end|>\n<|assistant|>\n", "{}<|end|>"),
+    "mistral": ("<s>[INST]Who?[/INST]", " {}</s>"),
+    "deepseek": ("<|begin|><|User|>Who?<|Assistant|><think>\n", "\n</think>\n\n{}<|end|>"),
+    "gpt_oss": (
+        "<|start|>system<|message|>You are a model.<|end|><|start|>user<|message|>Who?<|end|><|start|>assistant",
+        "<|channel|>final<|message|>{}<|return|>",
+    ),
+    "glm": ("[gMASK]<sop><|user|>\nWho?<|assistant|>", "\n<think></think>\n{}<|endoftext|>"),
+    "nemotron": (
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        "</think>{}<|im_end|>",
+    ),
+    "smollm": (
+        "<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
+        "{}<|im_end|>",
+    ),
+}
+FAMILIES = tuple(PLAIN)
+
+# Rows that say the same as ROW.
+SAME = {
+    "roles of others": {
+        "prompt": [{"role": "Human", "content": "Who?"}],
+        "chosen": [{"role": "gpt", "content": "It is Lima."}],
+        "rejected": [{"role": "model", "content": "Paris."}],
+    },
+    "from and value": {
+        "conversations": [{"from": "human", "value": "Who?"}],
+        "chosen": {"from": "bot", "value": "It is Lima."},
+        "rejected": {"from": "gpt", "value": "Paris."},
+    },
+    "a question": {"question": "Who?", "chosen": "It is Lima.", "rejected": "Paris.", "system": ""},
+    "lists in JSON strings": {
+        "prompt": '[{"role": "user", "content": "Who?"}]',
+        "chosen": '[{"role": "assistant", "content": "It is Lima."}]',
+        "rejected": "[{'role': 'assistant', 'content': 'Paris.'}]",
+    },
+    "transcripts": {
+        "chosen": "\n\nHuman: Who?\n\nAssistant: It is Lima.",
+        "rejected": "\n\nHuman: Who?\n\nAssistant: Paris.",
+    },
+    "a transcript for a prompt": ROW | {"prompt": "\n\nHuman: Who?\n\nAssistant:"},
+}
+
+
+def texts(family, row, **options):
+    """The texts of a row's prompt and responses, from its tokens."""
+    tokenizer = templates.tokenizer(family)
+    pair = PreferenceDataset([row], tokenizer, **options)[0]
+    return tuple(tokenizer.decode(tokens) for tokens in pair[:3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_and_two_answers(family):
+    prompt, answer = PLAIN[family]
+    assert texts(family, ROW) == (prompt, answer.format("It is Lima."), answer.format("Paris."))
+
+
+@pytest.mark.parametrize("form", SAME)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_forms_are_the_same_tokens(family, form):
+    assert texts(family, SAME[form]) == texts(family, ROW)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_that_repeat_the_question(family):
+    asked = {"prompt": "Who is it then?", "chosen": "It is Lima.", "rejected": "Paris."}
+    repeated = asked | {"chosen": "Who is it then? It is Lima.", "rejected": "Who is it then?\nParis."}
+    assert texts(family, repeated) == texts(family, asked)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_that_both_answers_of_transcripts_begin_with_stay_in_them(family):
+    asked = "\n\nHuman: Who?\n\nAssistant: "
+    row = {"chosen": asked + "It is Lima.", "rejected": asked + "It is Rome."}
+    prompt, answer = PLAIN[family]
+    assert texts(family, row) == (prompt, answer.format("It is Lima."), answer.format("It is Rome."))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_that_are_rendered_already_are_refused(family):
+    prompt, _ = PLAIN[family]
+    with pytest.raises(ConfigError, match="as a chat template writes it, and would go through one again; give"):
+        texts(family, ROW | {"prompt": prompt})
+    both = {key: prompt + ROW[key] for key in ("chosen", "rejected")}
+    with pytest.raises(ConfigError, match="set use_chat_template: false to train strings as they stand"):
+        texts(family, both)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_that_are_rendered_already_are_trained_as_they_stand_where_that_is_asked_for(family):
+    prompt, answer = PLAIN[family]
+    rendered = {"prompt": prompt, "chosen": answer.format("It is Lima."), "rejected": answer.format("Paris.")}
+    assert texts(family, rendered, use_chat_template=False) == tuple(rendered.values())
+
+
+# A call, behind the prompt with its tools, or the sentence of a refusal.
+NO_TOOLS = "does not write tools"
+CALLS = {
+    "llama3": '{"name": "look", "parameters": {"at": "Peru"}}<|eot_id|>',
+    "qwen25": '<tool_call>\n{"name": "look", "arguments": {"at": "Peru"}}\n</tool_call><|im_end|>',
+    "qwen3": '<think>\n\n</think>\n\n<tool_call>\nlook{"at": "Peru"}\n</tool_call><|im_end|>',
+    "qwen35": (
+        "\n</think>\n\n<tool_call>\n<function=look>\n<parameter=at>\nPeru\n</parameter>\n</function>\n</tool_call>"
+        "<|im_end|>"
+    ),
+    "mistral": '[TOOL_CALLS][{"name": "look", "arguments": {"at": "Peru"}}]</s>',
+    "gpt_oss": ' to=functions.look<|channel|>commentary json<|message|>{"at": "Peru"}<|call|>',
+    "glm": (
+        "\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>Peru</arg_value>\n</tool_call>"
+        "<|endoftext|>"
+    ),
+    "nemotron": (
+        "</think><tool_call>\n<function=look>\n<parameter=at>\nPeru\n</parameter>\n</function>\n</tool_call>\n<|im_end|>"
+    ),
+}
+ARGUMENTS = ('{"at": "Peru"}', {"at": "Peru"})
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_with_their_arguments_as_a_string_or_an_object(family, arguments):
+    call = CALL | {"tool_calls": [{"function": {"name": "look", "arguments": arguments}}]}
+    row = ROW | {"chosen": [call], "tools": TOOLS}
+    if family in CALLS:
+        prompt, chosen, _ = texts(family, row)
+        assert chosen == CALLS[family]
+        assert WRITTEN in prompt
+    else:
+        with pytest.raises(ConfigError, match=NO_TOOLS):
+            texts(family, row)
+
+
+def test_calls_of_a_template_that_needs_the_string():
+    expected = '\n</think>\n\n<|call|>look\n```json\n{"at": "Peru"}\n```<|end|>'
+    for arguments in ARGUMENTS:
+        call = CALL | {"tool_calls": [{"function": {"name": "look", "arguments": arguments}}]}
+        assert texts("deepseek", ROW | {"chosen": [call]})[1] == expected
+
+
+def test_calls_that_a_template_writes_as_python_does_get_the_string():
+    template = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}
+{%- for call in m.tool_calls or [] %}{{ call.function.name }}: {{ call.function.arguments }}{% endfor %}
+{{- '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+    tokenizer = templates.chat_tokenizers.with_template(templates.tokenizer("smollm"), template)
+    chosen = PreferenceDataset([ROW | {"chosen": [CALL]}], tokenizer)[0].chosen
+    assert tokenizer.decode(chosen) == 'look: {"at": "Peru"}<|im_end|>'
+
+
+# What stands between the user's turn and the generation prompt: a call in the prompt, and its result.
+CALLED = {
+    "llama3": (
+        '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "look", "parameters": {"at": "Peru"}}<|eot_id|>'
+        "<|start_header_id|>ipython<|end_header_id|>\n\nSnow<|eot_id|>"
+    ),
+    "qwen25": (
+        '<|im_start|>assistant\n<tool_call>\n{"name": "look", "arguments": {"at": "Peru"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\nSnow\n</tool_response><|im_end|>\n"
+    ),
+    "qwen3": (
+        '<|im_start|>assistant\n<tool_call>\nlook{"at": "Peru"}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>Snow</tool_response><|im_end|>\n"
+    ),
+    "qwen35": (
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n<tool_call>\n<function=look>\n<parameter=at>\nPeru\n</parameter>\n"
+        "</function>\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\nSnow\n</tool_response><|im_end|>\n"
+    ),
+    "mistral": '[TOOL_CALLS][{"name": "look", "arguments": {"at": "Peru"}}]</s>[TOOL_RESULTS]{"content": "Snow"}'
+    "[/TOOL_RESULTS]",
+    "gpt_oss": (
+        '<|start|>assistant to=functions.look<|channel|>commentary json<|message|>{"at": "Peru"}<|call|>'
+        '<|start|>functions to=assistant<|message|>"Snow"<|end|>'
+    ),
+    "glm": (
+        "<|assistant|>\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>Peru</arg_value>\n</tool_call>"
+        "<|observation|>\n<tool_response>Snow</tool_response>"
+    ),
+    "nemotron": (
+        "<|im_start|>assistant\n<think></think><tool_call>\n<function=look>\n<parameter=at>\nPeru\n</parameter>\n"
+        "</function>\n</tool_call>\n<|im_end|>\n<|im_start|>user\n<tool_response>\nSnow\n</tool_response>\n<|im_end|>\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_results_and_tools_in_the_prompt(family):
+    row = ROW | {"prompt": [USER, CALL, RESULT], "tools": TOOLS}
+    if family in CALLED:
+        prompt, chosen, _ = texts(family, row)
+        assert CALLED[family] in prompt and WRITTEN in prompt
+        assert chosen == PLAIN[family][1].format("It is Lima.")
+    else:
+        with pytest.raises(ConfigError, match=NO_TOOLS + "|roles must alternate"):
+            texts(family, row)
+
+
+def test_calls_and_results_that_a_template_leaves_out_of_the_prompt_are_refused():
+    for messages, sentence in (
+        ([USER, CALL, USER], "does not write the call of the tool look in the prompt"),
+        ([USER, LIMA, RESULT], "does not write the result of a tool"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            texts("phi3", ROW | {"prompt": messages})
+
+
+# Reasoning given in a key of its own; where the model has none, the row is refused.
+NO_REASONING = "does not write reasoning_content"
+REASONED = {
+    "qwen3": "<think>\nPeru.\n</think>\n\nIt is Lima.<|im_end|>",
+    "qwen35": "Peru.\n</think>\n\nIt is Lima.<|im_end|>",
+    "deepseek": "Peru.\n</think>\n\nIt is Lima.<|end|>",
+    "gpt_oss": (
+        "<|channel|>analysis<|message|>Peru.<|end|><|start|>assistant<|channel|>final<|message|>It is Lima.<|return|>"
+    ),
+    "glm": "\n<think>Peru.</think>\nIt is Lima.<|endoftext|>",
+    "nemotron": "Peru.\n</think>\nIt is Lima.<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reasoning_in_a_key_of_its_own(family, key):
+    row = ROW | {"chosen": [LIMA | {key: "Peru."}], "rejected": [LIMA | {key: "France."}]}
+    if family in REASONED:
+        _, chosen, rejected = texts(family, row)
+        assert chosen == REASONED[family]
+        assert rejected == REASONED[family].replace("Peru.", "France.")
+    else:
+        with pytest.raises(ConfigError, match=NO_REASONING):
+            texts(family, row)
+
+
+# Reasoning in the content: whole, cut off, and from within; the other response has none.
+THOUGHTS = {
+    "qwen3": ("<think>\nPeru.\n</think>\n\nIt is Lima.<|im_end|>", "<think>\nPeru is a<|im_end|>"),
+    "qwen35": ("Peru.\n</think>\n\nIt is Lima.<|im_end|>", "Peru is a<|im_end|>"),
+    "deepseek": ("Peru.\n</think>\n\nIt is Lima.<|end|>", "Peru is a<|end|>"),
+    "glm": ("\n<think>Peru.</think>\nIt is Lima.<|endoftext|>", "\n<think>\nPeru is a<|endoftext|>"),
+    "nemotron": ("Peru.\n</think>\n\nIt is Lima.<|im_end|>", "Peru is a<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("family", THOUGHTS)
+def test_reasoning_in_the_content(family):
+    whole, cut = THOUGHTS[family]
+    for content, expected in (
+        ("<think>\nPeru.\n</think>\n\nIt is Lima.", whole),
+        ("Peru.\n</think>\n\nIt is Lima.", whole),
+        ("<think>\nPeru is a", cut),
+    ):
+        for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            row = ROW | {key: content, other: "Paris."}
+            found = dict(zip(("prompt", "chosen", "rejected"), texts(family, row), strict=True))
+            assert found["prompt"] == PLAIN[family][0]
+            assert found[key] == expected
+            assert found[other] == PLAIN[family][1].format("Paris.")
+
+
+@pytest.mark.parametrize("family", THOUGHTS)
+def test_reasoning_before_further_turns(family):
+    tokenizer = templates.tokenizer(family)
+    content = "<think>\nPeru.\n</think>\n\nIt is Lima."
+    turns = [LIMA | {"content": content}, {"role": "user", "content": "Sure?"}, LIMA | {"content": "Yes."}]
+    pair = PreferenceDataset([ROW | {"chosen": turns}], tokenizer)[0]
+    assert tokenizer.decode(pair.prompt) == PLAIN[family][0]
+    ((start, stop),), _ = pair.unscored
+    first = THOUGHTS[family][0].removesuffix("<|endoftext|>")
+    if family == "glm":
+        # The template drops the thought here; the row's own text of it takes its place.
+        first = "\n" + content
+    assert tokenizer.decode(pair.chosen[:start]) == first
+    assert "Sure?" in tokenizer.decode(pair.chosen[start:stop])
+    assert "Yes." in tokenizer.decode(pair.chosen[stop:])
+
+
+def test_an_empty_thought_in_the_content_is_the_one_that_stands_for_none():
+    for family in ("qwen3", "qwen35", "deepseek"):
+        row = ROW | {"chosen": "<think>\n\n</think>\n\nIt is Lima."}
+        assert texts(family, row) == texts(family, ROW)
+
+
+# A conversation within a response: what is between the model's turns is not scored.
+BETWEEN = {
+    "llama3": (
+        "<|start_header_id|>ipython<|end_header_id|>\n\nSnow<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "qwen25": "\n<|im_start|>user\n<tool_response>\nSnow\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+    "qwen3": "\n<|im_start|>user\n<tool_response>Snow</tool_response><|im_end|>\n<|im_start|>assistant\n",
+    # Two line ends are one token, of which the generation prompt has the first.
+    "qwen35": (
+        "\n<|im_start|>user\n<tool_response>\nSnow\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n"
+    ),
+    "mistral": '[TOOL_RESULTS]{"content": "Snow"}[/TOOL_RESULTS]',
+    "gpt_oss": '<|start|>functions to=assistant<|message|>"Snow"<|end|><|start|>assistant',
+    "glm": "<|observation|>\n<tool_response>Snow</tool_response><|assistant|>",
+    "nemotron": "\n<|im_start|>user\n<tool_response>\nSnow\n</tool_response>\n<|im_end|>\n<|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("family", BETWEEN)
+def test_turns_of_others_within_a_response_are_not_scored(family):
+    tokenizer = templates.tokenizer(family)
+    row = ROW | {"chosen": [CALL, RESULT, LIMA], "tools": TOOLS}
+    pair = PreferenceDataset([row], tokenizer)[0]
+    ((start, stop),), of_rejected = pair.unscored
+    assert tokenizer.decode(pair.chosen[start:stop]) == BETWEEN[family]
+    assert of_rejected == ()
+    call = CALLS[family].removesuffix("<|endoftext|>")
+    if family == "qwen3":
+        # An empty thought stands in the last turn only.
+        call = call.removeprefix("<think>\n\n</think>\n\n")
+    assert tokenizer.decode(pair.chosen[:start]) == call
+    everything = PreferenceDataset([row], tokenizer, score="all")[0]
+    assert everything == pair._replace(unscored=())
+
+
+def test_unscored_turns_are_cut_with_their_response():
+    tokenizer = templates.tokenizer("qwen25")
+    more = [LIMA, {"role": "user", "content": "Sure? " * 9}, PARIS]
+    whole = PreferenceDataset([ROW | {"chosen": more}], tokenizer)[0]
+    ((start, stop),), _ = whole.unscored
+    cut = PreferenceDataset([ROW | {"chosen": more}], tokenizer, max_seq_length=start + 4)[0]
+    assert len(cut.prompt) == 1 and len(cut.chosen) == start + 3
+    assert cut.unscored == (((start, start + 3),), ())
+    assert stop > start + 3
+
+
+def test_reasoning_that_a_closed_thought_leaves_out_is_told(capsys):
+    off = {"enable_thinking": False}
+    row = ROW | {"chosen": "<think>\nPeru.\n</think>\n\nIt is Lima."}
+    assert texts("qwen35", row, chat_template_kwargs=off)[1] == "It is Lima.<|im_end|>"
+    assert "in 1 of 1 rows the chat template leaves reasoning out of responses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("earlier", [LIMA | {"content": "<think>\nHm.\n</think>\n\nYes."}, LIMA | {"thinking": "Hm."}])
+def test_reasoning_of_earlier_turns_that_is_left_out_is_told(earlier, capsys):
+    prompt, *_ = texts("qwen3", ROW | {"prompt": [USER, earlier, USER]})
+    assert "Hm." not in prompt
+    assert "in 1 of 1 rows the chat template leaves the reasoning of earlier turns out" in capsys.readouterr().out
+
+
+def test_a_template_that_loses_a_message_is_refused():
+    silent = """{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"""
+    tokenizer = templates.chat_tokenizers.with_template(templates.tokenizer("smollm"), silent)
+    with pytest.raises(ConfigError, match="does not write what the response's first message holds"):
+        PreferenceDataset([ROW], tokenizer)
+    with pytest.raises(ConfigError, match="does not write the system message of the prompt .'Be brief.'."):
+        answers = silent.replace("m.role == 'user'", "m.role != 'system'")
+        PreferenceDataset([ROW | {"system": "Be brief."}], templates.chat_tokenizers.with_template(tokenizer, answers))
+
+
+WORDS = st.text(st.sampled_from("ab \n.é"), min_size=1, max_size=12).filter(lambda text: text.strip())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(family=st.sampled_from(FAMILIES), asked=WORDS, answers=st.tuples(WORDS, WORDS), turns=st.integers(0, 2))
+def test_invariants(family, asked, answers, turns):
+    """The prompt is what the model is given, the responses hold their answers, and BOS and EOS stand once."""
+    if answers[0].strip() == answers[1].strip():
+        return
+    tokenizer = templates.tokenizer(family)
+    messages = [USER, LIMA] * turns + [{"role": "user", "content": asked}]
+    pair = PreferenceDataset([{"prompt": messages, "chosen": answers[0], "rejected": answers[1]}], tokenizer)[0]
+    given_text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(pair.prompt) == given_text
+    assert pair.unscored == ()
+    for response, answer in zip((pair.chosen, pair.rejected), answers, strict=True):
+        assert answer.strip() in tokenizer.decode(response)
+        ends = [token in tokenizer.eos_token_ids for token in response]
+        assert ends[-1] and sum(ends) == 1
+        if tokenizer.bos_token_id not in (None, tokenizer.convert_tokens_to_ids("<|im_start|>")):
+            assert (pair.prompt + response).count(tokenizer.bos_token_id) == 1
+    swapped = {"prompt": messages, "chosen": answers[1], "rejected": answers[0]}
+    assert PreferenceDataset([swapped], tokenizer)[0][:3] == (pair.prompt, pair.rejected, pair.chosen)
