@@ -304,7 +304,9 @@ class TestValues:
         command.refused("the configuration file .*config.yaml", text=text)
 
     def test_a_tag_that_yaml_cannot_make(self, command):
-        command.refused("the configuration file cannot be read: could not determine a constructor", text="a: !b c")
+        command.refused(
+            "config.yaml:1: the value of a cannot be read .could not determine a constructor", text="a: !b c"
+        )
 
     def test_a_missing_configuration_file(self, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "-c", "nothing.yaml"])

@@ -53,6 +53,12 @@ for name, options in RUNS.items():
     if name == "plain" and world.rank() == 1:
         # Workers of several machines keep caches of their own, and one may be gone.
         assert not Path(cache).exists()
+try:
+    short_run(tiny_llama(), PAIRS, folder / "plain", batch_size=4, iters=3 + world.rank())
+except ValueError as error:
+    assert "the workers were given different configurations or data" in str(error)
+else:
+    raise AssertionError("different workers trained")
 print("done")
 """
 

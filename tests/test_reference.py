@@ -460,6 +460,7 @@ DAMAGES = {
     "no archive": lambda path: path.write_text("something else"),
     "another archive": lambda path: np.savez(path, other=np.zeros(3)),
     "pickled": lambda path: np.savez(path, keys=np.array([{}], object), values=np.zeros(1), digest=np.zeros(1)),
+    "a bomb": lambda path: np.savez_compressed(path, keys=np.zeros((10**6, 16), np.uint8)),
     "a value changed": lambda path: rewritten(path, values=lambda values: values + np.float32(1e-3)),
     "values exchanged": lambda path: rewritten(path, values=lambda values: values[::-1]),
     "a row lost": lambda path: rewritten(path, keys=lambda keys: keys[1:]),

@@ -131,7 +131,10 @@ def check_config(args):
         ConfigError: a value of a wrong type or out of range, or settings that exclude each other.
     """
     for option in UPSTREAM_OPTIONS + OPTIONS:
-        setattr(args, option.name, option.check(getattr(args, option.name)))
+        value = option.check(getattr(args, option.name))
+        # Nothing stands for the default, as in a configuration file; a loss's own depends on the loss.
+        unset = value is None and option not in LOSS_OPTIONS
+        setattr(args, option.name, option.default if unset else value)
     for key in PATHS:
         setattr(args, key, _at_home(key, getattr(args, key)))
     args.reference_model, args.resume_adapter_file = args.reference_model or None, args.resume_adapter_file or None

@@ -39,13 +39,14 @@ def replace_files(*files):
             temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             written.append((temporary, path))
-            with open(descriptor, "wb") as file:
-                try:
+            try:
+                with open(descriptor, "wb") as file:
                     write(file)
                     file.flush()
                     os.fsync(descriptor)
-                except (RuntimeError, OSError) as error:
-                    raise OSError(f"{path} cannot be written: {error}") from error
+            except (RuntimeError, OSError) as error:
+                # Closing the file fails once more where the disk is full.
+                raise OSError(f"{path} cannot be written: {error}") from error
         for temporary, path in written:
             os.replace(temporary, path)
     finally:

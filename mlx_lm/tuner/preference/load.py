@@ -191,9 +191,14 @@ def read_adapter_config(adapter_path):
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{told}, but {path} cannot be read ({error}); it needs {ADAPTER_FILES}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{told}, but its {path.name} cannot be read ({reason}); it needs {ADAPTER_FILES}."
+        ) from error
     if not isinstance(config, dict) or not {"num_layers", "lora_parameters"} <= set(config):
-        raise ConfigError(f"{told}, but {path} does not hold num_layers and lora_parameters; it needs {ADAPTER_FILES}.")
+        raise ConfigError(
+            f"{told}, but its {path.name} does not hold num_layers and lora_parameters; it needs {ADAPTER_FILES}."
+        )
     if config.get("fine_tune_type") != "full":
         try:
             check_lora(config["lora_parameters"])

@@ -156,7 +156,7 @@ def size(value):
     Raises:
         ConfigError: it is neither.
     """
-    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*([MG]B?)?", str(value).strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,18}|\d{0,18}\.\d{1,18})\s*([MG]B?)?", str(value).strip(), re.IGNORECASE | re.ASCII)
     if found is None or isinstance(value, (bool, float)):
         raise ConfigError(f"clear_cache_threshold is {value!r}; it must be bytes, such as 2000000000, 500MB or 2GB.")
     return int(float(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[(found[2] or "").upper().rstrip("B")])

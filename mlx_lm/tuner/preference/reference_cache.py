@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,6 +89,11 @@ class Cache:
     def read(self):
         """`{row key: (4,) float32}`; empty where the entry is missing, damaged or not of this fingerprint."""
         try:
+            # What is written is not compressed: an archive that unpacks to more than itself is not one of ours.
+            with zipfile.ZipFile(self.path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > self.path.stat().st_size:
+                raise ValueError(f"it would unpack to {unpacked} bytes")
             with np.load(self.path, allow_pickle=False) as entry:
                 keys, values, digest = entry["keys"], entry["values"], entry["digest"].tobytes()
         except FileNotFoundError:

@@ -73,6 +73,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
+    refuse_different_workers(vars(args) | settings)
     state = None
     if args.resume is True or (args.resume and has_state(folder)):
         # One that does not fit is told before the reference pass, which may be long.
@@ -262,6 +263,26 @@ def _refresh(scorer, schedule, logps, progress, args):
         steps = args.reference_update_steps * args.grad_accumulation_steps
         rows = schedule.visited(progress.iteration + 1, min(progress.iteration + steps, args.iters))
         logps.take(Reference(scorer, args.reference_batch_size), rows)
+
+
+def refuse_different_workers(settings):
+    """Check that all workers are to do the same.
+
+    Args:
+        settings: names and values; those of files of a worker's own are not compared.
+
+    Raises:
+        ConfigError: on every worker, where one has other settings or other data.
+    """
+    if mx.distributed.init().size() == 1:
+        return
+    own = {name: str(value) for name, value in settings.items() if name not in ("adapter_file", "reference_cache")}
+    digest = hashlib.blake2b(repr(sorted(own.items())).encode(), digest_size=8).digest()
+    digests = mx.distributed.all_gather(mx.array(np.frombuffer(digest, np.uint32))[None])
+    if (digests != digests[:1]).any().item():
+        raise ConfigError(
+            "the workers were given different configurations or data; start all of them with the same files and flags."
+        )
 
 
 def check_and_digest(dataset, loss):
