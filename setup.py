@@ -41,11 +41,7 @@ setup(
     extras_require={
         **{backend: [mlx.replace("cpu", backend)] for backend in ("cpu", "cuda12", "cuda13")},
         "train": ["datasets"],
-<<<<<<< HEAD
-        "test": ["hypothesis", "pytest", "setuptools>=70.1"],
-=======
-        "test": ["pytest", "pytest-xdist", "setuptools>=70.1"],
->>>>>>> 8887be80a7e8306b2f20876e0b3b39f77e5d33ea
+        "test": ["hypothesis", "pytest", "pytest-xdist", "setuptools>=70.1"],
     },
     packages=[
         "mlx_lm_dpo",

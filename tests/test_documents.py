@@ -104,12 +104,8 @@ def test_the_two_command_lines_set_themselves_up():
     lines = [line for line in shell_lines() if line.startswith("python3 -m venv .venv && ")]
     assert [line.rpartition(" -m ")[2].split()[0] for line in lines] == ["mlx_lm.lora", "pytest"] * 2
     asked = (ROOT / "setup.py").read_text()
-<<<<<<< HEAD
-    assert '"test": ["hypothesis", "pytest", "setuptools>=70.1"]' in asked and 'pytest "setuptools>=70.1"' in lines[1]
-=======
-    assert '"test": ["pytest", "pytest-xdist", "setuptools>=70.1"]' in asked
-    assert 'pytest pytest-xdist "setuptools>=70.1"' in lines[1]
->>>>>>> 8887be80a7e8306b2f20876e0b3b39f77e5d33ea
+    assert '"test": ["hypothesis", "pytest", "pytest-xdist", "setuptools>=70.1"]' in asked
+    assert 'pytest pytest-xdist hypothesis "setuptools>=70.1"' in lines[1]
     extras = set(re.findall(r'"\.\[([\w,]+)\]"', README))
     assert {part for extra in extras for part in extra.split(",")} <= {"cpu", "cuda12", "cuda13", "test", "train"}
 
