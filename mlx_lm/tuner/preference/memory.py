@@ -65,9 +65,14 @@ def _limit_for(work, growth):
 
 
 def trim_cache(threshold=0):
-    """Give back what MLX keeps for later arrays, where that is more than `threshold` bytes, or without one, much."""
+    """Give back what MLX keeps for later arrays, where that is more than `threshold` bytes, or without one, much.
+
+    On CUDA all of it: arrays of one shape of batch fit no other, and what is freed in the midst of a step can be used
+    again only after the device has caught up, so that the process came to hold twice what its arrays took.
+    """
     if threshold:
-        if mx.get_cache_memory() > threshold:
-            mx.clear_cache()
-    elif mx.get_active_memory() + mx.get_cache_memory() > MOST_HELD * mx.get_peak_memory():
+        much = mx.get_cache_memory() > threshold
+    else:
+        much = on_cuda() or mx.get_active_memory() + mx.get_cache_memory() > MOST_HELD * mx.get_peak_memory()
+    if much:
         mx.clear_cache()
