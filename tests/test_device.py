@@ -18,7 +18,7 @@ from plain_pass import make_pairs
 from mlx_lm.tuner.preference.attention import PackedCache, Window, attention, gathered, make_layout, on_cuda
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.memory import measure_step
+from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import Objective, Step
 
@@ -206,15 +206,14 @@ def test_a_step_stays_within_the_limit_that_was_measured():
     mx.eval(layers.parameters(), x)
     usual = mx.set_memory_limit(0)
     mx.set_memory_limit(usual)
-    try:
+    with bounded_memory() as evaluate:
         mx.reset_peak_memory()
         resting = mx.get_active_memory()
-        measure_step(layers(x).sum(), 100, 100)
+        evaluate(layers(x).sum())
         need = mx.get_peak_memory() - resting
         # Two activations of 32 MB at a time, and some room.
         assert 2 * 2**25 <= need < 6 * 2**25
         mx.reset_peak_memory()
-        mx.eval(layers(x).sum())
+        evaluate(layers(x).sum())
         assert mx.get_peak_memory() - resting < 1.5 * need
-    finally:
-        mx.set_memory_limit(usual)
+    assert mx.set_memory_limit(usual) == usual

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_lm.tuner.preference import memory as module
-from mlx_lm.tuner.preference.memory import MOST_HELD, SLACK, measure_step, trim_cache
+from mlx_lm.tuner.preference.memory import MOST_HELD, SLACK, bounded_memory, peak_memory, trim_cache
 
 MEGABYTE = 2**20
 
@@ -42,44 +42,54 @@ def step():
     return mx.ones((2 * MEGABYTE,)).sum()
 
 
-@pytest.mark.parametrize("share", [1, 3])
-def test_the_largest_step_gets_what_a_measured_one_needs_in_proportion(limits, share):
+@pytest.mark.parametrize("growth", [1.0, 3.0, 0.5])
+def test_what_the_first_evaluation_needs_is_the_limit_of_the_others(limits, usual, growth):
     # Megabytes that lie there before, and that the step has no part in.
     kept = mx.zeros((4 * MEGABYTE,))
     kept[0].item()
     resting = mx.get_active_memory()
-    mx.reset_peak_memory()
-    measure_step(step(), 100, share * 100)
-    assert limits == [0]  # nothing is held for longer than needed while it is measured
-    need = share * 8 * MEGABYTE
-    assert resting + need <= limit() <= resting + 2 * SLACK * need
+    with bounded_memory() as evaluate:
+        evaluate(step(), growth)
+        assert limits == [0, limit()]  # nothing is held for longer than needed while it is measured
+        need = max(growth, 1.0) * 8 * MEGABYTE
+        assert resting + need <= limit() <= resting + 2 * SLACK * need
+        found = limit()
+        evaluate(step(), 100.0)
+        assert limits[2:] == [found]
+    assert limit() == usual
 
 
-def test_a_smaller_largest_step_gets_as_much_as_the_measured_one(limits):
-    mx.reset_peak_memory()
-    measure_step(step(), 100, 50)
-    assert limit() >= 8 * MEGABYTE
-
-
-def test_what_was_needed_before_is_not_taken_away(limits):
-    mx.reset_peak_memory()
+def test_the_peak_is_of_the_time_before_the_measurement_too(limits):
     before = mx.ones((64 * MEGABYTE // 4,)).sum()
     before.item()
-    measure_step(step(), 100, 100)
-    assert limit() >= 64 * MEGABYTE
+    with bounded_memory() as evaluate:
+        evaluate(step())
+    assert mx.get_peak_memory() < 64 * MEGABYTE <= peak_memory()
 
 
 def test_a_lower_limit_of_the_user_stays(limits):
     mx.set_memory_limit(5 * MEGABYTE)
-    measure_step(step(), 100, 100)
+    with bounded_memory() as evaluate:
+        evaluate(step())
+        assert limit() == 5 * MEGABYTE
     assert limit() == 5 * MEGABYTE
 
 
 @pytest.mark.skipif(module.on_cuda(), reason="it is limited there")
 def test_elsewhere_nothing_is_limited(usual):
     work = step()
-    measure_step(work, 100, 1000)
-    assert limit() == usual and work.item() == 2 * MEGABYTE
+    with bounded_memory() as evaluate:
+        evaluate(work, 10.0)
+        assert limit() == usual and work.item() == 2 * MEGABYTE
+
+
+@pytest.mark.parametrize("threshold, cleared", [(10**6, True), (10**12, False)])
+def test_a_threshold_of_the_user_decides(threshold, cleared, monkeypatch):
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 2 * 10**6)
+    found = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: found.append(1))
+    trim_cache(threshold)
+    assert bool(found) == cleared
 
 
 @pytest.mark.parametrize("held, kept", [(MOST_HELD - 0.01, True), (MOST_HELD + 0.01, False)])

@@ -537,8 +537,8 @@ def test_the_folder_keeps_its_size_and_drops_what_was_used_longest_ago(tmp_path)
         Cache(tmp_path, name, 100).write(rows(1000))
         os.utime(tmp_path / f"{name}.npz", (age, age))
     (tmp_path / "results.npz").write_bytes(b"x" * 10**6)
-    (tmp_path / f".{names[0]}.4711.npz").write_bytes(b"x" * 1000)  # left by a process that was stopped
-    os.utime(tmp_path / f".{names[0]}.4711.npz", (0, 0))
+    (tmp_path / f".{names[0]}.npz.{'0a' * 8}.tmp").write_bytes(b"x" * 1000)  # left by a process that was stopped
+    os.utime(tmp_path / f".{names[0]}.npz.{'0a' * 8}.tmp", (0, 0))
     entry = (tmp_path / f"{names[0]}.npz").stat().st_size
     assert Cache(tmp_path, names[0], 100).read()  # in use again: the second is now the oldest
     Cache(tmp_path, names[3], 3.5 * entry / 1e6).write(rows(1000))
@@ -578,8 +578,8 @@ def test_an_interrupted_write_leaves_the_entry_as_it_was(tmp_path, monkeypatch):
     cache = Cache(tmp_path, "f" * 32, 1.0)
     cache.write(rows(5))
 
-    def interrupted(path, **_):
-        Path(path).write_bytes(b"half")
+    def interrupted(file, **_):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(np, "savez", interrupted)
