@@ -136,9 +136,10 @@ def test_an_activation_that_is_computed_again_keeps_nothing_but_its_inputs():
 
 def test_activations_are_computed_again_within_the_context_alone():
     assert qwen3.swiglu is swiglu is activations.swiglu
-    runs, original = [], activations._lean_swiglu
+    name = "_lean_swiglu" if mx.default_device() == mx.gpu else "_swiglu_and_sigmoid"
+    runs, original = [], getattr(activations, name)
     try:
-        activations._lean_swiglu = lambda *arrays: runs.append(1) or original(*arrays)
+        setattr(activations, name, lambda *arrays: runs.append(1) or original(*arrays))
         x = mx.ones((2,))
         with recomputed_activations(), recomputed_activations():
             swiglu(x, x)
@@ -146,8 +147,23 @@ def test_activations_are_computed_again_within_the_context_alone():
             swiglu(x, 1 / 0)
         swiglu(x, x)
     finally:
-        activations._lean_swiglu = original
+        setattr(activations, name, original)
     assert runs == [1]
+
+
+@pytest.mark.parametrize(
+    "lean", [activations._lean_swiglu, lambda *inputs: activations._swiglu_and_sigmoid(*inputs)[0]]
+)
+def test_both_ways_to_keep_little_are_swiglu(lean):
+    """The one of GPUs computes its sigmoid again, the one of CPUs keeps it."""
+    inputs = [mx.random.normal((7, 9), key=mx.random.key(i)) for i in range(2)]
+
+    def total(function):
+        return mx.value_and_grad(lambda *inputs: mx.sin(function(*inputs)).sum(), argnums=(0, 1))
+
+    (found, slopes), (expected, expected_slopes) = (total(function)(*inputs) for function in (lean, swiglu))
+    assert mx.allclose(found, expected, rtol=1e-5)
+    assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(slopes, expected_slopes, strict=True))
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)

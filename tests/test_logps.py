@@ -23,6 +23,7 @@ from plain_pass import (
 )
 
 from mlx_lm.tuner.datasets import Pair
+from mlx_lm.tuner.preference import logps as logps_module
 from mlx_lm.tuner.preference import logps as module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers
@@ -448,3 +449,16 @@ def test_a_step_is_traced_once_for_each_shape():
         return len(runs) - before
 
     assert (taken(PACKED, 3), taken(PLAIN, 2), taken(PACKED, 2)) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("seeds", [logps_module._seeds, logps_module._seeds_on_cpu])
+def test_both_formulas_of_a_devices_head_are_a_softmaxs(seeds):
+    draw = np.random.default_rng(0)
+    logits, targets = draw.normal(size=(6, 300)) * 30, draw.integers(0, 300, (6, 1))
+    shifted = logits - logits.max(-1, keepdims=True)
+    softmax = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    logps, squares, gradient = seeds(mx.array(logits, mx.float32), mx.array(targets), alignment=True)
+    assert np.allclose(logps, np.take_along_axis(np.log(softmax), targets, -1)[:, 0], rtol=1e-5, atol=1e-5)
+    assert np.allclose(squares, np.log((softmax**2).sum(-1)), atol=1e-5)
+    assert np.allclose(gradient, (np.arange(300) == targets) - softmax, atol=1e-5)
+    assert seeds(mx.array(logits, mx.float32), mx.array(targets), alignment=False)[1] is None

@@ -1,4 +1,4 @@
-"""Adds to mlx_lm.models.activations: a `swiglu` of which only the inputs are kept for the backward pass."""
+"""Adds to mlx_lm.models.activations: a `swiglu` of which little is kept for the backward pass."""
 
 from .._upstream import run_upstream
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 _upstream_swiglu = swiglu
-_keeps_inputs_only = False
+_keeps_little = False
 
 
 @mx.custom_function
@@ -27,17 +27,33 @@ def _lean_swiglu_vjp(inputs, cotangent, _):
     return tuple(slopes)
 
 
+@mx.custom_function
+def _swiglu_and_sigmoid(gate, x):
+    sigmoid = mx.sigmoid(gate)
+    return gate * sigmoid * x, sigmoid
+
+
+@_swiglu_and_sigmoid.vjp
+def _swiglu_and_sigmoid_vjp(inputs, cotangents, outputs):
+    (gate, x), (slope, _), (_, sigmoid) = inputs, cotangents, outputs
+    through = slope * sigmoid
+    return through * x * (1 + gate * (1 - sigmoid)), through * gate
+
+
 def swiglu(gate, x):
     """As upstream's, silu(gate) * x."""
-    return _lean_swiglu(gate, x) if _keeps_inputs_only else _upstream_swiglu(gate, x)
+    if not _keeps_little:
+        return _upstream_swiglu(gate, x)
+    # A CPU is slow at the exponentials that would be computed again: it keeps the sigmoid too.
+    return _lean_swiglu(gate, x) if mx.default_device() == mx.gpu else _swiglu_and_sigmoid(gate, x)[0]
 
 
 @contextmanager
 def recomputed_activations():
-    """Within the context, `swiglu` is computed again in the backward pass and keeps nothing but its inputs."""
-    global _keeps_inputs_only
-    before, _keeps_inputs_only = _keeps_inputs_only, True
+    """Within the context, `swiglu` keeps its inputs alone for the backward pass; on a CPU the sigmoid of one, too."""
+    global _keeps_little
+    before, _keeps_little = _keeps_little, True
     try:
         yield
     finally:
-        _keeps_inputs_only = before
+        _keeps_little = before

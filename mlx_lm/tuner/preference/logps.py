@@ -4,6 +4,7 @@ The plain path is `utils.get_batched_logps`. Here the body runs over a packed ba
 head on a bounded chunk of response positions at a time; both are tried on a few tokens when a `Scorer` is made.
 """
 
+import math
 import re
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -317,14 +318,10 @@ class Head:
 
         def logps_and_gradient(states, targets):
             logits = self.logits(states)
-            exact, column = logits.astype(mx.float32), targets[:, None]
-            normalizers = mx.logsumexp(exact, axis=-1, keepdims=True)
-            # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
-            slope = (mx.arange(exact.shape[-1]) == column) - mx.exp(exact - normalizers)
+            seeds = _seeds if mx.default_device() == mx.gpu else _seeds_on_cpu
+            logps, squares, slope = seeds(logits.astype(mx.float32), targets[:, None], alignment)
             _, (gradient,) = mx.vjp(self.logits, [states], [slope.astype(logits.dtype)])
-            logps = (mx.take_along_axis(exact, column, axis=-1) - normalizers).squeeze(-1)
-            squares = [mx.logsumexp(2 * exact, axis=-1) - 2 * normalizers.squeeze(-1)] if alignment else []
-            return [logps, *squares, gradient]
+            return [logps, *([squares] if alignment else []), gradient]
 
         @mx.custom_function
         def logps(states):
@@ -343,6 +340,42 @@ class Head:
         chunks = -(-count // size)
         size = -(-count // chunks)
         return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _seeds(logits, column, alignment):
+    """Logps of the targets, and their gradients with respect to the logits.
+
+    Args:
+        logits: `(N, V)` float32.
+        column: `(N, 1)` int, the targets.
+        alignment: whether log sum_v p(v)^2 is wanted too.
+
+    Returns:
+        `(logps, squares, gradient)`: `(N,)`, `(N,)` or None, and `(N, V)`.
+    """
+    normalizers = mx.logsumexp(logits, axis=-1, keepdims=True)
+    # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
+    gradient = (mx.arange(logits.shape[-1]) == column) - mx.exp(logits - normalizers)
+    logps = (mx.take_along_axis(logits, column, axis=-1) - normalizers).squeeze(-1)
+    squares = mx.logsumexp(2 * logits, axis=-1) - 2 * normalizers.squeeze(-1) if alignment else None
+    return logps, squares, gradient
+
+
+def _seeds_on_cpu(logits, column, alignment):
+    """As `_seeds`, with one exponential a logit in place of two.
+
+    MLX's own takes two to three times as long as libm's pow on CPUs of x86: 55 against 23 ms for 4.2 million.
+    """
+    top = logits.max(axis=-1, keepdims=True)
+    exponentials = mx.power(mx.array(math.e), logits - top)
+    totals = exponentials.sum(axis=-1, keepdims=True)
+    logps = (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1)
+    own = mx.take_along_axis(exponentials, column, axis=-1)
+    gradient = mx.put_along_axis(-exponentials, column, totals - own, axis=-1) / totals
+    squares = None
+    if alignment:
+        squares = mx.log(mx.square(exponentials).sum(axis=-1)) - 2 * mx.log(totals.squeeze(-1))
+    return logps, squares, gradient
 
 
 def tolerance(model):
