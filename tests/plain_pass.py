@@ -1,5 +1,8 @@
 """What a scorer is compared with: upstream's forward pass over whole padded rows, and its gradient."""
 
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -12,6 +15,9 @@ from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import Objective
 from mlx_lm.utils import dpo_loss, get_batched_logps
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from check_gradients import padded_rows  # noqa: E402
 
 BETA = 0.5
 
@@ -38,18 +44,6 @@ def add_lora(model, keys=None, rank=4, dropout=0.0, use_dora=False):
 
 def _nonzero(value):
     return value if value.any() else 0.1 * mx.random.normal(value.shape)
-
-
-def padded_rows(pairs):
-    """`(inputs, targets)` as upstream would run them: `(2B, T)`, -100 where there is no response token."""
-    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in rows) - 1
-    inputs, targets = np.zeros((len(rows), width), np.int32), np.full((len(rows), width), -100, np.int32)
-    for i, (prompt, response) in enumerate(rows):
-        sequence = prompt + response
-        inputs[i, : len(sequence) - 1] = sequence[:-1]
-        targets[i, len(prompt) - 1 : len(sequence) - 1] = response
-    return mx.array(inputs), mx.array(targets)
 
 
 def plain_logps(model, pairs=PAIRS):

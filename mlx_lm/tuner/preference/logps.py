@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ...models.cache import ChunkedKVCache, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from ...utils import token_logps
 from .attention import PackedCache, RowCache, on_cuda
-from .batches import PACKED, PLAIN, make_batch, shape_of
+from .batches import PACKED, PLAIN, make_batch, pair_lengths, shape_of
 from .intercept import drawing_from, evaluating, intercepted, parameters_in
 from .layers import is_float32, layers_of, lean_layers
 from .pairs import Pair
@@ -132,7 +132,7 @@ class Scorer:
 
 
 def _probe_shape(arrangement):
-    return shape_of([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in PROBE], arrangement, to=1)
+    return shape_of([pair_lengths(pair) for pair in PROBE], arrangement, to=1)
 
 
 def _run(model, tokens, cache):
