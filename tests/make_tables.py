@@ -1,4 +1,4 @@
-"""Write what README.md and LORA.md hold of code and of runs, each between two markers that bear its name.
+"""Write what the documents hold of code and of runs, each between two markers that bear its name.
 
     python -m tests.make_tables                 # losses and options: at once
     python -m tests.make_tables example         # the embedded example before and after its run: a minute
@@ -34,7 +34,8 @@ from mlx_lm.tuner.preference.options import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-README, MANUAL = ROOT / "README.md", ROOT / "LORA.md"
+README, MANUAL, BENCHMARKS = (ROOT / name for name in ("README.md", "LORA.md", "BENCHMARKS.md"))
+DOCUMENTS = (README, MANUAL, BENCHMARKS)
 EXAMPLE = ROOT / "mlx_lm" / "examples" / "lora_config.yaml"
 MODEL = "mlx_lm/examples/tiny_chat_model"
 PREFERENCES = ROOT / "mlx_lm" / "examples" / "preferences"
@@ -320,8 +321,8 @@ FROM_CODE = {"losses": (MANUAL, describe_losses), "options": (MANUAL, options_ta
 FROM_RUNS = {
     "example": (README, example_text),
     "rate": (MANUAL, rate_text),
-    "results": (MANUAL, results_table),
-    "memory": (MANUAL, memory_table),
+    "results": (BENCHMARKS, results_table),
+    "memory": (BENCHMARKS, memory_table),
 }
 
 
