@@ -1,12 +1,12 @@
 """Write what the documents hold of code and of runs, each between two markers that bear its name.
 
-    python -m tests.make_tables                 # losses and options: at once
+    python -m tests.make_tables                 # losses, options, keys of other programs: at once
     python -m tests.make_tables example         # the embedded example before and after its run: a minute
     python -m tests.make_tables rate            # the example with a learning rate that is too high: a minute
     python -m tests.make_tables results         # every loss trained on the example: some ten minutes
     python -m tests.make_tables memory          # a training step's memory under several settings: some ten minutes
 
-The tests compare the first two with the code; the others are measurements, which only this script makes. `example`,
+The tests compare the first line's with the code; the others are measurements, which only this script makes. `example`,
 `rate` and `results` are to be made again whenever the example changes.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx_lm.lora
+from mlx_lm.tuner.preference.counterparts import MLX_LM_LORA, TRL
 from mlx_lm.tuner.preference.objective import ALIASES, OPTION, TABLE
 from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
 from mlx_lm.tuner.preference.options import (
@@ -40,6 +41,7 @@ EXAMPLE = ROOT / "mlx_lm" / "examples" / "lora_config.yaml"
 MODEL = "mlx_lm/examples/tiny_chat_model"
 PREFERENCES = ROOT / "mlx_lm" / "examples" / "preferences"
 STEPS = 50
+THEIR_CONFIGS = json.loads((ROOT / "tests" / "golden" / "trl_config.json").read_text())
 
 # What each loss of the table is trained with. sft is no preference loss alone, and discopop's own tau keeps a policy
 # that begins as its reference on the wrong side: LORA.md says why and shows both.
@@ -282,6 +284,38 @@ def options_table(options):
     return markdown_table(("option", "default", "allowed", "meaning"), rows)
 
 
+def trl_table():
+    """TRL's keys: of DPOConfig, and of the classes that `trl dpo` reads besides."""
+    theirs = THEIR_CONFIGS["ModelConfig"] | THEIR_CONFIGS["ScriptArguments"] | THEIR_CONFIGS["DPOConfig"]
+    return counterparts_table("TRL", TRL, theirs)
+
+
+def mlx_lm_lora_table():
+    return counterparts_table("mlx-lm-lora", MLX_LM_LORA, THEIR_CONFIGS["mlx_lm_lora"])
+
+
+def counterparts_table(program, table, theirs):
+    """A table of another program's keys, with the defaults where they differ; `theirs` are that program's."""
+    ours = {**mlx_lm.lora.CONFIG_DEFAULTS, **{option.name: option.default for option in LOSS_OPTIONS}}
+    rows = []
+    for row in table:
+        (name, here), *_ = row.pairs()
+        there = " ".join(f"`{name}`" for name in row.names.split())
+        counterpart = "the same" if row.here == row.names else " ".join(f"`{name}`" for name in row.here.split())
+        rows.append((there, counterpart, two_defaults(theirs.get(name), ours.get(here)), row.differs))
+    return markdown_table((program, "here", "by default there, here", "what differs"), rows)
+
+
+def two_defaults(theirs, ours):
+    """Two programs' defaults, where both are one value and they differ."""
+    alike = theirs == ours or isinstance(theirs, bool) != isinstance(ours, bool) and ours is not None
+    if theirs in (None, "none", False) or isinstance(theirs, (list, dict)) or alike:
+        return ""
+    return ", ".join(
+        "not set" if value is None else f"`{json.dumps(value)}`".replace('"', "") for value in (theirs, ours)
+    )
+
+
 def markdown_table(header, rows):
     """A Markdown table of the strings of `header` and `rows`."""
     lines = [header, ["---"] * len(header), *rows]
@@ -317,7 +351,12 @@ def _place(text, name):
     return found.groups()
 
 
-FROM_CODE = {"losses": (MANUAL, describe_losses), "options": (MANUAL, options_tables)}
+FROM_CODE = {
+    "losses": (MANUAL, describe_losses),
+    "options": (MANUAL, options_tables),
+    "trl": (MANUAL, trl_table),
+    "mlx-lm-lora": (MANUAL, mlx_lm_lora_table),
+}
 FROM_RUNS = {
     "example": (README, example_text),
     "rate": (MANUAL, rate_text),
