@@ -13,7 +13,6 @@ the plain pass itself is below 0.98.
 
 import argparse
 import copy
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -218,10 +217,10 @@ def main():
             f"{min(found):9.6f} {float(np.median(found)):9.6f}"
         )
     if args.out:
-        rows = [{"way": list(way), "cosines": found} for way, found in cosines.items()]
-        Path(args.out).write_text(
-            json.dumps({"model": args.model, "dtype": str(dtype), "device": device, "rows": rows})
-        )
+        from records import keep
+
+        name = str(dtype).removeprefix("mlx.core.")
+        keep(args.out, [{"dtype": name, "way": list(way), "cosines": found} for way, found in cosines.items()])
     if found := wrong(cosines, LEAST[dtype]):
         sys.exit(f"Gradients are wrong on this device: {len(found)} times, {', '.join(sorted(set(found)))}.")
     print("All are right.")
