@@ -20,6 +20,8 @@ from signal import SIGINT
 from types import SimpleNamespace
 
 from .cli_ui import print_header_panel
+from .tuner.callbacks import SUPPORT_CALLBACK
+from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
     OPTIONS,
@@ -44,8 +46,8 @@ from .tuner.preference.load import (
 )
 from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
-from .tuner.preference.objective import loss_of
-from .tuner.preference.options import ConfigError, is_preference, size
+from .tuner.preference.objective import describe_losses, loss_of
+from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, Unset, is_preference, size
 from .tuner.preference.reference import reference_of
 from .tuner.preference.run import train_preference
 from .tuner.preference.step import Objective
@@ -54,20 +56,32 @@ _upstream_build_parser = build_parser
 _upstream_train_model, _upstream_evaluate_model = train_model, evaluate_model
 _upstream_run, _upstream_main = run, main
 
-CONFIG_DEFAULTS |= DEFAULTS
+CONFIG_DEFAULTS |= DEFAULTS | {"iters": Unset(CONFIG_DEFAULTS["iters"])}
 
 
 def build_parser():
-    """Upstream's parser with a flag for each preference option."""
+    """Upstream's parser with a flag for each preference option, and its help in groups."""
     parser = _upstream_build_parser()
     # Upstream's default of this flag would hide the configuration file's value.
     parser.set_defaults(clear_cache_threshold=None)
     for action in parser._actions:
         if action.dest == "clear_cache_threshold":
             action.type = size
-    group = parser.add_argument_group("preference training", "with a loss_type other than sft")
-    for option in OPTIONS:
-        group.add_argument(option.flag, **option.argument())
+        if action.dest == "report_to":
+            action.help = "Where reports are sent to: wandb, swanlab, tensorboard, several with commas, or none."
+    parser.usage = "%(prog)s [-h] [-c FILE] [--OPTION VALUE ...]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    upstreams = [action for action in parser._actions if action.dest not in ("help", "config")]
+    for key, title in GROUPS.items():
+        group = parser.add_argument_group(title, describe_losses() if key == "loss" else None)
+        for option in OPTIONS:
+            if option.group == key:
+                group.add_argument(option.flag, **option.argument())
+    group = parser.add_argument_group(UPSTREAM_GROUP)
+    for action in upstreams:
+        parser._optionals._group_actions.remove(action)
+        group._group_actions.append(action)
+    group.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
     return parser
 
 
@@ -98,9 +112,14 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
     if not is_preference(args.loss_type):
         return _upstream_train_model(args, model, train_set, valid_set, training_callback)
     if args.num_layers > len(model.layers):
-        raise ConfigError(
-            f"num_layers is {args.num_layers}, but the model has {len(model.layers)} layers; -1 takes them all."
+        rprint(
+            f"num_layers is {args.num_layers}, and the model has {len(model.layers)} layers: all of them are trained."
         )
+        args.num_layers = len(model.layers)
+    if args.epochs is not None:
+        epochs, args.epochs = args.epochs, None
+        args.iters = iterations(epochs, len(train_set), args.batch_size)
+        rprint(f"{epochs:g} epochs of {len(train_set)} pairs are {args.iters} iterations.")
     if args.fine_tune_type == "full" and args.resume_adapter_file is not None:
         check_adapter(model, args.resume_adapter_file)
     loss = loss or loss_of(args)
@@ -265,7 +284,7 @@ def _callbacks(args):
         )
     except Exception as error:
         # A service may refuse in any way.
-        told = f"{first_line(error)}; it is a name or names with commas between: wandb, swanlab"
+        told = f"{first_line(error)}; it is a name or names with commas between: {', '.join(SUPPORT_CALLBACK)}; or none"
         raise ConfigError(f"report_to is {args.report_to!r}, which cannot be used: {told}.") from error
 
 

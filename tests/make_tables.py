@@ -23,15 +23,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx_lm.lora
-from mlx_lm.tuner.preference.objective import ALIASES, OPTION, TABLE
-from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.preference.options import (
-    DATA_OPTIONS,
-    REFERENCE_OPTIONS,
-    SAVE_OPTIONS,
-    STEP_OPTIONS,
-    UPSTREAM_OPTIONS,
-)
+from mlx_lm.tuner.preference.check import OPTIONS
+from mlx_lm.tuner.preference.objective import LETTERS, OPTION, TABLE, names_of
+from mlx_lm.tuner.preference.options import GROUPS, UPSTREAM_GROUP, UPSTREAM_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README, MANUAL = ROOT / "README.md", ROOT / "LORA.md"
@@ -53,15 +47,12 @@ def options_tables():
         "`hf_dataset` (an object or a list of them, with `path` and the keys under [Data](#data)) takes the "
         "place of `data`; `chat_template_kwargs` (an object) holds arguments of the chat template for every row."
     )
-    groups = (
-        ("Loss", own_table(LOSS_OPTIONS)),
-        ("Data", own_table(DATA_OPTIONS) + "\n\n" + hub),
-        ("Reference", own_table(REFERENCE_OPTIONS)),
-        ("Step", own_table(STEP_OPTIONS)),
-        ("Saving", own_table(SAVE_OPTIONS)),
-        ("Run (mlx-lm's own keys)", run_table()),
-    )
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in groups)
+    tables = {
+        title: own_table([option for option in OPTIONS if option.group == group]) for group, title in GROUPS.items()
+    }
+    tables["Data"] += "\n\n" + hub
+    tables[UPSTREAM_GROUP] = run_table()
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables.items())
 
 
 def own_table(options):
@@ -250,13 +241,10 @@ def peak_of_step(pairs=4, prompt=192, response=64, layers=30, bits=None, share_p
 
 def describe_losses():
     """The losses as Markdown: what the letters of the formulas mean, then a table with one row a loss."""
-    words = (
-        "Here rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, a gap is chosen minus "
-        "rejected, a mean is over a response's tokens, and eps is `label_smoothing`."
-    )
+    words = LETTERS.replace("label_smoothing", "`label_smoothing`")
     rows = [
         (
-            f"`{loss.name}`" + "".join(f", `{alias}`" for alias, name in ALIASES.items() if name == loss.name),
+            ", ".join(f"`{name}`" for name in names_of(loss)),
             loss.description,
             ", ".join(f"`{name}` ({_parameter_range(loss, name)})" for name in loss.parameters),
             "yes" if loss.needs_reference else "no",

@@ -277,7 +277,8 @@ class TestValues:
             ({"optimizer": "lion"}, "optimizer is 'lion'; it must be a name, one of adam"),
             ({"optimizer_config": {"adam": {"beta1": 0.9}}}, "optimizer_config's adam has beta1 .did you mean betas"),
             ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 0]}}, "lr_schedule is .* cannot be followed"),
-            ({"num_layers": 99}, r"num_layers is 99, but the model has \d layers; -1 takes them all"),
+            ({"epochs": 2}, "epochs is 2 and iters is 3, which both say how long to train; give one of them"),
+            ({"epochs": 0, "iters": ...}, "epochs is 0; it must be a number, > 0"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn.qproj"]}}, r"qproj \(did you mean self_attn.q_proj\?\)"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn"]}}, "cannot be given LoRA adapters .*: Can't convert"),
             ({"report_to": "foo"}, "report_to is 'foo', which cannot be used: foo .* wandb, swanlab"),
@@ -497,6 +498,19 @@ class TestTestAlone:
 
 
 class TestResume:
+    def test_epochs_raised_on_resuming_end_where_a_whole_run_ends(self, command):
+        """Eight pairs in batches of four; num_layers above the model's means all of them, with a note."""
+        epochs = {"iters": ..., "num_layers": 99}
+        done = command(**epochs, epochs=1.5)
+        assert done.status == 0 and "1.5 epochs of 8 pairs are 3 iterations." in done.out, done
+        assert "num_layers is 99, and the model has 3 layers: all of them are trained." in done.out
+        assert command(**epochs, epochs=2, resume=True).status == 0
+        config = json.loads((command.adapters / "adapter_config.json").read_text())
+        assert (config["iters"], config["num_layers"]) == (4, 3)
+        resumed = (command.adapters / "adapters.safetensors").read_bytes()
+        assert command(**epochs, epochs=2).status == 0
+        assert (command.adapters / "adapters.safetensors").read_bytes() == resumed
+
     def test_without_a_checkpoint(self, command):
         command.adapters.mkdir()
         command.refused("resume needs .*checkpoint.safetensors, and there is none; leave resume out", "--resume")

@@ -15,7 +15,7 @@ from ..utils import build_schedule
 from .checkpoint import check_is_file, state_files
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
-from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, nearest
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, Unset, nearest
 
 # What a preference run's configuration adds to upstream's, and what stands where nothing is given. A loss's
 # parameter is None: its default depends on the loss.
@@ -34,8 +34,53 @@ PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_mode
 # of supervised rows.
 FURTHER_KEYS = {"config", "hf_dataset", "chat_template_kwargs"}
 SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
-# Keys of older versions and other programs that are called otherwise here, and are not spelled alike.
-FORMER_KEYS = {"lora_layers": "num_layers"}
+# Keys of older versions and of TRL that are called otherwise here.
+FORMER_KEYS = {
+    "lora_layers": "num_layers",
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "output_dir": "adapter_path",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accumulation_steps",
+    "num_train_epochs": "epochs",
+    "max_steps": "iters",
+    "max_length": "max_seq_length",
+    "max_prompt_length": "max_seq_length",
+    "max_completion_length": "max_seq_length",
+    "gradient_checkpointing": "grad_checkpoint",
+    "logging_steps": "steps_per_report",
+    "eval_steps": "steps_per_eval",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "load_best_model_at_end": "save_best",
+    "metric_for_best_model": "save_best",
+    "resume_from_checkpoint": "resume",
+    "lr_scheduler_type": "lr_schedule",
+    "lr_scheduler_kwargs": "lr_schedule",
+    "warmup_steps": "lr_schedule",
+    "warmup_ratio": "lr_schedule",
+    "optim": "optimizer",
+    "optim_args": "optimizer_config",
+    "adam_beta1": "optimizer_config",
+    "adam_beta2": "optimizer_config",
+    "adam_epsilon": "optimizer_config",
+    "weight_decay": "optimizer_config",
+    "run_name": "project_name",
+    "ref_model": "reference_model",
+    "ref_model_name_or_path": "reference_model",
+    "precompute_ref_batch_size": "reference_batch_size",
+    "sync_ref_model": "reference_update_steps",
+    "ref_model_sync_steps": "reference_update_steps",
+    "torch_compile": "compile",
+    "data_seed": "seed",
+    "r": "lora_parameters",
+    "lora_r": "lora_parameters",
+    "lora_alpha": "lora_parameters",
+    "lora_dropout": "lora_parameters",
+    "lora_target_modules": "lora_parameters",
+    "target_modules": "lora_parameters",
+    "use_dora": "fine_tune_type",
+}
 
 _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
 
@@ -130,6 +175,7 @@ def check_config(args):
     Raises:
         ConfigError: a value of a wrong type or out of range, or settings that exclude each other.
     """
+    iters = args.iters
     for option in UPSTREAM_OPTIONS + OPTIONS:
         value = option.check(getattr(args, option.name))
         # Nothing stands for the default, as in a configuration file; a loss's own depends on the loss.
@@ -142,6 +188,10 @@ def check_config(args):
         (args.loss_type,) = args.loss_type
     if not args.train and not args.test:
         raise ConfigError("there is nothing to do: set train, test or both to true.")
+    if args.epochs is not None and iters is not None and not isinstance(iters, Unset):
+        raise ConfigError(
+            f"epochs is {args.epochs:g} and iters is {args.iters}, which both say how long to train; give one of them."
+        )
     if args.num_layers == 0:
         raise ConfigError("num_layers is 0; it must be the number of layers to train, counted from the last, or -1.")
     if args.test and args.test_batches == 0:

@@ -132,6 +132,10 @@ class Option:
         return self.kind(value)
 
 
+class Unset(int):
+    """A number that stands where nobody gave one, told from the same number given."""
+
+
 class _Switch(argparse.Action):
     """`--flag`, `--no-flag`, and `--flag WORD` for the words of an option that takes some."""
 
@@ -145,6 +149,16 @@ class _Switch(argparse.Action):
             parser.error(f"argument {option_string}: ignored explicit argument {value!r}")
         setattr(namespace, self.dest, value or not off)
 
+
+# The options' groups, in the order of `--help` and LORA.md.
+GROUPS = {
+    "loss": "Loss",
+    "data": "Data",
+    "reference": "Reference",
+    "step": "Step",
+    "save": "Saving",
+}
+UPSTREAM_GROUP = "Run (mlx-lm's own keys)"
 
 LARGEST = sys.float_info.max
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
@@ -253,6 +267,15 @@ REFERENCE_OPTIONS = (
 )
 
 STEP_OPTIONS = (
+    Option(
+        "epochs",
+        None,
+        float,
+        "Train on all pairs so many times, in place of iters",
+        low=0,
+        open=("low",),
+        group="step",
+    ),
     Option(
         "share_prompt",
         True,
@@ -397,7 +420,13 @@ UPSTREAM_OPTIONS = (
     Option("steps_per_eval", 200, int, "batches from one validation to the next", low=1),
     Option("save_every", 100, int, "batches from one checkpoint to the next", low=1),
     Option("resume_adapter_file", None, str, "adapters to start from; they belong to the reference"),
-    Option("report_to", None, str, "send the reports there too", allowed="wandb, swanlab, or both with a comma"),
+    Option(
+        "report_to",
+        None,
+        str,
+        "send the reports there too",
+        allowed="wandb, swanlab, tensorboard, several with commas, or none",
+    ),
     Option("project_name", None, str, "the project's name there"),
     Option("trust_remote_code", False, bool, "run code that comes with the model or tokenizer"),
     Option("mask_prompt", False, bool, "not read in preference training, which scores responses only"),
