@@ -33,16 +33,19 @@ from .tuner.preference.check import (
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
-from .tuner.preference.evaluation import evaluate_preference, evaluated_rows
+from .tuner.preference.evaluation import evaluated_rows
 from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
 from .tuner.preference.load import (
     add_adapters,
+    adopt_loss,
     check_tokens,
     check_trainable,
+    is_none,
     load_named,
     load_start,
     load_trained,
     read_adapter_config,
+    refuse_other_start,
 )
 from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
@@ -50,6 +53,7 @@ from .tuner.preference.objective import describe_losses, loss_of
 from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, Unset, is_preference, size
 from .tuner.preference.reference import reference_of
 from .tuner.preference.run import train_preference
+from .tuner.preference.scores import compared, described, score, write_predictions
 from .tuner.preference.step import Objective
 
 _upstream_build_parser = build_parser
@@ -179,23 +183,25 @@ def _reference(args, scorer, tokenizer, datasets):
     return reference
 
 
-def evaluate_model(args, model, test_set, objective=None, reference=None):
-    """Print the test set's loss, and with a preference loss rewards, accuracy and margin.
+def evaluate_model(args, model, test_set, objective=None, reference=None, base=None):
+    """Print the test set's loss, and with a preference loss what `scores.described` says; write `predictions`.
 
     Args:
         args, model, test_set: as upstream's.
         objective, reference: with a preference loss, what `train_model` returned.
+        base: the reference's `Scorer`, by default the policy without its adapters.
+
+    Returns:
+        With a preference loss the means of FIGURES.
     """
     if not is_preference(args.loss_type):
         return _upstream_evaluate_model(args, model, test_set)
-    figures = evaluate_preference(objective, test_set, args, args.batch_size, args.test_batches, reference)
-    rprint(
-        f"Test loss {figures['loss']:.3f}, reward accuracy {figures['rewards/accuracies']:.3f}, "
-        f"margin {figures['rewards/margins']:+.3f}, chosen {figures['rewards/chosen']:+.3f}, "
-        f"rejected {figures['rewards/rejected']:+.3f} "
-        f"({len(evaluated_rows(test_set, args.batch_size, args.test_batches))} pairs)."
-    )
-    return figures
+    found = score(objective, test_set, args, reference, base)
+    rprint(described(found))
+    if args.predictions is not None:
+        write_predictions(args.predictions, found)
+        rprint(f"What each of the {len(found.places)} pairs was given is in {args.predictions}.")
+    return found.means
 
 
 def run(args, training_callback=None):
@@ -208,6 +214,7 @@ def run(args, training_callback=None):
     Raises:
         ConfigError: a user's mistake; nothing saved before is touched.
     """
+    adopt_loss(args)
     preference = is_preference(args.loss_type)
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
     if not preference:
@@ -231,12 +238,15 @@ def run(args, training_callback=None):
 
 def _run(args, loss, training_callback):
     np.random.seed(args.seed)
-    training_callback = _callbacks(args) or training_callback
+    training_callback = (_callbacks(args) if args.train else None) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
     train_set, valid_set, test_set = load_dataset(args, tokenizer)
     check_tokens(model, [train_set, valid_set, test_set], "model")
+    if args.compare:
+        _compare(args, loss, model, tokenizer, test_set)
+        return
     if args.train:
         rprint("Training")
         tested = test_set if args.test else ()
@@ -246,6 +256,18 @@ def _run(args, loss, training_callback):
     if args.test:
         rprint("Testing")
         evaluate_model(args, model, test_set, *scored)
+
+
+def _compare(args, loss, model, tokenizer, test_set):
+    """Test two adapters, and say whether they differ."""
+    found = []
+    for path in args.compare:
+        model, args.adapter_path = model or _load_model(args)[0], path
+        objective, *reference = _adopt_adapters(args, loss, model, tokenizer, test_set)
+        found.append(score(objective, test_set, args, *reference))
+        rprint(f"{path or 'none'}: {described(found[-1])}")
+        model = objective = reference = None
+    rprint(compared([path or "none" for path in args.compare], found, loss))
 
 
 @contextmanager
@@ -293,25 +315,29 @@ def _load_model(args):
 
 
 def _adopt_adapters(args, loss, model, tokenizer, test_set):
-    """Put the trained adapters on `model` for a test without training; none where `adapter_path` is empty.
+    """Put the trained adapters on `model` for a test without training; none where `adapter_path` names none.
 
     Returns:
-        `(objective, logps)` as `train_model`, the reference the policy that the adapters were trained from.
+        `(objective, logps, base)`: the first two as `train_model`, the reference the policy that the adapters were
+        trained from, and that policy's `Scorer`, None where it is the model without its adapters.
     """
-    config = read_adapter_config(args.adapter_path) if args.adapter_path else {}
-    logps = None
-    if loss.needs_reference:
-        start = args.resume_adapter_file or config.get("resume_adapter_file")
-        args.reference_model = args.reference_model or config.get("reference_model")
-        base = model
-        if config and start is not None and args.reference_model is None:
-            base, _ = _load_model(args)
+    config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
+    start = config.get("resume_adapter_file")
+    refuse_other_start(args.resume_adapter_file, start)
+    args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or config.get("reference_model")})
+    base, logps = model, None
+    if config and args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
+        base, _ = _load_model(args)
+        if start is not None:
             load_start(base, config, start)
-        reference = _reference(args, Scorer(base, args.share_prompt), tokenizer, [test_set])
+    scorer = Scorer(base, args.share_prompt)
+    if loss.needs_reference:
+        reference = _reference(args, scorer, tokenizer, [test_set])
+        scorer = reference.scorer
         logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches))
     if config:
         load_trained(model, args.adapter_path)
-    return Objective(Scorer(model, args.share_prompt), loss), logps
+    return Objective(Scorer(model, args.share_prompt), loss), logps, None if scorer.model is model else scorer
 
 
 def main():

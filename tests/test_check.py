@@ -68,7 +68,7 @@ class TestFileAndFlags:
 
     def test_what_the_file_leaves_empty_is_the_default(self, read):
         args = read("loss_type:\nbeta: null\nlora_parameters: ~\nreference_cache:\n")
-        assert (args.loss_type, args.beta, args.reference_cache) == ("sft", None, None)
+        assert (args.loss_type, args.beta, args.reference_cache) == (None, None, None)
         assert args.lora_parameters == LORA
 
     @pytest.mark.parametrize("given, expected", [("500MB", 5 * 10**8), (2000, 2000), ("1GB", 10**9), (0, 0)])

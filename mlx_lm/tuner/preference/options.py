@@ -157,6 +157,7 @@ GROUPS = {
     "reference": "Reference",
     "step": "Step",
     "save": "Saving",
+    "test": "Test",
 }
 UPSTREAM_GROUP = "Run (mlx-lm's own keys)"
 
@@ -342,15 +343,38 @@ SAVE_OPTIONS = (
     ),
 )
 
-RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + SAVE_OPTIONS
+TEST_OPTIONS = (
+    Option(
+        "predictions",
+        None,
+        str,
+        "File to write each tested pair's logps, rewards and line to, as JSON lines; not set, none",
+        group="test",
+    ),
+    Option(
+        "compare",
+        None,
+        str,
+        "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
+        many=True,
+        group="test",
+    ),
+)
+
+RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + SAVE_OPTIONS + TEST_OPTIONS
 
 # mlx-lm's own keys, in the order of a run, with its defaults: it takes any value and fails later.
 UPSTREAM_OPTIONS = (
     Option("model", "", str, "folder or Hugging Face repo of the model; a quantized one is trained as QLoRA"),
     Option("train", False, bool, "train"),
-    Option("test", False, bool, "score the test set, after training if there is any"),
+    Option("test", False, bool, "score the test set, after training if there is any, with --no-train alone"),
     Option("data", "", str, "folder with train.jsonl, valid.jsonl and test.jsonl, or a Hugging Face data set"),
-    Option("adapter_path", "adapters", str, "folder that the run writes to, and reads from with test alone or resume"),
+    Option(
+        "adapter_path",
+        "adapters",
+        str,
+        "folder that the run writes to and goes on from; with test alone, a folder or file of adapters, or none",
+    ),
     Option(
         "fine_tune_type",
         "lora",
