@@ -34,6 +34,7 @@ from .tuner.preference.check import (
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
 from .tuner.preference.evaluation import evaluated_rows
+from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
 from .tuner.preference.load import (
     add_adapters,
@@ -86,6 +87,13 @@ def build_parser():
         parser._optionals._group_actions.remove(action)
         group._group_actions.append(action)
     group.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
+    parser.add_argument(
+        "--from-trl",
+        action=FromTrl,
+        loader=yaml_loader,
+        metavar="FILE",
+        help="Print the configuration of TRL's DPOConfig in FILE (YAML or JSON) in this command's words, and end.",
+    )
     return parser
 
 
@@ -228,8 +236,9 @@ def run(args, training_callback=None):
                 f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
                 "is sft; set loss_type, for example to dpo."
             ) from error
-    loss = check_config(args)
+    # First of all: checks compute, and MLX reads these settings at its first computation.
     set_cuda_for_training()
+    loss = check_config(args)
     if not args.train and (slow_blas := slow_blas_hint()) is not None:
         rprint(slow_blas)  # training says it itself
     with handled_signals(), _told_plainly(args):

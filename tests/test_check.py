@@ -164,8 +164,6 @@ class TestUnreadKeys:
     def test_keys_of_trl_are_told_by_what_they_mean(self, capsys):
         (told,) = self.unread(capsys, False, per_device_train_batch_size=4)
         assert told.endswith("(did you mean batch_size?).")
-        options = {option.name for option in config.UPSTREAM_OPTIONS + config.OPTIONS}
-        assert set(config.FORMER_KEYS.values()) <= options and not set(config.FORMER_KEYS) & options
 
     def test_keys_that_are_read_are_not_named(self, capsys):
         assert self.unread(capsys, False, hf_dataset={}, chat_template_kwargs={}, config="a", report_to="b") == []

@@ -13,6 +13,7 @@ import yaml
 
 from ..utils import build_schedule
 from .checkpoint import check_is_file, state_files
+from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, Unset, nearest
@@ -33,53 +34,6 @@ PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_mode
 # of supervised rows.
 FURTHER_KEYS = {"config", "hf_dataset", "chat_template_kwargs"}
 SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
-# Keys of older versions and of TRL that are called otherwise here.
-FORMER_KEYS = {
-    "lora_layers": "num_layers",
-    "model_name_or_path": "model",
-    "dataset_name": "data",
-    "output_dir": "adapter_path",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "grad_accumulation_steps",
-    "num_train_epochs": "epochs",
-    "max_steps": "iters",
-    "max_length": "max_seq_length",
-    "max_prompt_length": "max_seq_length",
-    "max_completion_length": "max_seq_length",
-    "gradient_checkpointing": "grad_checkpoint",
-    "logging_steps": "steps_per_report",
-    "eval_steps": "steps_per_eval",
-    "save_steps": "save_every",
-    "save_total_limit": "keep_checkpoints",
-    "load_best_model_at_end": "save_best",
-    "metric_for_best_model": "save_best",
-    "resume_from_checkpoint": "resume",
-    "lr_scheduler_type": "lr_schedule",
-    "lr_scheduler_kwargs": "lr_schedule",
-    "warmup_steps": "lr_schedule",
-    "warmup_ratio": "lr_schedule",
-    "optim": "optimizer",
-    "optim_args": "optimizer_config",
-    "adam_beta1": "optimizer_config",
-    "adam_beta2": "optimizer_config",
-    "adam_epsilon": "optimizer_config",
-    "weight_decay": "optimizer_config",
-    "run_name": "project_name",
-    "ref_model": "reference_model",
-    "ref_model_name_or_path": "reference_model",
-    "precompute_ref_batch_size": "reference_batch_size",
-    "sync_ref_model": "reference_update_steps",
-    "ref_model_sync_steps": "reference_update_steps",
-    "torch_compile": "compile",
-    "data_seed": "seed",
-    "r": "lora_parameters",
-    "lora_r": "lora_parameters",
-    "lora_alpha": "lora_parameters",
-    "lora_dropout": "lora_parameters",
-    "lora_target_modules": "lora_parameters",
-    "target_modules": "lora_parameters",
-    "use_dora": "fine_tune_type",
-}
 
 _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
 
@@ -133,8 +87,8 @@ def known_keys(parser, defaults, supervised):
 def warn_of_unread_keys(args, known):
     """Name each key of the configuration that nothing reads, with the known key most like it."""
     for key in sorted(set(vars(args)) - known, key=str):
-        hint = f" (did you mean {FORMER_KEYS[key]}?)" if key in FORMER_KEYS else nearest(key, known)
-        print(f"[WARNING] {key} is not a key that this command reads{hint}.", file=sys.stderr)
+        told = hint(key) or nearest(key, known)
+        print(f"[WARNING] {key} is not a key that this command reads{told}.", file=sys.stderr)
 
 
 def warn_of_preference_keys(args):
