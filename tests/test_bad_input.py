@@ -551,7 +551,7 @@ class TestTestAlone:
         assert command(learning_rate=1e-2, adapter_path=str(command.folder / "b")).status == 0
         done = command("--compare", "none", str(command.folder / "b"))
         # At such a rate three steps make the answers worse than they were.
-        assert "They differ: none has the better reward accuracy, margin, loss." in done.out
+        assert "They differ: none has the better reward accuracy" in done.out
         command.refused("compare takes two adapters", "--compare", trained)
 
     def test_a_file_for_predictions_that_cannot_be_written(self, after):

@@ -385,7 +385,8 @@ def supervised_runs(tmp_path_factory):
         place = folder / ("overlay" if overlay else "upstream")
         place.mkdir()
         (place / "config.yaml").write_text(yaml.safe_dump(values | {"adapter_path": str(place / "adapters")}))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MLX_LM_DPO": "0", "PYTHONPATH": str(ROOT) * overlay}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MLX_LM_DPO": str(int(overlay))}
+        environment["PYTHONPATH"] = str(ROOT) * overlay
         done = subprocess.run(
             [sys.executable, "-c", WATCH, "--config", "config.yaml", "seen.json"],
             cwd=place,

@@ -291,7 +291,7 @@ def test_every_class_of_the_real_package_is_one_object():
 
 def outcomes(tests, report, overlay):
     """Each of upstream's tests with its outcome, run in a process of its own from a folder outside the repository."""
-    environment = {**os.environ, "MLX_LM_DPO": "0", "PYTHONPATH": str(ROOT) if overlay else ""}
+    environment = {**os.environ, "MLX_LM_DPO": str(int(overlay)), "PYTHONPATH": str(ROOT) if overlay else ""}
     where = "import importlib.util as u; print(u.find_spec('mlx_lm').origin)"
     options = {"cwd": tests, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     found = subprocess.run([sys.executable, "-c", where], **options).stdout.strip()
