@@ -3,6 +3,7 @@
 import hashlib
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from ..._backend import slow_blas_hint
 from ...cli_ui import TrainUI, rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
-from .batches import Schedule
+from .batches import Schedule, iterations
 from .checkpoint import (
     BEST_FOLDER,
     RUN_FILES,
@@ -55,6 +56,8 @@ def train_preference(
     if args.grad_accumulation_steps < 1:
         raise ConfigError(f"grad_accumulation_steps is {args.grad_accumulation_steps}; it must be at least 1.")
     refuse_without_gradient(objective.loss)
+    if args.epochs is not None:
+        args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
     dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
     logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
     if (args.save_best or args.early_stop) and not len(logps.val_rows):
