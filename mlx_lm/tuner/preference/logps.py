@@ -195,16 +195,20 @@ def logps_and_more(logits, targets, alignment, by_token=False):
     Returns:
         A list.
     """
-    found = [token_logps(logits, targets), None]
+    squares, figures, logps = None, [], None if by_token else token_logps(logits, targets)
     logits = mx.stop_gradient(logits.astype(mx.float32))
     if alignment:
-        found[1] = mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
+        squares = mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
     if by_token:
-        # A model may rule tokens out with logits of minus infinity.
-        shares = mx.softmax(logits, axis=-1)
-        entropies = mx.logsumexp(logits, axis=-1) - mx.where(shares > 0, shares * logits, 0).sum(axis=-1)
-        found += [logits.mean(axis=-1), entropies, (logits.argmax(axis=-1) == targets).astype(mx.float32)]
-    return found
+        # One exponential a logit, as in `_seeds_on_cpu`. A model may rule tokens out by minus infinity.
+        shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e30)
+        exponentials = mx.exp(shifted) if mx.default_device() == mx.gpu else mx.power(mx.array(math.e), shifted)
+        totals = exponentials.sum(axis=-1)
+        own = mx.take_along_axis(shifted, targets[:, None], axis=-1).squeeze(-1)
+        logps = own - mx.log(totals)
+        entropies = mx.log(totals) - (exponentials * shifted).sum(axis=-1) / totals
+        figures = [logits.mean(axis=-1), entropies, (own == 0).astype(mx.float32)]
+    return [logps, squares, *figures]
 
 
 class Head:
