@@ -45,7 +45,16 @@ def evaluate_preference(objective, dataset, args, batch_size, num_batches, refer
     dataset = unwrapped(dataset)
     rows = evaluated_rows(dataset, batch_size, num_batches)
     reference = reference_logps(objective, dataset, args, rows, reference)
-    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback)
+    done = 0
+
+    def advance(count):
+        # Upstream's callback counts batches of `batch_size` pairs.
+        nonlocal done
+        before, done = done, done + count
+        for _ in range(-(-done // batch_size) - -(-before // batch_size)):
+            progress_callback()
+
+    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback and advance)
 
 
 def reference_logps(objective, dataset, args, rows, reference=None):
@@ -125,7 +134,7 @@ def correlation(means, margins, differences, products):
 
 def pair_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
     """As `mean_figures`, pair by pair: for each of FIGURES and TOKEN_FIGURES `(n,)` float64, one value a row."""
-    world, done = mx.distributed.init(), 0
+    world = mx.distributed.init()
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
     names, scorer = FIGURES + TOKEN_FIGURES, objective.scorer
     found = np.zeros((len(names), len(rows)))
@@ -144,11 +153,8 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
                 losses, figures = objective.each(batch, reference_rows(reference, here), by_token=True)
                 evaluate(values := mx.stack([losses, *figures]))
                 found[:, here] = np.array(values)
-            before, done = done, done + len(places)
             if progress_callback is not None:
-                # As often as there are batches of `batch_size` pairs, which is what is waited for.
-                for _ in range(-(-done // batch_size) - -(-before // batch_size)):
-                    progress_callback()
+                progress_callback(len(places))
     if world.size() > 1:
         found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
     return dict(zip(names, found, strict=True))
