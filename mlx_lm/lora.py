@@ -33,6 +33,7 @@ from .tuner.preference.check import (
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
+from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows
 from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
@@ -147,7 +148,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         reference = None
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
-            if len(test_set):
+            if len(test_set) and not args.check:
                 logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, command.test_batches))
         train_preference(objective, optimizer, train_dataset, val_dataset, args, reference, training_callback, config)
 
@@ -160,6 +161,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         # It is the whole run's, so that a resumed one leaves the file of one that was not interrupted.
         save_config=lambda values, _: config.update(values, resume=False),
         CacheDataset=lambda dataset: dataset,
+        **({"Path": NotMade} if args.check else {}),
         linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),
         print_lora_run_header=partial(_print_header, loss=loss, layers=len(model.layers)),
     )
@@ -224,6 +226,10 @@ def run(args, training_callback=None):
     """
     adopt_loss(args)
     preference = is_preference(args.loss_type)
+    if args.check and not preference:
+        raise ConfigError(
+            "check is a dry run of preference training, and loss_type is sft; set it, for example to dpo."
+        )
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
     if not preference:
         warn_of_preference_keys(args)
@@ -247,22 +253,24 @@ def run(args, training_callback=None):
 
 def _run(args, loss, training_callback):
     np.random.seed(args.seed)
-    training_callback = (_callbacks(args) if args.train else None) or training_callback
+    training_callback = (_callbacks(args) if args.train and not args.check else None) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
     train_set, valid_set, test_set = load_dataset(args, tokenizer)
     check_tokens(model, [train_set, valid_set, test_set], "model")
-    if args.compare:
+    if args.check:
+        describe_data({"train": train_set, "valid": valid_set, "test": test_set}, tokenizer)
+    elif args.compare:
         _compare(args, loss, model, tokenizer, test_set)
         return
     if args.train:
-        rprint("Training")
+        rprint("Checking" if args.check else "Training")
         tested = test_set if args.test else ()
         scored = train_model(args, model, train_set, valid_set, training_callback, tested, tokenizer, loss)
     else:
         scored = _adopt_adapters(args, loss, model, tokenizer, test_set)
-    if args.test:
+    if args.test and not args.check:
         rprint("Testing")
         evaluate_model(args, model, test_set, *scored)
 

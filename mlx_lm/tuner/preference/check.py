@@ -138,6 +138,8 @@ def check_config(args):
         setattr(args, option.name, option.default if unset else value)
     for key in PATHS:
         setattr(args, key, _at_home(key, getattr(args, key)))
+    if args.steps is not None and not args.check:
+        raise ConfigError(f"steps is {args.steps}, which only a dry run reads; give check too, or iters.")
     if args.compare is not None:
         args.compare = [_at_home("compare", path) for path in args.compare if isinstance(args.compare, list)]
         if len(args.compare) != 2:

@@ -157,7 +157,7 @@ GROUPS = {
     "reference": "Reference",
     "step": "Step",
     "save": "Saving",
-    "test": "Test",
+    "test": "Check and test",
 }
 UPSTREAM_GROUP = "Run (mlx-lm's own keys)"
 
@@ -352,6 +352,14 @@ SAVE_OPTIONS = (
 )
 
 TEST_OPTIONS = (
+    Option(
+        "check",
+        False,
+        bool,
+        "A dry run: print what a run would read and which memory it would take, and whether anything would stop it",
+        group="test",
+    ),
+    Option("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1, group="test"),
     Option(
         "predictions",
         None,

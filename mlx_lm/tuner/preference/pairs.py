@@ -102,7 +102,7 @@ class PreferenceDataset:
             score_scale=score_scale,
             min_score_difference=min_score_difference,
         )
-        self._counts = Counter()
+        self._counts, self._read = Counter(), len(rows)
         self._useless = {}
         self._notes = {}
         self.layout = ""
@@ -131,6 +131,11 @@ class PreferenceDataset:
         """The pair itself: upstream's `CacheDataset` asks for this, and there is nothing left to do."""
         return pair
 
+    @property
+    def counts(self):
+        """How many rows were read, prompts cut and responses cut, by these names."""
+        return {"read": self._read} | {name: self._counts[name] for name in ("prompts cut", "responses cut")}
+
     def where(self, idx):
         """The place of a pair's row, such as its file and line."""
         return self._where(self._numbers[idx])
@@ -158,6 +163,8 @@ class PreferenceDataset:
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
         whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
+        whole._counts = sum((dataset._counts for dataset in datasets), Counter())
+        whole._read = sum(dataset._read for dataset in datasets)
         sources = {number: dataset.source(i) for number, (dataset, i) in enumerate(places)}
         whole._sources = {number: source for number, source in sources.items() if source is not None}
         return whole

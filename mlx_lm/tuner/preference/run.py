@@ -27,6 +27,7 @@ from .checkpoint import (
     save_adapters,
     save_run,
 )
+from .dry_run import rehearse
 from .evaluation import evaluated_rows, unwrapped
 from .files import locked, move_aside, remove_leftovers
 from .interruption import REQUEST, Interrupted, asked_anywhere
@@ -67,7 +68,8 @@ def train_preference(
         rprint(line)
     say_fallbacks(objective.scorer, args.share_prompt)
     folder, first = Path(args.adapter_file).parent, mx.distributed.init().rank() == 0
-    with locked(folder) if first else nullcontext():
+    # A dry run makes no folder.
+    with locked(folder) if first and (folder.is_dir() or not args.check) else nullcontext():
         _train(objective, optimizer, logps, args, reference, callback, config, folder, first)
 
 
@@ -84,13 +86,16 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         rprint(f"Going on after iteration {iteration} of {args.iters}, from {state}.")
     if loss.needs_reference:
         reference = reference or reference_of(scorer, args)
-        logps.take(reference, schedule.visited(1, args.iters))
-        if args.reference_model is not None:
+        if not args.check:
+            logps.take(reference, schedule.visited(1, args.iters))
+        if not args.check and args.reference_model is not None:
             reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
     if args.on_nonfinite == "skip":
         optimizer = SkippingOptimizer(optimizer, model.trainable_parameters())
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm)
+    if args.check:
+        return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args)
     progress = Progress() if state is None else restore_run(state, step, logps)
     if first:
         remove_leftovers(folder)
