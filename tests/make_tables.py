@@ -11,16 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx_lm.lora
+from mlx_lm.tuner.preference.check import OPTIONS
 from mlx_lm.tuner.preference.counterparts import MLX_LM_LORA, TRL
-from mlx_lm.tuner.preference.objective import ALIASES, OPTION, TABLE
-from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.preference.options import (
-    DATA_OPTIONS,
-    REFERENCE_OPTIONS,
-    SAVE_OPTIONS,
-    STEP_OPTIONS,
-    UPSTREAM_OPTIONS,
-)
+from mlx_lm.tuner.preference.objective import LETTERS, OPTION, TABLE, names_of
+from mlx_lm.tuner.preference.options import GROUPS, UPSTREAM_GROUP, UPSTREAM_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -36,15 +30,12 @@ def options_tables():
         "`hf_dataset` (an object or a list of them, with `path` and the keys under [Data](#data)) takes the "
         "place of `data`; `chat_template_kwargs` (an object) holds arguments of the chat template for every row."
     )
-    groups = (
-        ("Loss", own_table(LOSS_OPTIONS)),
-        ("Data", own_table(DATA_OPTIONS) + "\n\n" + hub),
-        ("Reference", own_table(REFERENCE_OPTIONS)),
-        ("Step", own_table(STEP_OPTIONS)),
-        ("Saving", own_table(SAVE_OPTIONS)),
-        ("Run (mlx-lm's own keys)", run_table()),
-    )
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in groups)
+    tables = {
+        title: own_table([option for option in OPTIONS if option.group == group]) for group, title in GROUPS.items()
+    }
+    tables["Data"] += "\n\n" + hub
+    tables[UPSTREAM_GROUP] = run_table()
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables.items())
 
 
 def own_table(options):
@@ -68,13 +59,10 @@ def run_table():
 
 def describe_losses():
     """The losses as Markdown: what the letters of the formulas mean, then a table with one row a loss."""
-    words = (
-        "Here rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, a gap is chosen minus "
-        "rejected, a mean is over a response's tokens, and eps is `label_smoothing`."
-    )
+    words = LETTERS.replace("label_smoothing", "`label_smoothing`")
     rows = [
         (
-            f"`{loss.name}`" + "".join(f", `{alias}`" for alias, name in ALIASES.items() if name == loss.name),
+            ", ".join(f"`{name}`" for name in names_of(loss)),
             loss.description,
             ", ".join(f"`{name}` ({_parameter_range(loss, name)})" for name in loss.parameters),
             "yes" if loss.needs_reference else "no",
@@ -111,7 +99,7 @@ def mlx_lm_lora_table():
 
 def counterparts_table(program, table, theirs):
     """A table of another program's keys, with the defaults where they differ; `theirs` are that program's."""
-    ours = {**mlx_lm.lora.CONFIG_DEFAULTS, **{option.name: option.default for option in LOSS_OPTIONS}}
+    ours = {**mlx_lm.lora.CONFIG_DEFAULTS, **{option.name: option.default for option in OPTIONS}}
     rows = []
     for row in table:
         (name, here), *_ = row.pairs()

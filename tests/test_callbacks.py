@@ -186,3 +186,26 @@ def test_lines_that_are_no_reports_are_left_out(tmp_path, text):
     assert read_metrics(path) == [{"iteration": 1, "loss": 0.5}]
     MetricsFile(tmp_path, iteration=1)
     assert path.read_text() == '{"iteration": 1, "loss": 0.5}\n'
+
+
+def test_reports_go_to_tensorboard_and_none_is_nobody(tmp_path, monkeypatch):
+    """With a stand-in for the package, whose `Writer` has the one method that is used."""
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda *call: written.append(call), flush=lambda: None)
+    module = ModuleType("tensorboard.summary")
+    module.Writer = lambda folder: written.append(folder) or writer
+    monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", module)
+    callback = callbacks.get_reporting_callbacks("tensorboard", log_dir=tmp_path)
+    callback.on_train_loss_report({"iteration": 2, "train_loss": 0.5, "rewards/margins": 0.25})
+    callback.on_val_loss_report({"iteration": 3, "val_loss": 0.75})
+    assert written == [
+        str(tmp_path / "tensorboard"),
+        ("loss", 0.5, 2),
+        ("rewards/margins", 0.25, 2),
+        ("eval_loss", 0.75, 3),
+    ]
+    assert callbacks.get_reporting_callbacks("none") is None is callbacks.get_reporting_callbacks()
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        callbacks.get_reporting_callbacks("tensorboard", log_dir=tmp_path)

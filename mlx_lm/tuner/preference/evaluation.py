@@ -44,12 +44,18 @@ def evaluate_preference(objective, dataset, args, batch_size, num_batches, refer
     """
     dataset = unwrapped(dataset)
     rows = evaluated_rows(dataset, batch_size, num_batches)
+    reference = reference_logps(objective, dataset, args, rows, reference)
+    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback)
+
+
+def reference_logps(objective, dataset, args, rows, reference=None):
+    """The reference's logps of rows, by default of the policy that the model was most likely trained from."""
     if objective.loss.needs_reference:
         if reference is None:
             reference = _trained_from(objective.scorer.model, args, dataset, rows)
         elif isinstance(reference, Reference):
             reference = reference.logps(dataset, rows)
-    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback)
+    return reference
 
 
 def _trained_from(model, args, dataset, rows):
@@ -82,9 +88,15 @@ def without_adapters(model):
 
 def mean_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
     """The means of FIGURES over `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
+    found = pair_figures(objective, dataset, rows, reference, batch_size, progress_callback)
+    return {name: float(values.mean()) for name, values in found.items()}
+
+
+def pair_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
+    """As `mean_figures`, pair by pair: for each of FIGURES `(n,)` float64, one value a row."""
     world, done = mx.distributed.init(), 0
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
-    totals, scorer = mx.zeros((len(FIGURES) + 2,)), objective.scorer
+    found, scorer = np.zeros((len(FIGURES), len(rows))), objective.scorer
     if objective.loss.reads_batch:
         batches = plan(lengths, batch_size)
     else:
@@ -97,19 +109,17 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
             here = places[world.rank() :: world.size()]
             if len(here):
                 batch, *_ = make_batch([dataset[int(rows[place])] for place in here], scorer.arrangement)
-                totals = totals + objective(batch, reference_rows(reference, here))[1]
-                evaluate(totals)
+                losses, figures = objective.each(batch, reference_rows(reference, here))
+                evaluate(values := mx.stack([losses, *figures]))
+                found[:, here] = np.array(values)
             before, done = done, done + len(places)
             if progress_callback is not None:
                 # As often as there are batches of `batch_size` pairs, which is what is waited for.
                 for _ in range(-(-done // batch_size) - -(-before // batch_size)):
                     progress_callback()
-    return means(totals)[0]
-
-
-def means(totals):
-    """`(means of FIGURES, pairs, tokens)` over all workers, of `Objective`'s sums on this one."""
-    return as_means(np.array(mx.distributed.all_sum(totals), np.float64))
+    if world.size() > 1:
+        found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
+    return dict(zip(FIGURES, found, strict=True))
 
 
 def as_means(totals):

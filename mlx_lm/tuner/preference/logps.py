@@ -96,6 +96,11 @@ class Scorer:
             aligned = mx.where(own, mx.stop_gradient(logps) - squares, 0).sum(-1)
         return RowLogps(total, common, aligned)
 
+    def response_states(self, batch):
+        """Hidden states `(M, D)`, or logits `(M, V)` where there is no head, that the batch's targets are read from."""
+        with lean_layers(self.model):
+            return self._batch_states(batch)[batch.positions]
+
     def states(self, tokens, cache=None):
         """Hidden states `(B, T, D)` of tokens `(B, T)`, or logits `(B, T, V)` where there is no head."""
         return self.head.hidden_states(tokens, cache) if self.head else _run(self.model, tokens, cache)

@@ -102,12 +102,13 @@ class PreferenceDataset:
             score_scale=score_scale,
             min_score_difference=min_score_difference,
         )
-        self._counts = Counter()
+        self._counts, self._read = Counter(), len(rows)
         self._useless = {}
         self._notes = {}
         self.layout = ""
         self._longest = 0
-        self._pairs = []
+        self._pairs, self._numbers = [], array("i")
+        self._sources = {}
         with tqdm(
             total=len(rows), desc=f"Tokenizing {name}", delay=2, leave=False, disable=mx.distributed.init().rank() != 0
         ) as progress:
@@ -117,7 +118,7 @@ class PreferenceDataset:
                 progress.update(len(numbers))
         self._report(len(rows))
         self.layout = "; ".join(filter(None, (self._layouts(), self.layout)))
-        del self._encoder, self._reader, self._where
+        del self._encoder, self._reader
 
     def __len__(self):
         return len(self._pairs)
@@ -129,6 +130,19 @@ class PreferenceDataset:
     def process(self, pair):
         """The pair itself: upstream's `CacheDataset` asks for this, and there is nothing left to do."""
         return pair
+
+    @property
+    def counts(self):
+        """How many rows were read, prompts cut and responses cut, by these names."""
+        return {"read": self._read} | {name: self._counts[name] for name in ("prompts cut", "responses cut")}
+
+    def where(self, idx):
+        """The place of a pair's row, such as its file and line."""
+        return self._where(self._numbers[idx])
+
+    def source(self, idx):
+        """What a pair's row gives as its `source`, as text, or None."""
+        return self._sources.get(idx)
 
     def lengths(self, idx):
         """Tokens of the prompt, the chosen and the rejected response of a pair."""
@@ -147,6 +161,12 @@ class PreferenceDataset:
         whole.layout = datasets[0].layout
         whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
+        places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+        whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
+        whole._counts = sum((dataset._counts for dataset in datasets), Counter())
+        whole._read = sum(dataset._read for dataset in datasets)
+        sources = {number: dataset.source(i) for number, (dataset, i) in enumerate(places)}
+        whole._sources = {number: source for number, source in sources.items() if source is not None}
         return whole
 
     def _add(self, numbers, rows):
@@ -182,7 +202,10 @@ class PreferenceDataset:
             if not self._pairs:
                 self.layout = self._described(texts)
             ids = (array("i", tokens) for tokens in cut)
+            if (source := rows[number - numbers[0]].get("source")) is not None:
+                self._sources[len(self._pairs)] = str(source)
             self._pairs.append(Pair(*ids, conversation.margin, conversation.weight, unscored))
+            self._numbers.append(number)
 
     def _why_useless(self, prompt, chosen, rejected):
         ends = self._encoder.eos_ids

@@ -52,12 +52,18 @@ class Objective:
             `(loss, sums)`: the loss summed over pairs, float32, and `(9,)` float32 sums over pairs of
             FIGURES, the number of pairs and the number of tokens.
         """
+        losses, figures = self.each(batch, reference, gradient)
+        loss = (losses * batch.counts).sum()
+        sums = [mx.stop_gradient(loss), *((figure * batch.counts).sum() for figure in figures)]
+        return loss, mx.stack([*sums, batch.counts.sum(), batch.ntoks.astype(mx.float32)])
+
+    def each(self, batch, reference, gradient=False):
+        """As `__call__`, pair by pair: `(losses, figures)`, `(B,)` float32 and a list of such for the other FIGURES."""
         rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient)
         pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
         weights = None
         if self.loss.reads_wpo:
             weights = wpo_weights(*mx.split(rows.alignment, 2), pairs.chosen_lengths, pairs.rejected_lengths)
-        loss = (self.loss(pairs, weights) * batch.weights * batch.counts).sum()
         chosen, rejected = (mx.stop_gradient(reward) for reward in self.loss.rewards(pairs))
         figures = (
             chosen,
@@ -67,8 +73,7 @@ class Objective:
             mx.stop_gradient(pairs.policy_chosen),
             mx.stop_gradient(pairs.policy_rejected),
         )
-        sums = [mx.stop_gradient(loss), *((figure * batch.counts).sum() for figure in figures)]
-        return loss, mx.stack([*sums, batch.counts.sum(), batch.ntoks.astype(mx.float32)])
+        return self.loss(pairs, weights) * batch.weights, figures
 
     def _order(self, margins, pairs):
         """The margins' signs, 0 for a tie, which is a coin toss.
