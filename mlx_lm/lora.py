@@ -149,7 +149,8 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
             if len(test_set) and not args.check:
-                logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, command.test_batches))
+                rows = evaluated_rows(test_set, args.batch_size, command.test_batches)
+                logps = reference.logps(test_set, rows, "test")
         train_preference(objective, optimizer, train_dataset, val_dataset, args, reference, training_callback, config)
 
     command = args
@@ -351,7 +352,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])
         scorer = reference.scorer
-        logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches))
+        logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches), "test")
     if config:
         load_trained(model, args.adapter_path)
     return Objective(Scorer(model, args.share_prompt), loss), logps, None if scorer.model is model else scorer

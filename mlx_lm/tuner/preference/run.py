@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..._backend import slow_blas_hint
-from ...cli_ui import TrainUI, rprint
+from ...cli_ui import rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
 from .batches import Schedule, iterations
@@ -39,6 +39,7 @@ from .options import ConfigError
 from .reference import Reference, ReferenceLogps, reference_of
 from .reference_cache import row_key
 from .report import Reporter, Window, say_fallbacks, warn_of_displacement
+from .screen import RunUI
 from .step import Step
 
 # The figure of each value of save_best, and the sign that makes more of it better.
@@ -111,10 +112,10 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     with (
         checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
         bounded_memory() as evaluate,
-        TrainUI(args.iters, rank=0 if first else 1) as ui,
+        RunUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
-        report = Reporter(ui, callback, 0 if first else 1, check)
+        report = Reporter(ui, callback, check)
         validate = partial(_validate, objective, logps, progress, args, report, config)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
@@ -144,8 +145,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         request: a `Request` of signals, which ends the steps.
     """
     window, upcoming, earlier, measured = Window(), None, [], False
-    for _ in range(progress.iteration):
-        report.ui.advance()
+    report.ui.start_at(progress.iteration)
     if progress.iteration == 0:
         validate()
     step.model.train()
