@@ -12,6 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Llama shapes: hidden, layers, intermediate, heads, key-value heads, vocabulary.
 SHAPES = {
+    "8b": (4096, 32, 14336, 32, 8, 128256),
+    "3b": (3072, 28, 8192, 24, 8, 128256),
     "1b": (2048, 16, 8192, 32, 8, 128256),  # 1.24 B parameters with a tied embedding
     "135m": (576, 30, 1536, 9, 3, 49152),
     "tiny": (64, 2, 128, 4, 2, 512),

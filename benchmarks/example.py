@@ -1,7 +1,7 @@
 """What runs of the embedded example give, into results/example_MODE.json; a minute or two, losses some five.
 
     python benchmarks/example.py answers      # what the model says before and after README's first line
-    python benchmarks/example.py losses       # every loss trained alike
+    python benchmarks/example.py losses       # every loss trained alike; with names behind it, these alone anew
     python benchmarks/example.py rate         # a learning rate that is too high
     python benchmarks/example.py discopop     # the paper's tau and a larger one
 
@@ -162,13 +162,17 @@ MODES = {"answers": before_and_after, "losses": losses, "rate": rate, "discopop"
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1] not in MODES:
-        sys.exit(f"Name one of {', '.join(MODES)}.")
-    rows = []
-    for row in MODES[sys.argv[1]]():
+    mode, names = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
+    if mode not in MODES or (names and mode != "losses") or set(names) - set(LOSSES):
+        sys.exit(f"Name one of {', '.join(MODES)}; after losses, some of them.")
+    path, rows = RESULTS / f"example_{mode}.json", []
+    for row in losses(names) if names else MODES[mode]():
         say(json.dumps(row))
         rows.append(row)
-    keep(RESULTS / f"example_{sys.argv[1]}.json", rows)
+    if names:
+        kept = {row["loss"]: row for row in [*json.loads(path.read_text())["rows"], *rows]}
+        rows = [kept[name] for name in LOSSES if name in kept]
+    keep(path, rows)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,46 @@ def memory_table():
     return markdown_table(("setting", "peak GB", "of it weights"), rows) + "\n\n" + made_by(found)
 
 
+MACS = {8: 5.3, 16: 10.7, 32: 21.3}  # GB of memory: GB that Metal lets a process use
+NAMES = {"135m": "135 M", "1b": "1.2 B", "3b": "3.2 B", "8b": "8.0 B"}
+
+
+def step_gb(row, tokens, checkpoint, bits):
+    """GB that a step of so many tokens takes, with the weights in so many bits and the activations in 16, or in 32."""
+    a_token = row["bytes_a_token"]["checkpointed" if checkpoint else "kept"]
+    activations = (a_token["fixed"] + row["layers"] * a_token["layer"]) * (1 if bits == 32 else 0.5)
+    # 4 bit come with a scale and a bias of 16 bit for 64 weights; adapters with gradient and two moments in float32.
+    weights = row["parameters"] * {4: 4.5, 16: 16, 32: 32}[bits] / 8 + 16 * row["lora_parameters"]
+    return (weights + tokens * activations) / 1e9
+
+
+def macs_table():
+    """What a QLoRA step takes, and how many tokens a batch may have."""
+    found, rows = result("macs"), []
+    for row in found["rows"]:
+        weights = step_gb(row, 0, False, 4)
+        tokens = [1e3 * (step_gb(row, 1000, checkpoint, 4) - weights) / 1000 for checkpoint in (False, True)]
+        fits = [
+            " / ".join("-" if room <= 0 else f"{int(1e3 * room / mb):,}" for mb in tokens)
+            for room in (limit - weights for limit in MACS.values())
+        ]
+        rows.append((NAMES[row["model"]], f"{weights:.1f}", *(f"{mb:.2f}" for mb in tokens), *fits))
+    header = ("parameters", "weights, GB", "MB a token", "with `grad_checkpoint`", *(f"{size} GB" for size in MACS))
+    known, small = result("memory_cpu")["rows"], found["rows"][0]
+    checks = [
+        f"{step_gb(small, known[number]['tokens'], checkpoint, 32):.2f} GB for {known[number]['peak_gb']:.2f}"
+        for number, checkpoint in ((0, False), (4, True))
+    ]
+    text = paragraph(
+        "A QLoRA step of Llama shapes in 4 bit, and how many tokens a batch may have in "
+        + ", ".join(f"{limit} GB of a Mac with {size}" for size, limit in MACS.items())
+        + ": without and with `grad_checkpoint`. A pair has its prompt's tokens and both responses'. Computed from steps "
+        "of one and of two layers of each size, measured in float32 and halved for 16 bit (`benchmarks/macs.py`); so "
+        f"computed, the first and the fifth row of BENCHMARKS.md's memory are {' and '.join(checks)} measured."
+    )
+    return text + "\n\n" + markdown_table(header, rows)
+
+
 def end_to_end_table():
     """Whole runs, a row each, and the commands that made them."""
     rows, made = [], []
@@ -295,6 +335,7 @@ REGIONS = {
     "example": (README, example_text),
     "rate": (MANUAL, rate_text),
     "discopop": (MANUAL, discopop_text),
+    "macs": (MANUAL, macs_table),
     "results": (BENCHMARKS, results_table),
     "memory": (BENCHMARKS, memory_table),
     "end to end": (BENCHMARKS, end_to_end_table),
