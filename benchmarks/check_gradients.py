@@ -26,6 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm._backend import set_cuda_for_training
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, make_batch, pair_lengths, shape_of
 from mlx_lm.tuner.preference.layers import checkpointed_layers
@@ -165,7 +166,7 @@ def compare(model, pairs, batch_size, most):
     schedules = {kind: Schedule(pairs, batch_size, 0, kind) for kind in ways.arrangements}
     cosines = {way: [] for way in (PLAIN_PASS, *ways.steps)}
     first = schedules[ways.arrangements[0]]
-    for iteration in range(1, 1 + min(most, len(first.batches))):
+    for iteration in range(1, 1 + min(most, first.epoch_steps)):
         rows = first.rows(iteration)
         batch = [pairs[int(row)] for row in rows]
         expected, reference = plain_gradient(exact, batch)
@@ -193,6 +194,7 @@ def read_arguments():
 
 def main():
     args = read_arguments()
+    set_cuda_for_training()
     model, tokenizer = load(args.model)
     if args.dtype:
         model.set_dtype(getattr(mx, args.dtype))

@@ -210,8 +210,9 @@ def run(args, training_callback=None):
                 f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
                 "is sft; set loss_type, for example to dpo."
             ) from error
-    loss = check_config(args)
+    # First of all: checks compute, and MLX reads these settings at its first computation.
     set_cuda_for_training()
+    loss = check_config(args)
     if not args.train and (slow_blas := slow_blas_hint()) is not None:
         rprint(slow_blas)  # training says it itself
     with handled_signals(), _told_plainly(args):
