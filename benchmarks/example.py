@@ -14,11 +14,13 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import run_command, say  # noqa: E402
+from common import say  # noqa: E402
 from records import RESULTS, keep  # noqa: E402
 
 import mlx_lm.lora  # noqa: E402
@@ -36,7 +38,7 @@ LOSSES = {loss.name: {"beta": loss.default("beta")} if "beta" in loss.parameters
 LOSSES["sft"] = {"loss_type": ["dpo", "sft"], "beta": 0.1}
 LOSSES["discopop"] |= {"discopop_tau": 0.2}
 # Runs of the other modes.
-RATE = {"learning_rate": 1e-3, "iters": 40, "test": False}
+RATE = {"learning_rate": 1e-3, "iters": 20, "test": False}
 TAUS, TAU_STEPS = (0.05, 0.2), (50, 200)
 
 
@@ -46,10 +48,10 @@ def train(settings, folder):
         config = mlx_lm.lora.yaml.load(file, mlx_lm.lora.yaml_loader)
     if "loss_type" in settings:
         del config["label_smoothing"]  # some losses have a default of their own
-    config |= {"adapter_path": f"{folder}/adapters", "reference_cache": "none"} | settings
-    file = Path(folder) / "config.yaml"
-    file.write_text(json.dumps(config))
-    run_command([sys.executable, "-m", "mlx_lm.lora", "--config", file], cwd=ROOT)
+    config |= {"adapter_path": f"{folder}/adapters", "reference_cache": "none", "val_batches": -1} | settings
+    config |= {"model": str(ROOT / config["model"]), "data": str(ROOT / config["data"])}
+    with redirect_stdout(sys.stderr):
+        mlx_lm.lora.run(SimpleNamespace(**mlx_lm.lora.CONFIG_DEFAULTS | config))
     reports = [json.loads(line) for line in (Path(folder) / "adapters" / "metrics.jsonl").read_text().splitlines()]
     return [report for report in reports if "eval_loss" in report]
 

@@ -82,7 +82,8 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     """Time a training step on one batch.
 
     Returns:
-        A dict of `ms` a step and `cpu_ms` of the processor (medians), `pairs_per_second`, `peak_gb`, and `tokens` run by the body.
+        A dict of `ms` a step and `cpu_ms` of the processor (medians), `pairs_per_second`, `peak_gb`, and `tokens` run
+        by the body.
     """
     scorer = Scorer(model, share_prompt, response_only)
     optimizer = optim.Adam(1e-5)
@@ -143,7 +144,7 @@ def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, devi
     flops = model_flops(model, prompt, response, pairs)
     share = flops / (result["ms"] / 1000) / rate
     name = mx.device_info().get("device_name", str(mx.default_device()))
-    return result | {"device": name, "flops": flops, "rate": rate, "share": share}
+    return result | {"device": name, "kind": "gpu" if on_gpu else "cpu", "flops": flops, "rate": rate, "share": share}
 
 
 if __name__ == "__main__":

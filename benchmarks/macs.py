@@ -1,4 +1,4 @@
-"""What a QLoRA step of larger models takes, computed from what one and two of their layers take, into results/macs.json.
+"""What a QLoRA step of larger models takes, from what one and two of their layers take, into results/macs.json.
 
     python benchmarks/macs.py            # a CPU: some minutes; 8 GB of memory
     python benchmarks/macs.py --only 3b
