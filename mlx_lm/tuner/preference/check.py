@@ -241,8 +241,10 @@ def _check_schedule(schedule, updates):
     except Exception as error:
         # Numbers of any type reach arithmetic of any kind here.
         raise ConfigError(f"lr_schedule is {schedule!r}, which cannot be followed ({error}); {takes}.") from error
+    # At its end a schedule in float32 may be a rounding below zero.
+    rounding = 1e-6 * max(rates.values())
     for step, value in rates.items():
-        if not math.isfinite(value) or value < 0:
+        if not math.isfinite(value) or value < -rounding:
             raise ConfigError(f"lr_schedule gives a learning rate of {value:g} at update {step}; {takes}.")
 
 
