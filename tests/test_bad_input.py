@@ -250,8 +250,20 @@ class TestData:
         if loss_type == "dpo":
             assert command(data=folder, loss_type=loss_type).status == 0
         else:
-            told = f"rows have a {key}, but loss_type {loss_type} .*; remove the key {key}"
+            told = f"train.jsonl:1: rows have a {key}, but loss_type {loss_type} .*; remove the key {key}"
             command.refused(told, data=folder, loss_type=loss_type)
+
+    def test_a_loss_that_is_not_finite_is_told_with_the_places_of_its_pairs(self, command):
+        weighed = rows()
+        weighed[5]["weight"] = 3e38
+        useless = row(rejected="It is 0.")  # left out, but it has its line
+        folder = write_rows(command.folder / "data", train=useless + weighed)
+        told = r"on the pairs .*/data/train.jsonl:\d, \d, \d, \d; the adapters saved before stay as they are"
+        done = command(data=folder)
+        assert done.status == 2 and not (command.adapters / "adapters.safetensors").exists()
+        assert re.search(
+            rf"{told}. .*/data/train.jsonl:7 has a weight of 3e\+38: that is the likely cause.\n$", done.err
+        )
 
 
 class TestValues:

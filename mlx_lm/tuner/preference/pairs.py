@@ -107,7 +107,7 @@ class PreferenceDataset:
         self._notes = {}
         self.layout = ""
         self._longest = 0
-        self._pairs = []
+        self._pairs, self._numbers = [], array("i")
         with tqdm(
             total=len(rows), desc=f"Tokenizing {name}", delay=2, leave=False, disable=mx.distributed.init().rank() != 0
         ) as progress:
@@ -117,7 +117,7 @@ class PreferenceDataset:
                 progress.update(len(numbers))
         self._report(len(rows))
         self.layout = "; ".join(filter(None, (self._layouts(), self.layout)))
-        del self._encoder, self._reader, self._where
+        del self._encoder, self._reader
 
     def __len__(self):
         return len(self._pairs)
@@ -129,6 +129,10 @@ class PreferenceDataset:
     def process(self, pair):
         """The pair itself: upstream's `CacheDataset` asks for this, and there is nothing left to do."""
         return pair
+
+    def where(self, idx):
+        """The place of a pair's row, such as its file and line."""
+        return self._where(self._numbers[idx])
 
     def lengths(self, idx):
         """Tokens of the prompt, the chosen and the rejected response of a pair."""
@@ -147,6 +151,8 @@ class PreferenceDataset:
         whole.layout = datasets[0].layout
         whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
+        places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+        whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
         return whole
 
     def _add(self, numbers, rows):
@@ -183,6 +189,7 @@ class PreferenceDataset:
                 self.layout = self._described(texts)
             ids = (array("i", tokens) for tokens in cut)
             self._pairs.append(Pair(*ids, conversation.margin, conversation.weight, unscored))
+            self._numbers.append(number)
 
     def _why_useless(self, prompt, chosen, rejected):
         ends = self._encoder.eos_ids

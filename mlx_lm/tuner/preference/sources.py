@@ -40,7 +40,8 @@ class Rows(NamedTuple):
 
     def taken(self, numbers):
         """Some of the rows."""
-        return Rows(Subset(self.rows, numbers), lambda i: self.where(numbers[i]))
+        where = self.where  # alone, so that the rows can be let go of
+        return Rows(Subset(self.rows, numbers), lambda i: where(numbers[i]))
 
 
 class Subset(Sequence):
@@ -122,9 +123,9 @@ def joined(parts):
     """Several `Rows` as one."""
     if len(parts) == 1:
         return parts[0]
-    places = [(part, i) for part in parts for i in range(len(part.rows))]
-    rows = [part.rows[i] for part, i in places]
-    return Rows(rows, lambda i: places[i][0].where(places[i][1]))
+    rows = [row for part in parts for row in part.rows]
+    places = [(part.where, i) for part in parts for i in range(len(part.rows))]
+    return Rows(rows, lambda i: places[i][0](places[i][1]))
 
 
 def held_out(rows, share, seed, prompt=None):
