@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, REJECTED_SCORES, UselessRow, recognised
 from .messages import KEYS, decoded, kind, messages, speaks, tools, transcript
-from .options import ConfigError, nearest
+from .options import ConfigError, nearest, shown
 from .overlap import shared_text, without_prompt
 
 EQUAL = "whose chosen and rejected responses are equal"
@@ -376,5 +376,5 @@ def _number(row, key, default):
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-        raise ConfigError(f"{key} is {value!r}; it must be a finite number.")
+        raise ConfigError(f"{key} is {shown(value)}; it must be a finite number.")
     return float(value)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, PROMPTS, REJECTED_SCORES
+from .messages import from_json
 from .options import ConfigError
 
 # Other names of the splits, the usual one first.
@@ -177,7 +178,7 @@ def _read_lines(path):
                     continue
                 if not rows and text[0] == "[" and (found := _array(path)) is not None:
                     return Rows(found, lambda i: f"{path}, row {i}")
-                rows.append(json.loads(text))
+                rows.append(from_json(text))
                 lines.append(number)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}:{number}: the line is not UTF-8 ({error.reason}).") from error
@@ -190,7 +191,7 @@ def _read_lines(path):
 def _array(path):
     """The list of objects that a whole file holds as JSON, None where it holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = from_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, list) and found and all(isinstance(row, Mapping) for row in found) else None
@@ -199,7 +200,7 @@ def _array(path):
 def _read_json(path):
     """A file of one JSON value: a list of rows, or an object that holds one; else JSON lines."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = from_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return _read_lines(path)
     if isinstance(found, Mapping):
@@ -236,8 +237,8 @@ def _cell(key, value):
         return float(value)
     if key == "chat_template_kwargs" and value.strip():
         try:
-            return json.loads(value)
-        except ValueError:
+            return from_json(value)
+        except (ValueError, RecursionError):
             return value
     return None if key in (*NUMBERS, "chat_template_kwargs", "tools") and not value.strip() else value
 
