@@ -13,7 +13,6 @@ the plain pass itself is below 0.98.
 
 import argparse
 import copy
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm._backend import set_cuda_for_training
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, make_batch, pair_lengths, shape_of
 from mlx_lm.tuner.preference.layers import checkpointed_layers
@@ -166,7 +166,7 @@ def compare(model, pairs, batch_size, most):
     schedules = {kind: Schedule(pairs, batch_size, 0, kind) for kind in ways.arrangements}
     cosines = {way: [] for way in (PLAIN_PASS, *ways.steps)}
     first = schedules[ways.arrangements[0]]
-    for iteration in range(1, 1 + min(most, len(first.batches))):
+    for iteration in range(1, 1 + min(most, first.epoch_steps)):
         rows = first.rows(iteration)
         batch = [pairs[int(row)] for row in rows]
         expected, reference = plain_gradient(exact, batch)
@@ -194,6 +194,7 @@ def read_arguments():
 
 def main():
     args = read_arguments()
+    set_cuda_for_training()
     model, tokenizer = load(args.model)
     if args.dtype:
         model.set_dtype(getattr(mx, args.dtype))
@@ -216,10 +217,10 @@ def main():
             f"{min(found):9.6f} {float(np.median(found)):9.6f}"
         )
     if args.out:
-        rows = [{"way": list(way), "cosines": found} for way, found in cosines.items()]
-        Path(args.out).write_text(
-            json.dumps({"model": args.model, "dtype": str(dtype), "device": device, "rows": rows})
-        )
+        from records import keep
+
+        name = str(dtype).removeprefix("mlx.core.")
+        keep(args.out, [{"dtype": name, "way": list(way), "cosines": found} for way, found in cosines.items()])
     if found := wrong(cosines, LEAST[dtype]):
         sys.exit(f"Gradients are wrong on this device: {len(found)} times, {', '.join(sorted(set(found)))}.")
     print("All are right.")

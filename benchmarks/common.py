@@ -82,6 +82,15 @@ def run_json(command, env=None, timeout=None):
     return {"error": f"exit status {done.returncode}: {said[-1] if said else 'nothing said'}"}
 
 
+def run_command(command, **options):
+    """Run a command with this repository's package first, its output to stderr; ends this process where it fails."""
+    words = [str(word) for word in command]
+    variables = {name: value for name, value in (os.environ | own_environment()).items() if value is not None}
+    done = subprocess.run(words, env=variables, stdout=sys.stderr, **options)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(words)} ended with exit status {done.returncode}.")
+
+
 def own_environment():
     """Variables of a process that imports this repository's package first, with OpenBLAS where Linux has one."""
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))

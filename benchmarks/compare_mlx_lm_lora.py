@@ -36,6 +36,7 @@ from common import (
     run_json,
     say,
 )
+from records import keep
 
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
 # Name: what to run, its options, and variables of its process.
@@ -284,6 +285,7 @@ def main():
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="times that each run is made; all their steps count")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds that one process may take")
+    parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -295,9 +297,13 @@ def main():
             if "error" in made:
                 sys.exit(made["error"])
         print_head(*COLUMNS)
+        rows = []
         for prompt, response in options.lengths:
             results = rounds_of(prompt, response, options.model or folder, options)
             print_results(prompt, response, results, options)
+            rows.append({"prompt": prompt, "response": response, "runs": results})
+            if options.out:
+                keep(options.out, rows)
 
 
 if __name__ == "__main__":

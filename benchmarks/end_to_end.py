@@ -33,13 +33,13 @@ from programs import NotRun, Training, command_line, count_lines, limited_data, 
 RUNS = {"ours": "ours", "trl": "TRL", "liger": "TRL, Liger"}
 
 
-def measure_ours(training, folder, fresh_kernels, timeout):
+def measure_ours(training, folder, fresh_kernels, workers, timeout):
     """One run of our command."""
     environment = {}
     if fresh_kernels:
         # MLX's own folder of compiled kernels, and the driver's.
         environment = {"MLX_PTX_CACHE_DIR": f"{folder}/kernels", "CUDA_CACHE_PATH": f"{folder}/driver"}
-    watched, reports = start_ours(training, folder, environment, timeout=timeout)
+    watched, reports = start_ours(training, folder, environment, workers, timeout=timeout)
     validations = [report for report in reports if "eval_loss" in report]
     told = [seconds for seconds, line in watched.lines if re.match(r"\s*\d+\s+val ", line)]
     # The last is in the head of the table of steps.
@@ -165,6 +165,7 @@ def options_of(arguments=None):
     parser.add_argument("--liger", action="store_true", help="also run TRL with Liger's kernels")
     parser.add_argument("--python-trl", default=sys.executable, metavar="PYTHON", help="interpreter that has TRL")
     parser.add_argument("--fresh-kernels", action="store_true", help="have MLX compile its CUDA kernels anew")
+    parser.add_argument("--workers", type=int, default=1, help="of our run, on this machine")
     parser.add_argument("--timeout", type=float, help="seconds that one program may take")
     parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args(arguments)
@@ -177,7 +178,7 @@ def measure(name, training, options):
     with tempfile.TemporaryDirectory() as folder:
         try:
             if name == "ours":
-                return measure_ours(training, folder, options.fresh_kernels, options.timeout)
+                return measure_ours(training, folder, options.fresh_kernels, options.workers, options.timeout)
             return measure_trl(training, folder, name == "liger", options)
         except NotRun as error:
             return {"error": str(error)}
@@ -193,6 +194,7 @@ def main():
             "machine": machine(),
             "versions": versions() | versions(options.python_trl),
             "command": command_line(),
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("MLX_")},
             "rows": training.rows,
             "validation_rows": count_lines(Path(data) / "valid.jsonl"),
             "iters": training.iters,

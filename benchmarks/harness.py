@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from common import SHAPES, llama_config, make_rows  # noqa: F401
@@ -26,14 +27,16 @@ from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import Objective, Step
 
 
-def make_llama(shape, dtype=mx.float32, vocabulary=None, rank=8, layers=None):
-    """A random Llama with LoRA on all linear layers of all blocks."""
+def make_llama(shape, dtype=mx.float32, vocabulary=None, rank=8, layers=None, bits=None, trained_layers=None):
+    """A random Llama with LoRA on all linear layers of all blocks, or of the last so many; quantized to `bits`."""
     args = llama.ModelArgs.from_dict(llama_config(shape, vocabulary, layers))
     mx.random.seed(0)
     model = llama.Model(args)
     model.set_dtype(dtype)
+    if bits is not None:
+        nn.quantize(model, bits=bits)
     model.freeze()
-    linear_to_lora_layers(model, len(model.layers), {"rank": rank, "scale": 20.0, "dropout": 0.0})
+    linear_to_lora_layers(model, trained_layers or len(model.layers), {"rank": rank, "scale": 20.0, "dropout": 0.0})
     mx.eval(model.parameters())
     return model
 

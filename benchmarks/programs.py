@@ -130,13 +130,14 @@ class NotRun(RuntimeError):
     """A program ended without what a run prints; the sentence is its last."""
 
 
-def start_ours(training, folder, environment=None, **limits):
+def start_ours(training, folder, environment=None, workers=1, **limits):
     """Run `python -m mlx_lm.lora --config FILE`.
 
     Args:
         training: a `Training`.
         folder: for the configuration, the adapters and the reference's logps.
         environment: variables besides this process's; None removes one.
+        workers: processes on this machine that share each batch, over NCCL where there is a GPU for each.
         limits: for `watch`.
 
     Returns:
@@ -148,6 +149,10 @@ def start_ours(training, folder, environment=None, **limits):
     config = Path(folder) / "config.yaml"
     config.write_text(json.dumps(training.our_config(folder)))
     command = [sys.executable, "-m", "mlx_lm.lora", "--config", config]
+    if workers > 1:
+        backend = "ring" if query_gpu("name") is None else "nccl"
+        launch = Path(sys.executable).with_name("mlx.launch")
+        command = [launch, "--backend", backend, "-n", workers, "--", *command]
     watched = watch(command, own_environment() | (environment or {}), **limits)
     metrics = Path(folder) / "adapters" / "metrics.jsonl"
     return watched, [json.loads(line) for line in metrics.read_text().splitlines()]

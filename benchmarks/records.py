@@ -1,10 +1,21 @@
-"""Results of many runs: the JSON file that they are added to, and what a table says of several seeds."""
+"""Results of runs: the JSON files that hold them, and what a table says of several seeds."""
 
 import json
 import math
 import statistics
 import threading
 from pathlib import Path
+
+from programs import command_line, machine, versions
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def keep(path, rows):
+    """Write rows of a table with what made them: machine, versions and command."""
+    found = {"machine": machine(), "versions": versions(), "command": command_line(), "rows": rows}
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(json.dumps(found, indent=1) + "\n")
 
 
 class Results:

@@ -13,6 +13,7 @@ import json
 import sys
 
 from common import SHAPES, own_step, print_head, print_row, say
+from records import keep
 
 FACTORS = {
     "prompt": (128, 256, 512, 1024, 2048, 4096),
@@ -57,6 +58,7 @@ def main():
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--base", type=json.loads, default={"prompt": 512, "pairs": 4, "vocabulary": 32768})
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds that one setting may take")
+    parser.add_argument("--out", help="JSON file for the results")
     for factor, values in FACTORS.items():
         default = ",".join(map(str, values))
         parser.add_argument(f"--{factor}", type=numbers, default=default, help="values to try; 0 leaves it out")
@@ -68,7 +70,7 @@ def main():
         "varied", "value", "tokens", "ms a step", "pairs/s", "us a token", "peak GB", "KB a token above weights",
         "of the matmul rate",
     )  # fmt: skip
-    measured = {}
+    measured, rows = {}, []
     for factor, value, setting in settings(base, varied):
         key = json.dumps(setting)
         if key not in measured:
@@ -76,6 +78,10 @@ def main():
             say(f"{key}: {json.dumps(measured[key])}")
         result = measured[key]
         print_row(factor, value, *(cells(result) if "ms" in result else ["not run: " + result["error"], *["-"] * 6]))
+        if "ms" in result:
+            rows.append({"factor": factor, "value": value} | result)
+        if options.out:
+            keep(options.out, rows)
     device = next((result["device"] for result in measured.values() if "device" in result), "nothing ran")
     print(f"\n{' '.join(sys.argv[1:])}: {device}; base setting {base}, responses of {options.response} tokens.")
 

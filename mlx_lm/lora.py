@@ -33,6 +33,7 @@ from .tuner.preference.check import (
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
 from .tuner.preference.evaluation import evaluate_preference, evaluated_rows
+from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
 from .tuner.preference.load import (
     add_adapters,
@@ -66,6 +67,13 @@ def build_parser():
     for action in parser._actions:
         if action.dest == "clear_cache_threshold":
             action.type = size
+    parser.add_argument(
+        "--from-trl",
+        action=FromTrl,
+        loader=yaml_loader,
+        metavar="FILE",
+        help="Print the configuration of TRL's DPOConfig in FILE (YAML or JSON) in this command's words, and end.",
+    )
     group = parser.add_argument_group("preference training", "with a loss_type other than sft")
     for option in OPTIONS:
         group.add_argument(option.flag, **option.argument())
@@ -198,6 +206,7 @@ def run(args, training_callback=None):
     """
     preference = is_preference(args.loss_type)
     if preference:
+        # First of all: joining and checks compute, and MLX reads these settings at its first computation.
         set_cuda_for_training()
     workers.join(vars(args))
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))

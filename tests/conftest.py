@@ -4,6 +4,10 @@ import mlx.core as mx
 import pytest
 
 import mlx_lm  # noqa: F401, I001 (first: it chooses the BLAS that MLX multiplies with)
+from mlx_lm._backend import set_cuda_for_training
+
+# As a run does, before anything is computed.
+set_cuda_for_training()
 
 
 def pytest_addoption(parser):

@@ -1,4 +1,4 @@
-"""Write LORA.md's table of model types between its two markers, or print it where LORA.md has none.
+"""Write BENCHMARKS.md's table of model types between its two markers, or print it where there are none.
 
 Run in the repository's root: `python tests/make_architecture_table.py`
 """
@@ -46,7 +46,7 @@ def make_table():
 def main():
     mx.disable_compile()
     table = make_table()
-    document = Path(__file__).parents[1] / "LORA.md"
+    document = Path(__file__).parents[1] / "BENCHMARKS.md"
     text = document.read_text() if document.exists() else ""
     if BEGIN not in text or END not in text:
         print(table, end="")

@@ -96,7 +96,7 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(name):
 
 
 def _check_documented(name, scorer):
-    document = Path(__file__).parents[1] / "LORA.md"
+    document = Path(__file__).parents[1] / "BENCHMARKS.md"
     text = document.read_text() if document.exists() else ""
     table = text[text.index(BEGIN) : text.index(END)] if BEGIN in text else ""
     if f"mlx-lm {mlx_lm.__version__}:" in table:

@@ -79,3 +79,15 @@ def test_only_a_preference_run_changes_cuda_settings(loss_type, cuda_settings_un
     with pytest.raises((ConfigError, OSError, ValueError)):
         mlx_lm.lora.run(SimpleNamespace(**{**mlx_lm.lora.CONFIG_DEFAULTS, **options}))
     assert [name in os.environ for name in CUDA_SETTINGS] == [loss_type == "dpo"] * len(CUDA_SETTINGS)
+
+
+def test_cuda_settings_are_there_before_a_configuration_is_checked(cuda_settings_unset, monkeypatch):
+    """Checks of a schedule and of an optimizer compute, and MLX reads the settings at its first computation."""
+
+    def check(args):
+        assert all(name in os.environ for name in CUDA_SETTINGS)
+        raise ConfigError("checked")
+
+    monkeypatch.setattr(mlx_lm.lora, "check_config", check)
+    with pytest.raises(ConfigError, match="checked"):
+        mlx_lm.lora.run(SimpleNamespace(**{**mlx_lm.lora.CONFIG_DEFAULTS, "loss_type": "dpo"}))

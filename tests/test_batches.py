@@ -1,6 +1,7 @@
 """Batches: every pair where it belongs and once, padding that changes nothing, an order from the seed alone."""
 
 from itertools import combinations, pairwise
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -18,10 +19,10 @@ from mlx_lm.tuner.preference.batches import (
     Schedule,
     Shape,
     as_batch,
+    drawn,
     filled,
     ladder,
     make_batch,
-    order_of_epoch,
     plan,
     shape_of,
 )
@@ -172,16 +173,44 @@ def test_the_order_comes_from_the_seed_and_the_epoch_alone():
     def order(seed):
         np.random.seed(seed + 1)
         np.random.permutation(5)  # what others draw has no effect
-        schedule = Schedule(pairs, 4, seed, PACKED)
+        schedule = Schedule(pairs, 4, seed, PACKED, iters=20)
         return [schedule.rows(step).tolist() for step in range(1, 21)]
 
     first = order(seed=0)
     assert first == order(seed=0) != order(seed=1)
-    assert first[:10] != first[10:] and sorted(first[:10]) == sorted(first[10:])
+    batches = [{tuple(sorted(batch)) for batch in epoch} for epoch in (first[:10], first[10:])]
+    assert len(batches[0] & batches[1]) < 5  # drawn anew
     # A later iteration is the same whichever was asked for before: what a resumed run does.
-    schedule = Schedule(pairs, 4, 0, PACKED)
+    schedule = Schedule(pairs, 4, 0, PACKED, iters=20)
     assert [schedule.rows(step).tolist() for step in (15, 3, 20)] == [first[14], first[2], first[19]]
-    assert order_of_epoch(9, 0, 0).tolist() != order_of_epoch(9, 0, 1).tolist()
+
+
+@pytest.mark.parametrize("rows", [100, 101, 33])
+def test_like_lengths_are_together_unless_batches_are_random(rows):
+    by_length, most = np.arange(rows)[::-1], 0
+    for bucket in (32, 200):
+        batches = drawn(by_length, 4, bucket, np.random.default_rng(0))
+        assert sorted(np.concatenate(batches).tolist()) == list(range(rows))
+        assert sorted(len(batch) for batch in batches)[1:] == [4] * (len(batches) - 1)
+        spans = [int(batch.max() - batch.min()) for batch in batches]
+        assert max(spans) < bucket and np.mean(spans) > most
+        assert all((np.diff(batch) < 0).all() for batch in batches)  # in the order of their lengths
+        most = np.mean(spans)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_workers_have_one_shape_at_a_step_where_shapes_are_compiled(arrangement, monkeypatch):
+    monkeypatch.setattr(module, "multiple", lambda: 32)
+    pairs = some_pairs(61, prompt=(20, 200), response=(5, 300))
+    schedules = []
+    for rank in range(2):
+        world = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 2)
+        monkeypatch.setattr(module.mx.distributed, "init", lambda world=world: world)
+        schedules.append(Schedule(pairs, 4, 0, arrangement))
+    for iteration in range(1, 17):
+        (one, *_), (other, *_) = (schedule.batch(iteration, None) for schedule in schedules)
+        assert shapes_in(one) == shapes_in(other)
+        assert one.counts.sum() + other.counts.sum() == len(schedules[0].rows(iteration))
 
 
 def shapes_in(batch):

@@ -250,6 +250,8 @@ class TestCheck:
         # Ten updates end before the rate leaves the range of float32, a thousand do not.
         growing = {"name": "exponential_decay", "arguments": [1e-4, 10.0]}
         checked(lr_schedule=growing, iters=20, grad_accumulation_steps=2)
+        # Its end is -3.6e-12 in float32.
+        checked(lr_schedule={"name": "linear_schedule", "arguments": [5e-5, 0.0, 3]}, iters=3)
 
     @pytest.mark.parametrize(
         "values, told",

@@ -34,7 +34,7 @@ DTYPES = [mx.float32, mx.bfloat16] if ON_GPU else [mx.float32]
 BATCHES = 6 if ON_GPU else 1
 # Windows are shorter than most sequences, and longer than the probe's.
 WINDOW = {"sliding_window": 48}
-SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 512}
+SIZES = {"hidden_size": 64, "head_dim": 64, "intermediate_size": 96, "max_position_embeddings": 512}
 MODELS = {
     "llama": {},
     "qwen3": {},

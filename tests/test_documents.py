@@ -1,4 +1,4 @@
-"""README.md and LORA.md: what they hold of code is the code's, and what they show runs."""
+"""The documents: what they hold of code is the code's, and what they show runs."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
 from mlx_lm.tuner.preference.objective import TABLE
 from mlx_lm.tuner.preference.options import RUN_OPTIONS
 
-README, MANUAL = (path.read_text() for path in (make_tables.README, make_tables.MANUAL))
-DOCUMENTS = {"README.md": README, "LORA.md": MANUAL}
+DOCUMENTS = {path.name: path.read_text() for path in make_tables.DOCUMENTS}
+README, MANUAL, MEASURED = (DOCUMENTS[name] for name in ("README.md", "LORA.md", "BENCHMARKS.md"))
 
 
 def blocks(text, language):
@@ -73,7 +73,7 @@ def test_every_key_is_documented_with_its_default():
 
 
 def test_every_loss_ends_its_short_run_with_a_better_accuracy():
-    rows = re.findall(r"^\| `(.+?)` \|(.*)\|$", make_tables.between(MANUAL, "results"), re.M)
+    rows = re.findall(r"^\| `(.+?)` \|(.*)\|$", make_tables.between(MEASURED, "results"), re.M)
     assert [name for name, _ in rows] == [loss.name for loss in TABLE]
     for name, figures in rows:
         before, after = (float(figure) for figure in figures.split("|")[-2:])

@@ -5,6 +5,7 @@ import json
 import math
 import weakref
 from contextlib import nullcontext
+from itertools import cycle
 from pathlib import Path
 
 import mlx.core as mx
@@ -73,8 +74,8 @@ def test_a_step_has_trls_logps_rewards_and_gradient(case, arrangement):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
 def test_thirty_steps_are_trls(tmp_path, monkeypatch, loss_type):
     trajectory = TRL["trajectory"]
-    monkeypatch.setattr(batches, "plan", lambda *_: [np.array(rows) for rows in trajectory["batches"]])
-    monkeypatch.setattr(batches, "order_of_epoch", lambda count, *_: np.arange(count))
+    epochs = cycle(np.split(np.array(trajectory["batches"]), 3))
+    monkeypatch.setattr(batches, "drawn", lambda *_: next(epochs))
     model = trl_model(trajectory["adapter"].removeprefix("adapter_"))
     adam = trajectory["adam"]
     optimizer = optim.Adam(adam["lr"], adam["betas"], adam["eps"], bias_correction=True)

@@ -50,6 +50,24 @@ def test_cuda_plans_attentions_backward_pass_without_its_gradients_layout():
     assert first @ second / np.sqrt((first @ first) * (second @ second)) < 0.9
 
 
+@pytest.mark.device
+@pytest.mark.skipif(not on_cuda(), reason="a fault of MLX's CUDA backend")
+def test_cuda_refuses_rope_of_few_dimensions_on_many_rows():
+    """CUDA: `mx.fast.rope` over fewer than 32 dimensions fails for 128 rows of one token and more.
+
+    What happens: the kernel is launched with the rows along a block's third axis, as many as leave 1,024 threads a
+    block: with 8 pairs of dimensions that is 128, and CUDA allows 64.
+    Reproduce: `mx.fast.rope` of a float32 array `(128, 4, 1, 16)` over 16 dimensions, with an offset for each row.
+    Expected: the rotated array. Raised: cudaLaunchKernelExC ... invalid argument.
+    Seen on: MLX 0.32.4, CUDA 13, H200.
+    Workaround: `Scorer._same_logits` in tuner/preference/logps.py tries a model on as many rows; those that fail run
+    on plain rows.
+    """
+    x, offset = mx.ones((128, 4, 1, 16)), mx.arange(128)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        mx.eval(mx.fast.rope(x, 16, traditional=False, base=1e4, scale=1.0, offset=offset))
+
+
 def test_checkpoint_keeps_what_it_computed_again():
     """`mx.checkpoint`: the gradient of a chain with parameters keeps the recomputed arrays of every function.
 

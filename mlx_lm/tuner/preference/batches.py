@@ -12,6 +12,8 @@ from .options import ConfigError
 ARRANGEMENTS = PACKED, PLAIN = "packed", "plain"
 # On a GPU a step is traced and compiled for each shape: so many serve all batches of a kind.
 MOST_SHAPES = 8
+# So many batches' worth of pairs of like length are shuffled among themselves in each epoch.
+BUCKET = 8
 # Of more different shapes than these, neighbours are taken together before the best few are looked for.
 MOST_CANDIDATES = 256
 
@@ -294,81 +296,106 @@ def _scored(responses, places, scored, count):
 
 
 class Schedule:
-    """Which rows each training step takes: like lengths together, shuffled by the seed, nothing left out.
+    """Which rows each training step takes: drawn anew each epoch from the seed, every row once.
 
     Args:
         pairs: all `Pair`s, by row number.
         batch_size: pairs in a step, of all workers together.
-        seed: of the order of the batches.
+        seed: of the draws.
         arrangement: of the batches.
+        iters: steps of the run, from which its batches are known before the first one; by default one epoch.
+        grouped: whether a batch holds pairs of like length.
 
     Raises:
         ConfigError: the batch size is not a multiple of the number of workers.
     """
 
-    def __init__(self, pairs, batch_size, seed, arrangement):
+    def __init__(self, pairs, batch_size, seed, arrangement, iters=None, grouped=True):
         world = mx.distributed.init()
         if batch_size % world.size():
             raise ConfigError(
                 f"batch_size is {batch_size}; it must be a multiple of the number of workers, {world.size()}."
             )
-        self.pairs, self.seed, self.arrangement = pairs, seed, arrangement
+        self.pairs, self.seed, self.arrangement, self.batch_size = pairs, seed, arrangement, batch_size
         self.rank, self.workers = world.rank(), world.size()
+        self.epoch_steps = -(-len(pairs) // batch_size)
+        self.iters = iters or self.epoch_steps
         # Where shapes are compiled, what is left for the last batch is filled up.
         self._share = batch_size // self.workers if multiple() > 1 else 0
-        lengths = np.array([pair_lengths(pair) for pair in pairs])
-        self.batches = plan(lengths, batch_size)
-        self._shapes = [shape_of(lengths[self._mine(rows)[1]], arrangement) for rows in self.batches]
+        self._lengths = np.array([pair_lengths(pair) for pair in pairs])
+        self._by_length = np.concatenate(plan(self._lengths, batch_size))
+        self._bucket = batch_size * (BUCKET if grouped else self.epoch_steps)
+        self._epoch, self._batches = None, None
+        self._shapes = [self._own_shape(i) for i in range(1, self.iters + 1)]
         if multiple() > 1:
             self._shapes = ladder(self._shapes, self._share)
-        self._epoch, self._order = None, None
 
     def rows(self, iteration):
         """All workers' rows of an iteration, counted from 1."""
-        return self.batches[self._number(iteration)]
+        epoch, place = divmod(iteration - 1, self.epoch_steps)
+        if epoch != self._epoch:
+            draw = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._batches = epoch, drawn(self._by_length, self.batch_size, self._bucket, draw)
+        return self._batches[place]
 
     def shape(self, iteration):
         """The `Shape` that this worker's batch of an iteration is padded to."""
-        return self._shapes[self._number(iteration)]
+        return self._shapes[iteration - 1]
 
-    def _number(self, iteration):
-        epoch, place = divmod(iteration - 1, len(self.batches))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, order_of_epoch(len(self.batches), self.seed, epoch)
-        return self._order[place]
+    def _own_shape(self, iteration):
+        """The least shape of this worker's batch; where shapes are compiled, of all workers', who wait for one."""
+        rows = self.rows(iteration)
+        ranks = range(self.workers) if multiple() > 1 else [self.rank]
+        shapes = [shape_of(self._lengths[self._share_of(rows, rank)[1]], self.arrangement) for rank in ranks]
+        return Shape(*map(max, *shapes)) if len(shapes) > 1 else shapes[0]
 
     def visited(self, first, last):
         """The rows of the iterations from `first` to `last`, each once, in order."""
-        last = min(last, first + 2 * len(self.batches))  # two epochs hold every row
+        if last - first >= 2 * self.epoch_steps:
+            return np.arange(len(self.pairs))  # two epochs hold every row
         return np.unique(np.concatenate([self.rows(i) for i in range(first, last + 1)]))
 
     def most_tokens(self):
         """The tokens that the largest batch's body runs over."""
-        rows = max(self._share, len(self.batches[0])) * 2
+        rows = max(self._share, min(self.batch_size, len(self.pairs))) * 2
         return max(shape.tokens or rows * shape.width for shape in self._shapes)
 
-    def _mine(self, rows):
-        """This worker's rows of a batch, and the same filled up to its share; one of another's where it has none."""
-        mine = rows[self.rank :: self.workers]
+    def _share_of(self, rows, rank):
+        """A worker's rows of a batch, and the same filled up to its share; one of another's where it has none."""
+        mine = rows[rank :: self.workers]
         taken = mine if len(mine) else rows[:1]
         size = max(self._share, -(-len(rows) // self.workers))
         return mine, np.concatenate([taken, np.repeat(taken[:1], size - len(taken))])
 
     def batch(self, iteration, reference):
         """This worker's `(batch, reference logps)` of an iteration, and its tokens: processed and padding."""
-        number = self._number(iteration)
-        mine, all_rows = self._mine(self.batches[number])
+        mine, all_rows = self._share_of(self.rows(iteration), self.rank)
         taken = [self.pairs[int(i)] for i in (mine if len(mine) else all_rows[:1])]
-        batch, processed, padding = make_batch(taken, self.arrangement, self._shapes[number], len(all_rows))
+        batch, processed, padding = make_batch(taken, self.arrangement, self.shape(iteration), len(all_rows))
         if not len(mine):
             # A worker without a row of its own runs one that counts for nothing.
             batch = batch._replace(counts=mx.zeros_like(batch.counts), ntoks=mx.zeros_like(batch.ntoks))
         return batch, reference_rows(reference, all_rows), (processed, padding)
 
 
-def order_of_epoch(batches, seed, epoch):
-    """A permutation of the batches' numbers that depends on the seed and the epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(batches)
+def drawn(by_length, size, bucket, draw):
+    """The batches of an epoch.
+
+    Args:
+        by_length: all rows' numbers, those of like length together.
+        size: pairs in a batch; one batch has what is left.
+        bucket: so many neighbours are shuffled among themselves before they are cut into batches.
+        draw: a numpy `Generator`.
+
+    Returns:
+        A list of int arrays in random order that holds each row once.
+    """
+    places = np.concatenate(
+        [draw.permutation(np.arange(i, min(i + bucket, len(by_length)))) for i in range(0, len(by_length), bucket)]
+    )
+    # Sorted, so that workers, who take turns, have like lengths.
+    batches = [by_length[np.sort(places[i : i + size])] for i in range(0, len(places), size)]
+    return [batches[i] for i in draw.permutation(len(batches))]
 
 
 def reference_rows(reference, rows):

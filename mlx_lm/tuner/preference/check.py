@@ -13,6 +13,7 @@ import yaml
 
 from ..utils import build_schedule
 from .checkpoint import check_is_file, state_files
+from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, nearest, shown
@@ -34,8 +35,6 @@ PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_mode
 # of supervised rows.
 FURTHER_KEYS = {"config", "hf_dataset", "chat_template_kwargs"}
 SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
-# Keys of older versions and other programs that are called otherwise here, and are not spelled alike.
-FORMER_KEYS = {"lora_layers": "num_layers"}
 
 _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
 
@@ -89,8 +88,8 @@ def known_keys(parser, defaults, supervised):
 def warn_of_unread_keys(args, known):
     """Name each key of the configuration that nothing reads, with the known key most like it."""
     for key in sorted(set(vars(args)) - known, key=str):
-        hint = f" (did you mean {FORMER_KEYS[key]}?)" if key in FORMER_KEYS else nearest(key, known)
-        print(f"[WARNING] {key} is not a key that this command reads{hint}.", file=sys.stderr)
+        told = hint(key) or nearest(key, known)
+        print(f"[WARNING] {key} is not a key that this command reads{told}.", file=sys.stderr)
 
 
 def warn_of_preference_keys(args):
@@ -243,8 +242,10 @@ def _check_schedule(schedule, updates):
     except Exception as error:
         # Numbers of any type reach arithmetic of any kind here.
         raise ConfigError(f"lr_schedule is {shown(schedule)}, which cannot be followed ({error}); {takes}.") from error
+    # At its end a schedule in float32 may be a rounding below zero.
+    rounding = 1e-6 * max(rates.values())
     for step, value in rates.items():
-        if not math.isfinite(value) or value < 0:
+        if not math.isfinite(value) or value < -rounding:
             raise ConfigError(f"lr_schedule gives a learning rate of {value:g} at update {step}; {takes}.")
 
 

@@ -279,6 +279,14 @@ STEP_OPTIONS = (
         group="step",
     ),
     Option(
+        "group_by_length",
+        True,
+        bool,
+        "Make batches of pairs of like length, which leaves little to pad; each epoch draws them anew either way",
+        group="step",
+        keep=True,
+    ),
+    Option(
         "max_grad_norm",
         None,
         float,

@@ -73,7 +73,7 @@ def train_preference(
 def _train(objective, optimizer, logps, args, reference, callback, config, folder, first):
     """Train on the rows of `logps`, in a folder of this run's own; `first` is whether this is the first worker."""
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
-    schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement)
+    schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
     state, iteration = None, 0
     if args.resume is True or (args.resume and has_state(folder)):

@@ -1,0 +1,340 @@
+"""Write what the documents show of results/*.json, each table between two markers that bear its name.
+
+    python benchmarks/tables.py          # all of them; a test compares the documents with it
+
+Nothing is measured here: each table names the commands that measured it. A new file in results/ is a new row.
+"""
+
+import json
+import re
+import statistics
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README, MANUAL, BENCHMARKS = (ROOT / name for name in ("README.md", "LORA.md", "BENCHMARKS.md"))
+
+
+def files(pattern):
+    """`{name: content}` of the results whose file names match a pattern, the name without what all have in common."""
+    common = pattern.partition("*")[0]
+    return {path.stem.removeprefix(common): json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
+
+
+def result(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown_table(header, rows):
+    """A Markdown table of the strings of `header` and `rows`."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def made_by(found):
+    """A line under a table: the command, the machine and the versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
+    return f"`{found['command']}`; {found['machine']}; {versions}."
+
+
+def paragraph(text):
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def settings_cell(settings):
+    return ", ".join(f"`{key}: {value}`".replace("'", "") for key, value in settings.items())
+
+
+# The embedded example
+
+
+def results_table():
+    """Every loss trained on the embedded example: the validation set's figures before and after."""
+    found = result("example_losses")
+    rows = []
+    for row in found["rows"]:
+        cells = [f"{row[when][name]:.3f}" for name in ("loss", "accuracy") for when in ("before", "after")]
+        rows.append((f"`{row['loss']}`", settings_cell(row["settings"]), *cells))
+    steps = found["rows"][0]["steps"]
+    header = ("loss", "with", "loss at 0", f"loss at {steps}", "accuracy at 0", f"accuracy at {steps}")
+    return markdown_table(header, rows) + "\n\n" + made_by(found)
+
+
+def example_text():
+    """The embedded example's run: what the model says to test prompts before and after, and the figures."""
+    (row,) = result("example_answers")["rows"]
+    generate = "mlx_lm generate --model mlx_lm/examples/tiny_chat_model --temp 0 --max-tokens 40"
+    command = f".venv/bin/python -m {generate}"
+    prompt = f'--prompt "{row["shown"][0]["prompt"]}"'
+    parts = (
+        markdown_table(("prompt", "before", "after"), [tuple(shown.values()) for shown in row["shown"]]),
+        paragraph(
+            "These are the first test prompts to which the model is grumpy before. Of all "
+            f"{row['answers']}, {row['grumpy']['before']} answers are grumpy before and {row['grumpy']['after']} "
+            f"after; {row['right']['before']} are right before and {row['right']['after']} after. Reward accuracy on "
+            f"the validation pairs is {row['before']['accuracy']:.3f} before and {row['after']['accuracy']:.3f} after. "
+            "The first row comes from"
+        ),
+        f"```shell\n{command} {prompt}\n{command} --adapter-path adapters {prompt}\n```",
+    )
+    return "\n\n".join(parts)
+
+
+def rate_text():
+    """The embedded example's run with a learning rate that is too high."""
+    (row,) = result("example_rate")["rows"]
+    settings, before, after = row["settings"], row["before"], row["after"]
+    return paragraph(
+        f"On the embedded example with `--learning-rate {settings['learning_rate']:g} --iters {settings['iters']}` the "
+        f"validation's rewards go from 0 to {after['chosen']:+.1f} and {after['rejected']:+.1f}, its loss from "
+        f'{before["loss"]:.2f} to {after["loss"]:.2f}, and the model answers "{row["prompt"]}" with "{row["answer"]}" '
+        "(`benchmarks/example.py rate`)."
+    )
+
+
+def discopop_text():
+    """discopop with its paper's tau and with a larger one."""
+    told = {}
+    for row in result("example_discopop")["rows"]:
+        told.setdefault(row["tau"], []).append(f"{row['after']['accuracy']:.3f} after {row['steps']} steps")
+    taus = "; ".join(f"with a tau of {tau} {' and '.join(rows)}" for tau, rows in told.items())
+    return paragraph(
+        f"On the embedded example its accuracy on the validation pairs is, from 0.5, {taus} "
+        "(`benchmarks/example.py discopop`)."
+    )
+
+
+# Memory and time
+
+
+def memory_table():
+    found = result("memory_cpu")
+    rows = [(row["setting"], f"{row['peak_gb']:.2f}", f"{row['weights_gb']:.2f}") for row in found["rows"]]
+    return markdown_table(("setting", "peak GB", "of it weights"), rows) + "\n\n" + made_by(found)
+
+
+def end_to_end_table():
+    """Whole runs, a row each, and the commands that made them."""
+    rows, made = [], []
+    for name, found in files("end_to_end_*.json").items():
+        for program, run in found["runs"].items():
+            if "error" in run:
+                continue
+            phases, second_half = run["phases"], [s for s in run["steps"] if s["iteration"] > found["iters"] / 2]
+            steps = sum(step["ms"] * step["steps"] for step in second_half) / sum(step["steps"] for step in second_half)
+            validations = sorted(run["validation_seconds"])
+            rows.append(
+                (
+                    f"`{name}`",
+                    {"ours": "here", "trl": "TRL", "liger": "TRL, Liger"}[program],
+                    f"{phases['load'] + phases['tokenizing']:.0f}",
+                    f"{phases['reference']:.1f}",
+                    f"{steps:.0f}",
+                    f"{run['pairs_per_second']:.1f}"
+                    if run["pairs_per_second"] >= 1
+                    else f"{run['pairs_per_second']:.2f}",
+                    f"{validations[0]:.1f} to {validations[-1]:.1f}",
+                    f"{run['whole_seconds']:.0f}",
+                    "-" if run["arrays_gb"] is None else f"{run['arrays_gb']:.1f}",
+                    f"{run['held_gb']:.1f}",
+                    f"{run['loss']:.3f}",
+                )
+            )
+        variables = "".join(f"{key}={value} " for key, value in found.get("environment", {}).items())
+        made.append(f"- `{name}`: {made_by(found | {'command': variables + found['command']})}")
+    header = (
+        "run", "program", "load and tokenizing, s", "reference, s", "ms a step, second half", "pairs a second",
+        "a validation, s", "whole, s", "arrays, GB", "held, GB", "validation loss at the end",
+    )  # fmt: skip
+    return markdown_table(header, rows) + "\n\n" + "\n".join(made)
+
+
+def mlx_lm_lora_table():
+    """Our step and mlx-lm-lora's, and how many times as fast ours is."""
+    tables = []
+    for found in files("mlx_lm_lora_*.json").values():
+        rows = []
+        for row in found["rows"]:
+            ours = row["runs"]["ours"]
+            for name, run in row["runs"].items():
+                if "error" in run:
+                    continue
+                seconds = statistics.median(run["seconds"])
+                rows.append(
+                    (
+                        f"{row['prompt']} / {row['response']}",
+                        {"ours": "here", "ours, each prompt twice": "here, `share_prompt: false`"}.get(name, name),
+                        f"{seconds:.2f}",
+                        f"{run['peak_gb']:.2f}",
+                        "" if name == "ours" else f"{seconds / statistics.median(ours['seconds']):.1f}",
+                        "" if name == "ours" else f"{ours['peak_gb'] / run['peak_gb']:.2f}",
+                    )
+                )
+        header = (
+            "prompt / response", "program", "s a step", "peak GB", "times our time", "our share of its memory",
+        )  # fmt: skip
+        tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
+    return "\n\n".join(tables)
+
+
+def pieces_table():
+    """A step with and without each piece that can be left out."""
+    tables = []
+    for found in files("pieces_*.json").values():
+        rows = []
+        for row in found["rows"]:
+            cells = [f"{row[when]['ms']:.0f} ms, {row[when]['peak_gb']:.2f} GB" for when in ("with", "without")]
+            rows.append((row["piece"], f"{row['prompt']} / {row['response']}", *cells))
+        header = ("piece", "prompt / response", "with", "without")
+        tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
+    return "\n\n".join(tables)
+
+
+def scaling_table():
+    """How a step's cost grows with one factor at a time."""
+    tables = []
+    for found in files("scaling_*.json").values():
+        rows = []
+        for row in found["rows"]:
+            above = row["peak_gb"] - row["weights_gb"]
+            rows.append(
+                (
+                    row["factor"],
+                    row["value"],
+                    row["tokens"],
+                    f"{row['ms']:.0f}",
+                    f"{row['pairs_per_second']:.2f}",
+                    f"{1000 * row['ms'] / row['tokens']:.0f}",
+                    f"{row['peak_gb']:.3f}",
+                    f"{1e6 * above / row['tokens']:.0f}",
+                    f"{row['share']:.2f}",
+                )
+            )
+        header = (
+            "varied", "value", "tokens", "ms a step", "pairs/s", "us a token", "peak GB", "KB a token above weights",
+            "of the matmul rate",
+        )  # fmt: skip
+        tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
+    return "\n\n".join(tables)
+
+
+def recurrent_table():
+    """A step of a Qwen3.5 with and without chunks, and what a token costs in every recurrent architecture."""
+    found = result("recurrent")
+    rows = []
+    for row in (row for mode in ("cpu", "gpu") for row in found.get(mode, [])):
+        if "ms" in row:
+            above = row["peak_gb"] - row["weights_gb"]
+            head = (row["recurrence"], f"{row['prompt']} / {row['response']}", row["pairs"], row["device"])
+            cells = (f"{row['ms']:.0f}", f"{row['peak_gb']:.2f}", f"{1e6 * above / row['tokens']:.0f}")
+            rows.append((*head, *cells))
+    header = ("recurrence", "prompt / response", "pairs", "device", "ms a step", "peak GB", "KB a token above weights")
+    return markdown_table(header, rows) + "\n\n`python benchmarks/recurrent.py cpu` (or `gpu`)."
+
+
+def relatives_table():
+    rows = []
+    for row in result("recurrent")["relatives"]:
+        cells = [row[f"{how}_{length}"] for how in ("upstream", "chunks") for length in (512, 2048)]
+        rows.append(
+            (
+                row["type"],
+                *(
+                    f"{cell['kb_a_token']:.1f}" if "s" in cell or "kb_a_token" in cell else "does not fit"
+                    for cell in cells
+                ),
+            )
+        )
+    header = ("type", "loop, 512 tokens", "loop, 2,048", "chunks, 512", "chunks, 2,048")
+    return markdown_table(header, rows) + "\n\n`python benchmarks/recurrent.py relatives`; KB a token."
+
+
+def gradients_table():
+    """The lowest and the median cosine of all ways of taking gradients."""
+    rows, made = [], []
+    for name, found in files("gradients_*.json").items():
+        plain, *ways = found["rows"]
+        cosines = [cosine for way in ways for cosine in way["cosines"]]
+        cells = [f"{value:.6f}" for x in (plain["cosines"], cosines) for value in (min(x), statistics.median(x))]
+        rows.append((f"`{name}`", plain["dtype"], len(ways), len(plain["cosines"]), *cells))
+        made.append(f"- `{name}`: {made_by(found)}")
+    header = (
+        "run", "dtype", "ways", "batches", "plain pass, lowest", "median", "all ways, lowest", "median",
+    )  # fmt: skip
+    return markdown_table(header, rows) + "\n\n" + "\n".join(made)
+
+
+def sentiment_table():
+    """Score against KL from the reference, a row for each point."""
+    rows = [
+        (
+            record["label"],
+            record["seed"],
+            point["iteration"],
+            f"{point['kl']:.2f}",
+            f"{point['score']:+.3f} ± {point['score_error']:.3f}",
+        )
+        for found in files("sentiment_*.json").values()
+        for record in found
+        for point in record["points"]
+    ]
+    commands = {
+        record.get("command", "python benchmarks/sentiment.py"): None
+        for found in files("sentiment_*.json").values()
+        for record in found
+    }
+    return (
+        markdown_table(("run", "seed", "step", "KL, nats", "score"), rows)
+        + "\n\n"
+        + "; ".join(f"`{c}`" for c in commands)
+    )
+
+
+REGIONS = {
+    "example": (README, example_text),
+    "rate": (MANUAL, rate_text),
+    "discopop": (MANUAL, discopop_text),
+    "results": (BENCHMARKS, results_table),
+    "memory": (BENCHMARKS, memory_table),
+    "end to end": (BENCHMARKS, end_to_end_table),
+    "mlx-lm-lora's step": (BENCHMARKS, mlx_lm_lora_table),
+    "pieces": (BENCHMARKS, pieces_table),
+    "gradients": (BENCHMARKS, gradients_table),
+    "scaling": (BENCHMARKS, scaling_table),
+    "recurrent": (BENCHMARKS, recurrent_table),
+    "relatives": (BENCHMARKS, relatives_table),
+    "sentiment": (BENCHMARKS, sentiment_table),
+}
+
+
+def between(text, name):
+    """The text between the markers of a name.
+
+    Raises:
+        ValueError: the document has not exactly one such place.
+    """
+    return _place(text, name)[1]
+
+
+def replaced(text, name, body):
+    """`text` with `body` between the markers of a name."""
+    before, _, after = _place(text, name)
+    return f"{before}\n{body}\n{after}"
+
+
+def _place(text, name):
+    pattern = re.compile(rf"(.*<!-- {name} -->)\n(.*?)\n?(<!-- /{name} -->.*)", re.S)
+    if text.count(f"<!-- {name} -->") != 1 or (found := pattern.fullmatch(text)) is None:
+        raise ValueError(f"there is no one place between <!-- {name} --> and <!-- /{name} -->.")
+    return found.groups()
+
+
+def write(regions):
+    """Put each region's text into its document."""
+    for name, (document, make) in regions.items():
+        document.write_text(replaced(document.read_text(), name, make()))
+
+
+if __name__ == "__main__":
+    write(REGIONS)

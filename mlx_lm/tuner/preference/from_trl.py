@@ -1,0 +1,337 @@
+"""A configuration of TRL's DPOConfig in this project's words.
+
+Read are DPOConfig's keys, and those of `trl dpo`'s other classes: of the data set, the model and PEFT. What a file does
+not say has TRL's default, not mlx-lm's, so that the two runs are alike.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import yaml
+
+from .check import check_file
+from .counterparts import BY_NAME
+from .objective import LOSSES, OPTION
+from .options import ConfigError, nearest
+
+# DPOConfig's defaults where this command's are others, or a setting here is made of several there.
+DEFAULTS = {
+    "loss_type": ["sigmoid"],
+    "learning_rate": 1e-6,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3.0,
+    "max_steps": -1,
+    "max_length": 1024,
+    "gradient_checkpointing": True,
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch_fused",
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "logging_steps": 10,
+    "eval_strategy": "no",
+    "save_steps": 500,
+    "seed": 42,
+    "disable_dropout": True,
+    "ref_model_sync_steps": 512,
+}
+# ModelConfig's, which count where a file names a model.
+MODEL_DEFAULTS = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+# Layers that PEFT names by their last word, by their path in a block of most of mlx-lm's models.
+PATHS = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+PATHS |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+BEST = {"loss": "eval_loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+UNBOUNDED = 2**20  # tokens
+NOTHING = (None, False, "", [], {}, "no", "none")
+AS_THEY_ARE = ("beta", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "discopop_tau")
+AS_THEY_ARE += ("f_divergence_type", "f_alpha_divergence_coef")
+
+
+class _Translation:
+    """The lines of a file as they come: settings here, and comments on keys there."""
+
+    def __init__(self, given):
+        self.given = {name: value for name, value in given.items() if value is not None}
+        self.left = dict(given)
+        self.lines = []
+
+    def take(self, name, default=None):
+        """The value of a key there, or TRL's default."""
+        self.left.pop(name, None)
+        return self.given.get(name, DEFAULTS.get(name, default))
+
+    def put(self, key, value, *names, note=""):
+        """A setting here, made of keys there."""
+        told = [note] if note else []
+        if names and not any(name in self.given for name in names):
+            told.insert(0, "TRL's default")
+        self.lines.append(f"{key}: {_text(value)}" + (f"  # {'; '.join(told)}" if told else ""))
+
+    def note(self, text):
+        self.lines.append("# " + " ".join(str(text).split()))
+
+
+def _text(value):
+    """A value as it stands in a line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
+def translate(given, name):
+    """The text of a configuration file, with a comment for each key that has no counterpart.
+
+    Args:
+        given: the keys and values of a DPOConfig.
+        name: what to call its file.
+
+    Raises:
+        ConfigError: a value is of another type than TRL's, or a loss is not known.
+    """
+    made = _Translation(given)
+    made.note(f"{name}, a DPOConfig of TRL, in the words of mlx_lm.lora.")
+    _model_and_data(made)
+    made.put("train", True)
+    _loss(made)
+    _adapters(made)
+    updates = _length(made)
+    _optimizer(made, updates)
+    _reports(made, updates)
+    _rest(made)
+    return "\n".join(made.lines) + "\n"
+
+
+def _model_and_data(made):
+    for key, names in (("model", "model_name_or_path"), ("adapter_path", "output_dir")):
+        if (value := made.take(names)) is not None:
+            made.put(key, value)
+        else:
+            made.note(f"{key}: the file has no {names}; give one here or as --{key.replace('_', '-')}.")
+    entries = made.take("datasets") or []
+    given = {key: made.take(f"dataset_{key}") for key in ("name", "config", "train_split", "test_split")}
+    if not entries and given["name"] is not None:
+        entries = [{"path": given["name"], "name": given["config"], "split": given["train_split"]}]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
+        raise ConfigError(f"datasets is {entries!r}; it must be a list of objects with path.")
+    if not entries:
+        return made.note("data: the file has no dataset_name; give a folder or a data set here or as --data.")
+    if len(entries) == 1 and not any(entries[0].get(key) for key in ("name", "split")) and given["test_split"] is None:
+        return made.put("data", entries[0]["path"])
+    made.put("hf_dataset", [_entry(entry, given["test_split"] or "test") for entry in entries])
+
+
+def _entry(entry, test_split):
+    config = {"config": {"name": entry["name"]}} if entry.get("name") else {}
+    return {"path": entry["path"], "train_split": entry.get("split") or "train", "valid_split": test_split, **config}
+
+
+def _loss(made):
+    names = made.take("loss_type")
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        if name not in LOSSES:
+            raise ConfigError(f"loss_type has {name!r}{nearest(name, LOSSES)}, which is no loss here.")
+    made.put("loss_type", names[0] if len(names) == 1 else names, "loss_type")
+    read = {"beta", "loss_weights"}.union(*(LOSSES[name].options for name in names))
+    if not {"robust", "exo_pair", "aot", "aot_unpaired"} & set(names):
+        read.discard("label_smoothing")
+    if made.given.get("f_divergence_type") != "alpha_divergence":
+        read.discard("f_alpha_divergence_coef")
+    for key in AS_THEY_ARE:
+        if key not in made.given:
+            continue
+        value = made.take(key)
+        if key in read:
+            made.put(key, value)
+        elif value != OPTION[key].default:
+            made.note(f"{key}: {value} is not read there with {', '.join(names)}.")
+    every, synced = made.take("ref_model_sync_steps"), made.take("sync_ref_model")
+    if synced:
+        made.put("reference_update_steps", every, "ref_model_sync_steps")
+    if (size := made.take("precompute_ref_batch_size")) is not None:
+        made.put("reference_batch_size", size)
+
+
+def _adapters(made):
+    """LoRA's settings; a file of DPOConfig's keys alone leaves them to the program that reads it."""
+    of_model = any(name in made.given for name in ("model_name_or_path", "use_peft"))
+    peft = {name: made.take(name, MODEL_DEFAULTS[name]) for name in MODEL_DEFAULTS}
+    dora, modules, dropped = made.take("use_dora"), made.take("lora_target_modules"), made.take("disable_dropout")
+    if not of_model:
+        return made.note("lora_parameters: a DPOConfig has none; see fine_tune_type and lora_parameters in LORA.md.")
+    if not peft["use_peft"]:
+        return made.put("fine_tune_type", "full", "use_peft")
+    made.put("fine_tune_type", "dora" if dora else "lora")
+    made.put("num_layers", -1)
+    parameters = {"rank": peft["lora_r"], "scale": peft["lora_alpha"] / peft["lora_r"]}
+    parameters["dropout"] = 0.0 if dropped else peft["lora_dropout"]
+    if modules is None:
+        made.note("lora_parameters: PEFT chooses the layers of each model by itself, q_proj and v_proj of most.")
+        modules = ["q_proj", "v_proj"]
+    modules = [modules] if isinstance(modules, str) else modules
+    if modules != ["all-linear"]:
+        parameters["keys"] = [PATHS.get(module, module) for module in modules]
+    made.put("lora_parameters", parameters)
+
+
+def _length(made):
+    """Steps, and what bounds them; the number of updates where the file says it."""
+    accumulated = made.take("gradient_accumulation_steps")
+    made.put(
+        "batch_size",
+        made.take("per_device_train_batch_size"),
+        "per_device_train_batch_size",
+        note=_differs("batch_size"),
+    )
+    made.put("grad_accumulation_steps", accumulated, "gradient_accumulation_steps")
+    epochs, updates = made.take("num_train_epochs"), made.take("max_steps")
+    if updates > 0:
+        made.put("iters", updates * accumulated, "max_steps", note=_differs("iters"))
+    else:
+        made.put("epochs", epochs, "num_train_epochs")
+    unbounded = made.left.get("max_length", 0) is None
+    length = UNBOUNDED if unbounded else made.take("max_length")
+    made.put("max_seq_length", length, "max_length", note="no bound there" if unbounded else _differs("max_seq_length"))
+    checkpointing = made.take("gradient_checkpointing"), made.take("activation_checkpointing")
+    made.put("grad_checkpoint", any(checkpointing), "gradient_checkpointing")
+    made.put("seed", made.take("seed"), "seed")
+    return updates if updates > 0 else None
+
+
+def _optimizer(made, updates):
+    name = str(made.take("optim"))
+    decay, *betas, eps = (made.take(key) for key in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"))
+    adam = {"betas": betas, "eps": eps, "weight_decay": decay, "bias_correction": True}
+    fixed = {"scale_parameter": False, "relative_step": False}
+    known = {"sgd": {"weight_decay": decay}, "adafactor": {"weight_decay": decay, **fixed}}
+    if "adamw" not in name and name not in known:
+        made.note(f"optim: {name} has no counterpart; AdamW stands for it.")
+    optimizer = name if name in known else "adamw"
+    exact = optimizer == name or name.startswith("adamw_torch")
+    made.put("optimizer", optimizer, "optim", note="" if exact else f"{name} there")
+    made.put("optimizer_config", {optimizer: known.get(optimizer, adam)})
+    if clip := made.take("max_grad_norm"):
+        made.put("max_grad_norm", clip, "max_grad_norm")
+    made.put("learning_rate", made.take("learning_rate"), "learning_rate")
+    _schedule(made, updates)
+
+
+def _schedule(made, updates):
+    rate, kind = made.take("learning_rate"), str(made.take("lr_scheduler_type"))
+    warmup = made.take("warmup_steps") or made.take("warmup_ratio") or 0
+    if kind == "constant":
+        return
+    if kind not in ("linear", "cosine", "constant_with_warmup"):
+        return made.note(f"lr_scheduler_type: {kind} has no counterpart; MLX's schedules stand in LORA.md.")
+    if updates is None:
+        # An epoch's batches are not known before the data is read.
+        wanted = f"{kind}, {warmup} of warmup" if warmup else kind
+        letters = ("U - W", "W") if warmup else ("U", 0)
+        return made.note(f"lr_schedule: {wanted} there; with U updates {_text(_schedule_of(kind, rate, *letters))}.")
+    warmup = math.ceil(warmup * updates) if warmup < 1 else int(warmup)
+    made.put("lr_schedule", _schedule_of(kind, rate, max(updates - warmup, 1), warmup), "lr_scheduler_type")
+
+
+def _schedule_of(kind, rate, decay, warmup):
+    """A schedule here of `decay` updates after `warmup` of them, numbers or letters that stand for them."""
+    rest = {
+        "linear": ("linear_schedule", [rate, 0.0, decay]),
+        "cosine": ("cosine_decay", [rate, decay]),
+        "constant_with_warmup": ("linear_schedule", [rate, rate, 1]),
+    }
+    name, arguments = rest[kind]
+    return {"name": name, "arguments": arguments} | ({"warmup": warmup} if warmup else {})
+
+
+def _reports(made, updates):
+    accumulated = made.take("gradient_accumulation_steps")
+
+    def batches(key, value):
+        """Batches here for updates there, or for a share of them; None where their number is not known."""
+        if value < 1:
+            if updates is None:
+                return made.note(f"{key}: every {value} of the run there, whose updates the file does not say.")
+            value = math.ceil(value * updates)
+        return int(value) * accumulated
+
+    def put_steps(key, name, value):
+        if (count := batches(key, value)) is not None:
+            made.put(key, count, name, note=_differs(key) if accumulated > 1 else "")
+
+    logging, evaluating = made.take("logging_steps"), made.take("eval_steps")
+    put_steps("steps_per_report", "logging_steps", logging)
+    strategy = str(made.take("eval_strategy"))
+    made.put("val_batches", 0 if strategy == "no" else -1, "eval_strategy")
+    if strategy == "steps":
+        put_steps("steps_per_eval", "eval_steps", evaluating or logging)
+    elif strategy != "no":
+        made.note(f"steps_per_eval: {strategy} there; a validation every so many batches here.")
+    if (saving := str(made.take("save_strategy", "steps"))) not in ("steps", "best"):
+        made.note(f"save_every: {saving} there; a save every so many batches here.")
+    else:
+        put_steps("save_every", "save_steps", made.take("save_steps"))
+    if (limit := made.take("save_total_limit")) is not None:
+        made.put("keep_checkpoints", limit, note=_differs("keep_checkpoints"))
+    metric = str(made.take("metric_for_best_model", "loss")).removeprefix("eval_")
+    if (made.take("load_best_model_at_end") or saving == "best") and strategy != "no":
+        if metric in BEST:
+            made.put("save_best", BEST[metric], note=_differs("save_best"))
+        else:
+            made.note(f"save_best: {metric} is none of {', '.join(BEST)}, which it goes by here.")
+    if made.take("resume_from_checkpoint"):
+        made.put("resume", True, note=_differs("resume"))
+    services = made.take("report_to") or []
+    services = [services] if isinstance(services, str) else services
+    if told := [name for name in services if name in ("wandb", "swanlab", "tensorboard")]:
+        made.put("report_to", ",".join(told))
+        if (project := made.take("project")) is not None:
+            made.put("project_name", project)
+    if others := [name for name in services if name not in told and name != "none"]:
+        made.note(f"report_to: {', '.join(others)} cannot be reported to.")
+    for name, key in (("trust_remote_code", "trust_remote_code"), ("torch_compile", "compile")):
+        if made.take(name):
+            made.put(key, True)
+
+
+def _rest(made):
+    off = [name for name, value in made.left.items() if value in NOTHING]
+    for name in made.left:
+        if name not in off:
+            here, differs = BY_NAME.get(name, ("", ""))
+            told = differs or (f"see {here}" if here else "no counterpart here")
+            made.note(f"{name}: {told}.")
+    if off:
+        made.note(f"Off there, and left out: {', '.join(off)}.")
+
+
+def _differs(here):
+    """What the table of counterparts says of a key here."""
+    return next(differs for key, differs in BY_NAME.values() if key == here and differs)
+
+
+class FromTrl(argparse.Action):
+    """The flag `--from-trl FILE`: print the file in this project's words, and end.
+
+    Args of the constructor, besides argparse's:
+        loader: the YAML loader of configuration files.
+    """
+
+    def __init__(self, option_strings, dest, loader, **options):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **options)
+        self.loader = loader
+
+    def __call__(self, parser, namespace, path, option_string=None):
+        check_file(path, self.loader)
+        given = yaml.load(Path(path).read_text(encoding="utf-8"), self.loader)
+        try:
+            sys.stdout.write(translate(given, Path(path).name))
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} holds a value of a type that TRL does not take there ({error}).") from error
+        parser.exit()
