@@ -233,7 +233,7 @@ def _read_table(path, delimiter):
 
 def _cell(key, value):
     """A table's cell; empty cells of columns that rows may leave out are no values."""
-    if key in NUMBERS and re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", value, re.IGNORECASE):
+    if key in NUMBERS and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", value, re.IGNORECASE):
         return float(value)
     if key == "chat_template_kwargs" and value.strip():
         try:
