@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...cli_ui import rprint
 from .layouts import UselessRow
-from .options import ConfigError
+from .options import ConfigError, shown
 from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
 from .tokens import PairEncoder
 
@@ -102,7 +102,7 @@ class PreferenceDataset:
             score_scale=score_scale,
             min_score_difference=min_score_difference,
         )
-        self._counts = Counter()
+        self._counts, self._read = Counter(), len(rows)
         self._useless = {}
         self._notes = {}
         self.layout = ""
@@ -131,6 +131,11 @@ class PreferenceDataset:
         """The pair itself: upstream's `CacheDataset` asks for this, and there is nothing left to do."""
         return pair
 
+    @property
+    def counts(self):
+        """How many rows were read, prompts cut and responses cut, by these names."""
+        return {"read": self._read} | {name: self._counts[name] for name in ("prompts cut", "responses cut")}
+
     def where(self, idx):
         """The place of a pair's row, such as its file and line."""
         return self._where(self._numbers[idx])
@@ -158,6 +163,8 @@ class PreferenceDataset:
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
         whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
+        whole._counts = sum((dataset._counts for dataset in datasets), Counter())
+        whole._read = sum(dataset._read for dataset in datasets)
         sources = {number: dataset.source(i) for number, (dataset, i) in enumerate(places)}
         whole._sources = {number: source for number, source in sources.items() if source is not None}
         return whole
@@ -171,8 +178,9 @@ class PreferenceDataset:
                 read.append((number, conversation, self._encoder.texts(conversation)))
             except UselessRow as useless:
                 self._leave_out(number, str(useless))
-            except ConfigError as error:
-                raise ConfigError(f"{self._where(number)}: {error}") from error
+            except (ConfigError, RecursionError) as error:
+                told = error if isinstance(error, ConfigError) else "the row is nested too deep."
+                raise ConfigError(f"{self._where(number)}: {told}") from error
         tokens = self._encoder.encode([texts for _, _, texts in read])
         for (number, conversation, texts), (prompt, chosen, rejected) in zip(read, tokens, strict=True):
             for note in texts.notes:
@@ -217,9 +225,9 @@ class PreferenceDataset:
 
     def _described(self, texts):
         """What the rows are read as, with the first one's texts shortened."""
-        shown = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
-        parts = zip(("prompt", "chosen", "rejected"), shown, strict=True)
-        return "; first ".join(["", *(f"{name} {shortened(text)}" for name, text in parts)]).lstrip("; ")
+        parts = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
+        named = zip(("prompt", "chosen", "rejected"), parts, strict=True)
+        return "; first ".join(["", *(f"{name} {shown(text)}" for name, text in named)]).lstrip("; ")
 
     def _leave_out(self, number, why):
         count, first = self._useless.get(why, (0, number))
@@ -249,12 +257,6 @@ class PreferenceDataset:
                 "prompt does not stand before the response, and the prompt ends before it. Responses that hold their "
                 "reasoning, or other chat_template_kwargs, avoid that."
             )
-
-
-def shortened(text, size=60):
-    """A text on one line, its middle left out where it is long."""
-    text = repr(text)
-    return text if len(text) <= size else f"{text[: size // 2]} ... {text[-size // 2 :]}"
 
 
 def within(unscored, responses):

@@ -13,6 +13,7 @@ from .memory import bounded_memory
 from .options import ConfigError
 from .reference_cache import Cache, default_cache_folder, fingerprint, row_key
 from .screen import make_bars
+from .workers import confirm
 
 
 class Reference:
@@ -86,7 +87,9 @@ class Reference:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
             shares = np.zeros_like(values)
             shares[mine] = values[mine]
-            values[:] = np.array(mx.distributed.all_sum(mx.array(shares)))
+            summed = np.array(mx.distributed.all_sum(mx.array(shares)))
+            confirm()
+            values[:] = summed
         bad = (~np.isfinite(values).all(axis=1)).sum()
         if bad:
             raise ConfigError(

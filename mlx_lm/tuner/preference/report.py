@@ -10,6 +10,7 @@ from .batches import PLAIN
 from .checkpoint import REMEDY
 from .evaluation import as_means, mean_figures
 from .options import ConfigError
+from .workers import confirm
 
 # Logratios of both responses below this, and logps twice as low as the reference's: no longer a model of text.
 DISPLACED, DISPLACED_TIMES = -20.0, 2.0
@@ -37,6 +38,7 @@ class Window:
     def figures(self):
         """`(sums over all workers (k, 9), norms)` as numbers."""
         sums = np.array(mx.distributed.all_sum(mx.stack(self.sums)), np.float64)
+        confirm()
         return sums, [None if norm is None else norm.item() for norm in self.norms]
 
 
