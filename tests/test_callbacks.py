@@ -10,7 +10,9 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 
 import mlx_lm.lora
 from mlx_lm.tuner import callbacks
-from mlx_lm.tuner.callbacks import MetricsFile, plot_metrics, read_metrics
+from mlx_lm.tuner.callbacks import MetricsFile
+from mlx_lm.tuner.preference.curves import plot_metrics
+from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
@@ -29,7 +31,7 @@ FIGURES = {
 }
 CORRELATION = "rewards/length_correlation"  # where margins vary
 # What only validations have.
-MORE = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
+MORE = {"kl", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
 SPEED = {"iterations_per_second", "pairs_per_second", "tokens_per_second", "trained_tokens", "peak_memory"}
 
 
@@ -57,7 +59,7 @@ def test_a_line_a_report_with_trls_names(tmp_path):
         more = {"iteration", "grad_norm", "learning_rate", "padding_share"}
         assert set(line) - {CORRELATION} == FIGURES | SPEED | more
     for line in validation:
-        names = set(line) - {f"eval_{CORRELATION}", "iteration", "val_time"}
+        names = set(line) - {f"eval_{CORRELATION}", "iteration", "val_time", "eval_pairs"}
         assert names == {f"eval_{name}" for name in FIGURES | MORE}
     # In the order of the run: validation comes before the first step and after the report of its own.
     order = [("eval_loss" in line, line["iteration"]) for line in read_metrics(tmp_path / "metrics.jsonl")]

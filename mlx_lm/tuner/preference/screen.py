@@ -91,9 +91,9 @@ class RunUI(TrainUI):
         )
 
     @contextmanager
-    def val_task(self, total):
-        """Within the context, a bar of a validation of `total` pairs; gives what takes how many more are done."""
-        task = self._progress.add_task("validation", total=total)
+    def val_task(self, total, name="validation"):
+        """Within the context, a bar of `total` things beside the run's; gives what takes how many more are done."""
+        task = self._progress.add_task(name, total=total)
         try:
             yield lambda count: self._progress.advance(task, count)
         finally:
