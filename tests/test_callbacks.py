@@ -14,6 +14,7 @@ from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.options import ConfigError
 
 PAIRS = some_pairs(8)
+TOKENIZER = SimpleNamespace(encode=lambda text: [1])
 # TRL's names, and beside them what upstream reports.
 FIGURES = {
     "loss",
@@ -108,8 +109,8 @@ def test_every_service_and_callback_hears_every_report(tmp_path, monkeypatch):
 def test_the_command_reports_to_a_service(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(callbacks, "wandb", fake_service("wandb", calls))
-    monkeypatch.setattr(mlx_lm.lora, "load", lambda *_, **__: (tiny_llama(lora=False), None))
-    monkeypatch.setattr("mlx_lm.utils.load", lambda *_, **__: (tiny_llama(lora=False), None))
+    monkeypatch.setattr(mlx_lm.lora, "load", lambda *_, **__: (tiny_llama(lora=False), TOKENIZER))
+    monkeypatch.setattr("mlx_lm.utils.load", lambda *_, **__: (tiny_llama(lora=False), TOKENIZER))
     monkeypatch.setattr(mlx_lm.lora, "load_dataset", lambda *_: (PAIRS, PAIRS, []))
     options = {"model": str(TINY_LLAMA), "loss_type": "dpo", "train": True, "num_layers": 2, "iters": 2}
     options |= {"adapter_path": str(tmp_path), "report_to": "wandb", "project_name": "mine", "reference_cache": "none"}
@@ -185,7 +186,14 @@ def test_tables_of_answers_go_to_the_services_that_show_them(tmp_path, monkeypat
     callbacks.wandb.Table = lambda columns, data: ("table", columns, data)
     callbacks.swanlab.echarts = SimpleNamespace(Table=FakeTable)
     services = callbacks.get_reporting_callbacks("wandb,swanlab", "project", str(tmp_path / "run"), {})
-    line = {"iteration": 5, "row": "valid.jsonl:1", "prompt": "Why?", "answer": "So.", "chosen": "So.", "rejected": "No."}
+    line = {
+        "iteration": 5,
+        "row": "valid.jsonl:1",
+        "prompt": "Why?",
+        "answer": "So.",
+        "chosen": "So.",
+        "rejected": "No.",
+    }
     callbacks.send_samples(MetricsFile(tmp_path, services), 5, [line])
     columns, row = ["iteration", "row", "prompt", "answer", "chosen", "rejected"], [5, "valid.jsonl:1", "Why?", "So."]
     assert told["wandb"][1:] == [(5, {"samples": ("table", columns, [[*row, "So.", "No."]])})]

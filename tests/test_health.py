@@ -37,8 +37,13 @@ def longer_chosen(count):
 
 # Of each detector a run that sets it off.
 SICK = {
-    "displaced": {"valid": some_pairs(48, seed=9, response=(4, 8)), "rate": 2e-2},
-    "exploding": {"rate": 1e-2, "iters": 24, "steps_per_eval": 12, "beta": 1.0},
+    # Responses that differ in their last token alone.
+    "displaced": {
+        "pairs": [p._replace(rejected=p.chosen[:-1] + [(p.chosen[-1] + 1) % 97]) for p in PAIRS],
+        "rate": 4e-3,
+        "iters": 9,
+    },
+    "exploding": {"rate": 5e-4, "beta": 5.0},
     "unmoved": {"rate": 1e-7},
     "overfitted": {"valid": [p._replace(chosen=p.rejected, rejected=p.chosen) for p in PAIRS], "rate": 5e-3},
     "length bias": {"pairs": longer_chosen(48)},

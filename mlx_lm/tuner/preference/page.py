@@ -86,7 +86,10 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
     )
     text = environment.get_template(TEMPLATE).render(
         title=Path(folder).resolve().name,
-        settings={name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in settings.items()},
+        settings={
+            name: value if isinstance(value, str) else json.dumps(value, default=str)
+            for name, value in settings.items()
+        },
         summary=_summary(validations),
         health=health,
         answers=_answers(samples),
