@@ -94,6 +94,7 @@ def build_parser():
     parser.add_argument(
         "--plot",
         action=Plot,
+        default=argparse.SUPPRESS,
         nargs="+",
         metavar="FOLDER",
         help="Draw the curves of the run in FOLDER, or of several runs with what differs between them, and end.",

@@ -18,7 +18,7 @@ MOST_PAIRS = 64
 VALIDATED_PAIRS = 16
 
 
-def mean_kl(policy, reference, dataset, rows, most=MOST_PAIRS):
+def mean_kl(policy, reference, dataset, rows, most=None):
     """The mean KL of the policy from the reference at the response tokens of a data set's rows, or of some of them.
 
     Args:
@@ -26,12 +26,12 @@ def mean_kl(policy, reference, dataset, rows, most=MOST_PAIRS):
         reference: a `Scorer`, or None for the policy without its adapters.
         dataset: gives a `Pair` for a row number.
         rows: the row numbers.
-        most: pairs that are taken, evenly from all rows.
+        most: pairs that are taken, evenly from all rows; MOST_PAIRS by default.
 
     Returns:
         `(nats a token, pairs)`, or None where the reference is not at hand.
     """
-    rows = np.asarray(rows)[np.unique(np.linspace(0, len(rows) - 1, most).astype(int))]
+    rows = np.asarray(rows)[np.unique(np.linspace(0, len(rows) - 1, most or MOST_PAIRS).astype(int))]
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
     total, count = 0.0, 0
     with evaluating(policy.model), bounded_memory() as evaluate:
