@@ -15,7 +15,7 @@ import json
 from common import SHAPES, own_step, say
 from records import RESULTS, keep
 
-PROMPT, RESPONSE = 256, 128
+PROMPT, RESPONSE = 128, 64
 MODELS = ("135m", "1b", "3b", "8b")
 
 
