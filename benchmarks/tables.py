@@ -155,6 +155,14 @@ def macs_table():
     return text + "\n\n" + markdown_table(header, rows)
 
 
+# What a part of a file's name tells of its runs.
+RUN_NOTES = {
+    "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
+    "cache_given_back": "`cache_given_back` are runs since MLX's cached memory is given back after each step on CUDA; "
+    "those of the same name without it are from before.",
+}
+
+
 def end_to_end_table():
     """Whole runs, a row each, and the commands that made them."""
     rows, made = [], []
@@ -188,7 +196,8 @@ def end_to_end_table():
         "run", "program", "load and tokenizing, s", "reference, s", "ms a step, second half", "pairs a second",
         "a validation, s", "whole, s", "arrays, GB", "held, GB", "validation loss at the end",
     )  # fmt: skip
-    return markdown_table(header, rows) + "\n\n" + "\n".join(made)
+    notes = [note for word, note in RUN_NOTES.items() if any(word in row[0] for row in rows)]
+    return "\n\n".join((markdown_table(header, rows), "\n".join(made), *map(paragraph, notes))).rstrip()
 
 
 def ms(row):
