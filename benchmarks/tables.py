@@ -38,7 +38,8 @@ def markdown_table(header, rows):
 def made_by(found):
     """A line under a table: the command, the machine and the versions."""
     versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-    return f"`{found['command']}`; {found['machine']}; {versions}."
+    variables = "".join(f"{key}={value} " for key, value in found.get("environment", {}).items())
+    return f"`{variables}{found['command']}`; {found['machine']}; {versions}."
 
 
 def paragraph(text):
@@ -213,8 +214,7 @@ def end_to_end_table():
                     f"{run['loss']:.3f}",
                 )
             )
-        variables = "".join(f"{key}={value} " for key, value in found.get("environment", {}).items())
-        made.append(f"- `{name}`: {made_by(found | {'command': variables + found['command']})}")
+        made.append(f"- `{name}`: {made_by(found)}")
     header = (
         "run", "program", "load and tokenizing, s", "reference, s", "ms a step, second half", "pairs a second",
         "a validation, s", "whole, s", "arrays, GB", "held, GB", "validation loss at the end",
