@@ -104,7 +104,7 @@ def test_loss_gradients_and_rewards_are_those_of_trl(case):
 def test_golden_cases_are_of_trl_1_16_and_cover_every_loss_that_it_has():
     assert GOLDEN["source"].startswith("TRL 1.16")
     covered = {name for case in GOLDEN["cases"] for name in case["loss_type"]}
-    assert covered == {"sigmoid", *NAMES} - {"dpo", "dpop"}
+    assert covered == {"sigmoid", *NAMES} - {"dpo", "dpop", "kto"}  # kto's are in test_kto.py
 
 
 # The papers, in float64
@@ -151,6 +151,7 @@ def papers(name, b, beta, eps=0.0, tau=0.05, lam=50.0, gamma=0.5, alpha=1.0):
         "simpo": lambda: ce(beta * p_mean - beta * q_mean - gamma - m),
         "orpo": lambda: nll - beta * np.log(sigma(np.log(odds(p_mean) / odds(q_mean)) - m)),
         "cpo": lambda: ce(beta * (b["policy_chosen"] - b["policy_rejected"]) - m) + alpha * nll,
+        "kto": lambda: 1 - sigma(beta * u),
     }
     return formulas[name]()
 
@@ -503,7 +504,7 @@ def test_a_preference_loss_says_what_it_reads():
 def test_the_table_has_every_loss_of_the_family():
     assert set(LOSSES) == set(
         "dpo sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down discopop aot "
-        "aot_unpaired sft dpop simpo orpo cpo".split()
+        "aot_unpaired sft dpop simpo orpo cpo kto".split()
     )
     assert LOSSES["sigmoid"] is LOSSES["dpo"]
 

@@ -45,7 +45,9 @@ class Batch(NamedTuple):
         lengths: `(2B,)` float32, scored tokens of each response.
         counts: `(B,)` float32, 1 for a pair and 0 for one that only fills up the batch.
         weights, margins: `(B,)` float32, the rows' `weight` and `margin`.
-        ntoks: the prompts' and responses' tokens, each prompt counted for both responses, as `()` int32.
+        labels: `(B,)` float32, of single responses 1 for a desirable one and 0 for another; 1 of pairs.
+        ntoks: the prompts' and responses' tokens, each prompt counted for both responses, as `()` int32; of single
+            responses their own.
     """
 
     tokens: mx.array
@@ -58,6 +60,7 @@ class Batch(NamedTuple):
     counts: mx.array
     weights: mx.array
     margins: mx.array
+    labels: mx.array
     ntoks: mx.array
 
 
@@ -225,15 +228,15 @@ def make_batch(pairs, arrangement, shape=None, size=None):
         counts=mx.array(np.array(counts, np.float32)),
         weights=mx.array(np.array([pair.weight for pair in pairs], np.float32)),
         margins=mx.array(np.array([pair.margin for pair in pairs], np.float32)),
-        ntoks=mx.array(
-            sum(
-                int(count) * (2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
-                for count, pair in zip(counts, pairs, strict=True)
-            ),
-            mx.int32,
-        ),
+        labels=mx.array(np.array([pair.label is not False for pair in pairs], np.float32)),
+        ntoks=mx.array(sum(int(count) * _tokens(pair) for count, pair in zip(counts, pairs, strict=True)), mx.int32),
     )
     return batch, tokens.size, tokens.size - own
+
+
+def _tokens(pair):
+    one = len(pair.prompt) + len(pair.chosen)
+    return one + len(pair.prompt) + len(pair.rejected) if pair.label is None else one
 
 
 def _pack(pairs, responses, shape):

@@ -14,7 +14,7 @@ from .memory import bounded_memory
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, ample_tokens, reference_of
-from .step import FIGURES, Objective
+from .step import DESIRABLE, FIGURES, Objective
 
 
 def objective_of(model, args):
@@ -84,7 +84,7 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
     """The means of FIGURES over `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
     world, done = mx.distributed.init(), 0
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
-    totals, scorer = mx.zeros((len(FIGURES) + 2,)), objective.scorer
+    totals, scorer = mx.zeros((len(FIGURES) + 2 + len(objective.further),)), objective.scorer
     if objective.loss.reads_batch:
         batches = plan(lengths, batch_size)
     else:
@@ -95,24 +95,38 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
     with evaluating(scorer.model), bounded_memory() as evaluate:
         for places in batches:
             here = places[world.rank() :: world.size()]
-            if len(here):
-                batch, *_ = make_batch([dataset[int(rows[place])] for place in here], scorer.arrangement)
-                totals = totals + objective(batch, reference_rows(reference, here))[1]
+            if len(here) or objective.loss.unpaired:
+                # Workers estimate the KL together: one without a row of its own runs one that counts for nothing.
+                taken = here if len(here) else places[:1]
+                batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement)
+                if not len(here):
+                    batch = batch._replace(counts=mx.zeros_like(batch.counts), ntoks=mx.zeros_like(batch.ntoks))
+                totals = totals + objective(batch, reference_rows(reference, taken))[1]
                 evaluate(totals)
             before, done = done, done + len(places)
             if progress_callback is not None:
                 # As often as there are batches of `batch_size` pairs, which is what is waited for.
                 for _ in range(-(-done // batch_size) - -(-before // batch_size)):
                     progress_callback()
-    return means(totals)[0]
+    return means(totals, objective.further)[0]
 
 
-def means(totals):
+def means(totals, further=()):
     """`(means of FIGURES, pairs, tokens)` over all workers, of `Objective`'s sums on this one."""
-    return as_means(np.array(mx.distributed.all_sum(totals), np.float64))
+    return as_means(np.array(mx.distributed.all_sum(totals), np.float64), further)
 
 
-def as_means(totals):
-    """`(means of FIGURES, pairs, tokens)` of sums over pairs, `(9,)` float64."""
-    *sums, pairs, tokens = totals.tolist()
-    return {name: total / pairs for name, total in zip(FIGURES, sums, strict=True)}, pairs, tokens
+def as_means(totals, further=()):
+    """`(means, pairs, tokens)` of an `Objective`'s sums, float64, and the names of its `further` ones.
+
+    Of single responses each side's figures are means over its own, NaN where there is none.
+    """
+    sums = dict(zip((*FIGURES, "pairs", "tokens", *further), totals.tolist(), strict=True))
+    pairs, tokens, desirable = sums.pop("pairs"), sums.pop("tokens"), sums.pop(DESIRABLE, None)
+    figures = {name: total / pairs for name, total in sums.items()}
+    if desirable is not None:
+        for name, count in (("chosen", desirable), ("rejected", pairs - desirable)):
+            for key in (f"rewards/{name}", f"logps/{name}"):
+                figures[key] = sums[key] / count if count else np.nan
+        figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
+    return figures, pairs, tokens

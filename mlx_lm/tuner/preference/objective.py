@@ -24,6 +24,7 @@ from ..losses import (
     exo_pair,
     hinge,
     ipo,
+    kto,
     mean_logps,
     nca_pair,
     orpo,
@@ -54,6 +55,7 @@ class Loss:
         reads_batch: a pair's value depends on the other pairs of its batch.
         is_likelihood: it is the chosen response's likelihood and has no logratio: it goes with any other
             loss and its settings.
+        unpaired: it reads single responses with labels, not pairs, and goes with no other loss.
         mean_rewards: without a reference, whether its rewards are means over tokens rather than sums.
         defaults: defaults that differ from the options', by parameter.
         lowest: the lowest value that it can work with where that is above the option's, by parameter.
@@ -69,6 +71,7 @@ class Loss:
     sorts_batch: bool = False
     reads_batch: bool = False
     is_likelihood: bool = False
+    unpaired: bool = False
     mean_rewards: bool = False
     defaults: dict = field(default_factory=dict)
     lowest: dict = field(default_factory=dict)
@@ -86,7 +89,11 @@ class Loss:
         if self.f_divergence:
             options += ("f_divergence_type", "f_alpha_divergence_coef")
         if self.needs_reference:
-            options += ("ld_alpha", "reference_update_steps")
+            options += ("reference_update_steps",)
+        if self.unpaired:
+            return options
+        if self.needs_reference:
+            options += ("ld_alpha",)
         if not self.sorts_batch:
             options += ("use_weighting",)
         return options
@@ -181,6 +188,14 @@ TABLE = (
         **REFERENCE_FREE,
         reads_batch=True,
     ),
+    Loss(
+        "kto",
+        kto,
+        "w sigma(beta kl - r) if desirable, w sigma(r - beta kl) if not; r = beta x logratio, w its kind's weight",
+        "2402.01306",
+        unpaired=True,
+        reads_batch=True,
+    ),
 )
 
 ALIASES = {"sigmoid": "dpo"}
@@ -228,6 +243,8 @@ OPTIONS = (
     _option("dpop_lambda", 50.0, float, "lambda, the factor of dpop's penalty", low=0),
     _option("simpo_gamma", 0.5, float, "gamma, the margin that simpo aims at", low=0),
     _option("cpo_alpha", 1.0, float, "alpha, the factor of cpo's NLL", low=0),
+    _option("desirable_weight", 1.0, float, "factor of the loss of desirable responses", low=0),
+    _option("undesirable_weight", 1.0, float, "factor of the loss of undesirable responses", low=0),
     _option(
         "reference_update_steps",
         None,
@@ -307,6 +324,7 @@ class PreferenceLoss:
         reads_margins: whether a pair's margin takes effect.
         reads_batch: whether a pair's value depends on the other pairs of its batch.
         sorts_batch: whether values belong to quantiles of the batch, so that weights of pairs have no meaning.
+        unpaired: whether it is of single responses with labels.
         ld_alpha: weight of the tokens beyond the shorter response's length, or None.
     """
 
@@ -323,6 +341,7 @@ class PreferenceLoss:
         self.reads_margins = any(loss.reads_margins for loss in self._losses)
         self.sorts_batch = any(loss.sorts_batch for loss in self._losses)
         self.reads_batch = any(loss.reads_batch for loss in self._losses)
+        self.unpaired = any(loss.unpaired for loss in self._losses)
         self.ld_alpha = parameters.get("ld_alpha")
 
     def __call__(self, pairs, wpo_weights=None):
@@ -453,6 +472,13 @@ def _refuse_too_low(resolved, losses):
 
 
 def _refuse_clashes(values, losses):
+    single = [loss.name for loss in losses if loss.unpaired]
+    if single and len(losses) > 1:
+        raise ConfigError(
+            f"loss_type has {single[0]} with others, but it reads single responses, not pairs; name it alone."
+        )
+    if single and not (values["desirable_weight"] or values["undesirable_weight"]):
+        raise ConfigError("desirable_weight and undesirable_weight are 0, with which nothing is trained; raise one.")
     divergence, coef = values["f_divergence_type"], values["f_alpha_divergence_coef"]
     without = [loss.name for loss in losses if not (loss.f_divergence or loss.is_likelihood)]
     if divergence != "reverse_kl" and without:

@@ -19,7 +19,7 @@ class Window:
     """The steps since the last report.
 
     Attributes:
-        sums: of each step, `Objective`'s `(9,)` sums.
+        sums: of each step, `Objective`'s sums.
         norms: of each step, the gradient's norm, None where it made no update.
         tokens: `(2,)`, processed ones and of these padding.
         seconds: that the steps took, without validations and saves.
@@ -35,7 +35,7 @@ class Window:
         self.tokens += tokens
 
     def figures(self):
-        """`(sums over all workers (k, 9), norms)` as numbers."""
+        """`(sums over all workers (k, n), norms)` as numbers."""
         sums = np.array(mx.distributed.all_sum(mx.stack(self.sums)), np.float64)
         return sums, [None if norm is None else norm.item() for norm in self.norms]
 
@@ -47,6 +47,7 @@ class Reporter:
         ui: upstream's `TrainUI`.
         callback: a `TrainingCallback`, or None.
         rank: of this worker; only the first one speaks.
+        further: names of an `Objective`'s figures besides FIGURES.
         check: called with a window's losses, norms and first iteration; raises where a run must not go on. None where
             steps that are not finite are left out.
 
@@ -54,8 +55,8 @@ class Reporter:
         validated: the last validation's means of FIGURES.
     """
 
-    def __init__(self, ui, callback, rank, check):
-        self.ui, self.callback, self.rank, self.check = ui, callback, rank, check
+    def __init__(self, ui, callback, rank, check, further=()):
+        self.ui, self.callback, self.rank, self.check, self.further = ui, callback, rank, check, further
         self.validated = None
 
     def training(self, window, progress, learning_rate, peak_memory):
@@ -71,7 +72,7 @@ class Reporter:
         progress.skipped += sum(norm is not None and not np.isfinite(norm) for norm in norms)
         if not sound.any():
             raise ConfigError(f"no step of the {len(sums)} up to iteration {progress.iteration} is finite. {REMEDY}")
-        figures, pairs, trained = as_means(sums[sound].sum(axis=0))
+        figures, pairs, trained = as_means(sums[sound].sum(axis=0), self.further)
         progress.trained_tokens += int(trained)
         speed, seconds = trained / window.seconds, window.seconds
         self.ui.report_train(progress.iteration, figures["loss"], speed, progress.trained_tokens)
@@ -119,6 +120,8 @@ class Reporter:
             f"chosen {figures['rewards/chosen']:+.3f} · rejected {figures['rewards/rejected']:+.3f} · "
             f"accuracy {figures['rewards/accuracies']:.3f} · margin {figures['rewards/margins']:+.3f}"
         )
+        if "kl" in figures:
+            text += f" · kl {figures['kl']:.3f}"
         make_console().print(f"          [ui.muted]{text}{' · ' + more if more else ''}[/ui.muted]")
 
 

@@ -106,7 +106,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         TrainUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
-        report = Reporter(ui, callback, 0 if first else 1, check)
+        report = Reporter(ui, callback, 0 if first else 1, check, objective.further)
         validate = partial(_validate, objective, logps, progress, args, report, config)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
@@ -297,5 +297,8 @@ def check_and_digest(dataset, loss):
             raise ConfigError(f"rows have a margin, but loss_type {names} does not read it; remove the key margin.")
         if pair.weight != 1 and loss.sorts_batch:
             raise ConfigError(f"rows have a weight, but loss_type {names} sorts the batch; remove the key weight.")
-        digest.update(row_key(pair) + repr((pair.margin, pair.weight)).encode())
+        if (pair.label is None) == loss.unpaired:
+            form = "single responses with labels" if loss.unpaired else "pairs"
+            raise ConfigError(f"loss_type {names} reads {form}, and the data set holds others; make it for this loss.")
+        digest.update(row_key(pair) + repr((pair.margin, pair.weight, pair.label)).encode())
     return digest.hexdigest()

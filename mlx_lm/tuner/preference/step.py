@@ -8,7 +8,7 @@ from mlx.nn.utils import average_gradients
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
-from ..losses import PairLogps, wpo_weights
+from ..losses import PairLogps, kl_estimate, wpo_weights
 from .batches import as_batch
 from .intercept import parameters_in
 from .layers import lean_layers
@@ -24,6 +24,9 @@ FIGURES = (
     "logps/rejected",
 )
 
+# How many of the responses are desirable, where each is by itself.
+DESIRABLE = "desirable"
+
 # Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
 ROUNDING = 2e-6
 
@@ -34,11 +37,15 @@ class Objective:
     Args:
         scorer: a `Scorer`.
         loss: a `PreferenceLoss`.
+
+    Attributes:
+        further: names of what is summed besides FIGURES.
     """
 
     def __init__(self, scorer, loss):
         self.scorer = scorer
         self.loss = loss
+        self.further = ("kl", DESIRABLE) if loss.unpaired else ()
 
     def __call__(self, batch, reference, gradient=False):
         """Score a batch.
@@ -49,26 +56,36 @@ class Objective:
             gradient: whether a gradient will be taken.
 
         Returns:
-            `(loss, sums)`: the loss summed over pairs, float32, and `(9,)` float32 sums over pairs of
-            FIGURES, the number of pairs and the number of tokens.
+            `(loss, sums)`: the loss summed over pairs, float32, and float32 sums over pairs of FIGURES, the number of
+            pairs and of tokens, and `further`.
         """
         rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient)
         pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
+        if self.loss.unpaired:
+            pairs = pairs._replace(kl=kl_estimate(pairs))
         weights = None
         if self.loss.reads_wpo:
             weights = wpo_weights(*mx.split(rows.alignment, 2), pairs.chosen_lengths, pairs.rejected_lengths)
         loss = (self.loss(pairs, weights) * batch.weights * batch.counts).sum()
-        chosen, rejected = (mx.stop_gradient(reward) for reward in self.loss.rewards(pairs))
-        figures = (
-            chosen,
-            rejected,
-            (self._order(chosen - rejected, pairs) + 1) / 2,
-            chosen - rejected,
-            mx.stop_gradient(pairs.policy_chosen),
-            mx.stop_gradient(pairs.policy_rejected),
+        figures, further = (self._of_single if self.loss.unpaired else self._of_pairs)(pairs)
+        sums, more = ([mx.stop_gradient(x * batch.counts).sum() for x in part] for part in (figures, further))
+        return loss, mx.stack(
+            [mx.stop_gradient(loss), *sums, batch.counts.sum(), batch.ntoks.astype(mx.float32), *more]
         )
-        sums = [mx.stop_gradient(loss), *((figure * batch.counts).sum() for figure in figures)]
-        return loss, mx.stack([*sums, batch.counts.sum(), batch.ntoks.astype(mx.float32)])
+
+    def _of_pairs(self, pairs):
+        """FIGURES behind the first, and `further`, of each pair."""
+        chosen, rejected = self.loss.rewards(pairs)
+        correct = (self._order(chosen - rejected, pairs) + 1) / 2
+        return (chosen, rejected, correct, chosen - rejected, pairs.policy_chosen, pairs.policy_rejected), ()
+
+    def _of_single(self, pairs):
+        """The same of single responses, whose rewards are right on their label's side of the estimated KL."""
+        rewards, logps, good = self.loss.rewards(pairs)[0], pairs.policy_chosen, pairs.labels
+        signs = 2 * good - 1
+        correct = (self._order(signs * (rewards - self.loss.parameters["beta"] * pairs.kl), pairs) + 1) / 2
+        sides = (good * rewards, (1 - good) * rewards, correct, signs * rewards, good * logps, (1 - good) * logps)
+        return sides, (pairs.kl * mx.ones_like(good), good)
 
     def _order(self, margins, pairs):
         """The margins' signs, 0 for a tie, which is a coin toss.
@@ -104,6 +121,7 @@ class Objective:
             chosen_nll=-mx.split(rows.total, 2)[0],
             margins=batch.margins,
             counts=batch.counts,
+            labels=batch.labels,
         )
 
 
