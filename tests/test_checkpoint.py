@@ -105,8 +105,8 @@ def trained(
     train(
         model=model,
         optimizer=make(learning_rate=build_schedule(schedule) if schedule else rate),
-        train_dataset=data(),
-        val_dataset=data(3, 4),
+        train_dataset=(data or pairs)(),
+        val_dataset=(data or pairs)(3, 4),
         args=TrainingArgs(**(given | options)),
         training_callback=StopAt(stop),
         config=config,
