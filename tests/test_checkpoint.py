@@ -85,7 +85,7 @@ def trained(
     rate=1e-2,
     dropout=0.0,
     config=None,
-    data=pairs,
+    data=None,
     **options,
 ):
     """Train the tiny Llama on `pairs`; returns the last checkpoint's arrays, by name."""
