@@ -120,7 +120,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
             check_trainable(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
-        objective = Objective(Scorer(model, args.share_prompt), loss)
+        objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
         reference = None
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
@@ -301,7 +301,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
         logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches))
     if config:
         load_trained(model, args.adapter_path)
-    return Objective(Scorer(model, args.share_prompt), loss), logps
+    return Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef), logps
 
 
 def main():

@@ -11,6 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from architectures import make_model
+from plain_pass import add_lora
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.preference.batches import PACKED, Schedule
@@ -27,6 +29,13 @@ RUNS = {
     "accumulated": {"batch_size": 4, "iters": 5, "grad_accumulation_steps": 3, "steps_per_report": 5},
     "tr-dpo": {"batch_size": 2, "iters": 6, "reference_update_steps": 2},
     "kto": {"loss_type": "kto", "batch_size": 4, "iters": 5},
+    "experts": {
+        "router_aux_loss_coef": 1.0,
+        "batch_size": 4,
+        "iters": 4,
+        "grad_accumulation_steps": 2,
+        "steps_per_report": 4,
+    },
 }
 OPTIONS = {"val_batches": -1, "beta": 0.5, "steps_per_save": 2}
 
@@ -36,7 +45,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import mlx.core as mx
 import numpy as np
-from test_distributed import OPTIONS, RUNS, rows_of
+from test_distributed import OPTIONS, RUNS, model_of, rows_of
 from tiny import short_run, tiny_llama, trained
 
 folder, world = Path(sys.argv[2]), mx.distributed.init(strict=True)
@@ -49,7 +58,7 @@ if world.rank() == 1:
 for name, options in RUNS.items():
     (folder / name).mkdir()
     (folder / name / "metrics.jsonl").touch()
-    model = tiny_llama(moved=name == "tr-dpo")
+    model = model_of(name)
     cache = str(folder / "cache")
     pairs, valid = rows_of(name)
     short_run(model, pairs, folder / name, valid=valid, reference_cache=cache, **OPTIONS, **options)
@@ -70,6 +79,13 @@ print("done")
 def rows_of(name):
     """What a run of RUNS trains and validates on."""
     return (SINGLE, SINGLE_VALID) if name == "kto" else (PAIRS, VALID)
+
+
+def model_of(name):
+    """What a run of RUNS trains."""
+    if name == "experts":
+        return add_lora(make_model("mixtral"))
+    return tiny_llama(moved=name == "tr-dpo")
 
 
 def free_ports(count):
@@ -106,7 +122,7 @@ def workers(tmp_path_factory):
 @pytest.mark.parametrize("name", list(RUNS))
 def test_two_workers_do_what_one_does(workers, tmp_path, name):
     folder, _ = workers
-    model = tiny_llama(moved=name == "tr-dpo")
+    model = model_of(name)
     start = trained(model)
     pairs, valid = rows_of(name)
     expected, validation = short_run(model, pairs, tmp_path, valid=valid, **OPTIONS, **RUNS[name])
@@ -115,15 +131,15 @@ def test_two_workers_do_what_one_does(workers, tmp_path, name):
     assert largest_difference(weights[0], trained(model)) < 2e-5
     assert largest_difference(trained(model), start) > 1e-3
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    assert_like([line for line in lines if "loss" in line], expected, 9 + (name == "kto"))
-    assert_like([line for line in lines if "eval_loss" in line], validation, 7 + (name == "kto"))
+    assert_like([line for line in lines if "loss" in line], expected, 9 + (name in ("kto", "experts")))
+    assert_like([line for line in lines if "eval_loss" in line], validation, 7 + {"kto": 1, "experts": 5}.get(name, 0))
 
 
 def assert_like(found, expected, figures):
     names = [
         key
         for key in expected[0]
-        if key.startswith(("loss", "kl", "rewards", "logps", "grad_norm", "trained", "eval_"))
+        if key.startswith(("loss", "kl", "aux", "rewards", "logps", "grad_norm", "trained", "eval_"))
     ]
     assert len(names) == figures
     for line, alone in zip(found, expected, strict=True):
@@ -138,7 +154,7 @@ def test_only_the_first_worker_writes_and_speaks(workers):
     assert files == {"metrics.jsonl", *(f"{name}/metrics.jsonl" for name in RUNS), *(f"{name}.1.npz" for name in RUNS)}
     saved = {path.name for path in (folder / "plain").iterdir()}
     assert saved >= {"adapters.safetensors", "0000002_adapters.safetensors"}
-    assert len(list((folder / "cache").iterdir())) == 2  # the base model, and tr-dpo's adapter
+    assert len(list((folder / "cache").iterdir())) == 3  # the base model, tr-dpo's adapter, and the mixture
     assert "loss" in outputs[0] and outputs[1] == "done\n"
     # The reference pass is shared out, and its bar ends where all pairs are done.
     told = re.sub(r"\x1b\[[0-9;]*m", "", outputs[0])

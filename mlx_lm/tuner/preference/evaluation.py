@@ -7,14 +7,14 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
-from .batches import filled, make_batch, pair_lengths, plan, reference_rows
+from .batches import emptied, filled, make_batch, pair_lengths, plan, reference_rows
 from .intercept import evaluating
 from .logps import Scorer
 from .memory import bounded_memory
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, ample_tokens, reference_of
-from .step import DESIRABLE, FIGURES, Objective
+from .step import DESIRABLE, FIGURES, SHARES, Objective
 
 
 def objective_of(model, args):
@@ -23,7 +23,7 @@ def objective_of(model, args):
     Raises:
         ConfigError: a value is out of range, or the options exclude each other.
     """
-    return Objective(Scorer(model, args.share_prompt), loss_of(args))
+    return Objective(Scorer(model, args.share_prompt), loss_of(args), args.router_aux_loss_coef)
 
 
 def unwrapped(dataset):
@@ -85,7 +85,7 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
     world, done = mx.distributed.init(), 0
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
     totals, scorer = mx.zeros((len(FIGURES) + 2 + len(objective.further),)), objective.scorer
-    if objective.loss.reads_batch:
+    if objective.reads_batch:
         batches = plan(lengths, batch_size)
     else:
         # A pair's loss is its own, so that batches may be as large as memory is ample for.
@@ -95,12 +95,12 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
     with evaluating(scorer.model), bounded_memory() as evaluate:
         for places in batches:
             here = places[world.rank() :: world.size()]
-            if len(here) or objective.loss.unpaired:
-                # Workers estimate the KL together: one without a row of its own runs one that counts for nothing.
+            if len(here) or objective.together:
+                # One without a row of its own runs one that counts for nothing.
                 taken = here if len(here) else places[:1]
                 batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement)
                 if not len(here):
-                    batch = batch._replace(counts=mx.zeros_like(batch.counts), ntoks=mx.zeros_like(batch.ntoks))
+                    batch = emptied(batch)
                 totals = totals + objective(batch, reference_rows(reference, taken))[1]
                 evaluate(totals)
             before, done = done, done + len(places)
@@ -129,4 +129,6 @@ def as_means(totals, further=()):
             for key in (f"rewards/{name}", f"logps/{name}"):
                 figures[key] = sums[key] / count if count else np.nan
         figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
+    if shares := {name: sums[name] for name in sums if name.startswith(SHARES)}:
+        figures |= {name: count / sum(shares.values()) for name, count in shares.items()}
     return figures, pairs, tokens

@@ -254,6 +254,15 @@ REFERENCE_OPTIONS = (
 
 STEP_OPTIONS = (
     Option(
+        "router_aux_loss_coef",
+        None,
+        float,
+        "Factor of the loss that keeps a mixture's experts evenly used; 0 reports their shares only; not set, neither",
+        low=0,
+        group="step",
+        keep=True,
+    ),
+    Option(
         "share_prompt",
         True,
         bool,

@@ -10,6 +10,7 @@ from .batches import PLAIN
 from .checkpoint import REMEDY
 from .evaluation import as_means, mean_figures
 from .options import ConfigError
+from .step import SHARES
 
 # Logratios of both responses below this, and logps twice as low as the reference's: no longer a model of text.
 DISPLACED, DISPLACED_TIMES = -20.0, 2.0
@@ -81,6 +82,7 @@ class Reporter:
         if self.callback is None:
             return
         processed, padding = window.tokens
+        figures = {name: value for name, value in figures.items() if not name.startswith(SHARES)}
         report = {"iteration": progress.iteration, "train_loss": figures.pop("loss"), **figures}
         if norms := [norm for norm in norms if norm is not None]:
             report["grad_norm"] = norms[-1]
@@ -122,6 +124,8 @@ class Reporter:
         )
         if "kl" in figures:
             text += f" · kl {figures['kl']:.3f}"
+        if shares := [value for name, value in figures.items() if name.startswith(SHARES)]:
+            text += f" · experts {min(shares):.1%} to {max(shares):.1%}"
         make_console().print(f"          [ui.muted]{text}{' · ' + more if more else ''}[/ui.muted]")
 
 

@@ -1,5 +1,6 @@
 """The training step of a preference run: logps, loss, gradient, accumulation, update."""
 
+from contextlib import contextmanager
 from functools import cached_property
 
 import mlx.core as mx
@@ -10,8 +11,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..losses import PairLogps, kl_estimate, wpo_weights
 from .batches import as_batch
-from .intercept import parameters_in
+from .intercept import aside, parameters_in
 from .layers import lean_layers
+from .routing import experts_of, load_balancing_loss, routed, routers_of
 
 # What is summed over pairs, in this order; TRL's names.
 FIGURES = (
@@ -23,6 +25,9 @@ FIGURES = (
     "logps/chosen",
     "logps/rejected",
 )
+
+# What the share of each expert in the routers' choices is called, with its number behind.
+SHARES = "expert_shares/"
 
 # How many of the responses are desirable, where each is by itself.
 DESIRABLE = "desirable"
@@ -37,15 +42,27 @@ class Objective:
     Args:
         scorer: a `Scorer`.
         loss: a `PreferenceLoss`.
+        router_coef: factor of the loss that balances the load of experts; None leaves routers alone.
 
     Attributes:
         further: names of what is summed besides FIGURES.
+        together: whether a batch's value is made by all workers together.
+        reads_batch: whether a pair's value depends on the others of its batch.
+
+    Raises:
+        ConfigError: a factor is given, and the model has no routers that can be read.
     """
 
-    def __init__(self, scorer, loss):
+    def __init__(self, scorer, loss, router_coef=None):
         self.scorer = scorer
         self.loss = loss
+        self.router_coef = router_coef
+        self._routers = self._unwatched = [] if router_coef is None else routers_of(scorer.model)
         self.further = ("kl", DESIRABLE) if loss.unpaired else ()
+        if self._routers:
+            self.further += ("aux_loss", *(f"{SHARES}{i}" for i in range(experts_of(self._routers))))
+        self.together = loss.unpaired or bool(self._routers)
+        self.reads_batch = loss.reads_batch or bool(self._routers)
 
     def __call__(self, batch, reference, gradient=False):
         """Score a batch.
@@ -59,7 +76,8 @@ class Objective:
             `(loss, sums)`: the loss summed over pairs, float32, and float32 sums over pairs of FIGURES, the number of
             pairs and of tokens, and `further`.
         """
-        rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient)
+        with self.watching(), aside() as told:
+            rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient)
         pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
         if self.loss.unpaired:
             pairs = pairs._replace(kl=kl_estimate(pairs))
@@ -69,9 +87,25 @@ class Objective:
         loss = (self.loss(pairs, weights) * batch.weights * batch.counts).sum()
         figures, further = (self._of_single if self.loss.unpaired else self._of_pairs)(pairs)
         sums, more = ([mx.stop_gradient(x * batch.counts).sum() for x in part] for part in (figures, further))
+        if self._routers:
+            balance, choices = load_balancing_loss(told, batch.reads)
+            # As much for each pair: what is divided by the pairs of all workers is the mean over batches.
+            balance = balance * mx.distributed.all_sum(batch.counts.sum())
+            loss = loss + self.router_coef * balance
+            more += [mx.stop_gradient(balance), *choices]
         return loss, mx.stack(
             [mx.stop_gradient(loss), *sums, batch.counts.sum(), batch.ntoks.astype(mx.float32), *more]
         )
+
+    @contextmanager
+    def watching(self):
+        """Within the context, routers are listened to: around a backward pass too, which may compute layers again."""
+        routers, self._unwatched = self._unwatched, []
+        try:
+            with routed(routers):
+                yield
+        finally:
+            self._unwatched = routers
 
     def _of_pairs(self, pairs):
         """FIGURES behind the first, and `further`, of each pair."""
@@ -141,6 +175,7 @@ class Step:
     def __init__(self, model, optimizer, objective, compiled, max_grad_norm=None):
         self.model = model
         self.optimizer = optimizer
+        self.objective = objective
         self.max_grad_norm = max_grad_norm
         self._value_and_grad = nn.value_and_grad(model, lambda _, *inputs: objective(*inputs, gradient=True))
         self.compiled = compiled
@@ -185,7 +220,8 @@ class Step:
     def _take_gradient(self, batch, reference):
         batch = as_batch(batch)
         # Around the backward pass too, for layers that it computes again. MLX leaves its tracers in the model.
-        with lean_layers(self.model), parameters_in(self.model, self.model.trainable_parameters()):
+        parameters = parameters_in(self.model, self.model.trainable_parameters())
+        with lean_layers(self.model), parameters, self.objective.watching():
             (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
         return sums, gradient
 
