@@ -25,7 +25,7 @@ from chat_tokenizers import smollm
 import mlx_lm.lora
 from mlx_lm import convert
 from mlx_lm.tuner.preference.load import check_trainable
-from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.utils import load_model
 
@@ -136,6 +136,7 @@ class Command:
         assert done.status == 2, done
         (line,) = [line for line in done.err.splitlines() if not line.startswith("[WARNING]")]
         assert line.startswith("error: ") and re.search(told, line), line
+        assert len(line) <= len("error: ") + LONGEST_MESSAGE and line.isprintable()
         assert line.endswith(".") and "Traceback" not in done.out
         assert self.files() == before
         return done
@@ -166,6 +167,14 @@ def row(**changes):
     return [{key: value for key, value in {**rows(1)[0], **changes}.items() if value is not ...}]
 
 
+def raw(**parts):
+    """The line of a row of which parts are texts as they stand in the file."""
+    line = json.dumps({**rows(1)[0], **dict.fromkeys(parts, "@")})
+    for text in parts.values():
+        line = line.replace('"@"', text, 1)
+    return line
+
+
 class TestData:
     @pytest.mark.parametrize(
         "splits, told",
@@ -182,6 +191,22 @@ class TestData:
             ({"train": row(rejected="It is 0.")}, r"has no pair to learn from; of its 1 rows, 1 whose chosen"),
             ({"train": row(margin="2")}, r"train.jsonl:1: margin is '2'; it must be a finite number"),
             ({"valid": '{"prompt"'}, r"valid.jsonl:1: the line is not JSON"),
+            ({"train": raw(margin="1" + "0" * 400)}, r"train.jsonl:1: margin is inf; it must be a finite number"),
+            ({"train": raw(margin="7" * 5000)}, r"train.jsonl:1: margin is inf; it must be a finite number"),
+            ({"train": raw(chosen="7" * 5000)}, r"train.jsonl:1: chosen is a number; it must be a string or a list"),
+            ({"train": row(tools="[" * 5000)}, r"train.jsonl:1: tools is a string that is not JSON .nested too deep"),
+            ({"train": row(tools="7" * 5000)}, r"train.jsonl:1: tools is a number; it must be a list"),
+            ({"train": "[" * 100_000}, r"train.jsonl:1: the line is not JSON .nested too deep"),
+            ({"train": raw(prompt="[" * 5000)}, r"train.jsonl:1: the line is not JSON .nested too deep"),
+            ({"train": raw(chosen="[" * 400 + "]" * 400)}, r"train.jsonl:1: chosen\[0\] is a list; a message is an"),
+            (
+                {"train": row(chosen=[{"role": "assistant", "tool_calls": 0.5}])},
+                r"chosen.0..tool_calls is a number",
+            ),
+            ({"train": row(chosen={"role": ["user"], "content": "a"})}, r"1: chosen has columns of messages that are"),
+            ({"train": row(prompt=..., instruction="a", history=2)}, r"train.jsonl:1: history has a turn that is not"),
+            ({"train": row(chosen="\x1b[2J", rejected={"\x1b": 1})}, r"train.jsonl:1: rejected is an object; it must"),
+            ({"train": [{"completion": "a", "label": "b"}]}, r"train.jsonl:1: the row has no completion with a label"),
             ({"valid": row(chosen=...)}, r"valid.jsonl:1: chosen is missing"),
         ],
     )
@@ -250,8 +275,20 @@ class TestData:
         if loss_type == "dpo":
             assert command(data=folder, loss_type=loss_type).status == 0
         else:
-            told = f"rows have a {key}, but loss_type {loss_type} .*; remove the key {key}"
+            told = f"train.jsonl:1: rows have a {key}, but loss_type {loss_type} .*; remove the key {key}"
             command.refused(told, data=folder, loss_type=loss_type)
+
+    def test_a_loss_that_is_not_finite_is_told_with_the_places_of_its_pairs(self, command):
+        weighed = rows()
+        weighed[5]["weight"] = 3e38
+        useless = row(rejected="It is 0.")  # left out, but it has its line
+        folder = write_rows(command.folder / "data", train=useless + weighed)
+        told = r"on the pairs .*/data/train.jsonl:\d, \d, \d, \d; the adapters saved before stay as they are"
+        done = command(data=folder)
+        assert done.status == 2 and not (command.adapters / "adapters.safetensors").exists()
+        assert re.search(
+            rf"{told}. .*/data/train.jsonl:7 has a weight of 3e\+38: that is the likely cause.\n$", done.err
+        )
 
 
 class TestValues:
@@ -277,7 +314,8 @@ class TestValues:
             ({"optimizer": "lion"}, "optimizer is 'lion'; it must be a name, one of adam"),
             ({"optimizer_config": {"adam": {"beta1": 0.9}}}, "optimizer_config's adam has beta1 .did you mean betas"),
             ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 0]}}, "lr_schedule is .* cannot be followed"),
-            ({"num_layers": 99}, r"num_layers is 99, but the model has \d layers; -1 takes them all"),
+            ({"epochs": 2}, "epochs is 2 and iters is 3, which both say how long to train; give one of them"),
+            ({"epochs": 0, "iters": ...}, "epochs is 0; it must be a number, > 0"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn.qproj"]}}, r"qproj \(did you mean self_attn.q_proj\?\)"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn"]}}, "cannot be given LoRA adapters .*: Can't convert"),
             ({"report_to": "foo"}, "report_to is 'foo', which cannot be used: foo .* wandb, swanlab"),
@@ -302,6 +340,27 @@ class TestValues:
     @pytest.mark.parametrize("text", ["", "- a\n", "a: [1\n", "hello"])
     def test_a_file_that_is_no_configuration(self, command, text):
         command.refused("the configuration file .*config.yaml", text=text)
+
+    @pytest.mark.parametrize(
+        "text, told",
+        [
+            ("seed: 2001-99-99", r"config.yaml:3: the value of seed cannot be read .month must be in 1..12"),
+            ("seed: 0x_", r"config.yaml:3: the value of seed cannot be read .invalid literal"),
+            ("seed: !!int x", r"config.yaml:3: the value of seed cannot be read .invalid literal"),
+            ("beta: !!timestamp x", r"config.yaml:3: the value of beta cannot be read"),
+            ("beta: " + "9" * 400, r"beta is 9{30} ... 9{30}; it must be finite and >= 0"),
+            ("seed: " + "9" * 400, r"seed is 9{30} ... 9{30}; it must be a whole number, >= 0"),
+            ("beta: " + "9" * 5000, r"config.yaml:3: the value of beta cannot be read"),
+            ("seed: 0x" + "f" * 5000, r"config.yaml:3: the value of seed cannot be read"),
+            ("data: " + "x" * 300, r"data is 'x{29} ... x{29}', which can be no path .*name too long"),
+            ("adapter_path: " + "x" * 300, r"adapter_path is 'x{29} ... x{29}', which can be no path"),
+            ('model: "a\\0b"', r"model is 'a.x00b', which can be no path .embedded null"),
+            ("optimizer: " + "x" * 10**6, r"optimizer is 'x{29} ... x{29}'; it must be a name, one of adam"),
+            ('optimizer: "\\e[2Jadam"', r"optimizer is '.x1b.2Jadam'"),
+        ],
+    )
+    def test_values_that_nobody_reads(self, command, text, told):
+        command.refused(told, text=f"loss_type: dpo\ntrain: true\n{text}\n")
 
     def test_a_tag_that_yaml_cannot_make(self, command):
         command.refused(
@@ -341,6 +400,26 @@ class TestModel:
     def test_folders_that_are_none(self, command, changes, told):
         folder = self.model(command, **changes)
         command.refused(f"model is '{re.escape(str(folder))}', which cannot be loaded: .*{told}", model=str(folder))
+
+    def test_a_model_that_loads_and_cannot_be_run(self, command):
+        command.refused("which cannot be run: rope.*: incompatible", model=str(self.model(command, rope_theta="x")))
+
+    @pytest.mark.parametrize(
+        "text, told",
+        [
+            ("{{ 'x' * 10**7 }}", "it writes 10.0 MB"),
+            ("{% for m in messages %}{{ m.content * 300000 }}{% endfor %}", r"it writes \d.\d MB"),
+            (
+                "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+                "takes more than 0.5 s",
+            ),
+        ],
+    )
+    def test_a_template_that_writes_megabytes_is_stopped(self, command, text, told, monkeypatch):
+        monkeypatch.setattr("mlx_lm.tuner.preference.template.SECONDS", 0.5)
+        folder = self.model(command)
+        (folder / "chat_template.jinja").write_text(text)
+        command.refused(f"train.jsonl:1: the tokenizer's chat template refuses the row .*{told}", model=str(folder))
 
     @pytest.mark.parametrize("content", [b"garbage" * 100, b""])
     def test_weights_that_are_none(self, command, content):
@@ -475,6 +554,14 @@ class TestAdapterFolder:
         after.refused("gone.safetensors.*there is no such file", train=False, test=True)
 
 
+def command_with_start(command, given):
+    """A test of adapters whose training began with a copy of themselves, with another file given."""
+    path = command.adapters / "adapter_config.json"
+    start = shutil.copy(command.adapters / "adapters.safetensors", command.folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resume_adapter_file": str(start)}))
+    return command(train=False, test=True, resume_adapter_file=given)
+
+
 class TestTestAlone:
     """What a test without training compares with, where a run began with an adapter or has none."""
 
@@ -492,11 +579,78 @@ class TestTestAlone:
         trained = command(test=True, **begun)
         alone = command(train=False, test=True)
         assert self.loss(alone) == self.loss(trained) != pytest.approx(np.log(2), abs=1e-2)
-        figures = [re.search("Test loss.*", done.out)[0] for done in (trained, alone)]
-        assert figures[0] == figures[1]
+        told, alone = (re.search(r"Test loss.*\n.*", done.out)[0] for done in (trained, alone))
+        # What the policy began with is no longer at hand after the training.
+        assert re.sub(", KL .* nats a token", "", alone) == told != alone
+
+    def test_it_has_the_losses_parameters_from_the_training_and_trains_nothing(self, command):
+        trained = command(test=True, loss_type="robust", beta=0.7, label_smoothing=0.2, learning_rate=1e-2)
+        before = command.files()
+        asked = {"loss_type": ..., "test": True, "report_to": "tensorboard"}
+        alone = command("--no-train", **asked)
+        assert self.loss(alone) == self.loss(trained)
+        told = "were trained: loss_type robust, beta 0.7, label_smoothing 0.2."
+        assert told in alone.out and command.files() == before
+        # What is given counts; another loss has parameters of its own.
+        assert "were trained: loss_type robust, label_smoothing 0.2." in command("--no-train", beta=0.1, **asked).out
+        done = command("--no-train", "--loss-type", "ipo", **asked | {"loss_type": "dpo"})
+        assert "were trained with loss_type robust; this test's is ipo" in done.out and done.status == 0
+        command.refused("there is nothing to do", "--no-train")
+
+    def test_any_file_or_none_and_a_line_for_each_pair(self, command):
+        lines = [json.dumps(row_ | {"source": f"s{i % 2}"}) + "\n" for i, row_ in enumerate(rows(6))]
+        folder = write_rows(command.folder / "data", test="\n" + "".join(lines))
+        last = command(test=True, learning_rate=1e-2, save_every=1, data=folder)
+        losses = {self.loss(last)}
+        for name in ("0000001_adapters.safetensors", "0000002_adapters.safetensors", "adapters.safetensors"):
+            path, predictions = command.adapters / name, command.folder / "predictions.jsonl"
+            given = {"adapter_path": str(path), "data": folder, "test": True, "predictions": str(predictions)}
+            done = command("--no-train", **given)
+            losses.add(self.loss(done))
+            lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+            assert np.mean([line["loss"] for line in lines]) == pytest.approx(self.loss(done), abs=6e-4)
+            assert [line["line"] for line in lines] == list(range(2, 8)), "the first line is blank"
+            assert re.findall(r"^  (s\d) +(\d) ", done.out, re.M) == [("s0", "3"), ("s1", "3")]
+        assert len(losses) == 3, "the last file is the folder's"
+        alone = command("--no-train", test=True, adapter_path="none")
+        assert self.loss(alone) == pytest.approx(np.log(2), abs=1e-3)
+
+    def test_a_file_to_start_from_is_not_taken_for_the_reference(self, after):
+        checkpoint = str(after.adapters / "adapters.safetensors")
+        told = "a test trains nothing that could go on from it; to test that file, give it as adapter_path"
+        after.refused(told, train=False, test=True, resume_adapter_file=checkpoint)
+        moved = command_with_start(after, checkpoint)
+        assert f"resume_adapter_file {checkpoint} is not read in a test" in moved.out and moved.status == 0
+
+    def test_two_adapters_are_compared(self, after, command):
+        trained = str(after.adapters)
+        done = command("--compare", trained, trained)
+        assert done.status == 0 and done.out.endswith("No difference is shown on these pairs.\n")
+        assert command(learning_rate=1e-2, adapter_path=str(command.folder / "b")).status == 0
+        done = command("--compare", "none", str(command.folder / "b"))
+        # At such a rate three steps make the answers worse than they were.
+        assert "They differ: none has the better reward accuracy" in done.out
+        command.refused("compare takes two adapters", "--compare", trained)
+
+    def test_a_file_for_predictions_that_cannot_be_written(self, after):
+        for path in ("", str(after.folder), str(after.folder / "no folder" / "file")):
+            after.refused("predictions is .*, where no file can be written", test=True, predictions=path)
 
 
 class TestResume:
+    def test_epochs_raised_on_resuming_end_where_a_whole_run_ends(self, command):
+        """Eight pairs in batches of four; num_layers above the model's means all of them, with a note."""
+        epochs = {"iters": ..., "num_layers": 99}
+        done = command(**epochs, epochs=1.5)
+        assert done.status == 0 and "1.5 epochs of 8 pairs are 3 iterations." in done.out, done
+        assert "num_layers is 99, and the model has 3 layers: all of them are trained." in done.out
+        assert command(**epochs, epochs=2, resume=True).status == 0
+        config = json.loads((command.adapters / "adapter_config.json").read_text())
+        assert (config["iters"], config["num_layers"]) == (4, 3)
+        resumed = (command.adapters / "adapters.safetensors").read_bytes()
+        assert command(**epochs, epochs=2).status == 0
+        assert (command.adapters / "adapters.safetensors").read_bytes() == resumed
+
     def test_without_a_checkpoint(self, command):
         command.adapters.mkdir()
         command.refused("resume needs .*checkpoint.safetensors, and there is none; leave resume out", "--resume")

@@ -1,4 +1,4 @@
-"""Adds to mlx_lm.tuner.callbacks: `MetricsFile`, a preference run's reports on disk and their plot."""
+"""Adds to mlx_lm.tuner.callbacks: TensorBoard; `MetricsFile`, a preference run's reports on disk, and their plot."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .._upstream import run_upstream
 
-run_upstream(globals(), needs=("TrainingCallback", "get_reporting_callbacks"))
+run_upstream(globals(), needs=("TrainingCallback", "SUPPORT_CALLBACK", "get_reporting_callbacks"))
 
 from ..cli_ui import rprint
 from .preference.files import replace_file
@@ -18,7 +18,54 @@ PLOT_FILE = "training.png"
 TRL_NAMES = {"train_loss": "loss", "val_loss": "eval_loss"}
 
 
-class MetricsFile(TrainingCallback):
+_upstream_get_reporting_callbacks = get_reporting_callbacks
+
+
+def get_reporting_callbacks(report_to=None, project_name=None, log_dir=None, config=None):
+    """As upstream's, where `report_to` may also be `tensorboard`, or `none` for nothing."""
+    if str(report_to).strip().lower() == "none":
+        return None
+    return _upstream_get_reporting_callbacks(report_to, project_name, log_dir, config)
+
+
+class _WritingCallback(TrainingCallback):
+    """Writes each report, and passes it on."""
+
+    def on_train_loss_report(self, train_info):
+        """Write a training report and pass it on."""
+        self._write(train_info)
+        if self.wrapped_callback:
+            self.wrapped_callback.on_train_loss_report(train_info)
+
+    def on_val_loss_report(self, val_info):
+        """Write a validation report and pass it on."""
+        self._write(val_info)
+        if self.wrapped_callback:
+            self.wrapped_callback.on_val_loss_report(val_info)
+
+
+class TensorBoardCallback(_WritingCallback):
+    """Writes each report's figures under their names into the folder `tensorboard` of `log_dir`, and passes it on."""
+
+    def __init__(self, project_name, log_dir, config, wrapped_callback=None):
+        try:
+            from tensorboard.summary import Writer
+        except ImportError as error:
+            raise ImportError("tensorboard is not installed; pip install tensorboard") from error
+        self.writer = Writer(str(Path(log_dir, "tensorboard")))
+        self.wrapped_callback = wrapped_callback
+
+    def _write(self, report):
+        for key, value in report.items():
+            if key != "iteration" and isinstance(value, (int, float)):
+                self.writer.add_scalar(TRL_NAMES.get(key, key), value, report["iteration"])
+        self.writer.flush()
+
+
+SUPPORT_CALLBACK["tensorboard"] = TensorBoardCallback
+
+
+class MetricsFile(_WritingCallback):
     """Appends each report to `metrics.jsonl`, one JSON object a line, and passes it on.
 
     Args:
@@ -42,18 +89,6 @@ class MetricsFile(TrainingCallback):
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def on_train_loss_report(self, train_info):
-        """Write a training report and pass it on."""
-        self._write(train_info)
-        if self.wrapped_callback:
-            self.wrapped_callback.on_train_loss_report(train_info)
-
-    def on_val_loss_report(self, val_info):
-        """Write a validation report and pass it on."""
-        self._write(val_info)
-        if self.wrapped_callback:
-            self.wrapped_callback.on_val_loss_report(val_info)
-
 
 def read_metrics(path):
     """The lines of a metrics file as dicts; what an interruption cut short is left out, and all that follows it."""
@@ -65,7 +100,7 @@ def read_metrics(path):
             line = json.loads(text)
         except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict) or type(line.get("iteration")) is not int:
+        if not isinstance(line, dict) or type(line.get("iteration")) is not int or abs(line["iteration"]) > 2**53:
             break
         lines.append(line)
     return lines
@@ -97,7 +132,8 @@ def plot_metrics(folder):
             label = key.rpartition("/")[2]
             for prefix, style, kind in (("", "-", "training"), ("eval_", "o--", "validation")):
                 points = [(line["iteration"], line.get(prefix + key)) for line in lines]
-                points = [point for point in points if isinstance(point[1], (int, float))]
+                # Beyond any figure of a run, and what no axis can show.
+                points = [point for point in points if isinstance(point[1], (int, float)) and abs(point[1]) < 1e30]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{label}, {kind}")
         axes.set_title(title)

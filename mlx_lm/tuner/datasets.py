@@ -188,7 +188,7 @@ def _preferences(rows, tokenizer, config, name):
     loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     keys["unpaired"] = any(loss in LOSSES and LOSSES[loss].unpaired for loss in loss_type)
     if is_kto(rows.rows[0]) and not keys["unpaired"]:
-        found, numbers = paired(rows.rows)
+        found, numbers = paired(rows.rows, name, rows.where)
         lost = len(rows.rows) - 2 * len(found)
         rprint(f"{name}: {len(found)} pairs of rows with one labelled completion (KTO); {lost} rows have no partner.")
         rows = Rows(found, lambda i, where=rows.where: where(numbers[i]))

@@ -14,7 +14,7 @@ from .memory import bounded_memory
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, ample_tokens, reference_of
-from .step import DESIRABLE, FIGURES, SHARES, Objective
+from .step import CORRELATION, DESIRABLE, FIGURES, MOMENTS, SHARES, TOKEN_FIGURES, Objective
 
 
 def objective_of(model, args):
@@ -44,12 +44,27 @@ def evaluate_preference(objective, dataset, args, batch_size, num_batches, refer
     """
     dataset = unwrapped(dataset)
     rows = evaluated_rows(dataset, batch_size, num_batches)
+    reference = reference_logps(objective, dataset, args, rows, reference)
+    done = 0
+
+    def advance(count):
+        # Upstream's callback counts batches of `batch_size` pairs.
+        nonlocal done
+        before, done = done, done + count
+        for _ in range(-(-done // batch_size) - -(-before // batch_size)):
+            progress_callback()
+
+    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback and advance)
+
+
+def reference_logps(objective, dataset, args, rows, reference=None):
+    """The reference's logps of rows, by default of the policy that the model was most likely trained from."""
     if objective.loss.needs_reference:
         if reference is None:
             reference = _trained_from(objective.scorer.model, args, dataset, rows)
         elif isinstance(reference, Reference):
             reference = reference.logps(dataset, rows)
-    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback)
+    return reference
 
 
 def _trained_from(model, args, dataset, rows):
@@ -81,10 +96,66 @@ def without_adapters(model):
 
 
 def mean_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
-    """The means of FIGURES over `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
-    world, done = mx.distributed.init(), 0
+    """`means_of` the figures of `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
+    return means_of(pair_figures(objective, dataset, rows, reference, batch_size, progress_callback))
+
+
+def means_of(figures):
+    """What pairs come to together.
+
+    Args:
+        figures: what `pair_figures` returns.
+
+    Returns:
+        A dict of means: of FIGURES over pairs, of TOKEN_FIGURES over tokens, as TRL has them; and the correlation of
+        margins with differences of length, where both vary.
+    """
+    chosen, rejected = figures["lengths/chosen"], figures["lengths/rejected"]
+    tokens = dict(zip(TOKEN_FIGURES, (chosen, rejected, chosen + rejected, chosen), strict=True))
+    found = {name: _average(values, tokens.get(name)) for name, values in figures.items()}
+    margins, differences = figures["rewards/margins"], chosen - rejected
+    return _settled(found, map(np.mean, (margins**2, differences**2, margins * differences)))
+
+
+def _average(values, weights):
+    return float(np.average(values, weights=weights)) if weights is None or weights.any() else np.nan
+
+
+def _settled(means, moments):
+    """Means over pairs as they are reported: of single responses each side's over its own, NaN where there is none."""
+    if (desirable := means.pop(DESIRABLE, None)) is None:
+        means |= correlation(means, *moments)
+    else:
+        for side, share in (("chosen", desirable), ("rejected", 1 - desirable)):
+            for name in (f"{figure}/{side}" for figure in ("rewards", "logps", "lengths")):
+                means[name] = means[name] / share if share else np.nan
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    if shares := {name: value for name, value in means.items() if name.startswith(SHARES)}:
+        means |= {name: value / sum(shares.values()) for name, value in shares.items()}
+    return means
+
+
+def correlation(means, margins, differences, products):
+    """Of margins with differences of length, from the means of FIGURES and of the two's squares and products.
+
+    Returns:
+        A dict with the one figure, empty where one of the two does not vary.
+    """
+    margin, difference = means["rewards/margins"], means["lengths/chosen"] - means["lengths/rejected"]
+    spreads = margins - margin**2, differences - difference**2
+    # Below that, margins are what rounding leaves.
+    if not (spreads[0] > 1e-8 + 1e-6 * margin**2 and spreads[1] > 1e-6 * differences):
+        return {}
+    found = (products - margin * difference) / np.sqrt(spreads[0] * spreads[1])
+    return {CORRELATION: float(np.clip(found, -1, 1))}
+
+
+def pair_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
+    """As `mean_figures`, pair by pair: for each of FIGURES and TOKEN_FIGURES `(n,)` float64, one value a row."""
+    world = mx.distributed.init()
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
-    totals, scorer = mx.zeros((len(FIGURES) + 2 + len(objective.further),)), objective.scorer
+    names, scorer = FIGURES + TOKEN_FIGURES + objective.further, objective.scorer
+    found = np.zeros((len(names), len(rows)))
     if objective.reads_batch:
         batches = plan(lengths, batch_size)
     else:
@@ -99,36 +170,21 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
                 # One without a row of its own runs one that counts for nothing.
                 taken = here if len(here) else places[:1]
                 batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement)
-                if not len(here):
-                    batch = emptied(batch)
-                totals = totals + objective(batch, reference_rows(reference, taken))[1]
-                evaluate(totals)
-            before, done = done, done + len(places)
+                batch = batch if len(here) else emptied(batch)
+                losses, figures = objective.each(batch, reference_rows(reference, taken), by_token=True)
+                evaluate(values := mx.stack([losses, *figures]))
+                found[:, here] = np.array(values)[:, : len(here)]
             if progress_callback is not None:
-                # As often as there are batches of `batch_size` pairs, which is what is waited for.
-                for _ in range(-(-done // batch_size) - -(-before // batch_size)):
-                    progress_callback()
-    return means(totals, objective.further)[0]
-
-
-def means(totals, further=()):
-    """`(means of FIGURES, pairs, tokens)` over all workers, of `Objective`'s sums on this one."""
-    return as_means(np.array(mx.distributed.all_sum(totals), np.float64), further)
+                progress_callback(len(places))
+    if world.size() > 1:
+        found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
+    return dict(zip(names, found, strict=True))
 
 
 def as_means(totals, further=()):
-    """`(means, pairs, tokens)` of an `Objective`'s sums, float64, and the names of its `further` ones.
-
-    Of single responses each side's figures are means over its own, NaN where there is none.
-    """
-    sums = dict(zip((*FIGURES, "pairs", "tokens", *further), totals.tolist(), strict=True))
-    pairs, tokens, desirable = sums.pop("pairs"), sums.pop("tokens"), sums.pop(DESIRABLE, None)
+    """`(means, pairs, tokens)` of sums over pairs, an `Objective`'s as float64 with the names of its `further` ones."""
+    sums = dict(zip((*FIGURES, "pairs", "tokens", *MOMENTS, *further), totals.tolist(), strict=True))
+    pairs, tokens = sums.pop("pairs"), sums.pop("tokens")
+    moments = [sums.pop(name) / pairs for name in MOMENTS]
     figures = {name: total / pairs for name, total in sums.items()}
-    if desirable is not None:
-        for name, count in (("chosen", desirable), ("rejected", pairs - desirable)):
-            for key in (f"rewards/{name}", f"logps/{name}"):
-                figures[key] = sums[key] / count if count else np.nan
-        figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
-    if shares := {name: sums[name] for name in sums if name.startswith(SHARES)}:
-        figures |= {name: count / sum(shares.values()) for name, count in shares.items()}
-    return figures, pairs, tokens
+    return _settled(figures, moments), pairs, tokens

@@ -155,6 +155,8 @@ def _loss(made):
         made.put("reference_update_steps", every, "ref_model_sync_steps")
     if (size := made.take("precompute_ref_batch_size")) is not None:
         made.put("reference_batch_size", size)
+    if coef := made.take("router_aux_loss_coef"):
+        made.put("router_aux_loss_coef", coef)
 
 
 def _adapters(made):

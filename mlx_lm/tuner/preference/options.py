@@ -29,6 +29,12 @@ class ConfigError(ValueError):
         super().__init__(message)
 
 
+def shown(value, size=60):
+    """A value as Python writes it on one line, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= size else f"{text[: size // 2]} ... {text[-size // 2 :]}"
+
+
 @dataclass(frozen=True)
 class Option:
     """One key of the configuration file, and the command-line flag of the same name.
@@ -119,17 +125,23 @@ class Option:
             expected += ", without quotes"
         kinds = (int, float) if self.kind is float else self.kind
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
-            raise ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
+            raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
         if self.choices and value not in self.choices:
-            raise ConfigError(f"{self.name} is {value!r}{nearest(value, self.choices)}; it must be {expected}.")
+            raise ConfigError(f"{self.name} is {shown(value)}{nearest(value, self.choices)}; it must be {expected}.")
         if self.kind in (float, int):
             too_low = self.low is not None and (value < self.low or ("low" in self.open and value == self.low))
             too_high = self.high is not None and (value > self.high or ("high" in self.open and value == self.high))
             if too_low or too_high or value != value:
-                raise ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
+                raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
             if abs(value) == math.inf or (self.kind is float and abs(value) > LARGEST):
-                raise ConfigError(f"{self.name} is {value}; it must be finite{self.range and ' and ' + self.range}.")
+                raise ConfigError(
+                    f"{self.name} is {shown(value)}; it must be finite{self.range and ' and ' + self.range}."
+                )
         return self.kind(value)
+
+
+class Unset(int):
+    """A number that stands where nobody gave one, told from the same number given."""
 
 
 class _Switch(argparse.Action):
@@ -146,6 +158,17 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, value or not off)
 
 
+# The options' groups, in the order of `--help` and LORA.md.
+GROUPS = {
+    "loss": "Loss",
+    "data": "Data",
+    "reference": "Reference",
+    "step": "Step",
+    "save": "Saving",
+    "test": "Check and test",
+}
+UPSTREAM_GROUP = "Run (mlx-lm's own keys)"
+
 LARGEST = sys.float_info.max
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
 
@@ -158,14 +181,16 @@ def size(value):
     """
     found = re.fullmatch(r"(\d{1,18}|\d{0,18}\.\d{1,18})\s*([MG]B?)?", str(value).strip(), re.IGNORECASE | re.ASCII)
     if found is None or isinstance(value, (bool, float)):
-        raise ConfigError(f"clear_cache_threshold is {value!r}; it must be bytes, such as 2000000000, 500MB or 2GB.")
+        raise ConfigError(
+            f"clear_cache_threshold is {shown(value)}; it must be bytes, such as 2000000000, 500MB or 2GB."
+        )
     return int(float(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[(found[2] or "").upper().rstrip("B")])
 
 
 def nearest(word, known):
     """A hint that names the known word most like `word`, or an empty string where none is like it."""
     known = {str(name).lower(): name for name in known}
-    close = difflib.get_close_matches(str(word).lower(), list(known), n=1)
+    close = difflib.get_close_matches(str(word)[:100].lower(), list(known), n=1)
     return f" (did you mean {known[close[0]]}?)" if close else ""
 
 
@@ -263,6 +288,15 @@ STEP_OPTIONS = (
         keep=True,
     ),
     Option(
+        "epochs",
+        None,
+        float,
+        "Train on all pairs so many times, in place of iters",
+        low=0,
+        open=("low",),
+        group="step",
+    ),
+    Option(
         "share_prompt",
         True,
         bool,
@@ -336,15 +370,46 @@ SAVE_OPTIONS = (
     ),
 )
 
-RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + SAVE_OPTIONS
+TEST_OPTIONS = (
+    Option(
+        "check",
+        False,
+        bool,
+        "A dry run: print what a run would read and which memory it would take, and whether anything would stop it",
+        group="test",
+    ),
+    Option("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1, group="test"),
+    Option(
+        "predictions",
+        None,
+        str,
+        "File to write each tested pair's logps, rewards and line to, as JSON lines; not set, none",
+        group="test",
+    ),
+    Option(
+        "compare",
+        None,
+        str,
+        "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
+        many=True,
+        group="test",
+    ),
+)
+
+RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + SAVE_OPTIONS + TEST_OPTIONS
 
 # mlx-lm's own keys, in the order of a run, with its defaults: it takes any value and fails later.
 UPSTREAM_OPTIONS = (
     Option("model", "", str, "folder or Hugging Face repo of the model; a quantized one is trained as QLoRA"),
     Option("train", False, bool, "train"),
-    Option("test", False, bool, "score the test set, after training if there is any"),
+    Option("test", False, bool, "score the test set, after training if there is any, with --no-train alone"),
     Option("data", "", str, "folder with train.jsonl, valid.jsonl and test.jsonl, or a Hugging Face data set"),
-    Option("adapter_path", "adapters", str, "folder that the run writes to, and reads from with test alone or resume"),
+    Option(
+        "adapter_path",
+        "adapters",
+        str,
+        "folder that the run writes to and goes on from; with test alone, a folder or file of adapters, or none",
+    ),
     Option(
         "fine_tune_type",
         "lora",
@@ -414,7 +479,13 @@ UPSTREAM_OPTIONS = (
     Option("steps_per_eval", 200, int, "batches from one validation to the next", low=1),
     Option("save_every", 100, int, "batches from one checkpoint to the next", low=1),
     Option("resume_adapter_file", None, str, "adapters to start from; they belong to the reference"),
-    Option("report_to", None, str, "send the reports there too", allowed="wandb, swanlab, or both with a comma"),
+    Option(
+        "report_to",
+        None,
+        str,
+        "send the reports there too",
+        allowed="wandb, swanlab, tensorboard, several with commas, or none",
+    ),
     Option("project_name", None, str, "the project's name there"),
     Option("trust_remote_code", False, bool, "run code that comes with the model or tokenizer"),
     Option("mask_prompt", False, bool, "not read in preference training, which scores responses only"),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ...cli_ui import rprint
 from .layouts import UselessRow, is_kto
-from .options import ConfigError
+from .options import ConfigError, shown
 from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
 from .tokens import PairEncoder
 
@@ -109,12 +109,13 @@ class PreferenceDataset:
             score_scale=score_scale,
             min_score_difference=min_score_difference,
         )
-        self._counts = Counter()
+        self._counts, self._read = Counter(), len(rows)
         self._useless = {}
         self._notes = {}
         self.layout = ""
         self._longest = 0
-        self._pairs = []
+        self._pairs, self._numbers = [], array("i")
+        self._sources = {}
         with tqdm(
             total=len(rows), desc=f"Tokenizing {name}", delay=2, leave=False, disable=mx.distributed.init().rank() != 0
         ) as progress:
@@ -126,7 +127,7 @@ class PreferenceDataset:
         if unpaired:
             self._pairs = mismatched(self._pairs, max_seq_length, name)
         self.layout = "; ".join(filter(None, (self._layouts(), self.layout)))
-        del self._encoder, self._reader, self._where
+        del self._encoder, self._reader
 
     def __len__(self):
         return len(self._pairs)
@@ -138,6 +139,20 @@ class PreferenceDataset:
     def process(self, pair):
         """The pair itself: upstream's `CacheDataset` asks for this, and there is nothing left to do."""
         return pair
+
+    @property
+    def counts(self):
+        """How many rows were read and left out, prompts cut and responses cut, by these names."""
+        names = ("left out", "prompts cut", "responses cut")
+        return {"read": self._read} | {name: self._counts[name] for name in names}
+
+    def where(self, idx):
+        """The place of a pair's row, such as its file and line."""
+        return self._where(self._numbers[idx])
+
+    def source(self, idx):
+        """What a pair's row gives as its `source`, as text, or None."""
+        return self._sources.get(idx)
 
     def lengths(self, idx):
         """Tokens of the prompt, the chosen and the rejected response of a pair."""
@@ -156,6 +171,12 @@ class PreferenceDataset:
         whole.layout = datasets[0].layout
         whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
+        places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+        whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
+        whole._counts = sum((dataset._counts for dataset in datasets), Counter())
+        whole._read = sum(dataset._read for dataset in datasets)
+        sources = {number: dataset.source(i) for number, (dataset, i) in enumerate(places)}
+        whole._sources = {number: source for number, source in sources.items() if source is not None}
         return whole
 
     def _add(self, numbers, rows):
@@ -167,8 +188,9 @@ class PreferenceDataset:
                 read.append((number, conversation, self._encoder.texts(conversation)))
             except UselessRow as useless:
                 self._leave_out(number, str(useless))
-            except ConfigError as error:
-                raise ConfigError(f"{self._where(number)}: {error}") from error
+            except (ConfigError, RecursionError) as error:
+                told = error if isinstance(error, ConfigError) else "the row is nested too deep."
+                raise ConfigError(f"{self._where(number)}: {told}") from error
         tokens = self._encoder.encode([texts for _, _, texts in read])
         for (number, conversation, texts), (prompt, chosen, rejected) in zip(read, tokens, strict=True):
             for note in texts.notes:
@@ -191,7 +213,11 @@ class PreferenceDataset:
             if not self._pairs:
                 self.layout = self._described(texts)
             pair = Pair(*(array("i", tokens) for tokens in cut), conversation.margin, conversation.weight, unscored)
-            self._pairs += unpaired(pair, conversation.label) if self._unpaired else [pair]
+            for one in single(pair, conversation.label) if self._unpaired else [pair]:
+                if (source := rows[number - numbers[0]].get("source")) is not None:
+                    self._sources[len(self._pairs)] = str(source)
+                self._pairs.append(one)
+                self._numbers.append(number)
 
     def _why_useless(self, prompt, chosen, rejected, label):
         ends = self._encoder.eos_ids
@@ -210,18 +236,19 @@ class PreferenceDataset:
 
     def _described(self, texts):
         """What the rows are read as, with the first one's texts shortened."""
-        shown = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
+        parts = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
         names = ("prompt", "completion") if texts.chosen == texts.rejected else ("prompt", "chosen", "rejected")
-        parts = zip(names, shown, strict=False)
-        return "; first ".join(["", *(f"{name} {shortened(text)}" for name, text in parts)]).lstrip("; ")
+        named = zip(names, parts, strict=False)
+        return "; first ".join(["", *(f"{name} {shown(text)}" for name, text in named)]).lstrip("; ")
 
     def _leave_out(self, number, why):
         count, first = self._useless.get(why, (0, number))
         self._useless[why] = count + 1, first
+        self._counts["left out"] += 1
 
     def _report(self, total):
         """Say once what was left out and what was cut."""
-        kept = total - sum(count for count, _ in self._useless.values())
+        kept = total - self._counts["left out"]
         if self._useless:
             reasons = ", ".join(
                 f"{count} {why} (first: {self._where(first)})" for why, (count, first) in self._useless.items()
@@ -243,12 +270,6 @@ class PreferenceDataset:
                 "prompt does not stand before the response, and the prompt ends before it. Responses that hold their "
                 "reasoning, or other chat_template_kwargs, avoid that."
             )
-
-
-def shortened(text, size=60):
-    """A text on one line, its middle left out where it is long."""
-    text = repr(text)
-    return text if len(text) <= size else f"{text[: size // 2]} ... {text[-size // 2 :]}"
 
 
 def within(unscored, responses):
@@ -276,7 +297,7 @@ def truncate(prompt, chosen, rejected, max_seq_length):
     return prompt, chosen[:room], rejected[:room]
 
 
-def unpaired(pair, label=None):
+def single(pair, label=None):
     """A pair's responses as single ones, the chosen desirable; of a row with a `label` both are the same one."""
     sides = ((pair.chosen, True), (pair.rejected, False)) if label is None else ((pair.chosen, label),)
     spans = [((spans, ()) if spans else ()) for spans in pair.unscored or ((), ())]

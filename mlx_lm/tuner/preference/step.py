@@ -24,13 +24,19 @@ FIGURES = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
 )
+# What an evaluation adds, means over a response's tokens; in a step they would cost more than they tell.
+TOKEN_FIGURES = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+# Sums besides, from which a window's correlation of margins with differences of length comes.
+MOMENTS = ("margins^2", "differences^2", "margins x differences")
+CORRELATION = "rewards/length_correlation"
 
+# Of single responses, whether it is desirable: figures of one side are 0 of the other.
+DESIRABLE = "desirable"
 # What the share of each expert in the routers' choices is called, with its number behind.
 SHARES = "expert_shares/"
-
-# How many of the responses are desirable, where each is by itself.
-DESIRABLE = "desirable"
 
 # Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
 ROUNDING = 2e-6
@@ -45,7 +51,7 @@ class Objective:
         router_coef: factor of the loss that balances the load of experts; None leaves routers alone.
 
     Attributes:
-        further: names of what is summed besides FIGURES.
+        further: names of figures besides FIGURES.
         together: whether a batch's value is made by all workers together.
         reads_batch: whether a pair's value depends on the others of its batch.
 
@@ -74,28 +80,18 @@ class Objective:
 
         Returns:
             `(loss, sums)`: the loss summed over pairs, float32, and float32 sums over pairs of FIGURES, the number of
-            pairs and of tokens, and `further`.
+            pairs and of tokens, MOMENTS and `further`.
         """
-        with self.watching(), aside() as told:
-            rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient)
-        pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
-        if self.loss.unpaired:
-            pairs = pairs._replace(kl=kl_estimate(pairs))
-        weights = None
-        if self.loss.reads_wpo:
-            weights = wpo_weights(*mx.split(rows.alignment, 2), pairs.chosen_lengths, pairs.rejected_lengths)
-        loss = (self.loss(pairs, weights) * batch.weights * batch.counts).sum()
-        figures, further = (self._of_single if self.loss.unpaired else self._of_pairs)(pairs)
-        sums, more = ([mx.stop_gradient(x * batch.counts).sum() for x in part] for part in (figures, further))
-        if self._routers:
-            balance, choices = load_balancing_loss(told, batch.reads)
-            # As much for each pair: what is divided by the pairs of all workers is the mean over batches.
-            balance = balance * mx.distributed.all_sum(batch.counts.sum())
-            loss = loss + self.router_coef * balance
-            more += [mx.stop_gradient(balance), *choices]
-        return loss, mx.stack(
-            [mx.stop_gradient(loss), *sums, batch.counts.sum(), batch.ntoks.astype(mx.float32), *more]
+        losses, figures = self.each(batch, reference, gradient)
+        loss = (losses * batch.counts).sum()
+        margins, differences = figures[3], figures[6] - figures[7]
+        moments = mx.square(margins), mx.square(differences), margins * differences
+        own = len(FIGURES) - 1
+        sums, moments, further = (
+            [(values * batch.counts).sum() for values in part] for part in (figures[:own], moments, figures[own:])
         )
+        counts = [batch.counts.sum(), batch.ntoks.astype(mx.float32)]
+        return loss, mx.stack([mx.stop_gradient(loss), *sums, *counts, *moments, *further])
 
     @contextmanager
     def watching(self):
@@ -107,21 +103,36 @@ class Objective:
         finally:
             self._unwatched = routers
 
-    def _of_pairs(self, pairs):
-        """FIGURES behind the first, and `further`, of each pair."""
-        chosen, rejected = self.loss.rewards(pairs)
-        correct = (self._order(chosen - rejected, pairs) + 1) / 2
-        return (chosen, rejected, correct, chosen - rejected, pairs.policy_chosen, pairs.policy_rejected), ()
+    def each(self, batch, reference, gradient=False, by_token=False):
+        """As `__call__`, pair by pair.
 
-    def _of_single(self, pairs):
-        """The same of single responses, whose rewards are right on their label's side of the estimated KL."""
-        rewards, logps, good = self.loss.rewards(pairs)[0], pairs.policy_chosen, pairs.labels
-        signs = 2 * good - 1
-        correct = (self._order(signs * (rewards - self.loss.parameters["beta"] * pairs.kl), pairs) + 1) / 2
-        sides = (good * rewards, (1 - good) * rewards, correct, signs * rewards, good * logps, (1 - good) * logps)
-        return sides, (pairs.kl * mx.ones_like(good), good)
+        Args:
+            batch, reference, gradient: as for `__call__`.
+            by_token: whether TOKEN_FIGURES are wanted too.
 
-    def _order(self, margins, pairs):
+        Returns:
+            `(losses, figures)`: `(B,)` float32, and a list of such for the other FIGURES, for TOKEN_FIGURES, and for
+            `further`.
+        """
+        with self.watching(), aside() as told:
+            rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient, by_token=by_token)
+        pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
+        if self.loss.unpaired:
+            pairs = pairs._replace(kl=kl_estimate(pairs))
+        weights = None
+        if self.loss.reads_wpo:
+            weights = wpo_weights(*mx.split(rows.alignment, 2), pairs.chosen_lengths, pairs.rejected_lengths)
+        losses = self.loss(pairs, weights) * batch.weights
+        figures, further = (_of_single if self.loss.unpaired else _of_pairs)(
+            self, pairs, rows.by_token if by_token else None
+        )
+        if self._routers:
+            balance, shares = _balanced(told, batch)
+            losses = losses + self.router_coef * balance
+            further += [balance, *shares]
+        return losses, [mx.stop_gradient(mx.broadcast_to(x, losses.shape)) for x in figures + further]
+
+    def order(self, margins, pairs):
         """The margins' signs, 0 for a tie, which is a coin toss.
 
         A policy that still equals its reference ties with it, although it was run in batches of other shapes.
@@ -157,6 +168,49 @@ class Objective:
             counts=batch.counts,
             labels=batch.labels,
         )
+
+
+def _of_pairs(objective, pairs, by_token):
+    """Lists of FIGURES behind the first, with TOKEN_FIGURES where `by_token` is given, and of `further`."""
+    chosen, rejected = objective.loss.rewards(pairs)
+    lengths = pairs.chosen_lengths, pairs.rejected_lengths
+    correct = (objective.order(chosen - rejected, pairs) + 1) / 2
+    figures = [chosen, rejected, correct, chosen - rejected, pairs.policy_chosen, pairs.policy_rejected, *lengths]
+    if by_token is not None:
+        logits, entropies, hits = (mx.split(values, 2) for values in by_token)
+        figures += [logits[0] / lengths[0], logits[1] / lengths[1]]
+        figures += [sum(entropies) / sum(lengths), hits[0] / lengths[0]]
+    return figures, []
+
+
+def _of_single(objective, pairs, by_token):
+    """The same of single responses, whose rewards are right on their label's side of the estimated KL."""
+    rewards, good = objective.loss.rewards(pairs)[0], pairs.labels
+    signs = 2 * good - 1
+    correct = (objective.order(signs * (rewards - objective.loss.parameters["beta"] * pairs.kl), pairs) + 1) / 2
+
+    def sides(values):
+        return [good * values, (1 - good) * values]
+
+    figures = [*sides(rewards), correct, signs * rewards, *sides(pairs.policy_chosen), *sides(pairs.chosen_lengths)]
+    if by_token is not None:
+        logits, entropies, hits = (mx.split(values, 2)[0] / pairs.chosen_lengths for values in by_token)
+        figures += [logits, logits, entropies, hits]
+    return figures, [pairs.kl, good]
+
+
+def _balanced(told, batch):
+    """What routers told of a batch as each of this worker's pairs answers for it.
+
+    Returns:
+        `(loss, choices)`: the load-balancing loss of all workers' tokens, a scalar with this worker's share of the
+        gradient, and `(E,)` this worker's choices of each expert divided by its pairs.
+    """
+    loss, choices = load_balancing_loss(told, batch.reads)
+    own = batch.counts.sum()
+    whole, pairs = mx.distributed.all_sum(mx.stop_gradient(mx.stack([loss, own])))
+    own = mx.maximum(own, 1)
+    return whole + (loss - mx.stop_gradient(loss)) * (pairs / own), choices / own
 
 
 class Step:
