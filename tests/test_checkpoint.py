@@ -120,6 +120,8 @@ CASES = {
     "before the first update": {"grad_accumulation_steps": 5},
     "dropout": {"dropout": 0.3},
     "reference updates": {"reference_update_steps": 2},
+    "a moving reference": {"reference_update_steps": 2, "reference_mixup_alpha": 0.3},
+    "faster second matrices": {"lora_plus_ratio": 4.0, "grad_accumulation_steps": 2},
     "reference updates, accumulation, dropout": {
         "reference_update_steps": 1,
         "grad_accumulation_steps": 2,

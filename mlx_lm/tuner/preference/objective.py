@@ -90,7 +90,7 @@ class Loss:
         if self.f_divergence:
             options += ("f_divergence_type", "f_alpha_divergence_coef")
         if self.needs_reference:
-            options += ("reference_update_steps",)
+            options += ("reference_update_steps", "reference_mixup_alpha")
         if self.unpaired:
             return options
         if self.needs_reference:
@@ -258,6 +258,15 @@ OPTIONS = (
         int,
         "take the current policy as the reference every so many updates (TR-DPO); not set, never",
         low=1,
+    ),
+    _option(
+        "reference_mixup_alpha",
+        None,
+        float,
+        "the policy's share in the reference that is taken then, the rest being the one before; not set, all of it",
+        low=0,
+        high=1,
+        open=("low",),
     ),
 )
 
@@ -519,6 +528,10 @@ def _refuse_clashes(values, losses):
     if values["ld_alpha"] is not None and free:
         raise ConfigError(
             f"ld_alpha weighs the tokens of a logratio, and {', '.join(free)} has none; remove ld_alpha or that loss."
+        )
+    if values["reference_mixup_alpha"] is not None and values["reference_update_steps"] is None:
+        raise ConfigError(
+            "reference_mixup_alpha is set, but reference_update_steps is not, and the reference stays; set that too."
         )
     if values["reference_update_steps"] is not None and values["beta"] == 0:
         raise ConfigError("reference_update_steps is set, but beta 0 leaves the reference out; remove one of the two.")
