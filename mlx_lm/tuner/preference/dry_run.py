@@ -118,8 +118,13 @@ def rehearse(step, objective, reference, schedule, logps, args):
         resting = mx.get_active_memory()
         evaluate(run_step(step, schedule, smallest + 1, args), tokens[largest] / tokens[smallest])
         refuse_too_large(resting, (mx.get_peak_memory() - resting) * tokens[largest] / tokens[smallest])
-        for _ in range(2):  # as in a run, the second one is traced while the device works on the first
-            mx.async_eval(run_step(step, schedule, largest + 1, args))
+        earlier = []
+        # The steps around the largest one, as the run takes them: one is traced while the device works on another.
+        for iteration in range(max(1, largest + 1 - args.grad_accumulation_steps), min(args.iters, largest + 2) + 1):
+            mx.async_eval(work := run_step(step, schedule, iteration, args))
+            mx.eval(work if iteration % args.steps_per_report == 0 else earlier)
+            earlier = work[-1]
+            trim_cache(args.clear_cache_threshold)
         mx.synchronize()
         tell_memory(step)
         if args.steps:
@@ -134,11 +139,10 @@ def tokens_of(schedule, iteration):
 
 
 def run_step(step, schedule, iteration, args):
-    """What a step of an iteration leaves to be evaluated; with accumulation one more batch comes before its update."""
-    if args.grad_accumulation_steps > 1:
-        step(*schedule.batch(iteration, None)[:2], False)
-    sums, norm = step(*schedule.batch(iteration, None)[:2], True)
-    return [step.state(), sums, norm]
+    """What a step of an iteration leaves to be evaluated; the last are its sums."""
+    update = iteration % args.grad_accumulation_steps == 0 or iteration == args.iters
+    sums, norm = step(*schedule.batch(iteration, None)[:2], update)
+    return [step.state(), step.accumulated or [], [] if norm is None else norm, sums]
 
 
 def score_largest(objective, reference, logps, schedule, args):
@@ -205,8 +209,7 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
     tic = time.perf_counter()
     for i in usual:
         mx.eval(run_step(step, schedule, int(i) + 1, args))
-    batches = len(usual) * (2 if args.grad_accumulation_steps > 1 else 1)
-    seconds = (time.perf_counter() - tic) / batches * tokens.mean() / tokens[usual].mean()
+    seconds = (time.perf_counter() - tic) / len(usual) * tokens.mean() / tokens[usual].mean()
     valid = lengths_of(logps.val_dataset, logps.val_rows).sum() * scoring
     validations = 1 + -(-args.iters // args.steps_per_eval)
     parts = {f"{args.iters} steps of {seconds:.3f} s": args.iters * seconds}
@@ -216,6 +219,6 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
         visited = lengths_of(logps.dataset, schedule.visited(1, args.iters)).sum() * scoring
         parts["reference, where none of it is kept"] = visited + valid
     parts["in all"] = sum(parts.values())
-    rprint(f"\ntime by {len(usual)} steps, in minutes")
+    rprint(f"\ntime by {len(usual)} steps")
     for name, total in parts.items():
-        rprint(f"  {name:38} {total / 60:8.1f}")
+        rprint(f"  {name:38} {total:8.1f} s" if total < 120 else f"  {name:38} {total / 60:8.1f} min")
