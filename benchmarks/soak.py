@@ -1,12 +1,12 @@
 """Kill, interrupt and starve a run at random until it is done, again and again; each must end with the same weights.
 
-PYTHONPATH=. python benchmarks/soak.py [--minutes 60] [--seed 0]
+PYTHONPATH=. python benchmarks/soak.py [--minutes 60] [--seed 0] [--output benchmarks/results/soak.json]
 
 Each round is one run of the embedded example in a restart loop with `resume: auto`: SIGKILL, SIGTERM, SIGINT and
 SIGHUP after a random time, a limit on the size of files that stands for a full disk, and a bit flipped in the newest
 checkpoint. After each end the folder is checked: no temporary file once a run has started again, every numbered save
 readable and finite, the metrics a line a report. Exit status 1 where a round ends otherwise than the run that nothing
-disturbed.
+disturbed; the others go on all the same.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,6 @@ VALUES |= {"steps_per_eval": 10, "save_every": 3, "num_layers": 1, "learning_rat
 VALUES |= {"save_best": "eval_loss", "grad_accumulation_steps": 2, "keep_checkpoints": 3, "resume": "auto"}
 SIGNALS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
 STATE = "checkpoint.safetensors"
-SECONDS = 12  # within which a disturbance comes; a run takes about as long
 FULL = 60_000  # bytes of the largest file where the disk is full
 
 
@@ -63,8 +63,8 @@ def start(folder, file_size=None):
     )
 
 
-def disturb(folder, draw, counts):
-    """Start the run and disturb it once; returns whether it came to its end.
+def disturb(folder, seconds, draw, counts):
+    """Start the run and disturb it once within some seconds; returns whether it came to its end.
 
     Raises:
         AssertionError: the process ended otherwise than it should.
@@ -79,7 +79,7 @@ def disturb(folder, draw, counts):
         counts[kind] += 1
     process = start(folder, FULL if kind == "full disk" else None)
     try:
-        out, _ = process.communicate(timeout=draw.uniform(0.1, SECONDS) if kind in SIGNALS else None)
+        out, _ = process.communicate(timeout=draw.uniform(0.1, seconds) if kind in SIGNALS else None)
     except subprocess.TimeoutExpired:
         process.send_signal(getattr(signal, kind))
         out, _ = process.communicate(timeout=120)
@@ -109,35 +109,55 @@ def check(folder):
             json.loads(line)
 
 
+def survive(folder, expected, seconds, draw, counts):
+    """Disturb a run, which takes some seconds, until it is done, and compare what it leaves.
+
+    Raises:
+        AssertionError: something is not as it should be.
+    """
+    while not disturb(folder, seconds, draw, counts):
+        check(folder)
+    check(folder)
+    assert not list((folder / "adapters").glob(".*")), "a temporary file is left"
+    for name, arrays in expected.items():
+        found = mx.load(str(folder / "adapters" / name))
+        different = [key for key in arrays if not mx.array_equal(found[key], arrays[key]).item()]
+        assert not different and found.keys() == arrays.keys(), (name, different)
+
+
 def main():
     """Run rounds until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file that is written after each round")
     args = parser.parse_args()
-    draw, counts, rounds, deadline = random.Random(args.seed), Counter(), 0, time.monotonic() + 60 * args.minutes
+    draw, counts, begun, failures = random.Random(args.seed), Counter(), time.monotonic(), []
     with tempfile.TemporaryDirectory() as place:
         undisturbed = Path(place, "undisturbed")
         undisturbed.mkdir()
         process = start(undisturbed)
         out, _ = process.communicate()
         assert process.returncode == 0, out
-        adapters = undisturbed / "adapters"
+        seconds, adapters = time.monotonic() - begun, undisturbed / "adapters"
         expected = {name: mx.load(str(adapters / name)) for name in (STATE, "best/adapters.safetensors")}
-        while time.monotonic() < deadline:
+        rounds = 0
+        while time.monotonic() < begun + 60 * args.minutes:
             folder = Path(place, str(rounds))
             folder.mkdir()
-            while not disturb(folder, draw, counts):
-                check(folder)
-            check(folder)
-            assert not list((folder / "adapters").glob(".*")), "a temporary file is left"
-            for name, arrays in expected.items():
-                found = mx.load(str(folder / "adapters" / name))
-                different = [key for key in arrays if not mx.array_equal(found[key], arrays[key]).item()]
-                assert not different and found.keys() == arrays.keys(), (rounds, name, different)
+            try:
+                survive(folder, expected, seconds, draw, counts)
+            except AssertionError as error:
+                failures.append(f"round {rounds}: {error}")
+                print(failures[-1], flush=True)
             rounds += 1
-            print(f"round {rounds}: equal; so far {dict(counts)}", flush=True)
-    print(json.dumps({"seed": args.seed, "rounds compared": rounds, "survived": sum(counts.values()), **counts}))
+            found = {"seed": args.seed, "minutes": round((time.monotonic() - begun) / 60, 1)}
+            found |= {"runs compared": rounds, "disturbed": sum(counts.values()), **counts, "failures": failures}
+            print(json.dumps(found), flush=True)
+            if args.output is not None:
+                args.output.write_text(json.dumps(found, indent=1) + "\n")
+            shutil.rmtree(folder)
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

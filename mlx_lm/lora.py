@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from .cli_ui import print_header_panel
 from .tuner.callbacks import SUPPORT_CALLBACK
 from .tuner.preference.batches import iterations
+from .tuner.preference import workers
 from .tuner.preference.check import (
     DEFAULTS,
     OPTIONS,
@@ -54,7 +55,7 @@ from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
 from .tuner.preference.objective import describe_losses, loss_of
 from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, Unset, is_preference, size
 from .tuner.preference.reference import reference_of
-from .tuner.preference.run import train_preference
+from .tuner.preference.run import check_and_digest, train_preference
 from .tuner.preference.scores import compared, described, score, write_predictions
 from .tuner.preference.step import Objective
 
@@ -149,7 +150,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
             if len(test_set) and not args.check:
-                logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, command.test_batches))
+                logps = _test_logps(reference, test_set, command)
         train_preference(objective, optimizer, train_dataset, val_dataset, args, reference, training_callback, config)
 
     command = args
@@ -193,6 +194,12 @@ def _reference(args, scorer, tokenizer, datasets):
     return reference
 
 
+def _test_logps(reference, test_set, args):
+    """The reference's logps of the test set's rows that will be scored."""
+    workers.refuse_different_workers({"the test data": check_and_digest(test_set)})
+    return reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches), "test")
+
+
 def evaluate_model(args, model, test_set, objective=None, reference=None, base=None):
     """Print the test set's loss, and with a preference loss what `scores.described` says; write `predictions`.
 
@@ -230,6 +237,10 @@ def run(args, training_callback=None):
         raise ConfigError(
             "check is a dry run of preference training, and loss_type is sft; set it, for example to dpo."
         )
+    if preference:
+        # First of all: joining and checks compute, and MLX reads these settings at its first computation.
+        set_cuda_for_training()
+    workers.join(vars(args))
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
     if not preference:
         warn_of_preference_keys(args)
@@ -242,8 +253,6 @@ def run(args, training_callback=None):
                 f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
                 "is sft; set loss_type, for example to dpo."
             ) from error
-    # First of all: checks compute, and MLX reads these settings at its first computation.
-    set_cuda_for_training()
     loss = check_config(args)
     if not args.train and (slow_blas := slow_blas_hint()) is not None:
         rprint(slow_blas)  # training says it itself
@@ -298,7 +307,8 @@ def _told_plainly(args):
     try:
         yield
     except KeyboardInterrupt as error:
-        saved = state.is_file() and state.stat().st_mtime_ns != before
+        # The first worker saves, and what it told holds for the others, whose machines may have no such file.
+        saved = str(error) or (state.is_file() and state.stat().st_mtime_ns != before)
         if saved:
             left = str(error) or f"{state} is complete"
             sentence = f"interrupted; {left}. This goes on: {resume_command()}"
@@ -351,7 +361,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])
         scorer = reference.scorer
-        logps = reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches))
+        logps = _test_logps(reference, test_set, args)
     if config:
         load_trained(model, args.adapter_path)
     return Objective(Scorer(model, args.share_prompt), loss), logps, None if scorer.model is model else scorer
@@ -361,21 +371,26 @@ def main():
     """The command: a user's mistake is told in one sentence, with exit status 2; an interruption ends with 130."""
     _interruption.restore()
     try:
+        workers.find_others()
         config = build_parser().parse_args().config
         if config:
             check_file(config, yaml_loader)
         _upstream_main()
+        workers.leave()
     except ConfigError as error:
-        sys.exit(_told(f"error: {error}", 2))
+        sys.exit(workers.tell(f"error: {error}", 2))
     except yaml.YAMLError as error:
-        sys.exit(_told(f"error: the configuration file cannot be read: {' '.join(str(error).split())}.", 2))
+        sys.exit(workers.tell(f"error: the configuration file cannot be read: {' '.join(str(error).split())}.", 2))
     except KeyboardInterrupt as error:
-        sys.exit(_told(str(error) or "interrupted.", getattr(error, "status", 130)))
-
-
-def _told(sentence, status):
-    print(sentence, file=sys.stderr)
-    return status
+        sys.exit(workers.tell(str(error) or "interrupted.", getattr(error, "status", 130)))
+    except SystemExit as stop:
+        if stop.code:
+            workers.tell(None, stop.code)  # the parser has told it
+        raise
+    except RuntimeError:
+        if not workers.is_over():
+            raise
+        sys.exit(workers.tell("", workers.STATUS))
 
 
 if __name__ == "__main__":

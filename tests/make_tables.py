@@ -5,7 +5,9 @@
 The tests compare the documents with it. `python benchmarks/tables.py` writes those of the results alone.
 """
 
+import ast
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from tables import MANUAL, REGIONS, markdown_table, write  # noqa: E402
 
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+RECIPES = sorted(path for path in (ROOT / "mlx_lm" / "examples").glob("*.yaml") if path.name != "lora_config.yaml")
 THEIR_CONFIGS = json.loads((ROOT / "tests" / "golden" / "trl_config.json").read_text())
 
 
@@ -126,11 +130,62 @@ def _parameter_range(loss, name):
     return f"{loss.default(name):g}, {option.range}"
 
 
+def recipes_table():
+    """The recipes by the first sentence of their files."""
+    rows = []
+    for path in RECIPES:
+        words = " ".join(
+            line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")
+        )
+        rows.append((f"`{path.name}`", re.split(r"(?<=\.) ", words)[0].rstrip(".")))
+    return markdown_table(("file", "what it is"), rows)
+
+
+def overlays_table():
+    """The overlay's modules by what their first lines say that they add."""
+    rows = []
+    for path in sorted(ROOT.glob("mlx_lm/*.py")) + sorted(ROOT.glob("mlx_lm/*/*.py")):
+        if found := re.match(r"Adds to mlx_lm\.[\w.]+: (.*?)(?:\.\n|\n\n|\.?$)", docstring(path), re.S):
+            rows.append((f"`{path.relative_to(ROOT)}`", " ".join(found[1].split())))
+    return markdown_table(("file", "adds to mlx-lm's of its name"), rows)
+
+
+def modules_table():
+    """The modules of preference training in the order of the data, by their first sentences."""
+    folder = ROOT / "mlx_lm" / "tuner" / "preference"
+    paths = sorted(folder.glob("*.py"), key=lambda path: (_place(path.stem), path.stem))
+    return markdown_table(("file", "what it has"), [(f"`{path.name}`", first_sentence(path)) for path in paths])
+
+
+ORDER = (
+    "__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches logps "
+)
+ORDER += (
+    "attention layers recurrent pieces objective reference reference_cache step run evaluation report checkpoint load"
+)
+
+
+def _place(name):
+    order = ORDER.split()
+    return order.index(name) if name in order else len(order)
+
+
+def docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+def first_sentence(path):
+    return " ".join(re.split(r"(?<=\.)\s", docstring(path))[0].split()).rstrip(".")
+
+
 FROM_CODE = {
     "losses": (MANUAL, describe_losses),
     "options": (MANUAL, options_tables),
     "trl": (MANUAL, trl_table),
     "mlx-lm-lora": (MANUAL, mlx_lm_lora_table),
+    "recipes": (MANUAL, recipes_table),
+    "overlays": (CONTRIBUTING, overlays_table),
+    "modules": (CONTRIBUTING, modules_table),
 }
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from chat_tokenizers import smollm
 import mlx_lm.lora
 from mlx_lm import convert
 from mlx_lm.tuner.preference.load import check_trainable
-from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.utils import load_model
 
@@ -136,6 +136,7 @@ class Command:
         assert done.status == 2, done
         (line,) = [line for line in done.err.splitlines() if not line.startswith("[WARNING]")]
         assert line.startswith("error: ") and re.search(told, line), line
+        assert len(line) <= len("error: ") + LONGEST_MESSAGE and line.isprintable()
         assert line.endswith(".") and "Traceback" not in done.out
         assert self.files() == before
         return done
@@ -166,6 +167,14 @@ def row(**changes):
     return [{key: value for key, value in {**rows(1)[0], **changes}.items() if value is not ...}]
 
 
+def raw(**parts):
+    """The line of a row of which parts are texts as they stand in the file."""
+    line = json.dumps({**rows(1)[0], **dict.fromkeys(parts, "@")})
+    for text in parts.values():
+        line = line.replace('"@"', text, 1)
+    return line
+
+
 class TestData:
     @pytest.mark.parametrize(
         "splits, told",
@@ -182,6 +191,22 @@ class TestData:
             ({"train": row(rejected="It is 0.")}, r"has no pair to learn from; of its 1 rows, 1 whose chosen"),
             ({"train": row(margin="2")}, r"train.jsonl:1: margin is '2'; it must be a finite number"),
             ({"valid": '{"prompt"'}, r"valid.jsonl:1: the line is not JSON"),
+            ({"train": raw(margin="1" + "0" * 400)}, r"train.jsonl:1: margin is inf; it must be a finite number"),
+            ({"train": raw(margin="7" * 5000)}, r"train.jsonl:1: margin is inf; it must be a finite number"),
+            ({"train": raw(chosen="7" * 5000)}, r"train.jsonl:1: chosen is a number; it must be a string or a list"),
+            ({"train": row(tools="[" * 5000)}, r"train.jsonl:1: tools is a string that is not JSON .nested too deep"),
+            ({"train": row(tools="7" * 5000)}, r"train.jsonl:1: tools is a number; it must be a list"),
+            ({"train": "[" * 100_000}, r"train.jsonl:1: the line is not JSON .nested too deep"),
+            ({"train": raw(prompt="[" * 5000)}, r"train.jsonl:1: the line is not JSON .nested too deep"),
+            ({"train": raw(chosen="[" * 400 + "]" * 400)}, r"train.jsonl:1: chosen\[0\] is a list; a message is an"),
+            (
+                {"train": row(chosen=[{"role": "assistant", "tool_calls": 0.5}])},
+                r"chosen.0..tool_calls is a number",
+            ),
+            ({"train": row(chosen={"role": ["user"], "content": "a"})}, r"1: chosen has columns of messages that are"),
+            ({"train": row(prompt=..., instruction="a", history=2)}, r"train.jsonl:1: history has a turn that is not"),
+            ({"train": row(chosen="\x1b[2J", rejected={"\x1b": 1})}, r"train.jsonl:1: rejected is an object; it must"),
+            ({"train": [{"completion": "a", "label": "b"}]}, r"train.jsonl:1: the row has no completion with a label"),
             ({"valid": row(chosen=...)}, r"valid.jsonl:1: chosen is missing"),
         ],
     )
@@ -250,8 +275,20 @@ class TestData:
         if loss_type == "dpo":
             assert command(data=folder, loss_type=loss_type).status == 0
         else:
-            told = f"rows have a {key}, but loss_type {loss_type} .*; remove the key {key}"
+            told = f"train.jsonl:1: rows have a {key}, but loss_type {loss_type} .*; remove the key {key}"
             command.refused(told, data=folder, loss_type=loss_type)
+
+    def test_a_loss_that_is_not_finite_is_told_with_the_places_of_its_pairs(self, command):
+        weighed = rows()
+        weighed[5]["weight"] = 3e38
+        useless = row(rejected="It is 0.")  # left out, but it has its line
+        folder = write_rows(command.folder / "data", train=useless + weighed)
+        told = r"on the pairs .*/data/train.jsonl:\d, \d, \d, \d; the adapters saved before stay as they are"
+        done = command(data=folder)
+        assert done.status == 2 and not (command.adapters / "adapters.safetensors").exists()
+        assert re.search(
+            rf"{told}. .*/data/train.jsonl:7 has a weight of 3e\+38: that is the likely cause.\n$", done.err
+        )
 
 
 class TestValues:
@@ -304,6 +341,27 @@ class TestValues:
     def test_a_file_that_is_no_configuration(self, command, text):
         command.refused("the configuration file .*config.yaml", text=text)
 
+    @pytest.mark.parametrize(
+        "text, told",
+        [
+            ("seed: 2001-99-99", r"config.yaml:3: the value of seed cannot be read .month must be in 1..12"),
+            ("seed: 0x_", r"config.yaml:3: the value of seed cannot be read .invalid literal"),
+            ("seed: !!int x", r"config.yaml:3: the value of seed cannot be read .invalid literal"),
+            ("beta: !!timestamp x", r"config.yaml:3: the value of beta cannot be read"),
+            ("beta: " + "9" * 400, r"beta is 9{30} ... 9{30}; it must be finite and >= 0"),
+            ("seed: " + "9" * 400, r"seed is 9{30} ... 9{30}; it must be a whole number, >= 0"),
+            ("beta: " + "9" * 5000, r"config.yaml:3: the value of beta cannot be read"),
+            ("seed: 0x" + "f" * 5000, r"config.yaml:3: the value of seed cannot be read"),
+            ("data: " + "x" * 300, r"data is 'x{29} ... x{29}', which can be no path .*name too long"),
+            ("adapter_path: " + "x" * 300, r"adapter_path is 'x{29} ... x{29}', which can be no path"),
+            ('model: "a\\0b"', r"model is 'a.x00b', which can be no path .embedded null"),
+            ("optimizer: " + "x" * 10**6, r"optimizer is 'x{29} ... x{29}'; it must be a name, one of adam"),
+            ('optimizer: "\\e[2Jadam"', r"optimizer is '.x1b.2Jadam'"),
+        ],
+    )
+    def test_values_that_nobody_reads(self, command, text, told):
+        command.refused(told, text=f"loss_type: dpo\ntrain: true\n{text}\n")
+
     def test_a_tag_that_yaml_cannot_make(self, command):
         command.refused(
             "config.yaml:1: the value of a cannot be read .could not determine a constructor", text="a: !b c"
@@ -342,6 +400,26 @@ class TestModel:
     def test_folders_that_are_none(self, command, changes, told):
         folder = self.model(command, **changes)
         command.refused(f"model is '{re.escape(str(folder))}', which cannot be loaded: .*{told}", model=str(folder))
+
+    def test_a_model_that_loads_and_cannot_be_run(self, command):
+        command.refused("which cannot be run: rope.*: incompatible", model=str(self.model(command, rope_theta="x")))
+
+    @pytest.mark.parametrize(
+        "text, told",
+        [
+            ("{{ 'x' * 10**7 }}", "it writes 10.0 MB"),
+            ("{% for m in messages %}{{ m.content * 300000 }}{% endfor %}", r"it writes \d.\d MB"),
+            (
+                "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+                "takes more than 0.5 s",
+            ),
+        ],
+    )
+    def test_a_template_that_writes_megabytes_is_stopped(self, command, text, told, monkeypatch):
+        monkeypatch.setattr("mlx_lm.tuner.preference.template.SECONDS", 0.5)
+        folder = self.model(command)
+        (folder / "chat_template.jinja").write_text(text)
+        command.refused(f"train.jsonl:1: the tokenizer's chat template refuses the row .*{told}", model=str(folder))
 
     @pytest.mark.parametrize("content", [b"garbage" * 100, b""])
     def test_weights_that_are_none(self, command, content):

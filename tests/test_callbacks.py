@@ -24,7 +24,12 @@ FIGURES = {
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
 }
+CORRELATION = "rewards/length_correlation"  # where margins vary
+# What only validations have.
+MORE = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
 SPEED = {"iterations_per_second", "pairs_per_second", "tokens_per_second", "trained_tokens", "peak_memory"}
 
 
@@ -49,9 +54,11 @@ def test_a_line_a_report_with_trls_names(tmp_path):
     assert [line["iteration"] for line in training] == [2, 4, 5]
     assert [line["iteration"] for line in validation] == [0, 2, 4, 5]
     for line in training:
-        assert set(line) == FIGURES | SPEED | {"iteration", "grad_norm", "learning_rate", "padding_share"}
+        more = {"iteration", "grad_norm", "learning_rate", "padding_share"}
+        assert set(line) - {CORRELATION} == FIGURES | SPEED | more
     for line in validation:
-        assert set(line) == {f"eval_{name}" for name in FIGURES} | {"iteration", "val_time"}
+        names = set(line) - {f"eval_{CORRELATION}", "iteration", "val_time"}
+        assert names == {f"eval_{name}" for name in FIGURES | MORE}
     # In the order of the run: validation comes before the first step and after the report of its own.
     order = [("eval_loss" in line, line["iteration"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert order == [(True, 0), (False, 2), (True, 2), (False, 4), (True, 4), (False, 5), (True, 5)]

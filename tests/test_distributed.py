@@ -22,7 +22,8 @@ PAIRS = some_pairs(9, response=(1, 25))
 VALID = some_pairs(7, seed=1)
 RUNS = {
     "plain": {"batch_size": 4, "iters": 4, "max_grad_norm": 0.05},
-    "accumulated": {"batch_size": 4, "iters": 5, "grad_accumulation_steps": 3, "steps_per_report": 5},
+    "accumulated": {"batch_size": 4, "iters": 5, "grad_accumulation_steps": 3, "steps_per_report": 5}
+    | {"keep_checkpoints": 3},
     "tr-dpo": {"batch_size": 2, "iters": 6, "reference_update_steps": 2},
 }
 OPTIONS = {"val_batches": -1, "beta": 0.5, "steps_per_save": 2}
@@ -56,7 +57,7 @@ for name, options in RUNS.items():
 try:
     short_run(tiny_llama(), PAIRS, folder / "plain", batch_size=4, iters=3 + world.rank())
 except ValueError as error:
-    assert "the workers were given different configurations or data" in str(error)
+    assert "workers 0 and 1 were given different iters (3 and 4); start all of them" in str(error), error
 else:
     raise AssertionError("different workers trained")
 print("done")
@@ -130,6 +131,17 @@ def test_only_the_first_worker_writes_and_speaks(workers):
     # The reference pass is shared out, and its bar ends where all pairs are done.
     told = re.sub(r"\x1b\[[0-9;]*m", "", outputs[0])
     assert re.findall(r"ref.*?(\d+)/(\d+)", told)[:2] == [("9", "9"), ("7", "7")]
+
+
+@pytest.mark.parametrize("iteration", [2, 4])
+def test_one_worker_goes_on_where_two_were_with_gradients_of_both_to_be_summed(workers, tmp_path, iteration):
+    folder, _ = workers
+    name = f"{iteration:07d}_checkpoint.safetensors"
+    (tmp_path / name).write_bytes((folder / "accumulated" / name).read_bytes())
+    whole = dict(np.load(folder / "accumulated.0.npz"))
+    model = tiny_llama()
+    short_run(model, PAIRS, tmp_path, valid=VALID, resume=True, **OPTIONS, **RUNS["accumulated"])
+    assert largest_difference(trained(model), whole) < 2e-5
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):

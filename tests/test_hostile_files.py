@@ -5,20 +5,29 @@ HYPOTHESIS_EXAMPLES sets how many are drawn of each kind.
 
 import json
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 import yaml
+from chat_tokenizers import smollm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mlx_lm.lora
 from mlx_lm.tuner.callbacks import plot_metrics, read_metrics
+from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.check import check_config, check_file
-from mlx_lm.tuner.preference.checkpoint import find_state, read_state
+from mlx_lm.tuner.preference.checkpoint import _write_state, find_state, read_state
 from mlx_lm.tuner.preference.load import read_adapter_config
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import fuzz
+
+fuzz.rows.tokenizer = smollm()
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", 60))
 drawn = settings(
@@ -132,6 +141,20 @@ def test_an_adapter_configuration_that_cannot_be_used_is_told(tmp_path, content,
     assert is_one_sentence(refused.value)
 
 
+@drawn
+@given(st.randoms(use_true_random=False))
+def test_rows_of_any_content(tmp_path, random):
+    _, read, name = fuzz.rows(random, tmp_path)
+    assert fuzz.outcome(read, name) in ("read", "refused")
+
+
+def test_numbers_of_many_digits_under_keys_that_are_not_read(tmp_path):
+    line = '{"prompt": "Who?", "chosen": "I.", "rejected": "You.", "id": ' + "7" * 5000 + "}"
+    (tmp_path / "rows.jsonl").write_text(line)
+    args = SimpleNamespace(loss_type="dpo", train=True, test=False, data=str(tmp_path / "rows.jsonl"))
+    assert len(load_dataset(args, smollm())[0]) == 1
+
+
 LINES = st.one_of(
     st.dictionaries(st.sampled_from(["iteration", "loss", "eval_loss", "rewards/chosen"]), VALUES, max_size=4).map(
         json.dumps
@@ -151,8 +174,20 @@ def test_metrics_of_any_lines(tmp_path, lines):
 
 def test_metrics_with_values_that_are_no_numbers_are_drawn(tmp_path):
     lines = [{"iteration": 1, "loss": "x"}, {"iteration": 2, "loss": 0.5}, {"iteration": 3, "loss": [1]}]
+    lines += [{"iteration": 4, "loss": 1e308}, {"iteration": 5, "loss": 10**400}, {"iteration": 10**400, "loss": 1}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
     assert plot_metrics(tmp_path) is None or (tmp_path / "training.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "progress, settings", [({"iteration": "x"}, {}), ({"updates": 0.5}, {}), ({}, [1]), ({}, None)]
+)
+def test_a_state_whose_parts_are_of_other_kinds_is_told(tmp_path, progress, settings):
+    told = {"progress": json.dumps({"iteration": 3, **progress}), "settings": json.dumps(settings)}
+    _write_state(tmp_path / "checkpoint.safetensors", {"random": mx.zeros(2, mx.uint32)}, told)
+    with pytest.raises(ConfigError, match="damaged or no checkpoint of this project .its progress or its settings"):
+        find_state(tmp_path, None, {}, 10)
 
 
 @drawn

@@ -199,6 +199,7 @@ MALFORMED = [
     (FORMS["strings"] | {"margin": "2"}, "margin is '2'; it must be a finite number"),
     (FORMS["strings"] | {"margin": float("nan")}, "margin is nan"),
     (FORMS["strings"] | {"weight": float("inf")}, "weight is inf"),
+    (FORMS["strings"] | {"margin": -1e39}, "margin is -1e.39; it must be a finite number"),
     (FORMS["strings"] | {"weight": True}, "weight is True"),
     (FORMS["strings"] | {"weight": -1}, "weight is -1; it must not be negative"),
 ]

@@ -22,7 +22,7 @@ from mlx_lm.tuner.preference.scores import (
     wilson,
     write_predictions,
 )
-from mlx_lm.tuner.preference.step import FIGURES, Objective
+from mlx_lm.tuner.preference.step import FIGURES, TOKEN_FIGURES, Objective
 
 
 class Pairs(list):
@@ -97,7 +97,7 @@ def scores():
 
 def test_each_pair_has_its_figures(scores):
     found, logps, means = scores
-    assert found.means == pytest.approx(means) and set(found.figures) == set(FIGURES)
+    assert found.means == pytest.approx(means) and set(found.figures) == {*FIGURES, *TOKEN_FIGURES}
     margins = found.figures["rewards/margins"]
     assert found.figures["loss"] == pytest.approx(np.logaddexp(0, -margins), abs=1e-5)
     ratios = found.figures["logps/chosen"] - logps[:, 0, 0]

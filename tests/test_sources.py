@@ -95,6 +95,9 @@ def test_rows_of_tables_are_named_by_their_line(tmp_path):
     (tmp_path / "train.csv").write_text('prompt,chosen,rejected,weight\n"Who\nis?",a,b,1\nWho?,a,b,-1\n')
     with pytest.raises(ConfigError, match=r"train\.csv:4: weight is -1"):
         load(tmp_path)
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected,margin\nWho?,a,b,0..5\n")
+    with pytest.raises(ConfigError, match=r"train\.csv:2: margin is '0\.\.5'; it must be a finite number"):
+        load(tmp_path)
 
 
 def test_a_folder_with_one_file_of_any_name_and_a_folder_within(tmp_path):

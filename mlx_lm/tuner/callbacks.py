@@ -100,7 +100,7 @@ def read_metrics(path):
             line = json.loads(text)
         except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict) or type(line.get("iteration")) is not int:
+        if not isinstance(line, dict) or type(line.get("iteration")) is not int or abs(line["iteration"]) > 2**53:
             break
         lines.append(line)
     return lines
@@ -132,7 +132,8 @@ def plot_metrics(folder):
             label = key.rpartition("/")[2]
             for prefix, style, kind in (("", "-", "training"), ("eval_", "o--", "validation")):
                 points = [(line["iteration"], line.get(prefix + key)) for line in lines]
-                points = [point for point in points if isinstance(point[1], (int, float))]
+                # Beyond any figure of a run, and what no axis can show.
+                points = [point for point in points if isinstance(point[1], (int, float)) and abs(point[1]) < 1e30]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{label}, {kind}")
         axes.set_title(title)

@@ -185,7 +185,7 @@ def _preferences(rows, tokenizer, config, name):
         # The usual key, which rows may leave out; only another one has to be there.
         del keys["prompt_feature"]
     if is_kto(rows.rows[0]):
-        found, numbers = paired(rows.rows)
+        found, numbers = paired(rows.rows, name, rows.where)
         lost = len(rows.rows) - 2 * len(found)
         rprint(f"{name}: {len(found)} pairs of rows with one labelled completion (KTO); {lost} rows have no partner.")
         rows = Rows(found, lambda i, where=rows.where: where(numbers[i]))

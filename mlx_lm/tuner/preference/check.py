@@ -16,7 +16,7 @@ from .checkpoint import check_is_file, state_files
 from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
-from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, Unset, nearest
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, Unset, nearest, shown
 
 # What a preference run's configuration adds to upstream's, and what stands where nothing is given. A loss's
 # parameter is None: its default depends on the loss.
@@ -65,7 +65,7 @@ def check_file(path, loader):
     for key, value in node.value:
         line = key.start_mark.line + 1
         try:
-            values.construct_object(value, deep=True)
+            repr(values.construct_object(value, deep=True))  # which refuses numbers of thousands of digits
         except Exception as error:
             # A value of a type that YAML sees in it, such as a date, and that it is not.
             reason = " ".join(str(getattr(error, "problem", None) or error).split())
@@ -190,13 +190,13 @@ def _at_home(key, path):
         return None
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ConfigError(f"{key} is {path!r}, and there is no such user's folder.")
+        raise ConfigError(f"{key} is {shown(path)}, and there is no such user's folder.")
     try:
         os.lstat(expanded)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # told where it is opened
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key} is {path!r}, which can be no path ({error}).") from error
+        raise ConfigError(f"{key} is {shown(path)}, which can be no path ({error}).") from error
     return expanded
 
 
@@ -231,7 +231,7 @@ def check_lora(parameters):
     """
     form = "it holds rank, scale, dropout and, if wanted, keys"
     if not isinstance(parameters, dict):
-        raise ConfigError(f"lora_parameters is {parameters!r}; {form}.")
+        raise ConfigError(f"lora_parameters is {shown(parameters)}; {form}.")
     unknown = sorted(set(parameters) - {"rank", "scale", "dropout", "keys"}, key=str)
     if unknown:
         told = " (mlx-lm's scale is alpha / rank)" if unknown[0] == "alpha" else ""
@@ -243,18 +243,19 @@ def check_lora(parameters):
         option.check(parameters[key])
     keys = parameters.get("keys")
     if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys)):
-        raise ConfigError(f"lora_parameters.keys is {keys!r}; it must be a list of names such as self_attn.q_proj.")
+        told = f"lora_parameters.keys is {shown(keys)}"
+        raise ConfigError(f"{told}; it must be a list of names such as self_attn.q_proj.")
 
 
 def _check_schedule(schedule, updates):
     form = "give name, arguments and, if wanted, warmup and warmup_init"
     if not isinstance(schedule, dict) or not {"name", "arguments"} <= set(schedule):
-        raise ConfigError(f"lr_schedule is {schedule!r}; {form}.")
+        raise ConfigError(f"lr_schedule is {shown(schedule)}; {form}.")
     names = [name for name, value in vars(optimizers.schedulers).items() if inspect.isfunction(value)]
     names.remove("join_schedules")  # it takes schedules, which warmup makes it do
     if schedule["name"] not in names:
         raise ConfigError(
-            f"lr_schedule's name is {schedule['name']!r}{nearest(schedule['name'], names)}; "
+            f"lr_schedule's name is {shown(schedule['name'])}{nearest(schedule['name'], names)}; "
             f"it must be one of {', '.join(sorted(names))}."
         )
     unknown = sorted(set(schedule) - {"name", "arguments", "warmup", "warmup_init"}, key=str)
@@ -267,7 +268,7 @@ def _check_schedule(schedule, updates):
         rates = {step: float(rate(mx.array(step, mx.uint64))) for step in (0, 1, updates // 2, updates)}
     except Exception as error:
         # Numbers of any type reach arithmetic of any kind here.
-        raise ConfigError(f"lr_schedule is {schedule!r}, which cannot be followed ({error}); {takes}.") from error
+        raise ConfigError(f"lr_schedule is {shown(schedule)}, which cannot be followed ({error}); {takes}.") from error
     # At its end a schedule in float32 may be a rounding below zero.
     rounding = 1e-6 * max(rates.values())
     for step, value in rates.items():
@@ -279,12 +280,12 @@ def _checked_optimizers(configs):
     """`optimizer_config`, each optimizer's own settings a dict."""
     form = "it holds the settings of an optimizer below its name, such as adamw: {weight_decay: 0.01}"
     if not isinstance(configs, dict):
-        raise ConfigError(f"optimizer_config is {configs!r}; {form}.")
+        raise ConfigError(f"optimizer_config is {shown(configs)}; {form}.")
     for name, config in configs.items():
         if name not in _CLASSES:
             raise ConfigError(f"optimizer_config has {name}{nearest(name, _CLASSES)}; {form}.")
         if not isinstance(config, (dict, type(None))):
-            raise ConfigError(f"optimizer_config's {name} is {config!r}; {form}.")
+            raise ConfigError(f"optimizer_config's {name} is {shown(config)}; {form}.")
     return {name: config or {} for name, config in configs.items()}
 
 
@@ -302,6 +303,6 @@ def _try_optimizer(name, config):
         updated = make(learning_rate=1e-3, **config).apply_gradients(ones, ones)
         sound = mx.isfinite(updated["weight"]).all().item()
     except Exception as error:
-        raise ConfigError(f"optimizer_config's {name} is {config!r}, which cannot be used ({error}).") from error
+        raise ConfigError(f"optimizer_config's {name} is {shown(config)}, which cannot be used ({error}).") from error
     if not sound:
-        raise ConfigError(f"optimizer_config's {name} is {config!r}, whose first update is not finite.")
+        raise ConfigError(f"optimizer_config's {name} is {shown(config)}, whose first update is not finite.")

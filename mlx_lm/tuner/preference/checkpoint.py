@@ -9,11 +9,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ...cli_ui import rprint
 from .files import replace_file, replace_files
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
+from .workers import confirm
 
 STATE_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
@@ -121,11 +122,17 @@ def save_run(step, logps, progress, settings, args, config, numbered=False):
     """
     accumulated, world = step.accumulated, mx.distributed.init()
     if accumulated is not None and world.size() > 1:
-        # Each worker goes on from the mean of all.
+        # The sum over all: whoever goes on may be fewer or more.
         gradient, pairs = accumulated
-        accumulated = average_gradients(gradient), mx.distributed.all_sum(pairs) / world.size()
+        accumulated = (
+            tree_map(lambda mean: mean * world.size(), average_gradients(gradient)),
+            mx.distributed.all_sum(pairs),
+        )
     trained = step.model.trainable_parameters()
-    refuse_non_finite([trained, step.optimizer.state, accumulated or []], progress.iteration)
+    written = [trained, step.optimizer.state, accumulated or []]
+    mx.eval(written)
+    confirm()
+    refuse_non_finite(written, progress.iteration)
     if world.rank() != 0:
         return None
     arrays = {f"model.{name}": value for name, value in tree_flatten(trained)}
@@ -189,7 +196,11 @@ def read_state(path):
         digest = metadata.pop("digest")
         if digest != _digest(arrays, metadata):
             raise ValueError("its content is not what was written")
-        return arrays, Progress(**json.loads(metadata["progress"])), json.loads(metadata["settings"])
+        progress, settings = Progress(**json.loads(metadata["progress"])), json.loads(metadata["settings"])
+        counts = [value for name, value in vars(progress).items() if name not in ("best", "saved")]
+        if not isinstance(settings, dict) or any(type(count) is not int for count in counts):
+            raise ValueError("its progress or its settings are none")
+        return arrays, progress, settings
     except KeyError as error:
         raise ValueError(f"it has no {error.args[0]}") from error
     except (OSError, RuntimeError, TypeError, ValueError, RecursionError) as error:
@@ -276,8 +287,9 @@ def restore_run(path, step, logps):
         if "pairs" in arrays:
             # Parts of the tree that hold no array have left no trace in the file.
             parts = dict(_part(arrays, "gradient"))
-            gradient = tree_map_with_path(lambda name, _: parts[name], step.model.trainable_parameters())
-            step.accumulated = (gradient, arrays["pairs"])
+            share = 1 / mx.distributed.init().size()
+            gradient = tree_map_with_path(lambda name, _: parts[name] * share, step.model.trainable_parameters())
+            step.accumulated = (gradient, arrays["pairs"] * share)
     except (KeyError, TypeError, ValueError) as error:
         told = f"it has no {error.args[0]}" if isinstance(error, KeyError) else first_line(error)
         raise ConfigError(f"{path} lacks a part ({told}); leave resume out to start anew.") from error

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .messages import OTHER_ROLES, kind
-from .options import ConfigError
+from .options import ConfigError, shown
 
 SAME = "whose responses are rated equal"
 # Keys that hold a prompt where there is no `prompt`, the likeliest first.
@@ -70,7 +70,7 @@ def _alpaca_prompt(row):
     turns = row.get("history") or []
     if not turns:
         return asked
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise ConfigError("history has a turn that is not a question with its answer; it must be a list of such pairs.")
     spoken = [
         {"role": role, "content": text}
@@ -106,7 +106,7 @@ def _number(row, key):
         except ValueError:
             pass
     if isinstance(value, str) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{key} is {value!r}; it must be a number.")
+        raise ConfigError(f"{key} is {shown(value)}; it must be a number.")
     return value
 
 
@@ -121,7 +121,7 @@ def _one_of(key, first, second):
             return value == first
         if isinstance(value, str) and value.startswith("tie"):
             return None
-        raise ConfigError(f"{key} is {value!r}; it must be {first!r} or {second!r}.")
+        raise ConfigError(f"{key} is {shown(value)}; it must be {first!r} or {second!r}.")
 
     return wins
 
@@ -240,11 +240,12 @@ def is_kto(row):
     return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and "chosen" not in row
 
 
-def paired(rows):
+def paired(rows, name, where):
     """Rows of one labelled completion each, put together by their prompts.
 
     Args:
         rows: objects with `prompt`, `completion` and `label`.
+        name, where: what to call the rows, and what gives the place of row number i, for errors.
 
     Returns:
         `(rows, numbers)`: rows with `chosen` and `rejected`, and the number of the row that each chosen stands in.
@@ -255,7 +256,7 @@ def paired(rows):
     groups = defaultdict(lambda: {True: [], False: []})
     for number, row in enumerate(rows):
         if not is_kto(row) or row["label"] not in (True, False, 0, 1):
-            raise ConfigError(f"row {number} has no completion with a label that is true or false, as the first has.")
+            raise ConfigError(f"{where(number)}: the row has no completion with a label that is true or false.")
         key = json.dumps([row.get("prompt"), row.get("system"), row.get("tools")], sort_keys=True, default=str)
         groups[key][bool(row["label"])].append((number, row))
     found, numbers = [], []
@@ -266,7 +267,7 @@ def paired(rows):
             numbers.append(number)
     if not found:
         raise ConfigError(
-            f"the {len(rows)} rows hold one completion and its label each (KTO), and no prompt has both a good and a "
-            "bad one; a preference needs two completions of one prompt."
+            f"{name}: the {len(rows)} rows hold one completion and its label each (KTO), and no prompt has both a good "
+            "and a bad one; a preference needs two completions of one prompt."
         )
     return found, numbers

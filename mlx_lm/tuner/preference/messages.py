@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from .options import ConfigError, nearest
+from .options import ConfigError, nearest, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # Other names of the four roles, in lower case.
@@ -34,8 +34,23 @@ CALLS = "function_call"
 # Keys of a message that are read; LORA.md names them.
 KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call_id")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+MOST_DIGITS = 300
 LOOKS_LIKE_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
+
+
+def from_json(text):
+    """What a text holds as JSON; whole numbers that no computation takes, and that Python refuses, are infinite.
+
+    Raises:
+        ValueError: it is not JSON.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(text, parse_int=_whole)
+
+
+def _whole(digits):
+    return int(digits) if len(digits) <= MOST_DIGITS else float(digits)
 
 
 def messages(value, key):
@@ -50,7 +65,10 @@ def messages(value, key):
     """
     if isinstance(value, Mapping) and isinstance(value.get("role", value.get("from")), list):
         # A column of messages that is stored by the messages' keys.
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+        columns = list(value.values())
+        if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            raise ConfigError(f"{key} has columns of messages that are not lists of one length.")
+        value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
     listed = [value] if isinstance(value, Mapping) else value
     # A message alone has no number.
     names = [key] if isinstance(value, Mapping) else [f"{key}[{i}]" for i in range(len(listed))]
@@ -99,7 +117,7 @@ def decoded(text, key):
     """
     if not LOOKS_LIKE_MESSAGES.match(text):
         return None
-    for read in (json.loads, ast.literal_eval):
+    for read in (from_json, ast.literal_eval):
         try:
             found = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -128,10 +146,7 @@ def transcript(text):
 def tools(value):
     """The tool descriptions of a row, a list or that list as a JSON string; None where there are none."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"tools is a string that is not JSON ({error}).") from None
+        value = _json(value, "tools") if value.strip() else None
     if value is None or value == []:
         return None
     if not isinstance(value, list):
@@ -159,7 +174,7 @@ def _role(role, key):
     lowered = OTHER_ROLES.get(lowered, lowered)
     if lowered not in (*ROLES, CALLS):
         known = (*ROLES, *OTHER_ROLES)
-        raise ConfigError(f"{key}.role is {role!r}{nearest(role, known)}; known roles are {', '.join(known)}.")
+        raise ConfigError(f"{key}.role is {shown(role)}{nearest(role, known)}; known roles are {', '.join(known)}.")
     return lowered
 
 
@@ -191,7 +206,7 @@ def _calls(calls, key):
         inner = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
             raise ConfigError(
-                f"{key}.tool_calls has {call!r}; a tool call is an object with a function that has a name."
+                f"{key}.tool_calls has {shown(call)}; a tool call is an object with a function that has a name."
             )
         inner = dict(inner)
         arguments = inner.get("arguments")
@@ -209,6 +224,7 @@ def _calls(calls, key):
 
 def _json(text, what):
     try:
-        return json.loads(text)
+        return from_json(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{what} is a string that is not JSON ({error}).") from None
+        reason = error if isinstance(error, ValueError) else "nested too deep"
+        raise ConfigError(f"{what} is a string that is not JSON ({reason}).") from None

@@ -1,5 +1,7 @@
 """Losses and gradients that are not finite: which step and which pairs, the likely cause, and leaving them out."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
@@ -85,7 +87,7 @@ def refuse_non_finite_steps(losses, norms, first, schedule, where):
         what = "the gradient" if np.isfinite(loss) else f"the loss is {loss:g}"
         what += f" at iteration {iteration}" if not np.isfinite(loss) else f" is not finite at iteration {iteration}"
         rows = schedule.rows(iteration).tolist()
-        places = ", ".join(where(row) for row in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        places = listed([where(row) for row in rows[:4]]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
         raise ConfigError(
             f"{what}, on the pairs {places}; the adapters saved before stay as they are. "
             f"{_cause(schedule, rows, where)}"
@@ -99,6 +101,15 @@ def _cause(schedule, rows, where):
             if abs(getattr(pair, name)) > LARGE:
                 return f"{where(row)} has a {name} of {getattr(pair, name):g}: that is the likely cause."
     return REMEDY
+
+
+def listed(places):
+    """Places in one line, what numbers share only once: `train.jsonl:3, 5, 8`."""
+    heads = [re.sub(r"\d+$", "", place) for place in places]
+    return ", ".join(
+        place.removeprefix(head) if head == before else place
+        for place, head, before in zip(places, heads, [None, *heads], strict=False)
+    )
 
 
 def places_of(dataset):

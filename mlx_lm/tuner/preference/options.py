@@ -29,6 +29,12 @@ class ConfigError(ValueError):
         super().__init__(message)
 
 
+def shown(value, size=60):
+    """A value as Python writes it on one line, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= size else f"{text[: size // 2]} ... {text[-size // 2 :]}"
+
+
 @dataclass(frozen=True)
 class Option:
     """One key of the configuration file, and the command-line flag of the same name.
@@ -119,16 +125,18 @@ class Option:
             expected += ", without quotes"
         kinds = (int, float) if self.kind is float else self.kind
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
-            raise ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
+            raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
         if self.choices and value not in self.choices:
-            raise ConfigError(f"{self.name} is {value!r}{nearest(value, self.choices)}; it must be {expected}.")
+            raise ConfigError(f"{self.name} is {shown(value)}{nearest(value, self.choices)}; it must be {expected}.")
         if self.kind in (float, int):
             too_low = self.low is not None and (value < self.low or ("low" in self.open and value == self.low))
             too_high = self.high is not None and (value > self.high or ("high" in self.open and value == self.high))
             if too_low or too_high or value != value:
-                raise ConfigError(f"{self.name} is {value!r}; it must be {expected}.")
+                raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
             if abs(value) == math.inf or (self.kind is float and abs(value) > LARGEST):
-                raise ConfigError(f"{self.name} is {value}; it must be finite{self.range and ' and ' + self.range}.")
+                raise ConfigError(
+                    f"{self.name} is {shown(value)}; it must be finite{self.range and ' and ' + self.range}."
+                )
         return self.kind(value)
 
 
@@ -173,14 +181,16 @@ def size(value):
     """
     found = re.fullmatch(r"(\d{1,18}|\d{0,18}\.\d{1,18})\s*([MG]B?)?", str(value).strip(), re.IGNORECASE | re.ASCII)
     if found is None or isinstance(value, (bool, float)):
-        raise ConfigError(f"clear_cache_threshold is {value!r}; it must be bytes, such as 2000000000, 500MB or 2GB.")
+        raise ConfigError(
+            f"clear_cache_threshold is {shown(value)}; it must be bytes, such as 2000000000, 500MB or 2GB."
+        )
     return int(float(found[1]) * {"": 1, "M": 10**6, "G": 10**9}[(found[2] or "").upper().rstrip("B")])
 
 
 def nearest(word, known):
     """A hint that names the known word most like `word`, or an empty string where none is like it."""
     known = {str(name).lower(): name for name in known}
-    close = difflib.get_close_matches(str(word).lower(), list(known), n=1)
+    close = difflib.get_close_matches(str(word)[:100].lower(), list(known), n=1)
     return f" (did you mean {known[close[0]]}?)" if close else ""
 
 

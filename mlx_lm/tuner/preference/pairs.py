@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...cli_ui import rprint
 from .layouts import UselessRow
-from .options import ConfigError
+from .options import ConfigError, shown
 from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
 from .tokens import PairEncoder
 
@@ -178,8 +178,9 @@ class PreferenceDataset:
                 read.append((number, conversation, self._encoder.texts(conversation)))
             except UselessRow as useless:
                 self._leave_out(number, str(useless))
-            except ConfigError as error:
-                raise ConfigError(f"{self._where(number)}: {error}") from error
+            except (ConfigError, RecursionError) as error:
+                told = error if isinstance(error, ConfigError) else "the row is nested too deep."
+                raise ConfigError(f"{self._where(number)}: {told}") from error
         tokens = self._encoder.encode([texts for _, _, texts in read])
         for (number, conversation, texts), (prompt, chosen, rejected) in zip(read, tokens, strict=True):
             for note in texts.notes:
@@ -224,9 +225,9 @@ class PreferenceDataset:
 
     def _described(self, texts):
         """What the rows are read as, with the first one's texts shortened."""
-        shown = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
-        parts = zip(("prompt", "chosen", "rejected"), shown, strict=True)
-        return "; first ".join(["", *(f"{name} {shortened(text)}" for name, text in parts)]).lstrip("; ")
+        parts = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
+        named = zip(("prompt", "chosen", "rejected"), parts, strict=True)
+        return "; first ".join(["", *(f"{name} {shown(text)}" for name, text in named)]).lstrip("; ")
 
     def _leave_out(self, number, why):
         count, first = self._useless.get(why, (0, number))
@@ -256,12 +257,6 @@ class PreferenceDataset:
                 "prompt does not stand before the response, and the prompt ends before it. Responses that hold their "
                 "reasoning, or other chat_template_kwargs, avoid that."
             )
-
-
-def shortened(text, size=60):
-    """A text on one line, its middle left out where it is long."""
-    text = repr(text)
-    return text if len(text) <= size else f"{text[: size // 2]} ... {text[-size // 2 :]}"
 
 
 def within(unscored, responses):

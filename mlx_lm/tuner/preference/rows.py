@@ -5,7 +5,6 @@ tokens made in `tokens.py`, files and hub data sets read in `datasets.py`.
 """
 
 import itertools
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, REJECTED_SCORES, UselessRow, recognised
 from .messages import KEYS, decoded, kind, messages, speaks, tools, transcript
-from .options import ConfigError, nearest
+from .options import ConfigError, nearest, shown
 from .overlap import shared_text, without_prompt
 
 EQUAL = "whose chosen and rejected responses are equal"
@@ -25,6 +24,7 @@ NO_ANSWER = "whose transcripts do not end with an answer to the same question"
 SCORED_LOWER = "whose chosen response has the lower score"
 SCORED_ALIKE = "whose scores differ by less than min_score_difference"
 
+LARGEST = 3.4e38  # of float32
 # What the model never writes: a response that begins with one of these is a mistake in the row.
 NOT_THE_MODEL = ("system", "user", "tool")
 RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
@@ -375,6 +375,6 @@ def _number(row, key, default):
     value = row.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{key} is {value!r}; it must be a finite number.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        raise ConfigError(f"{key} is {shown(value)}; it must be a finite number.")
     return float(value)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..._backend import slow_blas_hint
-from ...cli_ui import TrainUI, rprint
+from ...cli_ui import rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
 from .batches import Schedule, iterations
@@ -36,10 +36,13 @@ from .memory import bounded_memory, peak_memory, trim_cache
 from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import ConfigError
+from .pairs import Pair
 from .reference import Reference, ReferenceLogps, reference_of
 from .reference_cache import row_key
 from .report import Reporter, Window, say_fallbacks, warn_of_displacement
+from .screen import RunUI
 from .step import Step
+from .workers import confirm, refuse_different_workers
 
 # The figure of each value of save_best, and the sign that makes more of it better.
 BEST = {"eval_loss": ("loss", -1), "accuracy": ("rewards/accuracies", 1), "margin": ("rewards/margins", 1)}
@@ -78,12 +81,13 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
-    refuse_different_workers(vars(args) | settings)
-    state = None
+    state, iteration = None, 0
     if args.resume is True or (args.resume and has_state(folder)):
         # One that does not fit is told before the reference pass, which may be long.
         state, iteration = find_state(folder, model, settings, args.iters)
         rprint(f"Going on after iteration {iteration} of {args.iters}, from {state}.")
+    same = {"the validation data": check_and_digest(logps.val_dataset), "the iteration to go on after": iteration}
+    refuse_different_workers(vars(args) | settings | same)
     if loss.needs_reference:
         reference = reference or reference_of(scorer, args)
         if not args.check:
@@ -111,10 +115,10 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     with (
         checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
         bounded_memory() as evaluate,
-        TrainUI(args.iters, rank=0 if first else 1) as ui,
+        RunUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
-        report = Reporter(ui, callback, 0 if first else 1, check)
+        report = Reporter(ui, callback, check)
         validate = partial(_validate, objective, logps, progress, args, report, config)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
@@ -144,8 +148,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         request: a `Request` of signals, which ends the steps.
     """
     window, upcoming, earlier, measured = Window(), None, [], False
-    for _ in range(progress.iteration):
-        report.ui.advance()
+    report.ui.start_at(progress.iteration)
     if progress.iteration == 0:
         validate()
     step.model.train()
@@ -237,6 +240,7 @@ def _validate(objective, logps, progress, args, report, config):
     gained = np.isfinite(figures[name]) and (progress.best is None or sign * figures[name] > sign * progress.best)
     progress.without_gain = 0 if gained else progress.without_gain + 1
     if gained:
+        confirm()
         progress.best, progress.best_iteration = figures[name], progress.iteration
         if args.save_best and progress.iteration > 0 and mx.distributed.init().rank() == 0:
             adapter_file = Path(args.adapter_file)
@@ -273,37 +277,20 @@ def _refresh(scorer, schedule, logps, progress, args):
         logps.take(Reference(scorer, args.reference_batch_size), rows)
 
 
-def refuse_different_workers(settings):
-    """Check that all workers are to do the same.
-
-    Args:
-        settings: names and values; those of files of a worker's own are not compared.
-
-    Raises:
-        ConfigError: on every worker, where one has other settings or other data.
-    """
-    if mx.distributed.init().size() == 1:
-        return
-    own = {name: str(value) for name, value in settings.items() if name not in ("adapter_file", "reference_cache")}
-    digest = hashlib.blake2b(repr(sorted(own.items())).encode(), digest_size=8).digest()
-    digests = mx.distributed.all_gather(mx.array(np.frombuffer(digest, np.uint32))[None])
-    if (digests != digests[:1]).any().item():
-        raise ConfigError(
-            "the workers were given different configurations or data; start all of them with the same files and flags."
-        )
-
-
-def check_and_digest(dataset, loss):
+def check_and_digest(dataset, loss=None):
     """A digest of the pairs, which are checked to have nothing that the loss would not heed.
 
     Raises:
         ConfigError: a pair has a margin or a weight, and the loss reads none.
     """
-    digest, names = hashlib.blake2b(digest_size=8), ", ".join(loss.names)
-    for pair in (dataset[i] for i in range(len(dataset))):
-        if pair.margin and not loss.reads_margins:
-            raise ConfigError(f"rows have a margin, but loss_type {names} does not read it; remove the key margin.")
-        if pair.weight != 1 and loss.sorts_batch:
-            raise ConfigError(f"rows have a weight, but loss_type {names} sorts the batch; remove the key weight.")
+    digest, where = hashlib.blake2b(digest_size=8), places_of(dataset)
+    for i in range(len(dataset)):
+        pair = dataset[i]
+        if loss is not None:
+            for name, heeded in (("margin", loss.reads_margins), ("weight", not loss.sorts_batch)):
+                if getattr(pair, name) != Pair._field_defaults[name] and not heeded:
+                    reason = "does not read it" if name == "margin" else "sorts the batch"
+                    told = f"{where(i)}: rows have a {name}, but loss_type {', '.join(loss.names)} {reason}"
+                    raise ConfigError(f"{told}; remove the key {name}.")
         digest.update(row_key(pair) + repr((pair.margin, pair.weight)).encode())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .divergence import mean_kl
-from .evaluation import evaluated_rows, pair_figures, reference_logps
+from .evaluation import evaluated_rows, means_of, pair_figures, reference_logps
 from .files import replace_file
 from .options import ConfigError
 
@@ -23,7 +23,7 @@ class Scores(NamedTuple):
     """What each of n tested pairs was given.
 
     Attributes:
-        figures: `(n,)` float64 for each of FIGURES.
+        figures: `(n,)` float64 for each of FIGURES and TOKEN_FIGURES.
         reference: `(n, 2)` float32, the reference's logps of chosen and rejected, or None.
         places, sources: of each pair, where its row stands, and its `source` or None.
         kl: `(KL, pairs)`: of the policy from the reference in nats a response token, and of how many pairs; or None.
@@ -37,8 +37,8 @@ class Scores(NamedTuple):
 
     @property
     def means(self):
-        """The means of FIGURES."""
-        return {name: float(values.mean()) for name, values in self.figures.items()}
+        """What `means_of` makes of the figures."""
+        return means_of(self.figures)
 
 
 def score(objective, dataset, args, reference=None, base=None):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, PROMPTS, REJECTED_SCORES
+from .messages import from_json
 from .options import ConfigError
 
 # Other names of the splits, the usual one first.
@@ -40,7 +41,8 @@ class Rows(NamedTuple):
 
     def taken(self, numbers):
         """Some of the rows."""
-        return Rows(Subset(self.rows, numbers), lambda i: self.where(numbers[i]))
+        where = self.where  # alone, so that the rows can be let go of
+        return Rows(Subset(self.rows, numbers), lambda i: where(numbers[i]))
 
 
 class Subset(Sequence):
@@ -122,9 +124,9 @@ def joined(parts):
     """Several `Rows` as one."""
     if len(parts) == 1:
         return parts[0]
-    places = [(part, i) for part in parts for i in range(len(part.rows))]
-    rows = [part.rows[i] for part, i in places]
-    return Rows(rows, lambda i: places[i][0].where(places[i][1]))
+    rows = [row for part in parts for row in part.rows]
+    places = [(part.where, i) for part in parts for i in range(len(part.rows))]
+    return Rows(rows, lambda i: places[i][0](places[i][1]))
 
 
 def held_out(rows, share, seed, prompt=None):
@@ -176,7 +178,7 @@ def _read_lines(path):
                     continue
                 if not rows and text[0] == "[" and (found := _array(path)) is not None:
                     return Rows(found, lambda i: f"{path}, row {i}")
-                rows.append(json.loads(text))
+                rows.append(from_json(text))
                 lines.append(number)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}:{number}: the line is not UTF-8 ({error.reason}).") from error
@@ -189,7 +191,7 @@ def _read_lines(path):
 def _array(path):
     """The list of objects that a whole file holds as JSON, None where it holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = from_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, list) and found and all(isinstance(row, Mapping) for row in found) else None
@@ -198,7 +200,7 @@ def _array(path):
 def _read_json(path):
     """A file of one JSON value: a list of rows, or an object that holds one; else JSON lines."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = from_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return _read_lines(path)
     if isinstance(found, Mapping):
@@ -231,12 +233,12 @@ def _read_table(path, delimiter):
 
 def _cell(key, value):
     """A table's cell; empty cells of columns that rows may leave out are no values."""
-    if key in NUMBERS and re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", value, re.IGNORECASE):
+    if key in NUMBERS and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", value, re.IGNORECASE):
         return float(value)
     if key == "chat_template_kwargs" and value.strip():
         try:
-            return json.loads(value)
-        except ValueError:
+            return from_json(value)
+        except (ValueError, RecursionError):
             return value
     return None if key in (*NUMBERS, "chat_template_kwargs", "tools") and not value.strip() else value
 

@@ -5,14 +5,42 @@ whether the text changes, so that no template has to be known.
 """
 
 import json
+import signal
+import threading
 from collections.abc import Mapping
+from contextlib import contextmanager
 
 from .options import ConfigError
 
 # Stands in for a text, to see where the chat template writes it.
 STAND_IN = "\u241fresponse\u241f"
+# A row's text may take so many seconds of a processor, and may be so much longer than what it is made of.
+SECONDS, MEGABYTE, MOST_TIMES = 2, 10**6, 10
 # The keys by which templates know reasoning; rows bring it in the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@contextmanager
+def limited(seconds):
+    """Within the context, what computes for more than some seconds is stopped; in the main thread alone.
+
+    Raises:
+        TimeoutError: it was stopped.
+    """
+
+    def stop(number, frame):
+        raise TimeoutError(f"it takes more than {seconds} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class Template:
@@ -27,15 +55,23 @@ class Template:
         self._reasoning_keys = {}
 
     def render(self, conversation, messages, add_generation_prompt=False):
-        """The text of messages, with a conversation's tools and template arguments."""
+        """The text of messages, with a conversation's tools and template arguments.
+
+        Raises:
+            ConfigError: the template fails, takes more than SECONDS, or writes far more than it is given.
+        """
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=conversation.tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **conversation.template_kwargs,
-            )
+            with limited(SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=conversation.tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **conversation.template_kwargs,
+                )
+            if len(text) > MEGABYTE and len(text) > MEGABYTE + MOST_TIMES * len(repr((conversation, messages))):
+                raise ValueError(f"it writes {len(text) / MEGABYTE:.1f} MB")
+            return text
         except Exception as error:
             # A template is a program that comes with the model: it may raise anything at a row it was not made for.
             reason = (str(error) or type(error).__name__).splitlines()[0]
