@@ -21,8 +21,8 @@ from types import SimpleNamespace
 
 from .cli_ui import print_header_panel
 from .tuner.callbacks import SUPPORT_CALLBACK
-from .tuner.preference.batches import iterations
 from .tuner.preference import workers
+from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
     OPTIONS,
