@@ -262,7 +262,7 @@ def run(args, training_callback=None):
 
 def _run(args, loss, training_callback):
     np.random.seed(args.seed)
-    training_callback = (_callbacks(args) if args.train and not args.check else None) or training_callback
+    training_callback = (_callbacks(args) if args.train else None) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
@@ -327,6 +327,15 @@ def _told_plainly(args):
 
 
 def _callbacks(args):
+    if args.check:
+        # Services are told of runs alone; that there are such may be checked.
+        names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
+        unknown = [name for name in names if name not in (*SUPPORT_CALLBACK, "none")]
+        if unknown:
+            raise ConfigError(
+                f"report_to is {args.report_to!r}, and {unknown[0]} is none of {', '.join(SUPPORT_CALLBACK)}."
+            )
+        return None
     try:
         return get_reporting_callbacks(
             args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)

@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ...cli_ui import rprint
-from .batches import filled, make_batch, pair_lengths, plan
+from .batches import filled, make_batch, pair_lengths, plan, reference_rows
 from .intercept import evaluating
 from .layers import checkpointed_layers
 from .memory import begin_peak_anew, bounded_memory, peak_memory, trim_cache
@@ -147,13 +147,20 @@ def run_step(step, schedule, iteration, args):
 
 def score_largest(objective, reference, logps, schedule, args):
     """Score the largest batches of the reference pass and of a validation; returns the seconds that a token takes."""
+
+    def validate(batch):
+        losses, figures = objective.each(batch, reference_rows(None, batch.counts), by_token=True)
+        return mx.stack([losses, *figures])
+
     validated = logps.val_dataset, logps.val_rows
-    tried = [(objective.scorer, *validated, args.batch_size if objective.loss.reads_batch else None)]
+    tried = [(objective.scorer, validate, *validated, args.batch_size if objective.loss.reads_batch else None)]
     if reference is not None:
         visited = logps.dataset, schedule.visited(1, args.iters)
-        tried += [(reference.scorer, *rows, args.reference_batch_size) for rows in (visited, validated)]
+        tried += [
+            (reference.scorer, reference.score, *rows, args.reference_batch_size) for rows in (visited, validated)
+        ]
     seconds = 0.0
-    for scorer, dataset, rows, size in tried:
+    for scorer, evaluate, dataset, rows, size in tried:
         if not len(rows):
             continue
         lengths = lengths_of(dataset, rows)
@@ -165,8 +172,7 @@ def score_largest(objective, reference, logps, schedule, args):
         with evaluating(scorer.model):
             batch, processed, _ = make_batch([dataset[int(rows[place])] for place in places], scorer.arrangement)
             tic = time.perf_counter()
-            logps = scorer(batch)
-            mx.eval(logps.total, logps.common)
+            mx.eval(evaluate(batch))
             seconds = (time.perf_counter() - tic) / processed
             trim_cache()
     return seconds
