@@ -49,6 +49,7 @@ from .tuner.preference.load import (
     load_trained,
     read_adapter_config,
     refuse_other_start,
+    tell_other_loss,
 )
 from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
@@ -360,6 +361,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
     config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
     start = config.get("resume_adapter_file")
     refuse_other_start(args.resume_adapter_file, start)
+    tell_other_loss(args.adapter_path, config, loss)
     args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or config.get("reference_model")})
     base, logps = model, None
     if config and args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):

@@ -592,9 +592,12 @@ class TestTestAlone:
         told = "were trained: loss_type robust, beta 0.7, label_smoothing 0.2."
         assert told in alone.out and command.files() == before
         # What is given counts; another loss has parameters of its own.
-        assert "were trained: loss_type robust, label_smoothing 0.2." in command("--no-train", beta=0.1, **asked).out
+        done = command("--no-train", beta=0.1, **asked)
+        assert "were trained: loss_type robust, label_smoothing 0.2." in done.out
+        assert "were trained with beta 0.7, and are tested otherwise." in done.out
         done = command("--no-train", "--loss-type", "ipo", **asked | {"loss_type": "dpo"})
-        assert "were trained with loss_type robust; this test's is ipo" in done.out and done.status == 0
+        assert "were trained with loss_type robust, beta 0.7, and are tested otherwise." in done.out
+        assert done.status == 0
         command.refused("there is nothing to do", "--no-train")
 
     def test_any_file_or_none_and_a_line_for_each_pair(self, command):

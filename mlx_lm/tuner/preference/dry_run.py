@@ -107,7 +107,8 @@ def rehearse(step, objective, reference, schedule, logps, args):
     updates = -(-args.iters // args.grad_accumulation_steps)
     rprint(f"\n{args.iters} iterations of {args.batch_size} pairs are {epochs:.2f} epochs and {updates} updates")
     iterations = range(1, args.iters + 1)
-    tokens = np.array([tokens_of(schedule, iteration) for iteration in iterations])
+    # The most of all workers, which average what they find and so take the same steps.
+    tokens = np.array(mx.distributed.all_max(mx.array([tokens_of(schedule, iteration) for iteration in iterations])))
     with checkpointed_layers(step.model) if args.grad_checkpoint else nullcontext(), bounded_memory() as evaluate:
         scoring = score_largest(objective, reference, logps, schedule, args)
         if args.reference_model is not None and reference is not None:
@@ -202,7 +203,7 @@ def tell_memory(step):
     peak = peak_memory()
     parts = {"weights": everything - trained, "trained weights": trained, "optimizer": state}
     parts |= {"activations, gradients": peak - everything - state, "in all": peak}
-    rprint("\nmemory, GB")
+    rprint("\nmemory of MLX's arrays, GB")
     for name, size in parts.items():
         rprint(f"  {name:22} {size / 1e9:8.3f}" + (f" of {device_memory() / 1e9:.1f}" if name == "in all" else ""))
 
