@@ -635,6 +635,11 @@ class TestTestAlone:
         assert "They differ: none has the better reward accuracy" in done.out
         command.refused("compare takes two adapters", "--compare", trained)
 
+    def test_a_file_that_is_no_adapter(self, after):
+        path = after.adapters / "checkpoint.safetensors"
+        told = f"the adapters in {path} cannot be loaded: Adapter at {path} contains incompatible tensors"
+        after.refused(told, train=False, test=True, adapter_path=str(path))
+
     def test_a_file_for_predictions_that_cannot_be_written(self, after):
         for path in ("", str(after.folder), str(after.folder / "no folder" / "file")):
             after.refused("predictions is .*, where no file can be written", test=True, predictions=path)

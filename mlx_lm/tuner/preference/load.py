@@ -306,7 +306,11 @@ def load_trained(model, adapter_path):
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "adapters.safetensors").symlink_to(path)
             Path(folder, "adapter_config.json").symlink_to(path.with_name("adapter_config.json"))
-            load_adapters(model, folder)
+            try:
+                load_adapters(model, folder)
+            except (RuntimeError, ValueError) as error:
+                told = str(error).replace(f"{folder}/adapters.safetensors", str(path)).replace(folder, str(path))
+                raise ValueError(told) from error
             mx.eval(model.parameters())
 
 
