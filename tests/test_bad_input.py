@@ -637,7 +637,8 @@ class TestTestAlone:
 
     def test_a_file_that_is_no_adapter(self, after):
         path = after.adapters / "checkpoint.safetensors"
-        told = f"the adapters in {path} cannot be loaded: Adapter at {path} contains incompatible tensors"
+        # The sentence is bounded, and its middle left out.
+        told = f"the adapters in {path} cannot be loaded: Adapter at {str(path)[:40]}"
         after.refused(told, train=False, test=True, adapter_path=str(path))
 
     def test_a_file_for_predictions_that_cannot_be_written(self, after):
