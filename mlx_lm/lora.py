@@ -50,6 +50,7 @@ from .tuner.preference.load import (
     load_trained,
     read_adapter_config,
     refuse_other_start,
+    tell_other_loss,
 )
 from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
@@ -267,7 +268,7 @@ def run(args, training_callback=None):
 
 def _run(args, loss, training_callback):
     np.random.seed(args.seed)
-    training_callback = (_callbacks(args) if args.train and not args.check else None) or training_callback
+    training_callback = (_callbacks(args) if args.train else None) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
@@ -332,6 +333,15 @@ def _told_plainly(args):
 
 
 def _callbacks(args):
+    if args.check:
+        # Services are told of runs alone; that there are such may be checked.
+        names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
+        unknown = [name for name in names if name not in (*SUPPORT_CALLBACK, "none")]
+        if unknown:
+            raise ConfigError(
+                f"report_to is {args.report_to!r}, and {unknown[0]} is none of {', '.join(SUPPORT_CALLBACK)}."
+            )
+        return None
     try:
         return get_reporting_callbacks(
             args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
@@ -356,6 +366,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
     config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
     start = config.get("resume_adapter_file")
     refuse_other_start(args.resume_adapter_file, start)
+    tell_other_loss(args.adapter_path, config, loss)
     args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or config.get("reference_model")})
     base, logps = model, None
     if config and args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
