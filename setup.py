@@ -51,6 +51,11 @@ setup(
     package_dir={"mlx_lm_dpo.mlx_lm": "mlx_lm"},
     package_data={"mlx_lm_dpo.mlx_lm": ["examples/**/*"]},
     exclude_package_data={"": ["**/__pycache__/*"]},
+    # Under names of its own: a command of mlx-lm's name would be gone once this project is uninstalled. `uv tool` and
+    # `pipx` show these alone.
+    entry_points={
+        "console_scripts": ["mlx_lm_dpo = mlx_lm.cli:main", "mlx_lm_dpo.lora = mlx_lm.lora:main"],
+    },
     cmdclass={"build_py": BuildWithPathFile},
     # An editable installation puts this folder before site-packages: metadata lying here would pass for the
     # installed one, and pip would refuse to uninstall it.

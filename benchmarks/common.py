@@ -12,6 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Llama shapes: hidden, layers, intermediate, heads, key-value heads, vocabulary.
 SHAPES = {
+    "8b": (4096, 32, 14336, 32, 8, 128256),
+    "3b": (3072, 28, 8192, 24, 8, 128256),
     "1b": (2048, 16, 8192, 32, 8, 128256),  # 1.24 B parameters with a tied embedding
     "135m": (576, 30, 1536, 9, 3, 49152),
     "tiny": (64, 2, 128, 4, 2, 512),
@@ -80,15 +82,6 @@ def run_json(command, env=None, timeout=None):
             return found
     said = (done.stderr or done.stdout).strip().splitlines()
     return {"error": f"exit status {done.returncode}: {said[-1] if said else 'nothing said'}"}
-
-
-def run_command(command, **options):
-    """Run a command with this repository's package first, its output to stderr; ends this process where it fails."""
-    words = [str(word) for word in command]
-    variables = {name: value for name, value in (os.environ | own_environment()).items() if value is not None}
-    done = subprocess.run(words, env=variables, stdout=sys.stderr, **options)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(words)} ended with exit status {done.returncode}.")
 
 
 def own_environment():

@@ -1,7 +1,7 @@
 """What runs of the embedded example give, into results/example_MODE.json; a minute or two, losses some five.
 
     python benchmarks/example.py answers      # what the model says before and after README's first line
-    python benchmarks/example.py losses       # every loss trained alike
+    python benchmarks/example.py losses       # every loss trained alike; with names behind it, these alone anew
     python benchmarks/example.py rate         # a learning rate that is too high
     python benchmarks/example.py discopop     # the paper's tau and a larger one
 
@@ -14,11 +14,13 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import run_command, say  # noqa: E402
+from common import say  # noqa: E402
 from records import RESULTS, keep  # noqa: E402
 
 import mlx_lm.lora  # noqa: E402
@@ -36,7 +38,7 @@ LOSSES = {loss.name: {"beta": loss.default("beta")} if "beta" in loss.parameters
 LOSSES["sft"] = {"loss_type": ["dpo", "sft"], "beta": 0.1}
 LOSSES["discopop"] |= {"discopop_tau": 0.2}
 # Runs of the other modes.
-RATE = {"learning_rate": 1e-3, "iters": 40, "test": False}
+RATE = {"learning_rate": 1e-3, "iters": 20, "test": False}
 TAUS, TAU_STEPS = (0.05, 0.2), (50, 200)
 
 
@@ -46,10 +48,10 @@ def train(settings, folder):
         config = mlx_lm.lora.yaml.load(file, mlx_lm.lora.yaml_loader)
     if "loss_type" in settings:
         del config["label_smoothing"]  # some losses have a default of their own
-    config |= {"adapter_path": f"{folder}/adapters", "reference_cache": "none"} | settings
-    file = Path(folder) / "config.yaml"
-    file.write_text(json.dumps(config))
-    run_command([sys.executable, "-m", "mlx_lm.lora", "--config", file], cwd=ROOT)
+    config |= {"adapter_path": f"{folder}/adapters", "reference_cache": "none", "val_batches": -1} | settings
+    config |= {"model": str(ROOT / config["model"]), "data": str(ROOT / config["data"])}
+    with redirect_stdout(sys.stderr):
+        mlx_lm.lora.run(SimpleNamespace(**mlx_lm.lora.CONFIG_DEFAULTS | config))
     reports = [json.loads(line) for line in (Path(folder) / "adapters" / "metrics.jsonl").read_text().splitlines()]
     return [report for report in reports if "eval_loss" in report]
 
@@ -162,13 +164,17 @@ MODES = {"answers": before_and_after, "losses": losses, "rate": rate, "discopop"
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1] not in MODES:
-        sys.exit(f"Name one of {', '.join(MODES)}.")
-    rows = []
-    for row in MODES[sys.argv[1]]():
+    mode, names = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
+    if mode not in MODES or (names and mode != "losses") or set(names) - set(LOSSES):
+        sys.exit(f"Name one of {', '.join(MODES)}; after losses, some of them.")
+    path, rows = RESULTS / f"example_{mode}.json", []
+    for row in losses(names) if names else MODES[mode]():
         say(json.dumps(row))
         rows.append(row)
-    keep(RESULTS / f"example_{sys.argv[1]}.json", rows)
+    if names:
+        kept = {row["loss"]: row for row in [*json.loads(path.read_text())["rows"], *rows]}
+        rows = [kept[name] for name in LOSSES if name in kept]
+    keep(path, rows)
 
 
 if __name__ == "__main__":

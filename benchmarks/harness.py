@@ -82,7 +82,8 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     """Time a training step on one batch.
 
     Returns:
-        A dict of `ms` a step (median), `pairs_per_second`, `peak_gb`, and `tokens` run by the body.
+        A dict of `ms` a step and `cpu_ms` of the processor (medians), `pairs_per_second`, `peak_gb`, and `tokens` run
+        by the body.
     """
     scorer = Scorer(model, share_prompt, response_only)
     optimizer = optim.Adam(1e-5)
@@ -90,13 +91,13 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     batch, processed, _ = make_batch(pairs, scorer.arrangement)
     reference = mx.zeros((len(pairs), 2, 2))
     model.train()
-    seconds = []
+    seconds, cpu_seconds = [], []
     layers = checkpointed_layers(model) if checkpoint else nullcontext()
     with layers, bounded_memory() as evaluate:
         for i in range(warmup + steps):
             if i == warmup:
                 mx.reset_peak_memory()
-            tic = time.perf_counter()
+            tic, cpu_tic = time.perf_counter(), time.process_time()
             if online_reference:
                 logps = scorer(batch)
                 reference = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(pairs), 2).transpose(1, 0, 2)
@@ -105,9 +106,11 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
             work = [step.state(), sums]
             evaluate(work)
             seconds.append(time.perf_counter() - tic)
+            cpu_seconds.append(time.process_time() - cpu_tic)
     median = float(np.median(seconds[warmup:]))
     return {
         "ms": 1000 * median,
+        "cpu_ms": 1000 * float(np.median(cpu_seconds[warmup:])),
         "pairs_per_second": len(pairs) / median,
         "peak_gb": mx.get_peak_memory() / 1e9,
         "tokens": processed,
@@ -141,7 +144,7 @@ def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, devi
     flops = model_flops(model, prompt, response, pairs)
     share = flops / (result["ms"] / 1000) / rate
     name = mx.device_info().get("device_name", str(mx.default_device()))
-    return result | {"device": name, "flops": flops, "rate": rate, "share": share}
+    return result | {"device": name, "kind": "gpu" if on_gpu else "cpu", "flops": flops, "rate": rate, "share": share}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a training step costs with and without each of its pieces that can be left out, into results/pieces_DEVICE.json.
+"""What a training step costs with and without each piece of it, into results/pieces_cpu.json or pieces_gpu.json.
 
     python benchmarks/pieces.py                                   # the default device
     python benchmarks/pieces.py --shape tiny --out pieces.json    # in seconds
@@ -8,7 +8,6 @@ A random Llama with LoRA of rank 8 on all linear layers, 4 pairs a step; each st
 
 import argparse
 import json
-import re
 import sys
 
 from common import SHAPES, lengths, own_step, say
@@ -50,7 +49,7 @@ def main():
                     sys.exit(measured[key]["error"])
                 row[when] = measured[key]
             rows.append(row)
-    device = re.sub(r"\W+", "_", rows[0]["with"]["device"]).strip("_").lower()
+    device = rows[0]["with"]["kind"]
     keep(options.out or RESULTS / f"pieces_{device}.json", rows)
 
 

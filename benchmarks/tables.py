@@ -114,6 +114,47 @@ def memory_table():
     return markdown_table(("setting", "peak GB", "of it weights"), rows) + "\n\n" + made_by(found)
 
 
+MACS = {8: 5.3, 16: 10.7, 32: 21.3}  # GB of memory: GB that Metal lets a process use
+NAMES = {"135m": "135 M", "1b": "1.2 B", "3b": "3.2 B", "8b": "8.0 B"}
+
+
+def step_gb(row, tokens, checkpoint, bits):
+    """GB that a step of so many tokens takes, with the weights in so many bits and the activations in 16, or in 32."""
+    a_token = row["bytes_a_token"]["checkpointed" if checkpoint else "kept"]
+    activations = (a_token["fixed"] + row["layers"] * a_token["layer"]) * (1 if bits == 32 else 0.5)
+    # 4 bit come with a scale and a bias of 16 bit for 64 weights; adapters with gradient and two moments in float32.
+    weights = row["parameters"] * {4: 4.5, 16: 16, 32: 32}[bits] / 8 + 16 * row["lora_parameters"]
+    return (weights + tokens * activations) / 1e9
+
+
+def macs_table():
+    """What a QLoRA step takes, and how many tokens a batch may have."""
+    found, rows = result("macs"), []
+    for row in found["rows"]:
+        weights = step_gb(row, 0, False, 4)
+        tokens = [1e3 * (step_gb(row, 1000, checkpoint, 4) - weights) / 1000 for checkpoint in (False, True)]
+        fits = [
+            " / ".join("-" if room <= 0 else f"{int(1e3 * room / mb):,}" for mb in tokens)
+            for room in (limit - weights for limit in MACS.values())
+        ]
+        rows.append((NAMES[row["model"]], f"{weights:.1f}", *(f"{mb:.2f}" for mb in tokens), *fits))
+    header = ("parameters", "weights, GB", "MB a token", "with `grad_checkpoint`", *(f"{size} GB" for size in MACS))
+    known, small = result("memory_cpu")["rows"], found["rows"][0]
+    checks = [
+        f"{step_gb(small, known[number]['tokens'], checkpoint, 32):.2f} GB for {known[number]['peak_gb']:.2f}"
+        for number, checkpoint in ((0, False), (4, True))
+    ]
+    text = paragraph(
+        "A QLoRA step of Llama shapes in 4 bit, and how many tokens a batch may have in "
+        + ", ".join(f"{limit} GB of a Mac with {size}" for size, limit in MACS.items())
+        + ": without and with `grad_checkpoint`. A pair has its prompt's tokens and both responses'. Computed from "
+        "steps of one and of two layers of each size, measured in float32 and halved for 16 bit "
+        "(`benchmarks/macs.py`); "
+        f"so computed, the first and the fifth row of BENCHMARKS.md's memory are {' and '.join(checks)} measured."
+    )
+    return text + "\n\n" + markdown_table(header, rows)
+
+
 def end_to_end_table():
     """Whole runs, a row each, and the commands that made them."""
     rows, made = [], []
@@ -150,30 +191,25 @@ def end_to_end_table():
     return markdown_table(header, rows) + "\n\n" + "\n".join(made)
 
 
+def ms(row):
+    """Milliseconds of a step: of the processor on a CPU, where other work on the machine matters less to them."""
+    return row["cpu_ms"] if row["kind"] == "cpu" else row["ms"]
+
+
 def mlx_lm_lora_table():
-    """Our step and mlx-lm-lora's, and how many times as fast ours is."""
+    """Our step and mlx-lm-lora's, and how many times as much it takes."""
     tables = []
     for found in files("mlx_lm_lora_*.json").values():
         rows = []
         for row in found["rows"]:
-            ours = row["runs"]["ours"]
             for name, run in row["runs"].items():
-                if "error" in run:
-                    continue
-                seconds = statistics.median(run["seconds"])
-                rows.append(
-                    (
-                        f"{row['prompt']} / {row['response']}",
-                        {"ours": "here", "ours, each prompt twice": "here, `share_prompt: false`"}.get(name, name),
-                        f"{seconds:.2f}",
-                        f"{run['peak_gb']:.2f}",
-                        "" if name == "ours" else f"{seconds / statistics.median(ours['seconds']):.1f}",
-                        "" if name == "ours" else f"{ours['peak_gb'] / run['peak_gb']:.2f}",
-                    )
-                )
-        header = (
-            "prompt / response", "program", "s a step", "peak GB", "times our time", "our share of its memory",
-        )  # fmt: skip
+                seconds, peak = (statistics.median(run["cpu_seconds"]), run["peak_gb"])
+                ours = row["runs"]["ours"]
+                ratios = (seconds / statistics.median(ours["cpu_seconds"]), peak / ours["peak_gb"])
+                named = {"ours": "here", "ours, each prompt twice": "here, `share_prompt: false`"}.get(name, name)
+                cells = (f"{seconds:.2f}", f"{peak:.2f}", *(f"{ratio:.2f}" for ratio in ratios))
+                rows.append((f"{row['prompt']} / {row['response']}", named, *cells))
+        header = ("prompt / response", "program", "processor s a step", "peak GB", "times our time", "times our memory")
         tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
     return "\n\n".join(tables)
 
@@ -184,7 +220,7 @@ def pieces_table():
     for found in files("pieces_*.json").values():
         rows = []
         for row in found["rows"]:
-            cells = [f"{row[when]['ms']:.0f} ms, {row[when]['peak_gb']:.2f} GB" for when in ("with", "without")]
+            cells = [f"{ms(row[when]):,.0f} ms, {row[when]['peak_gb']:.2f} GB" for when in ("with", "without")]
             rows.append((row["piece"], f"{row['prompt']} / {row['response']}", *cells))
         header = ("piece", "prompt / response", "with", "without")
         tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
@@ -197,24 +233,15 @@ def scaling_table():
     for found in files("scaling_*.json").values():
         rows = []
         for row in found["rows"]:
-            above = row["peak_gb"] - row["weights_gb"]
-            rows.append(
-                (
-                    row["factor"],
-                    row["value"],
-                    row["tokens"],
-                    f"{row['ms']:.0f}",
-                    f"{row['pairs_per_second']:.2f}",
-                    f"{1000 * row['ms'] / row['tokens']:.0f}",
-                    f"{row['peak_gb']:.3f}",
-                    f"{1e6 * above / row['tokens']:.0f}",
-                    f"{row['share']:.2f}",
-                )
+            above = 1e6 * (row["peak_gb"] - row["weights_gb"]) / row["tokens"]
+            costs = (
+                f"{ms(row):,.0f}",
+                f"{1000 * ms(row) / row['tokens']:,.0f}",
+                f"{row['peak_gb']:.2f}",
+                f"{above:.0f}",
             )
-        header = (
-            "varied", "value", "tokens", "ms a step", "pairs/s", "us a token", "peak GB", "KB a token above weights",
-            "of the matmul rate",
-        )  # fmt: skip
+            rows.append((row["factor"], f"{row['value']:,}", f"{row['tokens']:,}", *costs))
+        header = ("varied", "value", "tokens", "ms a step", "us a token", "peak GB", "KB a token above weights")
         tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
     return "\n\n".join(tables)
 
@@ -295,6 +322,7 @@ REGIONS = {
     "example": (README, example_text),
     "rate": (MANUAL, rate_text),
     "discopop": (MANUAL, discopop_text),
+    "macs": (MANUAL, macs_table),
     "results": (BENCHMARKS, results_table),
     "memory": (BENCHMARKS, memory_table),
     "end to end": (BENCHMARKS, end_to_end_table),

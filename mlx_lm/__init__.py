@@ -1,12 +1,19 @@
-"""mlx-lm with preference training: this folder laid over the installed mlx_lm package."""
+"""mlx-lm with preference training: this folder laid over the installed mlx_lm package, unless MLX_LM_DPO=0."""
 
-from ._interruption import end_quietly_while_importing
+import os
 
-end_quietly_while_importing()
+if os.environ.get("MLX_LM_DPO") == "0":
+    from ._upstream import stand_aside
 
-from ._backend import load_fast_blas
-from ._upstream import run_upstream
+    stand_aside(globals())
+else:
+    from ._interruption import end_quietly_while_importing
 
-load_fast_blas()
+    end_quietly_while_importing()
 
-run_upstream(globals(), needs=("load", "generate"))
+    from ._backend import load_fast_blas
+    from ._upstream import run_upstream
+
+    load_fast_blas()
+
+    run_upstream(globals(), needs=("load", "generate"))

@@ -6,8 +6,11 @@ import sys
 
 
 def is_training_command(argv):
-    """Whether a process of this command line is `mlx_lm.lora` or `mlx_lm lora`, as a program or with `-m`."""
-    words = [os.path.basename(word) for word in argv[1:4]]
+    """Whether a process of this command line is `mlx_lm.lora` or `mlx_lm lora`, as a program or with `-m`.
+
+    The programs that this project installs under its own name count too.
+    """
+    words = [os.path.basename(word).replace("mlx_lm_dpo", "mlx_lm") for word in argv[1:4]]
     words = words[1:] if words[:1] == ["-m"] else words
     return words[:1] == ["mlx_lm.lora"] or words[:2] == ["mlx_lm", "lora"]
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 SUPPORTED = "mlx-lm >= 0.32.0, < 0.33"
 OLDEST, TOO_NEW = (0, 32), (0, 33)
+# Releases that have every name that is asked for here.
+TRIED = ("0.32.0", "0.32.1", "0.32.2")
 
 
 class UpstreamError(ImportError):
@@ -37,11 +39,11 @@ def run_upstream(namespace, needs=()):
     spec = namespace["__spec__"]
     upstream = _find_upstream(spec.name)
     if upstream is None:
-        _refuse(f"has no {spec.name}")
+        _refuse(f"has no module {spec.name}")
     if "__path__" in namespace:
         namespace["__path__"] = [*namespace["__path__"], *upstream.submodule_search_locations]
     if spec.name == "mlx_lm" and _release(_version()) < OLDEST:
-        _refuse("is too old")
+        _refuse()
     code = upstream.loader.get_code(spec.name)
     # `python -m mlx_lm.lora` runs the caller as __main__: upstream's own __main__ guard must stay shut,
     # and whoever imports the module by its name must get this very one.
@@ -61,6 +63,24 @@ def run_upstream(namespace, needs=()):
         _refuse(f"lacks {', '.join(missing)} in {spec.name}")
 
 
+def stand_aside(namespace):
+    """Make the calling package upstream's: its code, its modules, nothing of the overlay.
+
+    Args:
+        namespace: the `globals()` of the overlay's package.
+
+    Raises:
+        UpstreamError: mlx-lm is not installed.
+    """
+    spec = _find_upstream("mlx_lm")
+    if spec is None:
+        _refuse()
+    namespace["__path__"] = list(spec.submodule_search_locations)
+    namespace.update(__spec__=spec, __file__=spec.origin)
+    sys.modules.pop(__name__, None)
+    exec(spec.loader.get_code("mlx_lm"), namespace)
+
+
 def rebound(function, **names):
     """A copy of `function` that reads `names` in place of its module's globals of those names.
 
@@ -69,7 +89,7 @@ def rebound(function, **names):
     """
     unknown = set(names) - set(function.__code__.co_names)
     if unknown:
-        _refuse(f"has a {function.__name__} that does not use {', '.join(sorted(unknown))}")
+        _refuse(f"lacks {', '.join(sorted(unknown))} in {function.__module__}.{function.__name__}")
     copy = types.FunctionType(
         function.__code__,
         {**function.__globals__, **names},
@@ -136,15 +156,21 @@ def _explain(error):
         )
 
 
-def _refuse(what, cause=None):
-    found = _version()
-    if found is None and _find_upstream("mlx_lm") is None:
+def _refuse(lacks="", cause=None):
+    """Say what the installed mlx-lm lacks, and which releases have it; by default, that it is missing or too old."""
+    found, spec = _version(), _find_upstream("mlx_lm")
+    if found is None and spec is None:
         _stop(f"mlx-lm is not installed: this project adds preference training to {SUPPORTED}; install one of those.")
-    found = f"mlx-lm {found}" if found else "mlx-lm"
-    _stop(
-        f"This project adds preference training to {SUPPORTED}; the installed {found} {what}: install one of those.",
-        cause,
-    )
+    told = f"This project adds preference training to {SUPPORTED}; the installed mlx-lm {found or ''}".rstrip()
+    if not lacks:
+        _stop(f"{told} is too old: install one of those.")
+    if found in TRIED:
+        _stop(
+            f"{told} {lacks}. The release {found} has all that is needed, so the files in "
+            f"{Path(spec.origin).parent} were changed: install it again, with --force-reinstall mlx-lm=={found}.",
+            cause,
+        )
+    _stop(f"{told} {lacks}. The releases {', '.join(TRIED)} have all that is needed: install one of those.", cause)
 
 
 def _stop(sentence, cause=None):

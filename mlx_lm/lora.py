@@ -20,7 +20,9 @@ from signal import SIGINT
 from types import SimpleNamespace
 
 from .cli_ui import print_header_panel
+from .tuner.callbacks import SUPPORT_CALLBACK
 from .tuner.preference import workers
+from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
     OPTIONS,
@@ -32,41 +34,61 @@ from .tuner.preference.check import (
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
-from .tuner.preference.evaluation import evaluate_preference, evaluated_rows
+from .tuner.preference.dry_run import NotMade, describe_data
+from .tuner.preference.evaluation import evaluated_rows
 from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
 from .tuner.preference.load import (
     add_adapters,
+    adopt_loss,
     check_tokens,
     check_trainable,
+    is_none,
     load_named,
     load_start,
     load_trained,
     read_adapter_config,
+    refuse_other_start,
 )
 from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
-from .tuner.preference.objective import loss_of
-from .tuner.preference.options import ConfigError, is_preference, size
+from .tuner.preference.objective import describe_losses, loss_of
+from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, Unset, is_preference, size
 from .tuner.preference.reference import reference_of
 from .tuner.preference.run import check_and_digest, train_preference
+from .tuner.preference.scores import compared, described, score, write_predictions
 from .tuner.preference.step import Objective
 
 _upstream_build_parser = build_parser
 _upstream_train_model, _upstream_evaluate_model = train_model, evaluate_model
 _upstream_run, _upstream_main = run, main
 
-CONFIG_DEFAULTS |= DEFAULTS
+CONFIG_DEFAULTS |= DEFAULTS | {"iters": Unset(CONFIG_DEFAULTS["iters"])}
 
 
 def build_parser():
-    """Upstream's parser with a flag for each preference option."""
+    """Upstream's parser with a flag for each preference option, and its help in groups."""
     parser = _upstream_build_parser()
     # Upstream's default of this flag would hide the configuration file's value.
     parser.set_defaults(clear_cache_threshold=None)
     for action in parser._actions:
         if action.dest == "clear_cache_threshold":
             action.type = size
+        if action.dest == "report_to":
+            action.help = "Where reports are sent to: wandb, swanlab, tensorboard, several with commas, or none."
+    parser.usage = "%(prog)s [-h] [-c FILE] [--OPTION VALUE ...]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    upstreams = [action for action in parser._actions if action.dest not in ("help", "config")]
+    for key, title in GROUPS.items():
+        group = parser.add_argument_group(title, describe_losses() if key == "loss" else None)
+        for option in OPTIONS:
+            if option.group == key:
+                group.add_argument(option.flag, **option.argument())
+    group = parser.add_argument_group(UPSTREAM_GROUP)
+    for action in upstreams:
+        parser._optionals._group_actions.remove(action)
+        group._group_actions.append(action)
+    group.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
     parser.add_argument(
         "--from-trl",
         action=FromTrl,
@@ -74,9 +96,6 @@ def build_parser():
         metavar="FILE",
         help="Print the configuration of TRL's DPOConfig in FILE (YAML or JSON) in this command's words, and end.",
     )
-    group = parser.add_argument_group("preference training", "with a loss_type other than sft")
-    for option in OPTIONS:
-        group.add_argument(option.flag, **option.argument())
     return parser
 
 
@@ -107,9 +126,14 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
     if not is_preference(args.loss_type):
         return _upstream_train_model(args, model, train_set, valid_set, training_callback)
     if args.num_layers > len(model.layers):
-        raise ConfigError(
-            f"num_layers is {args.num_layers}, but the model has {len(model.layers)} layers; -1 takes them all."
+        rprint(
+            f"num_layers is {args.num_layers}, and the model has {len(model.layers)} layers: all of them are trained."
         )
+        args.num_layers = len(model.layers)
+    if args.epochs is not None:
+        epochs, args.epochs = args.epochs, None
+        args.iters = iterations(epochs, len(train_set), args.batch_size)
+        rprint(f"{epochs:g} epochs of {len(train_set)} pairs are {args.iters} iterations.")
     if args.fine_tune_type == "full" and args.resume_adapter_file is not None:
         check_adapter(model, args.resume_adapter_file)
     loss = loss or loss_of(args)
@@ -125,7 +149,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         reference = None
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
-            if len(test_set):
+            if len(test_set) and not args.check:
                 logps = _test_logps(reference, test_set, command)
         train_preference(objective, optimizer, train_dataset, val_dataset, args, reference, training_callback, config)
 
@@ -138,6 +162,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         # It is the whole run's, so that a resumed one leaves the file of one that was not interrupted.
         save_config=lambda values, _: config.update(values, resume=False),
         CacheDataset=lambda dataset: dataset,
+        **({"Path": NotMade} if args.check else {}),
         linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),
         print_lora_run_header=partial(_print_header, loss=loss, layers=len(model.layers)),
     )
@@ -172,26 +197,28 @@ def _reference(args, scorer, tokenizer, datasets):
 def _test_logps(reference, test_set, args):
     """The reference's logps of the test set's rows that will be scored."""
     workers.refuse_different_workers({"the test data": check_and_digest(test_set)})
-    return reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches))
+    return reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches), "test")
 
 
-def evaluate_model(args, model, test_set, objective=None, reference=None):
-    """Print the test set's loss, and with a preference loss rewards, accuracy and margin.
+def evaluate_model(args, model, test_set, objective=None, reference=None, base=None):
+    """Print the test set's loss, and with a preference loss what `scores.described` says; write `predictions`.
 
     Args:
         args, model, test_set: as upstream's.
         objective, reference: with a preference loss, what `train_model` returned.
+        base: the reference's `Scorer`, by default the policy without its adapters.
+
+    Returns:
+        With a preference loss the means of FIGURES.
     """
     if not is_preference(args.loss_type):
         return _upstream_evaluate_model(args, model, test_set)
-    figures = evaluate_preference(objective, test_set, args, args.batch_size, args.test_batches, reference)
-    rprint(
-        f"Test loss {figures['loss']:.3f}, reward accuracy {figures['rewards/accuracies']:.3f}, "
-        f"margin {figures['rewards/margins']:+.3f}, chosen {figures['rewards/chosen']:+.3f}, "
-        f"rejected {figures['rewards/rejected']:+.3f} "
-        f"({len(evaluated_rows(test_set, args.batch_size, args.test_batches))} pairs)."
-    )
-    return figures
+    found = score(objective, test_set, args, reference, base)
+    rprint(described(found))
+    if args.predictions is not None:
+        write_predictions(args.predictions, found)
+        rprint(f"What each of the {len(found.places)} pairs was given is in {args.predictions}.")
+    return found.means
 
 
 def run(args, training_callback=None):
@@ -204,7 +231,12 @@ def run(args, training_callback=None):
     Raises:
         ConfigError: a user's mistake; nothing saved before is touched.
     """
+    adopt_loss(args)
     preference = is_preference(args.loss_type)
+    if args.check and not preference:
+        raise ConfigError(
+            "check is a dry run of preference training, and loss_type is sft; set it, for example to dpo."
+        )
     if preference:
         # First of all: joining and checks compute, and MLX reads these settings at its first computation.
         set_cuda_for_training()
@@ -230,21 +262,38 @@ def run(args, training_callback=None):
 
 def _run(args, loss, training_callback):
     np.random.seed(args.seed)
-    training_callback = _callbacks(args) or training_callback
+    training_callback = (_callbacks(args) if args.train and not args.check else None) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
     train_set, valid_set, test_set = load_dataset(args, tokenizer)
     check_tokens(model, [train_set, valid_set, test_set], "model")
+    if args.check:
+        describe_data({"train": train_set, "valid": valid_set, "test": test_set}, tokenizer)
+    elif args.compare:
+        _compare(args, loss, model, tokenizer, test_set)
+        return
     if args.train:
-        rprint("Training")
+        rprint("Checking" if args.check else "Training")
         tested = test_set if args.test else ()
         scored = train_model(args, model, train_set, valid_set, training_callback, tested, tokenizer, loss)
     else:
         scored = _adopt_adapters(args, loss, model, tokenizer, test_set)
-    if args.test:
+    if args.test and not args.check:
         rprint("Testing")
         evaluate_model(args, model, test_set, *scored)
+
+
+def _compare(args, loss, model, tokenizer, test_set):
+    """Test two adapters, and say whether they differ."""
+    found = []
+    for path in args.compare:
+        model, args.adapter_path = model or _load_model(args)[0], path
+        objective, *reference = _adopt_adapters(args, loss, model, tokenizer, test_set)
+        found.append(score(objective, test_set, args, *reference))
+        rprint(f"{path or 'none'}: {described(found[-1])}")
+        model = objective = reference = None
+    rprint(compared([path or "none" for path in args.compare], found, loss))
 
 
 @contextmanager
@@ -284,7 +333,7 @@ def _callbacks(args):
         )
     except Exception as error:
         # A service may refuse in any way.
-        told = f"{first_line(error)}; it is a name or names with commas between: wandb, swanlab"
+        told = f"{first_line(error)}; it is a name or names with commas between: {', '.join(SUPPORT_CALLBACK)}; or none"
         raise ConfigError(f"report_to is {args.report_to!r}, which cannot be used: {told}.") from error
 
 
@@ -293,25 +342,29 @@ def _load_model(args):
 
 
 def _adopt_adapters(args, loss, model, tokenizer, test_set):
-    """Put the trained adapters on `model` for a test without training; none where `adapter_path` is empty.
+    """Put the trained adapters on `model` for a test without training; none where `adapter_path` names none.
 
     Returns:
-        `(objective, logps)` as `train_model`, the reference the policy that the adapters were trained from.
+        `(objective, logps, base)`: the first two as `train_model`, the reference the policy that the adapters were
+        trained from, and that policy's `Scorer`, None where it is the model without its adapters.
     """
-    config = read_adapter_config(args.adapter_path) if args.adapter_path else {}
-    logps = None
-    if loss.needs_reference:
-        start = args.resume_adapter_file or config.get("resume_adapter_file")
-        args.reference_model = args.reference_model or config.get("reference_model")
-        base = model
-        if config and start is not None and args.reference_model is None:
-            base, _ = _load_model(args)
+    config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
+    start = config.get("resume_adapter_file")
+    refuse_other_start(args.resume_adapter_file, start)
+    args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or config.get("reference_model")})
+    base, logps = model, None
+    if config and args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
+        base, _ = _load_model(args)
+        if start is not None:
             load_start(base, config, start)
-        reference = _reference(args, Scorer(base, args.share_prompt), tokenizer, [test_set])
+    scorer = Scorer(base, args.share_prompt)
+    if loss.needs_reference:
+        reference = _reference(args, scorer, tokenizer, [test_set])
+        scorer = reference.scorer
         logps = _test_logps(reference, test_set, args)
     if config:
         load_trained(model, args.adapter_path)
-    return Objective(Scorer(model, args.share_prompt), loss), logps
+    return Objective(Scorer(model, args.share_prompt), loss), logps, None if scorer.model is model else scorer
 
 
 def main():

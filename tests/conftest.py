@@ -1,5 +1,8 @@
 """Tests marked `device` need a GPU; `--run-device` runs them on whatever device there is."""
 
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
@@ -8,6 +11,10 @@ from mlx_lm._backend import set_cuda_for_training
 
 # As a run does, before anything is computed.
 set_cuda_for_training()
+
+
+# Some tests run the scripts there, which import each other.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 
 def pytest_addoption(parser):

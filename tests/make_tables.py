@@ -5,28 +5,26 @@
 The tests compare the documents with it. `python benchmarks/tables.py` writes those of the results alone.
 """
 
+import ast
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import mlx_lm.lora
+from mlx_lm.tuner.preference.check import OPTIONS
 from mlx_lm.tuner.preference.counterparts import MLX_LM_LORA, TRL
-from mlx_lm.tuner.preference.objective import ALIASES, OPTION, TABLE
-from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.preference.options import (
-    DATA_OPTIONS,
-    REFERENCE_OPTIONS,
-    SAVE_OPTIONS,
-    STEP_OPTIONS,
-    UPSTREAM_OPTIONS,
-)
+from mlx_lm.tuner.preference.objective import LETTERS, OPTION, TABLE, names_of
+from mlx_lm.tuner.preference.options import GROUPS, UPSTREAM_GROUP, UPSTREAM_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from tables import MANUAL, REGIONS, markdown_table, write  # noqa: E402
 
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+RECIPES = sorted(path for path in (ROOT / "mlx_lm" / "examples").glob("*.yaml") if path.name != "lora_config.yaml")
 THEIR_CONFIGS = json.loads((ROOT / "tests" / "golden" / "trl_config.json").read_text())
 
 
@@ -36,15 +34,12 @@ def options_tables():
         "`hf_dataset` (an object or a list of them, with `path` and the keys under [Data](#data)) takes the "
         "place of `data`; `chat_template_kwargs` (an object) holds arguments of the chat template for every row."
     )
-    groups = (
-        ("Loss", own_table(LOSS_OPTIONS)),
-        ("Data", own_table(DATA_OPTIONS) + "\n\n" + hub),
-        ("Reference", own_table(REFERENCE_OPTIONS)),
-        ("Step", own_table(STEP_OPTIONS)),
-        ("Saving", own_table(SAVE_OPTIONS)),
-        ("Run (mlx-lm's own keys)", run_table()),
-    )
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in groups)
+    tables = {
+        title: own_table([option for option in OPTIONS if option.group == group]) for group, title in GROUPS.items()
+    }
+    tables["Data"] += "\n\n" + hub
+    tables[UPSTREAM_GROUP] = run_table()
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables.items())
 
 
 def own_table(options):
@@ -68,13 +63,10 @@ def run_table():
 
 def describe_losses():
     """The losses as Markdown: what the letters of the formulas mean, then a table with one row a loss."""
-    words = (
-        "Here rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, a gap is chosen minus "
-        "rejected, a mean is over a response's tokens, and eps is `label_smoothing`."
-    )
+    words = LETTERS.replace("label_smoothing", "`label_smoothing`")
     rows = [
         (
-            f"`{loss.name}`" + "".join(f", `{alias}`" for alias, name in ALIASES.items() if name == loss.name),
+            ", ".join(f"`{name}`" for name in names_of(loss)),
             loss.description,
             ", ".join(f"`{name}` ({_parameter_range(loss, name)})" for name in loss.parameters),
             "yes" if loss.needs_reference else "no",
@@ -111,7 +103,7 @@ def mlx_lm_lora_table():
 
 def counterparts_table(program, table, theirs):
     """A table of another program's keys, with the defaults where they differ; `theirs` are that program's."""
-    ours = {**mlx_lm.lora.CONFIG_DEFAULTS, **{option.name: option.default for option in LOSS_OPTIONS}}
+    ours = {**mlx_lm.lora.CONFIG_DEFAULTS, **{option.name: option.default for option in OPTIONS}}
     rows = []
     for row in table:
         (name, here), *_ = row.pairs()
@@ -138,11 +130,62 @@ def _parameter_range(loss, name):
     return f"{loss.default(name):g}, {option.range}"
 
 
+def recipes_table():
+    """The recipes by the first sentence of their files."""
+    rows = []
+    for path in RECIPES:
+        words = " ".join(
+            line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")
+        )
+        rows.append((f"`{path.name}`", re.split(r"(?<=\.) ", words)[0].rstrip(".")))
+    return markdown_table(("file", "what it is"), rows)
+
+
+def overlays_table():
+    """The overlay's modules by what their first lines say that they add."""
+    rows = []
+    for path in sorted(ROOT.glob("mlx_lm/*.py")) + sorted(ROOT.glob("mlx_lm/*/*.py")):
+        if found := re.match(r"Adds to mlx_lm\.[\w.]+: (.*?)(?:\.\n|\n\n|\.?$)", docstring(path), re.S):
+            rows.append((f"`{path.relative_to(ROOT)}`", " ".join(found[1].split())))
+    return markdown_table(("file", "adds to mlx-lm's of its name"), rows)
+
+
+def modules_table():
+    """The modules of preference training in the order of the data, by their first sentences."""
+    folder = ROOT / "mlx_lm" / "tuner" / "preference"
+    paths = sorted(folder.glob("*.py"), key=lambda path: (_place(path.stem), path.stem))
+    return markdown_table(("file", "what it has"), [(f"`{path.name}`", first_sentence(path)) for path in paths])
+
+
+ORDER = (
+    "__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches logps "
+)
+ORDER += (
+    "attention layers recurrent pieces objective reference reference_cache step run evaluation report checkpoint load"
+)
+
+
+def _place(name):
+    order = ORDER.split()
+    return order.index(name) if name in order else len(order)
+
+
+def docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+def first_sentence(path):
+    return " ".join(re.split(r"(?<=\.)\s", docstring(path))[0].split()).rstrip(".")
+
+
 FROM_CODE = {
     "losses": (MANUAL, describe_losses),
     "options": (MANUAL, options_tables),
     "trl": (MANUAL, trl_table),
     "mlx-lm-lora": (MANUAL, mlx_lm_lora_table),
+    "recipes": (MANUAL, recipes_table),
+    "overlays": (CONTRIBUTING, overlays_table),
+    "modules": (CONTRIBUTING, modules_table),
 }
 
 if __name__ == "__main__":

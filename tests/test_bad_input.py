@@ -314,7 +314,8 @@ class TestValues:
             ({"optimizer": "lion"}, "optimizer is 'lion'; it must be a name, one of adam"),
             ({"optimizer_config": {"adam": {"beta1": 0.9}}}, "optimizer_config's adam has beta1 .did you mean betas"),
             ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 0]}}, "lr_schedule is .* cannot be followed"),
-            ({"num_layers": 99}, r"num_layers is 99, but the model has \d layers; -1 takes them all"),
+            ({"epochs": 2}, "epochs is 2 and iters is 3, which both say how long to train; give one of them"),
+            ({"epochs": 0, "iters": ...}, "epochs is 0; it must be a number, > 0"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn.qproj"]}}, r"qproj \(did you mean self_attn.q_proj\?\)"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn"]}}, "cannot be given LoRA adapters .*: Can't convert"),
             ({"report_to": "foo"}, "report_to is 'foo', which cannot be used: foo .* wandb, swanlab"),
@@ -553,6 +554,14 @@ class TestAdapterFolder:
         after.refused("gone.safetensors.*there is no such file", train=False, test=True)
 
 
+def command_with_start(command, given):
+    """A test of adapters whose training began with a copy of themselves, with another file given."""
+    path = command.adapters / "adapter_config.json"
+    start = shutil.copy(command.adapters / "adapters.safetensors", command.folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resume_adapter_file": str(start)}))
+    return command(train=False, test=True, resume_adapter_file=given)
+
+
 class TestTestAlone:
     """What a test without training compares with, where a run began with an adapter or has none."""
 
@@ -570,11 +579,78 @@ class TestTestAlone:
         trained = command(test=True, **begun)
         alone = command(train=False, test=True)
         assert self.loss(alone) == self.loss(trained) != pytest.approx(np.log(2), abs=1e-2)
-        figures = [re.search("Test loss.*", done.out)[0] for done in (trained, alone)]
-        assert figures[0] == figures[1]
+        told, alone = (re.search(r"Test loss.*\n.*", done.out)[0] for done in (trained, alone))
+        # What the policy began with is no longer at hand after the training.
+        assert re.sub(", KL .* nats a token", "", alone) == told != alone
+
+    def test_it_has_the_losses_parameters_from_the_training_and_trains_nothing(self, command):
+        trained = command(test=True, loss_type="robust", beta=0.7, label_smoothing=0.2, learning_rate=1e-2)
+        before = command.files()
+        asked = {"loss_type": ..., "test": True, "report_to": "tensorboard"}
+        alone = command("--no-train", **asked)
+        assert self.loss(alone) == self.loss(trained)
+        told = "were trained: loss_type robust, beta 0.7, label_smoothing 0.2."
+        assert told in alone.out and command.files() == before
+        # What is given counts; another loss has parameters of its own.
+        assert "were trained: loss_type robust, label_smoothing 0.2." in command("--no-train", beta=0.1, **asked).out
+        done = command("--no-train", "--loss-type", "ipo", **asked | {"loss_type": "dpo"})
+        assert "were trained with loss_type robust; this test's is ipo" in done.out and done.status == 0
+        command.refused("there is nothing to do", "--no-train")
+
+    def test_any_file_or_none_and_a_line_for_each_pair(self, command):
+        lines = [json.dumps(row_ | {"source": f"s{i % 2}"}) + "\n" for i, row_ in enumerate(rows(6))]
+        folder = write_rows(command.folder / "data", test="\n" + "".join(lines))
+        last = command(test=True, learning_rate=1e-2, save_every=1, data=folder)
+        losses = {self.loss(last)}
+        for name in ("0000001_adapters.safetensors", "0000002_adapters.safetensors", "adapters.safetensors"):
+            path, predictions = command.adapters / name, command.folder / "predictions.jsonl"
+            given = {"adapter_path": str(path), "data": folder, "test": True, "predictions": str(predictions)}
+            done = command("--no-train", **given)
+            losses.add(self.loss(done))
+            lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+            assert np.mean([line["loss"] for line in lines]) == pytest.approx(self.loss(done), abs=6e-4)
+            assert [line["line"] for line in lines] == list(range(2, 8)), "the first line is blank"
+            assert re.findall(r"^  (s\d) +(\d) ", done.out, re.M) == [("s0", "3"), ("s1", "3")]
+        assert len(losses) == 3, "the last file is the folder's"
+        alone = command("--no-train", test=True, adapter_path="none")
+        assert self.loss(alone) == pytest.approx(np.log(2), abs=1e-3)
+
+    def test_a_file_to_start_from_is_not_taken_for_the_reference(self, after):
+        checkpoint = str(after.adapters / "adapters.safetensors")
+        told = "a test trains nothing that could go on from it; to test that file, give it as adapter_path"
+        after.refused(told, train=False, test=True, resume_adapter_file=checkpoint)
+        moved = command_with_start(after, checkpoint)
+        assert f"resume_adapter_file {checkpoint} is not read in a test" in moved.out and moved.status == 0
+
+    def test_two_adapters_are_compared(self, after, command):
+        trained = str(after.adapters)
+        done = command("--compare", trained, trained)
+        assert done.status == 0 and done.out.endswith("No difference is shown on these pairs.\n")
+        assert command(learning_rate=1e-2, adapter_path=str(command.folder / "b")).status == 0
+        done = command("--compare", "none", str(command.folder / "b"))
+        # At such a rate three steps make the answers worse than they were.
+        assert "They differ: none has the better reward accuracy" in done.out
+        command.refused("compare takes two adapters", "--compare", trained)
+
+    def test_a_file_for_predictions_that_cannot_be_written(self, after):
+        for path in ("", str(after.folder), str(after.folder / "no folder" / "file")):
+            after.refused("predictions is .*, where no file can be written", test=True, predictions=path)
 
 
 class TestResume:
+    def test_epochs_raised_on_resuming_end_where_a_whole_run_ends(self, command):
+        """Eight pairs in batches of four; num_layers above the model's means all of them, with a note."""
+        epochs = {"iters": ..., "num_layers": 99}
+        done = command(**epochs, epochs=1.5)
+        assert done.status == 0 and "1.5 epochs of 8 pairs are 3 iterations." in done.out, done
+        assert "num_layers is 99, and the model has 3 layers: all of them are trained." in done.out
+        assert command(**epochs, epochs=2, resume=True).status == 0
+        config = json.loads((command.adapters / "adapter_config.json").read_text())
+        assert (config["iters"], config["num_layers"]) == (4, 3)
+        resumed = (command.adapters / "adapters.safetensors").read_bytes()
+        assert command(**epochs, epochs=2).status == 0
+        assert (command.adapters / "adapters.safetensors").read_bytes() == resumed
+
     def test_without_a_checkpoint(self, command):
         command.adapters.mkdir()
         command.refused("resume needs .*checkpoint.safetensors, and there is none; leave resume out", "--resume")

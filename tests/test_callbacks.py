@@ -24,7 +24,12 @@ FIGURES = {
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
 }
+CORRELATION = "rewards/length_correlation"  # where margins vary
+# What only validations have.
+MORE = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
 SPEED = {"iterations_per_second", "pairs_per_second", "tokens_per_second", "trained_tokens", "peak_memory"}
 
 
@@ -49,9 +54,11 @@ def test_a_line_a_report_with_trls_names(tmp_path):
     assert [line["iteration"] for line in training] == [2, 4, 5]
     assert [line["iteration"] for line in validation] == [0, 2, 4, 5]
     for line in training:
-        assert set(line) == FIGURES | SPEED | {"iteration", "grad_norm", "learning_rate", "padding_share"}
+        more = {"iteration", "grad_norm", "learning_rate", "padding_share"}
+        assert set(line) - {CORRELATION} == FIGURES | SPEED | more
     for line in validation:
-        assert set(line) == {f"eval_{name}" for name in FIGURES} | {"iteration", "val_time"}
+        names = set(line) - {f"eval_{CORRELATION}", "iteration", "val_time"}
+        assert names == {f"eval_{name}" for name in FIGURES | MORE}
     # In the order of the run: validation comes before the first step and after the report of its own.
     order = [("eval_loss" in line, line["iteration"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert order == [(True, 0), (False, 2), (True, 2), (False, 4), (True, 4), (False, 5), (True, 5)]
@@ -186,3 +193,26 @@ def test_lines_that_are_no_reports_are_left_out(tmp_path, text):
     assert read_metrics(path) == [{"iteration": 1, "loss": 0.5}]
     MetricsFile(tmp_path, iteration=1)
     assert path.read_text() == '{"iteration": 1, "loss": 0.5}\n'
+
+
+def test_reports_go_to_tensorboard_and_none_is_nobody(tmp_path, monkeypatch):
+    """With a stand-in for the package, whose `Writer` has the one method that is used."""
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda *call: written.append(call), flush=lambda: None)
+    module = ModuleType("tensorboard.summary")
+    module.Writer = lambda folder: written.append(folder) or writer
+    monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", module)
+    callback = callbacks.get_reporting_callbacks("tensorboard", log_dir=tmp_path)
+    callback.on_train_loss_report({"iteration": 2, "train_loss": 0.5, "rewards/margins": 0.25})
+    callback.on_val_loss_report({"iteration": 3, "val_loss": 0.75})
+    assert written == [
+        str(tmp_path / "tensorboard"),
+        ("loss", 0.5, 2),
+        ("rewards/margins", 0.25, 2),
+        ("eval_loss", 0.75, 3),
+    ]
+    assert callbacks.get_reporting_callbacks("none") is None is callbacks.get_reporting_callbacks()
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        callbacks.get_reporting_callbacks("tensorboard", log_dir=tmp_path)

@@ -16,6 +16,7 @@ import yaml
 
 import mlx_lm.lora
 from mlx_lm.tuner.preference import check as config
+from mlx_lm.tuner.preference.batches import iterations
 from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
 from mlx_lm.tuner.preference.options import RUN_OPTIONS, ConfigError
 
@@ -67,7 +68,7 @@ class TestFileAndFlags:
 
     def test_what_the_file_leaves_empty_is_the_default(self, read):
         args = read("loss_type:\nbeta: null\nlora_parameters: ~\nreference_cache:\n")
-        assert (args.loss_type, args.beta, args.reference_cache) == ("sft", None, None)
+        assert (args.loss_type, args.beta, args.reference_cache) == (None, None, None)
         assert args.lora_parameters == LORA
 
     @pytest.mark.parametrize("given, expected", [("500MB", 5 * 10**8), (2000, 2000), ("1GB", 10**9), (0, 0)])
@@ -124,6 +125,27 @@ class TestFile:
         assert capsys.readouterr() == ("", "")
 
 
+class TestEpochs:
+    """In place of iters: unless somebody gave iters, 1000 stands there as nobody's wish."""
+
+    def test_the_default_of_iters_is_no_wish(self, read):
+        args = read("loss_type: dpo\ntrain: true\nepochs: 1.5\n")
+        config.check_config(args)
+        assert args.epochs == 1.5 and args.iters == 1000 and type(args.iters) is int
+
+    @pytest.mark.parametrize("flags", [("--iters", "1000"), ()])
+    def test_both_are_refused_even_with_the_default_given(self, read, flags):
+        args = read("loss_type: dpo\ntrain: true\nepochs: 2\n" + ("" if flags else "iters: 1000\n"), *flags)
+        with pytest.raises(ConfigError, match="epochs is 2 and iters is 1000, which both say how long to train"):
+            config.check_config(args)
+
+    @pytest.mark.parametrize(
+        "epochs, pairs, batch_size, expected", [(1, 8, 4, 2), (2, 9, 4, 6), (0.1, 120, 4, 3), (0.01, 8, 4, 1)]
+    )
+    def test_a_part_of_a_round_counts(self, epochs, pairs, batch_size, expected):
+        assert iterations(epochs, pairs, batch_size) == expected
+
+
 class TestUnreadKeys:
     def unread(self, capsys, supervised, **values):
         args = SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | values))
@@ -138,6 +160,10 @@ class TestUnreadKeys:
             "[WARNING] lora_layers is not a key that this command reads (did you mean num_layers?).",
             "[WARNING] xyzzy is not a key that this command reads.",
         ]
+
+    def test_keys_of_trl_are_told_by_what_they_mean(self, capsys):
+        (told,) = self.unread(capsys, False, per_device_train_batch_size=4)
+        assert told.endswith("(did you mean batch_size?).")
 
     def test_keys_that_are_read_are_not_named(self, capsys):
         assert self.unread(capsys, False, hf_dataset={}, chat_template_kwargs={}, config="a", report_to="b") == []
@@ -361,7 +387,8 @@ def supervised_runs(tmp_path_factory):
         place = folder / ("overlay" if overlay else "upstream")
         place.mkdir()
         (place / "config.yaml").write_text(yaml.safe_dump(values | {"adapter_path": str(place / "adapters")}))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MLX_LM_DPO": "0", "PYTHONPATH": str(ROOT) * overlay}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MLX_LM_DPO": str(int(overlay))}
+        environment["PYTHONPATH"] = str(ROOT) * overlay
         done = subprocess.run(
             [sys.executable, "-c", WATCH, "--config", "config.yaml", "seen.json"],
             cwd=place,

@@ -58,7 +58,8 @@ class Environment:
 
     def upstream_files(self):
         """The hash of each file that mlx-lm installed, its commands among them; Python's own caches aside."""
-        files = [*(self.packages / "mlx_lm").rglob("*"), *(self.folder / "bin").glob("mlx_lm*")]
+        commands = [file for file in (self.folder / "bin").glob("mlx_lm*") if not file.name.startswith("mlx_lm_dpo")]
+        files = [*(self.packages / "mlx_lm").rglob("*"), *commands]
         files += [file for folder in self.packages.glob("mlx_lm-*.dist-info") for file in folder.rglob("*")]
         files = [file for file in files if file.is_file() and "__pycache__" not in file.parts]
         return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -140,9 +141,13 @@ def test_an_installation_takes_precedence_and_leaves_upstreams_files_alone(envir
     assert environment.upstream_files() == environment.before
     code = "from mlx_lm.utils import dpo_loss, load; import mlx_lm; print(mlx_lm.__file__, mlx_lm.load is load)"
     assert environment.say(code) == f"{overlay}/__init__.py True"
-    for command in ("mlx_lm.lora", "mlx_lm lora", "python -m mlx_lm lora", "python -m mlx_lm.lora"):
+    ours = ("mlx_lm_dpo lora", "mlx_lm_dpo.lora")
+    for command in ("mlx_lm.lora", "mlx_lm lora", "python -m mlx_lm lora", "python -m mlx_lm.lora", *ours):
         assert "--loss-type" in environment.run(*command.split(), "--help")
     assert environment.upstream_files() == environment.before
+    assert "mlx_lm_dpo " in environment.run("mlx_lm_dpo", "lora", "--help")
+    environment.uninstall()
+    assert not list((environment.folder / "bin").glob("mlx_lm_dpo*"))
 
 
 def test_what_comes_before_the_installation_and_what_switches_it_off(environment, wheel, source, tmp_path):
@@ -153,6 +158,10 @@ def test_what_comes_before_the_installation_and_what_switches_it_off(environment
         assert environment.origin(*flags) == overlay
         assert environment.origin(*flags, variables={"MLX_LM_DPO": "1"}) == overlay
         assert environment.origin(*flags, variables={"MLX_LM_DPO": "0"}) == plain
+    # In a checkout too, where Python looks before it reads any path file.
+    say = "import mlx_lm.lora; print(mlx_lm.lora.__file__, mlx_lm.__file__)"
+    for variables, folder in (({}, source / "mlx_lm"), ({"MLX_LM_DPO": "0"}, plain)):
+        assert environment.say(say, cwd=source, variables=variables) == f"{folder}/lora.py {folder}/__init__.py"
     # A checkout wins where one works in it, or names it: and nothing of the installed overlay mixes in.
     assert environment.origin(cwd=source) == source / "mlx_lm"
     assert environment.origin(variables={"PYTHONPATH": str(source)}) == source / "mlx_lm"

@@ -109,6 +109,8 @@ def test_other_commands_keep_pythons_handler():
         (["python", "-m", "mlx_lm.lora"], True),
         (["python", "-m", "mlx_lm", "lora"], True),
         (["python", "/usr/bin/mlx_lm", "lora"], True),
+        (["python", "/usr/bin/mlx_lm_dpo", "lora"], True),
+        (["python", "/usr/bin/mlx_lm_dpo.lora", "--train"], True),
         (["python", "/usr/bin/mlx_lm.generate", "lora"], False),
         (["python", "-m", "mlx_lm", "chat"], False),
         (["python", "train.py"], False),

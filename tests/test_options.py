@@ -9,7 +9,17 @@ import pytest
 
 import mlx_lm.lora
 from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.preference.options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, is_preference, nearest
+from mlx_lm.tuner.preference.objective import TABLE
+from mlx_lm.tuner.preference.options import (
+    GROUPS,
+    RUN_OPTIONS,
+    UPSTREAM_GROUP,
+    UPSTREAM_OPTIONS,
+    ConfigError,
+    Option,
+    is_preference,
+    nearest,
+)
 from mlx_lm.tuner.trainer import TrainingArgs
 
 OPTIONS = LOSS_OPTIONS + RUN_OPTIONS
@@ -107,6 +117,17 @@ class TestCommandLine:
             assert option.flag in told and " ".join(option.help[1:].split()) in told, option.name
         assert "(>= 0 and < 0.5); 0.0 by default." in told
         assert "where the model allows it; true by default." in told
+
+    def test_help_is_in_the_manuals_groups_with_a_line_for_each_loss(self):
+        told = mlx_lm.lora.build_parser().format_help()
+        titles = [*GROUPS.values(), UPSTREAM_GROUP]
+        places = [told.index(f"\n{title}:\n") for title in titles]
+        assert places == sorted(places)
+        assert told.index("\n  --num-layers") > places[-1] > told.index("\n  --resume") > places[4]
+        lines = told.partition("  --loss-type ")[0].splitlines()
+        for loss in TABLE:
+            (line,) = [line for line in lines if line.split()[:1] in ([loss.name], [loss.name + ","])]
+            assert loss.description in line and loss.source in line
 
     def test_a_percent_sign_in_a_help_text_stands(self):
         parser = argparse.ArgumentParser()

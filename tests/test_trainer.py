@@ -82,7 +82,8 @@ def test_thirty_steps_are_trls(tmp_path, monkeypatch, loss_type):
     pairs = [Pair(*pair) for pair in trajectory["pairs"]]
     lines, _ = short_run(model, pairs, tmp_path, optimizer, loss_type=loss_type, beta=TRL["beta"], iters=30)
     expected = trajectory["runs"][loss_type]
-    assert np.allclose([line["loss"] for line in lines], expected["loss"], rtol=1e-3, atol=1e-3)
+    close = 1e-4 if loss_type == "ipo" else 1e-5
+    assert np.abs(np.subtract([line["loss"] for line in lines], expected["loss"])).max() < close
     assert np.allclose([line["rewards/margins"] for line in lines], expected["margins"], atol=1e-3)
     assert expected["loss"][-1] < 0.9 * expected["loss"][0]  # there is something to agree on
 

@@ -60,6 +60,7 @@ class House:
     def __init__(self, folder):
         self.overlay, self.upstream, self.elsewhere = (folder / name for name in ("overlay", "upstream", "elsewhere"))
         self.elsewhere.mkdir()
+        self.variables = {}
         for place, files in ((self.overlay, OVERLAY), (self.upstream, UPSTREAM)):
             for name, text in files.items():
                 self.write(place, name, text)
@@ -73,7 +74,7 @@ class House:
     def run(self, *arguments, path=None):
         """Run Python, without the path files of the environment, with the folders of `path` on its path."""
         path = [self.overlay, self.upstream] if path is None else path
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+        environment = {**os.environ, **self.variables, "PYTHONPATH": os.pathsep.join(map(str, path))}
         return subprocess.run(
             [sys.executable, "-S", *arguments], cwd=self.elsewhere, env=environment, capture_output=True, text=True
         )
@@ -115,6 +116,25 @@ def test_a_module_run_as_program_is_the_one_that_others_import(house):
     done = house.run("-m", "mlx_lm.lora")
     assert (done.stdout, done.returncode) == ("ours ran True\n", 0)
     assert house.run("-m", "mlx_lm").stdout == "package ran\n"
+
+
+def test_the_overlay_stands_aside_where_it_is_told_to(house):
+    """As in a checkout's folder, which Python looks in before all others."""
+    file = house.overlay / "mlx_lm/__init__.py"
+    aside = (
+        "import os\nif os.environ.get('ASIDE'):\n    from ._upstream import stand_aside\n    stand_aside(globals())\n"
+    )
+    file.write_text(f"{aside}else:\n    " + OVERLAY["__init__.py"].replace("\n\n", "\n    ").strip() + "\n")
+    assert house.say("import mlx_lm.utils; print(mlx_lm.generate())") == "ours"
+    house.variables = {"ASIDE": "1"}
+    code = (
+        "import mlx_lm, mlx_lm.utils, mlx_lm.tuner, sys; print(mlx_lm.generate(), mlx_lm.tuner.part(), mlx_lm.__path__)"
+    )
+    assert house.say(code) == f"upstream upstream part ['{house.upstream}/mlx_lm']"
+    files = "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('mlx_lm')))"
+    assert str(house.overlay) not in house.say(f"{code}; {files}")
+    assert house.run("-m", "mlx_lm.lora").stdout == "upstream ran\n"
+    assert house.run("-m", "mlx_lm", "lora").stdout == "package ran\n"
 
 
 def test_another_overlay_on_the_path_is_not_upstream(house, tmp_path):
@@ -180,7 +200,13 @@ def lack_a_backend(house):
     house.write(house.upstream, "__init__.py", f"raise {error}\n")
 
 
+def lose_a_name(house):
+    """A release that is known to have the name, and files that do not."""
+    house.write(house.upstream, "lora.py", "")
+
+
 REFUSALS = [
+    (lose_a_name, "the installed mlx-lm 0.32.1 lacks build_parser in mlx_lm.lora. The release 0.32.1 has all that"),
     (refuse_old, "the installed mlx-lm 0.31.3 is too old"),
     (lack_a_name, "the installed mlx-lm 0.33.0 lacks build_parser in mlx_lm.lora"),
     (lack_a_module, "the installed mlx-lm 0.33.0 could not be imported (No module named 'mlx_lm.gone')"),
@@ -204,6 +230,13 @@ def test_an_upstream_that_does_not_fit_is_refused_in_one_sentence(house, fault, 
         assert done.stderr.count("\n") == 1, done.stderr
         assert reason in done.stderr
         assert fault is lack_a_backend or _upstream.SUPPORTED in done.stderr
+        if fault in (lack_a_name, lack_a_module):
+            assert f"The releases {', '.join(_upstream.TRIED)} have all that is needed" in done.stderr
+        if fault is lose_a_name:
+            folder = house.upstream / "mlx_lm"
+            assert f"the files in {folder} were changed: install it again, with --force-reinstall mlx-lm==0.32.1." in (
+                done.stderr
+            )
 
 
 def test_a_program_that_imports_us_can_catch_the_refusal(house):
@@ -233,7 +266,7 @@ def test_rebound_hands_a_part_to_one_copy_alone():
     exec("def whole(*, times=2):\n    return part() * times", namespace)
     copy = _upstream.rebound(namespace["whole"], part=lambda: "ours")
     assert (copy(), namespace["whole"]()) == ("oursours", "theirstheirs")
-    with pytest.raises(ImportError, match="has a whole that does not use piece"):
+    with pytest.raises(ImportError, match="lacks piece in .*whole"):
         _upstream.rebound(namespace["whole"], piece=None)
 
 
@@ -241,6 +274,7 @@ def test_the_range_is_the_one_that_installers_are_told():
     line = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("mlx-lm"))
     assert line.replace(" ", "") == _upstream.SUPPORTED.replace(" ", "")
     assert _upstream.SUPPORTED.startswith("mlx-lm >= {}.{}.0,".format(*_upstream.OLDEST))
+    assert _upstream.SUPPORTED.startswith(f"mlx-lm >= {_upstream.TRIED[0]},")
 
 
 def test_every_class_of_the_real_package_is_one_object():
@@ -257,7 +291,7 @@ def test_every_class_of_the_real_package_is_one_object():
 
 def outcomes(tests, report, overlay):
     """Each of upstream's tests with its outcome, run in a process of its own from a folder outside the repository."""
-    environment = {**os.environ, "MLX_LM_DPO": "0", "PYTHONPATH": str(ROOT) if overlay else ""}
+    environment = {**os.environ, "MLX_LM_DPO": str(int(overlay)), "PYTHONPATH": str(ROOT) if overlay else ""}
     where = "import importlib.util as u; print(u.find_spec('mlx_lm').origin)"
     options = {"cwd": tests, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     found = subprocess.run([sys.executable, "-c", where], **options).stdout.strip()

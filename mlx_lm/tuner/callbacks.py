@@ -1,4 +1,4 @@
-"""Adds to mlx_lm.tuner.callbacks: `MetricsFile`, a preference run's reports on disk and their plot."""
+"""Adds to mlx_lm.tuner.callbacks: TensorBoard; `MetricsFile`, a preference run's reports on disk, and their plot."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .._upstream import run_upstream
 
-run_upstream(globals(), needs=("TrainingCallback", "get_reporting_callbacks"))
+run_upstream(globals(), needs=("TrainingCallback", "SUPPORT_CALLBACK", "get_reporting_callbacks"))
 
 from ..cli_ui import rprint
 from .preference.files import replace_file
@@ -18,7 +18,54 @@ PLOT_FILE = "training.png"
 TRL_NAMES = {"train_loss": "loss", "val_loss": "eval_loss"}
 
 
-class MetricsFile(TrainingCallback):
+_upstream_get_reporting_callbacks = get_reporting_callbacks
+
+
+def get_reporting_callbacks(report_to=None, project_name=None, log_dir=None, config=None):
+    """As upstream's, where `report_to` may also be `tensorboard`, or `none` for nothing."""
+    if str(report_to).strip().lower() == "none":
+        return None
+    return _upstream_get_reporting_callbacks(report_to, project_name, log_dir, config)
+
+
+class _WritingCallback(TrainingCallback):
+    """Writes each report, and passes it on."""
+
+    def on_train_loss_report(self, train_info):
+        """Write a training report and pass it on."""
+        self._write(train_info)
+        if self.wrapped_callback:
+            self.wrapped_callback.on_train_loss_report(train_info)
+
+    def on_val_loss_report(self, val_info):
+        """Write a validation report and pass it on."""
+        self._write(val_info)
+        if self.wrapped_callback:
+            self.wrapped_callback.on_val_loss_report(val_info)
+
+
+class TensorBoardCallback(_WritingCallback):
+    """Writes each report's figures under their names into the folder `tensorboard` of `log_dir`, and passes it on."""
+
+    def __init__(self, project_name, log_dir, config, wrapped_callback=None):
+        try:
+            from tensorboard.summary import Writer
+        except ImportError as error:
+            raise ImportError("tensorboard is not installed; pip install tensorboard") from error
+        self.writer = Writer(str(Path(log_dir, "tensorboard")))
+        self.wrapped_callback = wrapped_callback
+
+    def _write(self, report):
+        for key, value in report.items():
+            if key != "iteration" and isinstance(value, (int, float)):
+                self.writer.add_scalar(TRL_NAMES.get(key, key), value, report["iteration"])
+        self.writer.flush()
+
+
+SUPPORT_CALLBACK["tensorboard"] = TensorBoardCallback
+
+
+class MetricsFile(_WritingCallback):
     """Appends each report to `metrics.jsonl`, one JSON object a line, and passes it on.
 
     Args:
@@ -41,18 +88,6 @@ class MetricsFile(TrainingCallback):
         line = {TRL_NAMES.get(key, key): value for key, value in known.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-
-    def on_train_loss_report(self, train_info):
-        """Write a training report and pass it on."""
-        self._write(train_info)
-        if self.wrapped_callback:
-            self.wrapped_callback.on_train_loss_report(train_info)
-
-    def on_val_loss_report(self, val_info):
-        """Write a validation report and pass it on."""
-        self._write(val_info)
-        if self.wrapped_callback:
-            self.wrapped_callback.on_val_loss_report(val_info)
 
 
 def read_metrics(path):

@@ -1,5 +1,6 @@
 """Batches of pairs: like lengths together, few shapes, an order from the seed alone; the arrays that a step reads."""
 
+import math
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -376,6 +377,12 @@ class Schedule:
             # A worker without a row of its own runs one that counts for nothing.
             batch = batch._replace(counts=mx.zeros_like(batch.counts), ntoks=mx.zeros_like(batch.ntoks))
         return batch, reference_rows(reference, all_rows), (processed, padding)
+
+
+def iterations(epochs, pairs, batch_size):
+    """Batches that so many rounds through so many pairs take; a part of a round counts too."""
+    # Rounded first: 0.1 x 30 is more than 3 in floating point.
+    return max(1, math.ceil(round(epochs * -(-pairs // batch_size), 6)))
 
 
 def drawn(by_length, size, bucket, draw):

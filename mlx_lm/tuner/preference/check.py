@@ -16,20 +16,19 @@ from .checkpoint import check_is_file, state_files
 from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
-from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, nearest, shown
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, Unset, nearest, shown
 
 # What a preference run's configuration adds to upstream's, and what stands where nothing is given. A loss's
 # parameter is None: its default depends on the loss.
 OPTIONS = LOSS_OPTIONS + RUN_OPTIONS
 DEFAULTS = {option.name: None for option in LOSS_OPTIONS} | {option.name: option.default for option in RUN_OPTIONS}
-DEFAULTS["loss_type"] = "sft"
 
 LORA_PARAMETERS = (
     Option("lora_parameters.rank", None, int, "", low=1),
     Option("lora_parameters.scale", None, float, "", low=0, open=("low",)),
     Option("lora_parameters.dropout", None, float, "", low=0, high=1, open=("high",)),
 )
-PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_model", "reference_cache")
+PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_model", "reference_cache", "predictions")
 
 # Keys that upstream and the data sets read without a flag or a default of their own; the features are those
 # of supervised rows.
@@ -129,6 +128,9 @@ def check_config(args):
     Raises:
         ConfigError: a value of a wrong type or out of range, or settings that exclude each other.
     """
+    iters = args.iters
+    if args.compare:
+        args.train, args.test = False, True
     for option in UPSTREAM_OPTIONS + OPTIONS:
         value = option.check(getattr(args, option.name))
         # Nothing stands for the default, as in a configuration file; a loss's own depends on the loss.
@@ -136,11 +138,21 @@ def check_config(args):
         setattr(args, option.name, option.default if unset else value)
     for key in PATHS:
         setattr(args, key, _at_home(key, getattr(args, key)))
+    if args.steps is not None and not args.check:
+        raise ConfigError(f"steps is {args.steps}, which only a dry run reads; give check too, or iters.")
+    if args.compare is not None:
+        args.compare = [_at_home("compare", path) for path in args.compare if isinstance(args.compare, list)]
+        if len(args.compare) != 2:
+            raise ConfigError("compare takes two adapters, each a folder, a file or none; give two.")
     args.reference_model, args.resume_adapter_file = args.reference_model or None, args.resume_adapter_file or None
     if isinstance(args.loss_type, list) and len(args.loss_type) == 1:
         (args.loss_type,) = args.loss_type
     if not args.train and not args.test:
         raise ConfigError("there is nothing to do: set train, test or both to true.")
+    if args.epochs is not None and iters is not None and not isinstance(iters, Unset):
+        raise ConfigError(
+            f"epochs is {args.epochs:g} and iters is {args.iters}, which both say how long to train; give one of them."
+        )
     if args.num_layers == 0:
         raise ConfigError("num_layers is 0; it must be the number of layers to train, counted from the last, or -1.")
     if args.test and args.test_batches == 0:
@@ -161,6 +173,8 @@ def check_config(args):
     _try_optimizer(args.optimizer, args.optimizer_config.get(args.optimizer, {}))
     if args.resume_adapter_file is not None:
         check_is_file(args.resume_adapter_file)
+    if args.predictions is not None:
+        _check_file_to_write("predictions", args.predictions)
     if args.train:
         _check_folder(args.adapter_path)
         if args.resume is True:
@@ -182,6 +196,17 @@ def _at_home(key, path):
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key} is {shown(path)}, which can be no path ({error}).") from error
     return expanded
+
+
+def _check_file_to_write(key, path):
+    place = Path(path).absolute().parent
+    if (
+        not path
+        or (Path(path).exists() and not Path(path).is_file())
+        or not place.is_dir()
+        or not os.access(place, os.W_OK | os.X_OK)
+    ):
+        raise ConfigError(f"{key} is {path!r}, where no file can be written; give a file in a folder that there is.")
 
 
 def _check_folder(folder):

@@ -14,7 +14,7 @@ from .memory import bounded_memory
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, ample_tokens, reference_of
-from .step import FIGURES, Objective
+from .step import CORRELATION, FIGURES, MOMENTS, TOKEN_FIGURES, Objective
 
 
 def objective_of(model, args):
@@ -44,12 +44,27 @@ def evaluate_preference(objective, dataset, args, batch_size, num_batches, refer
     """
     dataset = unwrapped(dataset)
     rows = evaluated_rows(dataset, batch_size, num_batches)
+    reference = reference_logps(objective, dataset, args, rows, reference)
+    done = 0
+
+    def advance(count):
+        # Upstream's callback counts batches of `batch_size` pairs.
+        nonlocal done
+        before, done = done, done + count
+        for _ in range(-(-done // batch_size) - -(-before // batch_size)):
+            progress_callback()
+
+    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback and advance)
+
+
+def reference_logps(objective, dataset, args, rows, reference=None):
+    """The reference's logps of rows, by default of the policy that the model was most likely trained from."""
     if objective.loss.needs_reference:
         if reference is None:
             reference = _trained_from(objective.scorer.model, args, dataset, rows)
         elif isinstance(reference, Reference):
             reference = reference.logps(dataset, rows)
-    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback)
+    return reference
 
 
 def _trained_from(model, args, dataset, rows):
@@ -81,10 +96,48 @@ def without_adapters(model):
 
 
 def mean_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
-    """The means of FIGURES over `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
-    world, done = mx.distributed.init(), 0
+    """`means_of` the figures of `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
+    return means_of(pair_figures(objective, dataset, rows, reference, batch_size, progress_callback))
+
+
+def means_of(figures):
+    """What pairs come to together.
+
+    Args:
+        figures: what `pair_figures` returns.
+
+    Returns:
+        A dict of means: of FIGURES over pairs, of TOKEN_FIGURES over tokens, as TRL has them; and the correlation of
+        margins with differences of length, where both vary.
+    """
+    chosen, rejected = figures["lengths/chosen"], figures["lengths/rejected"]
+    tokens = dict(zip(TOKEN_FIGURES, (chosen, rejected, chosen + rejected, chosen), strict=True))
+    found = {name: float(np.average(values, weights=tokens.get(name))) for name, values in figures.items()}
+    margins, differences = figures["rewards/margins"], chosen - rejected
+    return found | correlation(found, *map(np.mean, (margins**2, differences**2, margins * differences)))
+
+
+def correlation(means, margins, differences, products):
+    """Of margins with differences of length, from the means of FIGURES and of the two's squares and products.
+
+    Returns:
+        A dict with the one figure, empty where one of the two does not vary.
+    """
+    margin, difference = means["rewards/margins"], means["lengths/chosen"] - means["lengths/rejected"]
+    spreads = margins - margin**2, differences - difference**2
+    # Below that, margins are what rounding leaves.
+    if not (spreads[0] > 1e-8 + 1e-6 * margin**2 and spreads[1] > 1e-6 * differences):
+        return {}
+    found = (products - margin * difference) / np.sqrt(spreads[0] * spreads[1])
+    return {CORRELATION: float(np.clip(found, -1, 1))}
+
+
+def pair_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
+    """As `mean_figures`, pair by pair: for each of FIGURES and TOKEN_FIGURES `(n,)` float64, one value a row."""
+    world = mx.distributed.init()
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
-    totals, scorer = mx.zeros((len(FIGURES) + 2,)), objective.scorer
+    names, scorer = FIGURES + TOKEN_FIGURES, objective.scorer
+    found = np.zeros((len(names), len(rows)))
     if objective.loss.reads_batch:
         batches = plan(lengths, batch_size)
     else:
@@ -97,22 +150,20 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
             here = places[world.rank() :: world.size()]
             if len(here):
                 batch, *_ = make_batch([dataset[int(rows[place])] for place in here], scorer.arrangement)
-                totals = totals + objective(batch, reference_rows(reference, here))[1]
-                evaluate(totals)
-            before, done = done, done + len(places)
+                losses, figures = objective.each(batch, reference_rows(reference, here), by_token=True)
+                evaluate(values := mx.stack([losses, *figures]))
+                found[:, here] = np.array(values)
             if progress_callback is not None:
-                # As often as there are batches of `batch_size` pairs, which is what is waited for.
-                for _ in range(-(-done // batch_size) - -(-before // batch_size)):
-                    progress_callback()
-    return means(totals)[0]
-
-
-def means(totals):
-    """`(means of FIGURES, pairs, tokens)` over all workers, of `Objective`'s sums on this one."""
-    return as_means(np.array(mx.distributed.all_sum(totals), np.float64))
+                progress_callback(len(places))
+    if world.size() > 1:
+        found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
+    return dict(zip(names, found, strict=True))
 
 
 def as_means(totals):
-    """`(means of FIGURES, pairs, tokens)` of sums over pairs, `(9,)` float64."""
-    *sums, pairs, tokens = totals.tolist()
-    return {name: total / pairs for name, total in zip(FIGURES, sums, strict=True)}, pairs, tokens
+    """`(means, pairs, tokens)` of sums over pairs, `Objective`'s as float64: FIGURES and the correlation of lengths."""
+    sums = dict(zip((*FIGURES, "pairs", "tokens", *MOMENTS), totals.tolist(), strict=True))
+    pairs, tokens = sums.pop("pairs"), sums.pop("tokens")
+    moments = [sums.pop(name) / pairs for name in MOMENTS]
+    figures = {name: total / pairs for name, total in sums.items()}
+    return figures | correlation(figures, *moments), pairs, tokens

@@ -4,8 +4,10 @@ Upstream has no module of this name.
 """
 
 import json
+import os
 import re
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +21,10 @@ from ..utils import linear_to_lora_layers, load_adapters
 from .check import check_lora
 from .checkpoint import check_adapter
 from .layers import is_float32
-from .options import ConfigError, nearest
+from .objective import ALIASES
+from .objective import DEFAULTS as LOSS_DEFAULTS
+from .objective import OPTIONS as LOSS_OPTIONS
+from .options import ConfigError, is_preference, nearest
 
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
 ADAPTER_FILES = "adapters.safetensors and the adapter_config.json of its training"
@@ -183,16 +188,25 @@ def check_trainable(model):
         )
 
 
+def is_none(adapter_path):
+    """Whether a path names no adapters, so that the model itself is meant."""
+    return adapter_path in (None, "", "none", "None")
+
+
 def read_adapter_config(adapter_path):
-    """Contents of a folder's `adapter_config.json`.
+    """Contents of the `adapter_config.json` in a folder, or beside a file of adapters.
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
     """
-    path = Path(adapter_path) / "adapter_config.json"
+    folder = Path(adapter_path).parent if Path(adapter_path).is_file() else Path(adapter_path)
+    path = folder / "adapter_config.json"
     told = f"adapter_path is {str(adapter_path)!r}"
-    if not Path(adapter_path).is_dir():
-        raise ConfigError(f"{told}, and there is no such folder; a test without train needs one with {ADAPTER_FILES}.")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{told}, and there is no such folder; a test without train needs one with {ADAPTER_FILES}, a file beside "
+            "such a configuration, or none for the model itself."
+        )
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -212,14 +226,75 @@ def read_adapter_config(adapter_path):
     return config
 
 
+def adopt_loss(args):
+    """Give a test without training the loss that the adapters were trained with, as far as `args` name no other.
+
+    Args:
+        args: a namespace with every key, before its check; the options of the loss are changed in place.
+    """
+    path = args.compare[0] if isinstance(args.compare, list) and args.compare else args.adapter_path
+    if (args.train and not args.compare) or not (args.test or args.compare) or not isinstance(path, str):
+        return
+    try:
+        config = {} if is_none(path) else read_adapter_config(os.path.expanduser(path))
+    except ConfigError:
+        return  # told when it is needed
+    trained = config.get("loss_type")
+    if not is_preference(trained):
+        return
+    if args.loss_type is not None and _names(args.loss_type) != _names(trained):
+        trained, given = (", ".join(map(str, _names(names))) for names in (trained, args.loss_type))
+        rprint(f"The adapters {path} were trained with loss_type {trained}; this test's is {given}.")
+        return
+    names = [option.name for option in LOSS_OPTIONS]
+    adopted = {name: config[name] for name in names if getattr(args, name) is None and config.get(name) is not None}
+    vars(args).update(adopted)
+    if told := [f"{name} {value}" for name, value in adopted.items() if value != LOSS_DEFAULTS.get(name)]:
+        rprint(f"As the adapters {path} were trained: {', '.join(told)}.")
+
+
+def _names(loss_type):
+    names = loss_type if isinstance(loss_type, list) else [loss_type]
+    return [ALIASES.get(name, name) if isinstance(name, str) else name for name in names]
+
+
+def refuse_other_start(given, start):
+    """Check that a test without training is not told to start from an adapter.
+
+    Args:
+        given: the `resume_adapter_file` of the test's configuration, or None.
+        start: that of the training, which its reference holds, or None.
+
+    Raises:
+        ConfigError: the training started from none.
+    """
+    if given is None or (start is not None and Path(given).resolve() == Path(start).resolve()):
+        return
+    if start is None:
+        raise ConfigError(
+            f"resume_adapter_file is {given}, and a test trains nothing that could go on from it; to test that file, "
+            "give it as adapter_path."
+        )
+    rprint(f"resume_adapter_file {given} is not read in a test: the training began with {start}.")
+
+
 def load_trained(model, adapter_path):
-    """Put a folder's adapters on `model`.
+    """Put a folder's adapters, or those of a file, on `model`.
 
     Raises:
         ConfigError: they are missing, damaged, or of another model.
     """
+    path = Path(adapter_path).absolute()
     with _told_of(f"the adapters in {adapter_path}"):
-        load_adapters(model, str(adapter_path))
+        if not path.is_file():
+            load_adapters(model, str(path))
+            return
+        # Upstream reads folders, and in them one name.
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "adapters.safetensors").symlink_to(path)
+            Path(folder, "adapter_config.json").symlink_to(path.with_name("adapter_config.json"))
+            load_adapters(model, folder)
+            mx.eval(model.parameters())
 
 
 def load_start(model, config, start):

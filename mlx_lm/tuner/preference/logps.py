@@ -43,11 +43,14 @@ class RowLogps(NamedTuple):
         total: logps summed over the response's tokens, in nats.
         common: the same over the first min(chosen, rejected) tokens, which LD-DPO weighs apart.
         alignment: log p(token) - log sum_v p(v)^2 summed likewise, for WPO's weights; zeros unless asked for.
+        by_token: sums over the response's tokens of the mean logit, of the entropy in nats, and of how often the token
+            is the likeliest; () unless asked for.
     """
 
     total: mx.array
     common: mx.array
     alignment: mx.array
+    by_token: tuple = ()
 
 
 class Scorer:
@@ -71,13 +74,14 @@ class Scorer:
         if not self._same_logits(PLAIN):
             self._caches = None  # rows that go through no cache are upstream's own
 
-    def __call__(self, batch, alignment=False, gradient=False):
+    def __call__(self, batch, alignment=False, gradient=False, by_token=False):
         """The logps of a batch.
 
         Args:
             batch: a `Batch` of B pairs.
             alignment: whether to compute WPO's weights too.
             gradient: whether a gradient with respect to the model's parameters will be taken.
+            by_token: whether to compute the figures of that name too; not with `gradient`.
 
         Returns:
             `RowLogps`.
@@ -85,16 +89,21 @@ class Scorer:
         with lean_layers(self.model):
             states = self._batch_states(batch)[batch.positions]
             if self.head is None:
-                logps, squares = logps_and_squares(states, batch.targets, alignment)
+                logps, squares, *figures = logps_and_more(states, batch.targets, alignment, by_token)
             else:
-                logps, squares = self.head.token_logps(states, batch.targets, alignment, gradient)
+                logps, squares, *figures = self.head.token_logps(states, batch.targets, alignment, gradient, by_token)
         own = batch.sequences == mx.arange(len(batch.lengths))[:, None]  # (2B, M)
         total = mx.where(own, logps, 0).sum(-1)
         common = mx.where(own & batch.common, logps, 0).sum(-1)
         aligned = mx.zeros_like(total)
         if alignment:
             aligned = mx.where(own, mx.stop_gradient(logps) - squares, 0).sum(-1)
-        return RowLogps(total, common, aligned)
+        return RowLogps(total, common, aligned, tuple(mx.where(own, values, 0).sum(-1) for values in figures))
+
+    def response_states(self, batch):
+        """Hidden states `(M, D)`, or logits `(M, V)` where there is no head, that the batch's targets are read from."""
+        with lean_layers(self.model):
+            return self._batch_states(batch)[batch.positions]
 
     def states(self, tokens, cache=None):
         """Hidden states `(B, T, D)` of tokens `(B, T)`, or logits `(B, T, V)` where there is no head."""
@@ -174,13 +183,32 @@ def _settings(value):
     return [attributes, *(place for item in attributes.values() if is_dataclass(item) for place in _settings(item))]
 
 
-def logps_and_squares(logits, targets, alignment):
-    """Target log-probabilities, and log sum_v p(v)^2 where asked for, each `(N,)` float32."""
-    logps = token_logps(logits, targets)
-    if not alignment:
-        return logps, None
+def logps_and_more(logits, targets, alignment, by_token=False):
+    """Log-probabilities of targets, and what else is asked for, each `(N,)` float32.
+
+    Args:
+        logits: `(N, V)`.
+        targets: `(N,)` int.
+        alignment: whether log sum_v p(v)^2 is wanted too, else None.
+        by_token: whether mean logit, entropy and whether the target is the likeliest are wanted too.
+
+    Returns:
+        A list.
+    """
+    squares, figures, logps = None, [], None if by_token else token_logps(logits, targets)
     logits = mx.stop_gradient(logits.astype(mx.float32))
-    return logps, mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
+    if alignment:
+        squares = mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
+    if by_token:
+        # One exponential a logit, as in `_seeds_on_cpu`. A model may rule tokens out by minus infinity.
+        shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e30)
+        exponentials = mx.exp(shifted) if mx.default_device() == mx.gpu else mx.power(mx.array(math.e), shifted)
+        totals = exponentials.sum(axis=-1)
+        own = mx.take_along_axis(shifted, targets[:, None], axis=-1).squeeze(-1)
+        logps = own - mx.log(totals)
+        entropies = mx.log(totals) - (exponentials * shifted).sum(axis=-1) / totals
+        figures = [logits.mean(axis=-1), entropies, (own == 0).astype(mx.float32)]
+    return [logps, squares, *figures]
 
 
 class Head:
@@ -251,13 +279,15 @@ class Head:
         with intercepted(self.body, "__call__", lambda *_, **__: states[None]):
             return _run(self.model, mx.zeros((1, len(states)), mx.int32), None).squeeze(0)
 
-    def token_logps(self, states, targets, alignment, gradient):
-        """As `logps_and_squares` of the logits of `states` `(N, D)`, with bounded memory forward and backward."""
+    def token_logps(self, states, targets, alignment, gradient, by_token=False):
+        """As `logps_and_more` of the logits of `states` `(N, D)`, with bounded memory forward and backward."""
         if gradient:
             out = (self._recomputed if self.trainable else self._with_gradient)(states, targets, alignment)
         else:
-            out = self._chunked(partial(self._logps, alignment=alignment), states, targets)
-        return out[0], mx.stop_gradient(out[1]) if alignment else None
+            out = self._chunked(partial(self._logps, alignment=alignment, by_token=by_token), states, targets)
+        # Behind them is what the backward pass keeps.
+        squares, more = (mx.stop_gradient(out[1]), out[2:]) if alignment else (None, out[1:])
+        return out[0], squares, *(more if by_token else ())
 
     def _chunked(self, function, states, *rows):
         """`function(states, *rows)` on one chunk after another, each array of its outputs joined again."""
@@ -270,8 +300,9 @@ class Head:
             parts.append(function(chunk, *(row[start:stop] for row in rows)))
         return [mx.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
 
-    def _logps(self, states, targets, alignment):
-        return [part for part in logps_and_squares(self.logits(states), targets, alignment) if part is not None]
+    def _logps(self, states, targets, alignment, by_token=False):
+        found = logps_and_more(self.logits(states), targets, alignment, by_token)
+        return [part for part in found if part is not None]
 
     def _recomputed(self, states, targets, alignment):
         """As `_logps` for a head with trainable parameters: the backward pass computes each chunk's logits again."""

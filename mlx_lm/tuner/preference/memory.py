@@ -25,6 +25,13 @@ def peak_memory():
     return max(_earlier_peak, mx.get_peak_memory())
 
 
+def begin_peak_anew():
+    """Have MLX count its peak from here, and keep the earlier one for `peak_memory`."""
+    global _earlier_peak
+    _earlier_peak = peak_memory()
+    mx.reset_peak_memory()
+
+
 @contextmanager
 def bounded_memory():
     """Within the context, MLX holds little more than what evaluations need; gives the function that evaluates.
@@ -52,11 +59,9 @@ def bounded_memory():
 
 def _limit_for(work, growth):
     """Evaluate `work` with as little memory as can be, and give the limit for what takes `growth` times as much."""
-    global _earlier_peak
     mx.synchronize()
     mx.clear_cache()
-    _earlier_peak = peak_memory()
-    mx.reset_peak_memory()
+    begin_peak_anew()
     mx.set_memory_limit(0)
     mx.eval(work)
     mx.synchronize()

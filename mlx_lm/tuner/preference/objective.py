@@ -4,6 +4,7 @@ Checks, help and documents come from the table. To add a loss, write its functio
 """
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -185,6 +186,12 @@ TABLE = (
 
 ALIASES = {"sigmoid": "dpo"}
 
+# What the letters of the descriptions mean.
+LETTERS = (
+    "Here rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, a gap is chosen minus "
+    "rejected, a mean is over a response's tokens, and eps is label_smoothing."
+)
+
 LOSSES = {loss.name: loss for loss in TABLE}
 LOSSES.update({alias: LOSSES[name] for alias, name in ALIASES.items()})
 
@@ -238,6 +245,17 @@ OPTIONS = (
 )
 
 OPTION = {option.name: option for option in OPTIONS}
+
+
+def names_of(loss):
+    """The values of loss_type that name a `Loss`."""
+    return loss.name, *(alias for alias, name in ALIASES.items() if name == loss.name)
+
+
+def describe_losses():
+    """The losses for `--help`: a line each with what a pair loses and the paper."""
+    lines = [f"  {', '.join(names_of(loss)):14}{loss.description}; arXiv {loss.source}" for loss in TABLE]
+    return "\n".join(["values of --loss-type, and what a pair loses:", *lines, *textwrap.wrap(LETTERS, 100)])
 
 
 DEFAULTS = {option.name: option.default for option in OPTIONS if option.name not in ("loss_type", "loss_weights")}

@@ -140,6 +140,10 @@ class Option:
         return self.kind(value)
 
 
+class Unset(int):
+    """A number that stands where nobody gave one, told from the same number given."""
+
+
 class _Switch(argparse.Action):
     """`--flag`, `--no-flag`, and `--flag WORD` for the words of an option that takes some."""
 
@@ -153,6 +157,17 @@ class _Switch(argparse.Action):
             parser.error(f"argument {option_string}: ignored explicit argument {value!r}")
         setattr(namespace, self.dest, value or not off)
 
+
+# The options' groups, in the order of `--help` and LORA.md.
+GROUPS = {
+    "loss": "Loss",
+    "data": "Data",
+    "reference": "Reference",
+    "step": "Step",
+    "save": "Saving",
+    "test": "Check and test",
+}
+UPSTREAM_GROUP = "Run (mlx-lm's own keys)"
 
 LARGEST = sys.float_info.max
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
@@ -264,6 +279,15 @@ REFERENCE_OPTIONS = (
 
 STEP_OPTIONS = (
     Option(
+        "epochs",
+        None,
+        float,
+        "Train on all pairs so many times, in place of iters",
+        low=0,
+        open=("low",),
+        group="step",
+    ),
+    Option(
         "share_prompt",
         True,
         bool,
@@ -337,15 +361,46 @@ SAVE_OPTIONS = (
     ),
 )
 
-RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + SAVE_OPTIONS
+TEST_OPTIONS = (
+    Option(
+        "check",
+        False,
+        bool,
+        "A dry run: print what a run would read and which memory it would take, and whether anything would stop it",
+        group="test",
+    ),
+    Option("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1, group="test"),
+    Option(
+        "predictions",
+        None,
+        str,
+        "File to write each tested pair's logps, rewards and line to, as JSON lines; not set, none",
+        group="test",
+    ),
+    Option(
+        "compare",
+        None,
+        str,
+        "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
+        many=True,
+        group="test",
+    ),
+)
+
+RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + SAVE_OPTIONS + TEST_OPTIONS
 
 # mlx-lm's own keys, in the order of a run, with its defaults: it takes any value and fails later.
 UPSTREAM_OPTIONS = (
     Option("model", "", str, "folder or Hugging Face repo of the model; a quantized one is trained as QLoRA"),
     Option("train", False, bool, "train"),
-    Option("test", False, bool, "score the test set, after training if there is any"),
+    Option("test", False, bool, "score the test set, after training if there is any, with --no-train alone"),
     Option("data", "", str, "folder with train.jsonl, valid.jsonl and test.jsonl, or a Hugging Face data set"),
-    Option("adapter_path", "adapters", str, "folder that the run writes to, and reads from with test alone or resume"),
+    Option(
+        "adapter_path",
+        "adapters",
+        str,
+        "folder that the run writes to and goes on from; with test alone, a folder or file of adapters, or none",
+    ),
     Option(
         "fine_tune_type",
         "lora",
@@ -415,7 +470,13 @@ UPSTREAM_OPTIONS = (
     Option("steps_per_eval", 200, int, "batches from one validation to the next", low=1),
     Option("save_every", 100, int, "batches from one checkpoint to the next", low=1),
     Option("resume_adapter_file", None, str, "adapters to start from; they belong to the reference"),
-    Option("report_to", None, str, "send the reports there too", allowed="wandb, swanlab, or both with a comma"),
+    Option(
+        "report_to",
+        None,
+        str,
+        "send the reports there too",
+        allowed="wandb, swanlab, tensorboard, several with commas, or none",
+    ),
     Option("project_name", None, str, "the project's name there"),
     Option("trust_remote_code", False, bool, "run code that comes with the model or tokenizer"),
     Option("mask_prompt", False, bool, "not read in preference training, which scores responses only"),

@@ -102,12 +102,13 @@ class PreferenceDataset:
             score_scale=score_scale,
             min_score_difference=min_score_difference,
         )
-        self._counts = Counter()
+        self._counts, self._read = Counter(), len(rows)
         self._useless = {}
         self._notes = {}
         self.layout = ""
         self._longest = 0
         self._pairs, self._numbers = [], array("i")
+        self._sources = {}
         with tqdm(
             total=len(rows), desc=f"Tokenizing {name}", delay=2, leave=False, disable=mx.distributed.init().rank() != 0
         ) as progress:
@@ -130,9 +131,18 @@ class PreferenceDataset:
         """The pair itself: upstream's `CacheDataset` asks for this, and there is nothing left to do."""
         return pair
 
+    @property
+    def counts(self):
+        """How many rows were read, prompts cut and responses cut, by these names."""
+        return {"read": self._read} | {name: self._counts[name] for name in ("prompts cut", "responses cut")}
+
     def where(self, idx):
         """The place of a pair's row, such as its file and line."""
         return self._where(self._numbers[idx])
+
+    def source(self, idx):
+        """What a pair's row gives as its `source`, as text, or None."""
+        return self._sources.get(idx)
 
     def lengths(self, idx):
         """Tokens of the prompt, the chosen and the rejected response of a pair."""
@@ -153,6 +163,10 @@ class PreferenceDataset:
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
         whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
+        whole._counts = sum((dataset._counts for dataset in datasets), Counter())
+        whole._read = sum(dataset._read for dataset in datasets)
+        sources = {number: dataset.source(i) for number, (dataset, i) in enumerate(places)}
+        whole._sources = {number: source for number, source in sources.items() if source is not None}
         return whole
 
     def _add(self, numbers, rows):
@@ -189,6 +203,8 @@ class PreferenceDataset:
             if not self._pairs:
                 self.layout = self._described(texts)
             ids = (array("i", tokens) for tokens in cut)
+            if (source := rows[number - numbers[0]].get("source")) is not None:
+                self._sources[len(self._pairs)] = str(source)
             self._pairs.append(Pair(*ids, conversation.margin, conversation.weight, unscored))
             self._numbers.append(number)
 

@@ -5,7 +5,6 @@ import os
 import mlx.core as mx
 import numpy as np
 
-from ...cli_ui import make_console, make_train_progress
 from .batches import filled, make_batch, pair_lengths, plan
 from .intercept import evaluating
 from .load import check_same_tokens, load_named
@@ -13,6 +12,7 @@ from .logps import Scorer
 from .memory import bounded_memory
 from .options import ConfigError
 from .reference_cache import Cache, default_cache_folder, fingerprint, row_key
+from .screen import make_bars
 from .workers import confirm
 
 
@@ -31,12 +31,13 @@ class Reference:
         self.batch_size = batch_size
         self.cache = None if cache is None else Cache(cache, fingerprint(scorer.model), cache_size)
 
-    def logps(self, dataset, rows):
+    def logps(self, dataset, rows, split=""):
         """The logps of some rows of a dataset.
 
         Args:
             dataset: gives a `Pair` for a row number.
             rows: the row numbers.
+            split: what the progress bar calls them, such as "train".
 
         Returns:
             `(n, 2, 2)` float32, a row each: chosen and rejected, and of each the total and the `common`
@@ -54,7 +55,7 @@ class Reference:
         if len(missing):
             values = np.full((len(missing), 4), np.nan, np.float32)
             try:
-                self._compute(dataset, [rows[i] for i in missing], values)
+                self._compute(dataset, [rows[i] for i in missing], values, split)
             finally:
                 # An interrupted pass goes on where it was.
                 done = np.isfinite(values).all(axis=1)
@@ -68,13 +69,12 @@ class Reference:
         self.scorer = None
         mx.clear_cache()
 
-    def _compute(self, dataset, rows, values):
+    def _compute(self, dataset, rows, values, split):
         """Fill `values` `(n, 4)`, batch by batch."""
         world = mx.distributed.init()
-        progress = make_train_progress(make_console(), disable=world.rank() != 0)
-        with evaluating(self.scorer.model), bounded_memory() as evaluate, progress:
+        with evaluating(self.scorer.model), bounded_memory() as evaluate, make_bars(world.rank()) as bars:
             batches = self._batches(np.array([pair_lengths(dataset[row]) for row in rows]))
-            task = progress.add_task("ref", total=len(rows))
+            task = bars.add_task(f"reference, {split}" if split else "reference", total=len(rows))
             for turn in range(world.rank(), len(batches), world.size()):
                 places = batches[turn]
                 batch, *_ = make_batch([dataset[rows[place]] for place in places], self.scorer.arrangement)
@@ -82,7 +82,7 @@ class Reference:
                 out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(places), 2)
                 evaluate(out)
                 values[places] = np.array(out.transpose(1, 0, 2)).reshape(len(places), 4)
-                progress.advance(task, sum(map(len, batches[turn : turn + world.size()])))
+                bars.advance(task, sum(map(len, batches[turn : turn + world.size()])))
         if world.size() > 1:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
             shares = np.zeros_like(values)
@@ -151,9 +151,9 @@ class ReferenceLogps:
         """Have a `Reference` score `rows` of the data set, and the validation rows."""
         if self.train is None:
             self.train = np.full((len(self.dataset), 2, 2), np.nan, np.float32)
-        self.train[rows] = reference.logps(self.dataset, rows)
+        self.train[rows] = reference.logps(self.dataset, rows, "train")
         if len(self.val_rows):
-            self.valid = reference.logps(self.val_dataset, self.val_rows)
+            self.valid = reference.logps(self.val_dataset, self.val_rows, "valid")
 
 
 def ample_tokens(scorer, longest):

@@ -5,7 +5,7 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from ...cli_ui import make_console, rprint
+from ...cli_ui import rprint
 from .batches import PLAIN
 from .checkpoint import REMEDY
 from .evaluation import as_means, mean_figures
@@ -46,9 +46,8 @@ class Reporter:
     """Reports on a run's training and validation.
 
     Args:
-        ui: upstream's `TrainUI`.
+        ui: a `RunUI`.
         callback: a `TrainingCallback`, or None.
-        rank: of this worker; only the first one speaks.
         check: called with a window's losses, norms and first iteration; raises where a run must not go on. None where
             steps that are not finite are left out.
 
@@ -56,8 +55,8 @@ class Reporter:
         validated: the last validation's means of FIGURES.
     """
 
-    def __init__(self, ui, callback, rank, check):
-        self.ui, self.callback, self.rank, self.check = ui, callback, rank, check
+    def __init__(self, ui, callback, check):
+        self.ui, self.callback, self.check = ui, callback, check
         self.validated = None
 
     def training(self, window, progress, learning_rate, peak_memory):
@@ -76,9 +75,9 @@ class Reporter:
         figures, pairs, trained = as_means(sums[sound].sum(axis=0))
         progress.trained_tokens += int(trained)
         speed, seconds = trained / window.seconds, window.seconds
-        self.ui.report_train(progress.iteration, figures["loss"], speed, progress.trained_tokens)
-        left_out = f" · {progress.skipped} updates left out" if progress.skipped else ""
-        self._say(figures, f"lr {learning_rate:.2e} · {peak_memory:.2f} GB{left_out}")
+        self.ui.report_train(
+            progress.iteration, figures, learning_rate, speed, progress.trained_tokens, peak_memory, progress.skipped
+        )
         if self.callback is None:
             return
         processed, padding = window.tokens
@@ -101,11 +100,10 @@ class Reporter:
     def validation(self, iteration, objective, logps, batch_size):
         """Score the validation pairs of `ReferenceLogps`, report, and return the means of FIGURES."""
         tic = time.perf_counter()
-        with self.ui.val_task(-(-len(logps.val_rows) // batch_size)) as advance:
+        with self.ui.val_task(len(logps.val_rows)) as advance:
             figures = mean_figures(objective, logps.val_dataset, logps.val_rows, logps.valid, batch_size, advance)
         self.validated, seconds = figures, time.perf_counter() - tic
-        self.ui.report_val(iteration, figures["loss"], seconds)
-        self._say(figures)
+        self.ui.report_val(iteration, figures, len(logps.val_rows), seconds)
         if not np.isfinite(figures["loss"]):
             rprint(f"[WARNING] The validation loss is {figures['loss']} at iteration {iteration}. {REMEDY}")
         if self.callback is not None:
@@ -113,15 +111,6 @@ class Reporter:
             report |= {f"eval_{name}": value for name, value in figures.items() if name != "loss"}
             self.callback.on_val_loss_report(report)
         return figures
-
-    def _say(self, figures, more=""):
-        if self.rank != 0:
-            return
-        text = (
-            f"chosen {figures['rewards/chosen']:+.3f} · rejected {figures['rewards/rejected']:+.3f} · "
-            f"accuracy {figures['rewards/accuracies']:.3f} · margin {figures['rewards/margins']:+.3f}"
-        )
-        make_console().print(f"          [ui.muted]{text}{' · ' + more if more else ''}[/ui.muted]")
 
 
 def say_fallbacks(scorer, share_prompt):

@@ -29,7 +29,7 @@ LARGEST = 3.4e38  # of float32
 NOT_THE_MODEL = ("system", "user", "tool")
 RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
 SYSTEM = ("system", "system_prompt", "system_message")
-READ = ("tools", "chat_template_kwargs", "margin", "weight")
+READ = ("tools", "chat_template_kwargs", "margin", "weight", "source")
 # What chat templates of well-known models write at the beginning of a text.
 MARKERS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "[INST]", "<s>[INST]", "<start_of_turn>")
 MARKERS += ("<bos><start_of_turn>", "<|user|>", "<|system|>", "<|User|>", "<|start|>", "[gMASK]", "<\uff5c")

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..._backend import slow_blas_hint
-from ...cli_ui import TrainUI, rprint
+from ...cli_ui import rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
-from .batches import Schedule
+from .batches import Schedule, iterations
 from .checkpoint import (
     BEST_FOLDER,
     RUN_FILES,
@@ -26,6 +27,7 @@ from .checkpoint import (
     save_adapters,
     save_run,
 )
+from .dry_run import rehearse
 from .evaluation import evaluated_rows, unwrapped
 from .files import locked, move_aside, remove_leftovers
 from .interruption import REQUEST, Interrupted, asked_anywhere
@@ -38,6 +40,7 @@ from .pairs import Pair
 from .reference import Reference, ReferenceLogps, reference_of
 from .reference_cache import row_key
 from .report import Reporter, Window, say_fallbacks, warn_of_displacement
+from .screen import RunUI
 from .step import Step
 from .workers import confirm, refuse_different_workers
 
@@ -57,6 +60,8 @@ def train_preference(
     if args.grad_accumulation_steps < 1:
         raise ConfigError(f"grad_accumulation_steps is {args.grad_accumulation_steps}; it must be at least 1.")
     refuse_without_gradient(objective.loss)
+    if args.epochs is not None:
+        args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
     dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
     logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
     if (args.save_best or args.early_stop) and not len(logps.val_rows):
@@ -66,7 +71,8 @@ def train_preference(
         rprint(line)
     say_fallbacks(objective.scorer, args.share_prompt)
     folder, first = Path(args.adapter_file).parent, mx.distributed.init().rank() == 0
-    with locked(folder) if first else nullcontext():
+    # A dry run makes no folder.
+    with locked(folder) if first and (folder.is_dir() or not args.check) else nullcontext():
         _train(objective, optimizer, logps, args, reference, callback, config, folder, first)
 
 
@@ -84,13 +90,16 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     refuse_different_workers(vars(args) | settings | same)
     if loss.needs_reference:
         reference = reference or reference_of(scorer, args)
-        logps.take(reference, schedule.visited(1, args.iters))
-        if args.reference_model is not None:
+        if not args.check:
+            logps.take(reference, schedule.visited(1, args.iters))
+        if not args.check and args.reference_model is not None:
             reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
     if args.on_nonfinite == "skip":
         optimizer = SkippingOptimizer(optimizer, model.trainable_parameters())
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm)
+    if args.check:
+        return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args)
     progress = Progress() if state is None else restore_run(state, step, logps)
     if first:
         remove_leftovers(folder)
@@ -106,10 +115,10 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     with (
         checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
         bounded_memory() as evaluate,
-        TrainUI(args.iters, rank=0 if first else 1) as ui,
+        RunUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
-        report = Reporter(ui, callback, 0 if first else 1, check)
+        report = Reporter(ui, callback, check)
         validate = partial(_validate, objective, logps, progress, args, report, config)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
@@ -139,8 +148,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         request: a `Request` of signals, which ends the steps.
     """
     window, upcoming, earlier, measured = Window(), None, [], False
-    for _ in range(progress.iteration):
-        report.ui.advance()
+    report.ui.start_at(progress.iteration)
     if progress.iteration == 0:
         validate()
     step.model.train()

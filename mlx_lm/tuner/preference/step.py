@@ -22,7 +22,14 @@ FIGURES = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
 )
+# What an evaluation adds, means over a response's tokens; in a step they would cost more than they tell.
+TOKEN_FIGURES = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
+# Sums besides, from which a window's correlation of margins with differences of length comes.
+MOMENTS = ("margins^2", "differences^2", "margins x differences")
+CORRELATION = "rewards/length_correlation"
 
 # Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
 ROUNDING = 2e-6
@@ -49,26 +56,50 @@ class Objective:
             gradient: whether a gradient will be taken.
 
         Returns:
-            `(loss, sums)`: the loss summed over pairs, float32, and `(9,)` float32 sums over pairs of
-            FIGURES, the number of pairs and the number of tokens.
+            `(loss, sums)`: the loss summed over pairs, float32, and `(14,)` float32 sums over pairs of
+            FIGURES, the number of pairs and of tokens, and MOMENTS.
         """
-        rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient)
+        losses, figures = self.each(batch, reference, gradient)
+        loss = (losses * batch.counts).sum()
+        margins, differences = figures[3], figures[6] - figures[7]
+        moments = mx.square(margins), mx.square(differences), margins * differences
+        sums, moments = ([(values * batch.counts).sum() for values in part] for part in (figures, moments))
+        return loss, mx.stack(
+            [mx.stop_gradient(loss), *sums, batch.counts.sum(), batch.ntoks.astype(mx.float32), *moments]
+        )
+
+    def each(self, batch, reference, gradient=False, by_token=False):
+        """As `__call__`, pair by pair.
+
+        Args:
+            batch, reference, gradient: as for `__call__`.
+            by_token: whether TOKEN_FIGURES are wanted too.
+
+        Returns:
+            `(losses, figures)`: `(B,)` float32, and a list of such for the other FIGURES, and for TOKEN_FIGURES.
+        """
+        rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient, by_token=by_token)
         pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
         weights = None
         if self.loss.reads_wpo:
             weights = wpo_weights(*mx.split(rows.alignment, 2), pairs.chosen_lengths, pairs.rejected_lengths)
-        loss = (self.loss(pairs, weights) * batch.weights * batch.counts).sum()
         chosen, rejected = (mx.stop_gradient(reward) for reward in self.loss.rewards(pairs))
-        figures = (
+        figures = [
             chosen,
             rejected,
             (self._order(chosen - rejected, pairs) + 1) / 2,
             chosen - rejected,
             mx.stop_gradient(pairs.policy_chosen),
             mx.stop_gradient(pairs.policy_rejected),
-        )
-        sums = [mx.stop_gradient(loss), *((figure * batch.counts).sum() for figure in figures)]
-        return loss, mx.stack([*sums, batch.counts.sum(), batch.ntoks.astype(mx.float32)])
+            pairs.chosen_lengths,
+            pairs.rejected_lengths,
+        ]
+        if by_token:
+            logits, entropies, hits = (mx.split(values, 2) for values in rows.by_token)
+            figures += [logits[0] / pairs.chosen_lengths, logits[1] / pairs.rejected_lengths]
+            figures += [sum(entropies) / (pairs.chosen_lengths + pairs.rejected_lengths)]
+            figures += [hits[0] / pairs.chosen_lengths]
+        return self.loss(pairs, weights) * batch.weights, figures
 
     def _order(self, margins, pairs):
         """The margins' signs, 0 for a tie, which is a coin toss.

@@ -1,0 +1,221 @@
+"""A dry run: what a run would read, and what memory and time it would take; nothing is trained or written."""
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ...cli_ui import rprint
+from .batches import filled, make_batch, pair_lengths, plan
+from .intercept import evaluating
+from .layers import checkpointed_layers
+from .memory import begin_peak_anew, bounded_memory, peak_memory, trim_cache
+from .options import ConfigError
+from .reference import ample_tokens, device_memory
+
+QUANTILES = {"least": 0, "10 %": 0.1, "50 %": 0.5, "90 %": 0.9, "most": 1}
+SHOWN_PAIRS = 2
+# Characters of a text, of which more is cut out in the middle.
+LONGEST_TEXT = 600
+
+
+class NotMade(type(Path())):
+    """A path whose folder a dry run does not make."""
+
+    def mkdir(self, *_, **__):
+        """Do nothing."""
+
+
+def describe_data(splits, tokenizer):
+    """Print how many rows were read, quantiles of their lengths, and two pairs as the model sees them.
+
+    Args:
+        splits: `PreferenceDataset`s by their names, some of them empty lists.
+        tokenizer: the model's.
+    """
+    splits = {name: data for name, data in splits.items() if len(data)}
+    rprint("\nrows        read  left out  prompts cut  responses cut")
+    for name, data in splits.items():
+        counts = data.counts
+        rprint(
+            f"  {name:7} {counts['read']:7}  {counts['read'] - len(data):8}  {counts['prompts cut']:11}  "
+            f"{counts['responses cut']:13}"
+        )
+    data = next(iter(splits.values()))
+    prompt, chosen, rejected = np.array([data.lengths(i) for i in range(len(data))]).T
+    kinds = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen - rejected": chosen - rejected}
+    rprint("\ntokens             " + "".join(f"{name:>7}" for name in QUANTILES))
+    for name, lengths in kinds.items():
+        rprint(f"  {name:17}" + "".join(f"{np.quantile(lengths, share):7.0f}" for share in QUANTILES.values()))
+    rprint(f"\npairs as the model sees them; {marked('what is scored', True)} is marked")
+    for i in range(min(SHOWN_PAIRS, len(data))):
+        pair = data[i]
+        rprint(f"  {data.where(i)}")
+        rprint(f"    prompt    {text_of(tokenizer, pair.prompt)}")
+        unscored = pair.unscored or ((), ())
+        for name, tokens, spans in zip(("chosen", "rejected"), (pair.chosen, pair.rejected), unscored, strict=True):
+            rprint(f"    {name:9} {with_marks(tokenizer, tokens, spans)}")
+
+
+def with_marks(tokenizer, tokens, unscored):
+    """A response's text, with marks around what is scored of it; `unscored` are the other spans `(start, stop)`."""
+    parts, at = [], 0
+    for start, stop in (*unscored, (len(tokens), len(tokens))):
+        parts.append(marked(text_of(tokenizer, tokens[at:start]), True) if at < start else "")
+        parts.append(text_of(tokenizer, tokens[start:stop]))
+        at = stop
+    return "".join(parts)
+
+
+def marked(text, scored):
+    """A text in green on a terminal, and between brackets elsewhere, where it is scored."""
+    if not scored:
+        return text
+    return f"\033[32m{text}\033[0m" if sys.stdout.isatty() else f"\u27e6{text}\u27e7"
+
+
+def text_of(tokenizer, tokens):
+    """What tokens say, the special ones too, on indented lines and without other control characters."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=False) if len(tokens) else ""
+    if len(text) > LONGEST_TEXT:
+        half = LONGEST_TEXT // 2
+        text = f"{text[:half]} ... {len(text) - 2 * half} characters ... {text[-half:]}"
+    text = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
+    return text.replace("\n", "\n" + " " * 14)
+
+
+def rehearse(step, objective, reference, schedule, logps, args):
+    """Run what takes most memory of a run, and print what that and, with `steps`, the whole run take.
+
+    The model is another one afterwards.
+
+    Args:
+        step, objective: the run's `Step` and `Objective`.
+        reference: its `Reference`, or None.
+        schedule: its `Schedule`.
+        logps: its `ReferenceLogps`, not taken yet.
+        args: `TrainingArgs`.
+
+    Raises:
+        ConfigError: the device has less memory than the longest batch seems to need.
+    """
+    epochs = args.iters * args.batch_size / len(logps.dataset)
+    updates = -(-args.iters // args.grad_accumulation_steps)
+    rprint(f"\n{args.iters} iterations of {args.batch_size} pairs are {epochs:.2f} epochs and {updates} updates")
+    iterations = range(1, args.iters + 1)
+    tokens = np.array([tokens_of(schedule, iteration) for iteration in iterations])
+    with checkpointed_layers(step.model) if args.grad_checkpoint else nullcontext(), bounded_memory() as evaluate:
+        scoring = score_largest(objective, reference, logps, schedule, args)
+        if args.reference_model is not None and reference is not None:
+            reference.release()
+        step.model.train()
+        smallest, largest = (int(find(tokens)) for find in (np.argmin, np.argmax))
+        begin_peak_anew()
+        resting = mx.get_active_memory()
+        evaluate(run_step(step, schedule, smallest + 1, args), tokens[largest] / tokens[smallest])
+        refuse_too_large(resting, (mx.get_peak_memory() - resting) * tokens[largest] / tokens[smallest])
+        for _ in range(2):  # as in a run, the second one is traced while the device works on the first
+            mx.async_eval(run_step(step, schedule, largest + 1, args))
+        mx.synchronize()
+        tell_memory(step)
+        if args.steps:
+            tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
+    rprint("\nNothing that can be told beforehand stops this run.")
+
+
+def tokens_of(schedule, iteration):
+    """Tokens that the body runs over in a step."""
+    shape = schedule.shape(iteration)
+    return shape.tokens or 2 * len(schedule.rows(iteration)) * shape.width
+
+
+def run_step(step, schedule, iteration, args):
+    """What a step of an iteration leaves to be evaluated; with accumulation one more batch comes before its update."""
+    if args.grad_accumulation_steps > 1:
+        step(*schedule.batch(iteration, None)[:2], False)
+    sums, norm = step(*schedule.batch(iteration, None)[:2], True)
+    return [step.state(), sums, norm]
+
+
+def score_largest(objective, reference, logps, schedule, args):
+    """Score the largest batches of the reference pass and of a validation; returns the seconds that a token takes."""
+    validated = logps.val_dataset, logps.val_rows
+    tried = [(objective.scorer, *validated, args.batch_size if objective.loss.reads_batch else None)]
+    if reference is not None:
+        visited = logps.dataset, schedule.visited(1, args.iters)
+        tried += [(reference.scorer, *rows, args.reference_batch_size) for rows in (visited, validated)]
+    seconds = 0.0
+    for scorer, dataset, rows, size in tried:
+        if not len(rows):
+            continue
+        lengths = lengths_of(dataset, rows)
+        most = ample_tokens(scorer, int(lengths.sum(axis=1).max()))
+        places = max(
+            plan(lengths, size) if size else filled(lengths, most, scorer.arrangement),
+            key=lambda places: lengths[places].sum(),
+        )
+        with evaluating(scorer.model):
+            batch, processed, _ = make_batch([dataset[int(rows[place])] for place in places], scorer.arrangement)
+            tic = time.perf_counter()
+            logps = scorer(batch)
+            mx.eval(logps.total, logps.common)
+            seconds = (time.perf_counter() - tic) / processed
+            trim_cache()
+    return seconds
+
+
+def lengths_of(dataset, rows):
+    """Tokens of prompt, chosen and rejected of some rows, `(n, 3)`."""
+    return np.array([pair_lengths(dataset[int(row)]) for row in rows])
+
+
+def refuse_too_large(resting, needed):
+    """Check that the largest step's memory, by what the smallest took for a token, is less than the device has."""
+    if resting + needed > device_memory():
+        raise ConfigError(
+            f"a step of the longest batch seems to need {(resting + needed) / 1e9:.1f} GB, and the device has "
+            f"{device_memory() / 1e9:.1f}; a smaller batch_size with more grad_accumulation_steps, a smaller "
+            "max_seq_length, or grad_checkpoint takes less."
+        )
+
+
+def tell_memory(step):
+    """Print the most memory that MLX's arrays took so far, and of what."""
+    trained, everything, state = (
+        sum(value.nbytes for _, value in tree_flatten(tree))
+        for tree in (step.model.trainable_parameters(), step.model.parameters(), step.optimizer.state)
+    )
+    peak = peak_memory()
+    parts = {"weights": everything - trained, "trained weights": trained, "optimizer": state}
+    parts |= {"activations, gradients": peak - everything - state, "in all": peak}
+    rprint("\nmemory, GB")
+    for name, size in parts.items():
+        rprint(f"  {name:22} {size / 1e9:8.3f}" + (f" of {device_memory() / 1e9:.1f}" if name == "in all" else ""))
+
+
+def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate):
+    """Time `steps` steps of usual length, and print what the run will take by that."""
+    usual = np.argsort(np.abs(tokens - tokens.mean()), kind="stable")[: args.steps]
+    if step.compiled:
+        evaluate([run_step(step, schedule, int(i) + 1, args) for i in usual])
+    tic = time.perf_counter()
+    for i in usual:
+        mx.eval(run_step(step, schedule, int(i) + 1, args))
+    batches = len(usual) * (2 if args.grad_accumulation_steps > 1 else 1)
+    seconds = (time.perf_counter() - tic) / batches * tokens.mean() / tokens[usual].mean()
+    valid = lengths_of(logps.val_dataset, logps.val_rows).sum() * scoring
+    validations = 1 + -(-args.iters // args.steps_per_eval)
+    parts = {f"{args.iters} steps of {seconds:.3f} s": args.iters * seconds}
+    if len(logps.val_rows):
+        parts[f"{validations} validations of {valid:.3f} s"] = validations * valid
+    if objective.loss.needs_reference:
+        visited = lengths_of(logps.dataset, schedule.visited(1, args.iters)).sum() * scoring
+        parts["reference, where none of it is kept"] = visited + valid
+    parts["in all"] = sum(parts.values())
+    rprint(f"\ntime by {len(usual)} steps, in minutes")
+    for name, total in parts.items():
+        rprint(f"  {name:38} {total / 60:8.1f}")

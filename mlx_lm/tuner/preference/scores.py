@@ -1,0 +1,189 @@
+"""What a test says of its pairs: figures with intervals, by source, in a file, and against other adapters' figures."""
+
+import json
+import math
+import re
+from statistics import NormalDist
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .divergence import mean_kl
+from .evaluation import evaluated_rows, means_of, pair_figures, reference_logps
+from .files import replace_file
+from .options import ConfigError
+
+# Two-sided 95 %.
+Z = NormalDist().inv_cdf(0.975)
+COMPARED = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}
+
+
+class Scores(NamedTuple):
+    """What each of n tested pairs was given.
+
+    Attributes:
+        figures: `(n,)` float64 for each of FIGURES and TOKEN_FIGURES.
+        reference: `(n, 2)` float32, the reference's logps of chosen and rejected, or None.
+        places, sources: of each pair, where its row stands, and its `source` or None.
+        kl: `(KL, pairs)`: of the policy from the reference in nats a response token, and of how many pairs; or None.
+    """
+
+    figures: dict
+    reference: np.ndarray
+    places: list
+    sources: list
+    kl: tuple
+
+    @property
+    def means(self):
+        """What `means_of` makes of the figures."""
+        return means_of(self.figures)
+
+
+def score(objective, dataset, args, reference=None, base=None):
+    """Score the pairs that `args` ask for, each once.
+
+    Args:
+        objective: an `Objective`.
+        dataset: a `PreferenceDataset`.
+        args: the run's configuration, with `batch_size` and `test_batches`.
+        reference: a `Reference` or its logps of these pairs; by default as `trainer.evaluate`.
+        base: the reference's `Scorer`, for the KL; by default the policy without its adapters.
+
+    Returns:
+        `Scores`.
+    """
+    rows = evaluated_rows(dataset, args.batch_size, args.test_batches)
+    reference = reference_logps(objective, dataset, args, rows, reference)
+    figures = pair_figures(objective, dataset, rows, reference, args.batch_size)
+    where = getattr(dataset, "where", lambda row: f"row {row}")
+    source = getattr(dataset, "source", lambda row: None)
+    # After a training that began with adapters, or with another reference, that policy is no longer at hand.
+    at_hand = base is not None or (args.resume_adapter_file is None and args.reference_model is None)
+    return Scores(
+        figures,
+        None if reference is None else np.asarray(reference)[:, :, 0],
+        [where(int(row)) for row in rows],
+        [source(int(row)) for row in rows],
+        mean_kl(objective.scorer, base, dataset, rows) if at_hand else None,
+    )
+
+
+def wilson(share, count):
+    """The 95 % interval of a share of `count` cases that was seen to be `share` (Wilson 1927)."""
+    middle, spread = share + Z**2 / (2 * count), Z * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
+    return (middle - spread) / (1 + Z**2 / count), (middle + spread) / (1 + Z**2 / count)
+
+
+def paired_interval(differences, shares=False):
+    """The mean of paired differences, and its 95 % interval.
+
+    Args:
+        differences: `(n,)`.
+        shares: they are of values between 0 and 1, where a normal interval is too short with few pairs that differ: two
+            more pairs are counted, half of one in each direction (Agresti and Min 2005).
+
+    Returns:
+        `(mean, low, high)`; the bounds are infinite where one pair cannot tell.
+    """
+    differences = np.asarray(differences, float)
+    more, count = (1.0, len(differences) + 2) if shares else (0.0, len(differences))
+    if count < 2:
+        return float(differences.mean()), -math.inf, math.inf
+    middle = differences.sum() / count
+    freedom = count if shares else count - 1
+    spread = ((differences**2).sum() + more - count * middle**2) / freedom
+    half = Z * math.sqrt(max(spread, 0.0) / count)
+    return float(differences.mean()), float(middle - half), float(middle + half)
+
+
+def described(scores):
+    """A test's figures in two lines, and below them those of each source, where rows have one."""
+    figures, count = scores.means, len(scores.places)
+    low, high = wilson(figures["rewards/accuracies"], count)
+    kl = "" if scores.kl is None else f", KL {scores.kl[0]:.4f} nats a token"
+    if scores.kl is not None and scores.kl[1] < count:
+        kl += f" (of {scores.kl[1]} pairs)"
+    lines = [
+        f"Test loss {figures['loss']:.3f}, reward accuracy {figures['rewards/accuracies']:.3f} (95 % interval "
+        f"{low:.3f} to {high:.3f}) ({count} pairs),",
+        f"  margin {figures['rewards/margins']:+.3f}, chosen {figures['rewards/chosen']:+.3f}, "
+        f"rejected {figures['rewards/rejected']:+.3f}{kl}.",
+    ]
+    if any(scores.sources):
+        named = [source or "(no source)" for source in scores.sources]
+        width = max(map(len, [*named, "source"]))
+        lines.append(f"  {'source':{width}}  pairs  accuracy  95 % interval     margin    loss")
+        for name in sorted(set(named)):
+            mine = np.array([other == name for other in named])
+            loss, accuracy, margin = (
+                scores.figures[key][mine].mean() for key in ("loss", "rewards/accuracies", "rewards/margins")
+            )
+            low, high = wilson(accuracy, mine.sum())
+            span = f"{low:.3f} to {high:.3f}"
+            lines.append(
+                f"  {printable(name):{width}}  {mine.sum():5}  {accuracy:8.3f}  {span}  {margin:+9.3f}  {loss:6.3f}"
+            )
+    return "\n".join(lines)
+
+
+def printable(text):
+    """A text without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def write_predictions(path, scores):
+    """Write a JSON line for each pair: where it stands, its logps, rewards, loss, and its source if it has one.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    lines = []
+    for i, place in enumerate(scores.places):
+        found = re.fullmatch(r"(.*?)(?::|, row |row )(\d+)", place, re.DOTALL)
+        line = {"file": found[1], "line": int(found[2])} if found and ":" in place else {"row": place}
+        if scores.sources[i] is not None:
+            line["source"] = scores.sources[i]
+        line |= {name: float(values[i]) for name, values in scores.figures.items()}
+        if scores.reference is not None:
+            line |= dict(
+                zip(("reference_logps/chosen", "reference_logps/rejected"), scores.reference[i].tolist(), strict=True)
+            )
+        lines.append(json.dumps(finite(line)) + "\n")
+    if mx.distributed.init().rank() != 0:
+        return
+    try:
+        replace_file(path, lambda file: file.write("".join(lines).encode()))
+    except OSError as error:
+        raise ConfigError(f"predictions is {str(path)!r}, which cannot be written ({error.strerror}).") from error
+
+
+def finite(line):
+    """A dict with None for each value that is not finite, for which JSON has no word."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+    }
+
+
+def compared(names, scores, loss):
+    """Whether two adapters differ on the pairs that both were tested on, as text.
+
+    Args:
+        names: of the adapters.
+        scores: the `Scores` of both.
+        loss: the `PreferenceLoss` that both were scored with.
+    """
+    first, second = (found.figures for found in scores)
+    lines = [f"{names[1]} less {names[0]}, pair by pair ({len(scores[0].places)} pairs), with 95 % intervals:"]
+    better = {name: [] for name in names}
+    for key, name in COMPARED.items():
+        if key == "loss" and loss.sorts_batch:
+            continue  # a value of the loss belongs to no pair
+        mean, low, high = paired_interval(second[key] - first[key], shares=key == "rewards/accuracies")
+        lines.append(f"  {name:15}  {mean:+.3f}  ({low:+.3f} to {high:+.3f})")
+        if low > 0 or high < 0:
+            better[names[(mean < 0) == (key == "loss")]].append(name)
+    told = [f"{name} has the better {', '.join(kinds)}" for name, kinds in better.items() if kinds]
+    lines.append(f"They differ: {'; '.join(told)}." if told else "No difference is shown on these pairs.")
+    return "\n".join(lines)

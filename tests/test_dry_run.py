@@ -1,0 +1,110 @@
+"""The dry run: what it tells of rows and pairs, memory against a run's, and that it neither trains nor writes."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from chat_tokenizers import smollm
+
+import mlx_lm.lora
+from mlx_lm.tuner.datasets import PreferenceDataset
+from mlx_lm.tuner.preference import dry_run, memory
+from mlx_lm.tuner.preference.dry_run import describe_data, text_of, with_marks
+
+EXAMPLES = Path(mlx_lm.lora.__file__).parent / "examples"
+# A large rate, so that a step that was taken would show.
+SETTINGS = "--train --loss-type dpo --iters 12 --num-layers 99 --learning-rate 1e-3 --val-batches -1".split()
+
+
+def command(*flags, folder, data=EXAMPLES / "preferences"):
+    """Run the command; returns its exit status."""
+    mx.reset_peak_memory()
+    given = ["mlx_lm.lora", "--model", EXAMPLES / "tiny_chat_model", "--data", data, "--adapter-path", folder / "a"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*map(str, given), *SETTINGS, "--reference-cache", "none", *flags])
+        patch.setattr(memory, "_earlier_peak", 0)
+        patch.setattr("mlx_lm.tuner.preference.run.plot_metrics", lambda folder: None)
+        try:
+            mlx_lm.lora.main()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def number(pattern, text):
+    return float(re.search(pattern, text)[1])
+
+
+@pytest.mark.parametrize("flags", [(), ("--grad-accumulation-steps", "2", "--grad-checkpoint"), ("--no-share-prompt",)])
+def test_the_memory_is_within_a_fifth_of_the_runs(tmp_path, capsys, flags):
+    assert command("--check", *flags, folder=tmp_path) == 0
+    told = number(r"in all +([\d.]+) of", capsys.readouterr().out)
+    assert not (tmp_path / "a").exists()
+    assert command(*flags, folder=tmp_path) == 0
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert told == pytest.approx(max(line["peak_memory"] for line in lines if "peak_memory" in line), rel=0.2)
+
+
+def test_what_it_tells(tmp_path, capsys):
+    assert command("--check", "--steps", "2", "--epochs", "0.5", "--iters", "50", folder=tmp_path) == 2
+    assert command("--check", "--steps", "2", "--batch-size", "8", folder=tmp_path) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^  train +400 +0 +0 +0$", out, re.M) and re.search(r"^  valid +80 ", out, re.M)
+    assert "12 iterations of 8 pairs are 0.24 epochs and 12 updates" in out
+    steps, seconds, minutes = re.search(r"(\d+) steps of ([\d.]+) s +([\d.]+)", out).groups()
+    assert steps == "12" and float(minutes) == pytest.approx(12 * float(seconds) / 60, abs=0.06)
+    assert re.search(r"2 validations of [\d.]+ s ", out)
+    assert "rows are read as prompt, chosen, rejected" in out and "Nothing that can be told" in out
+    assert command("--steps", "2", folder=tmp_path) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch):
+    rows = tmp_path / "data"
+    rows.mkdir()
+    (rows / "train.jsonl").write_text('{"prompt": "Why?", "chosen": "So."}\n')
+    assert command("--check", folder=tmp_path, data=rows) == 2
+    assert "train.jsonl:1: rejected is missing" in capsys.readouterr().err
+    assert command("--check", "--resume", folder=tmp_path) == 2
+    assert command("--check", "--save-best", "margin", "--val-batches", "0", folder=tmp_path) == 2
+    assert command("--check", "--loss-type", "sft", folder=tmp_path) == 2
+    assert "dry run of preference training" in capsys.readouterr().err
+    monkeypatch.setattr(dry_run, "device_memory", lambda: 2e6)
+    assert command("--check", folder=tmp_path) == 2
+    assert "seems to need 0.0 GB, and the device has 0.0; a smaller batch_size" in capsys.readouterr().err
+
+
+def test_a_test_alone_is_checked_too(tmp_path, capsys):
+    assert command("--check", "--no-train", "--test", "--adapter-path", "none", folder=tmp_path) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^  test +80 ", out, re.M) and "Test loss" not in out and "  train  " not in out
+
+
+def test_quantiles_of_lengths_and_marks_around_what_is_scored(capsys):
+    tokenizer = smollm()
+    row = {"prompt": "Why?", "chosen": "So <b>it</b> is.", "rejected": "No."}
+    data = PreferenceDataset([row, {**row, "chosen": "So it is, and so on and on."}], tokenizer)
+    describe_data({"train": data, "valid": []}, tokenizer)
+    out = capsys.readouterr().out
+    lengths = [data.lengths(i) for i in range(2)]
+    for name, place in (("prompt", 0), ("chosen", 1), ("rejected", 2)):
+        found = re.search(rf"^  {name} +(\d+) .* (\d+)$", out, re.M).groups()
+        assert [int(value) for value in found] == [min(x[place] for x in lengths), max(x[place] for x in lengths)]
+    assert "\u27e6So <b>it</b> is.<|im_end|>\u27e7" in out and "<|im_start|>user" in out
+
+
+def test_spans_that_are_not_scored_stand_outside_of_the_marks():
+    class Letters:
+        def decode(self, tokens, skip_special_tokens):
+            assert not skip_special_tokens
+            return "".join(chr(97 + token) for token in tokens)
+
+    assert with_marks(Letters(), range(6), ((2, 4),)) == "\u27e6ab\u27e7cd\u27e6ef\u27e7"
+    assert with_marks(Letters(), range(3), ((0, 1),)) == "a\u27e6bc\u27e7"
+    assert with_marks(Letters(), range(2), ()) == "\u27e6ab\u27e7"
+    assert text_of(Letters(), [-70]) == "\\x1b", "an escape sequence of the data is none on the terminal"
+    long = text_of(Letters(), [0] * 2000)
+    assert "1400 characters" in long and len(long) < 700

@@ -1,0 +1,149 @@
+"""What a test says of its pairs: intervals by hand, the KL by its definition, lines for each source and each pair."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import some_pairs, tiny_llama
+
+from mlx_lm.tuner.preference.divergence import mean_kl, token_kl
+from mlx_lm.tuner.preference.evaluation import mean_figures, without_adapters
+from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.scores import (
+    Scores,
+    compared,
+    described,
+    paired_interval,
+    score,
+    wilson,
+    write_predictions,
+)
+from mlx_lm.tuner.preference.step import FIGURES, TOKEN_FIGURES, Objective
+
+
+class Pairs(list):
+    """Pairs that know where their rows stand and where they come from."""
+
+    def where(self, i):
+        return f"data/test.jsonl:{2 * i + 1}"
+
+    def source(self, i):
+        return None if i == 2 else "ab"[i % 2]
+
+
+def test_the_interval_of_a_share():
+    """8 of 10: 0.4902 to 0.9433 in Wilson's own terms; no share is certain."""
+    assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(1.0, 10) == pytest.approx((1 / (1 + 1.959964**2 / 10), 1.0))
+
+
+def test_the_interval_of_paired_differences():
+    """Of ten pairs four gained and one lost: (4 - 1) / 12 and sqrt(6 - 9 / 12) / 12 with half a pair more each."""
+    mean, low, high = paired_interval([1, 1, 1, 1, -1, 0, 0, 0, 0, 0], shares=True)
+    assert mean == pytest.approx(0.3)
+    assert (low, high) == pytest.approx((0.25 - 1.959964 * 0.190941, 0.25 + 1.959964 * 0.190941), abs=1e-5)
+    # Of 1, 2 and 3 the mean is 2 and its standard error 1 / sqrt(3).
+    assert paired_interval([1, 2, 3]) == pytest.approx((2, 2 - 1.959964 / 3**0.5, 2 + 1.959964 / 3**0.5), abs=1e-5)
+    assert paired_interval([1]) == (1, -math.inf, math.inf)
+    low, high = paired_interval(np.zeros(20), shares=True)[1:]
+    assert low < 0 < high, "pairs that all agree do not prove that others would"
+
+
+def plain_kl(model, pairs):
+    """Of each response token, by the definition, from rows of one response each."""
+    found = []
+    for side in (1, 2):
+        for pair in pairs:
+            tokens = mx.array([pair[0] + pair[side]])[:, :-1]
+            places = slice(len(pair[0]) - 1, None)
+            logits = model(tokens)[0, places]
+            with without_adapters(model):
+                bare = model(tokens)[0, places]
+            logps, bare = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (logits, bare))
+            found += (mx.exp(logps) * (logps - bare)).sum(-1).tolist()
+    return found
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
+    monkeypatch.setattr("mlx_lm.tuner.preference.divergence.CHUNK_LOGITS", 97 * 5)
+    model, pairs = tiny_llama(moved=True), some_pairs(5)
+    policy = Scorer(model, share_prompt)
+    expected = plain_kl(model, pairs)
+    assert min(expected) > 0
+    assert token_kl(policy, None, pairs) == pytest.approx(expected, abs=1e-5)
+    assert mean_kl(policy, None, pairs, np.arange(5)) == (pytest.approx(np.mean(expected), abs=1e-5), 5)
+    # A reference that is another model, and one that is not at hand.
+    assert token_kl(policy, Scorer(tiny_llama(lora=False)), pairs) == pytest.approx(expected, abs=1e-5)
+    assert mean_kl(Scorer(tiny_llama(lora=False)), None, pairs, np.arange(5)) is None
+    monkeypatch.setattr("mlx_lm.tuner.preference.divergence.MOST_PAIRS", 2)
+    few = np.mean(plain_kl(model, [pairs[0], pairs[4]]))
+    assert mean_kl(policy, None, pairs, np.arange(5)) == (pytest.approx(few, abs=1e-5), 2)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    objective, pairs = Objective(Scorer(tiny_llama(moved=True)), preference_loss("dpo")), Pairs(some_pairs(5))
+    args = SimpleNamespace(batch_size=2, test_batches=-1, resume_adapter_file=None, reference_model=None)
+    logps = np.random.default_rng(0).normal(-30, 9, (5, 2, 2)).astype(np.float32)
+    found = score(objective, pairs, args, logps)
+    means = mean_figures(objective, pairs, np.arange(5), logps, 2)
+    return found, logps, means
+
+
+def test_each_pair_has_its_figures(scores):
+    found, logps, means = scores
+    assert found.means == pytest.approx(means) and set(found.figures) == {*FIGURES, *TOKEN_FIGURES}
+    margins = found.figures["rewards/margins"]
+    assert found.figures["loss"] == pytest.approx(np.logaddexp(0, -margins), abs=1e-5)
+    ratios = found.figures["logps/chosen"] - logps[:, 0, 0]
+    assert found.figures["rewards/chosen"] == pytest.approx(0.1 * ratios, abs=1e-5)
+
+
+def test_the_lines_of_a_test(scores):
+    found, _, means = scores
+    first, second, head, *sources = described(found).splitlines()
+    low, high = wilson(means["rewards/accuracies"], 5)
+    told = f"reward accuracy {means['rewards/accuracies']:.3f} (95 % interval {low:.3f} to {high:.3f}) (5 pairs)"
+    assert told in first and f"KL {found.kl[0]:.4f} nats a token." in second and "source" in head
+    assert [(line.rsplit(None, 7)[0].strip(), int(line.split()[-7])) for line in sources] == [
+        ("(no source)", 1),
+        ("a", 2),
+        ("b", 2),
+    ]
+    assert float(sources[1].split()[-1]) == pytest.approx(found.figures["loss"][[0, 4]].mean(), abs=1e-3)
+    plain = described(found._replace(sources=[None] * 5, kl=None))
+    assert plain.count("\n") == 1 and "KL" not in plain
+
+
+def test_predictions_are_a_line_a_pair(scores, tmp_path):
+    found, logps, _ = scores
+    path = tmp_path / "predictions.jsonl"
+    write_predictions(path, found._replace(figures=found.figures | {"loss": np.array([np.nan, 1, 2, 3, 4])}))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["line"] for line in lines] == [1, 3, 5, 7, 9] and lines[0]["file"] == "data/test.jsonl"
+    assert [line.get("source") for line in lines] == found.sources and "source" not in lines[2]
+    assert [line["loss"] for line in lines] == [None, 1, 2, 3, 4]
+    assert [line["reference_logps/rejected"] for line in lines] == logps[:, 1, 0].tolist()
+    assert [line["rewards/margins"] for line in lines] == found.figures["rewards/margins"].tolist()
+
+
+def test_a_comparison_tells_who_is_better_or_nobody():
+    def made(accuracies, margins, losses):
+        figures = {"rewards/accuracies": accuracies, "rewards/margins": margins, "loss": losses}
+        figures = {name: np.array(values, float) for name, values in figures.items()}
+        return Scores(figures, None, list(range(20)), [None] * 20, None)
+
+    noise = np.tile([0.1, -0.1], 10)
+    worse, better = made([0] * 15 + [1] * 5, noise, 1 + noise), made([1] * 20, 1 - noise, 0.5 - noise)
+    loss = preference_loss("dpo")
+    told = compared(["A", "B"], [worse, better], loss).splitlines()
+    assert told[0].startswith("B less A, pair by pair (20 pairs)") and "+0.750" in told[1]
+    assert told[-1] == "They differ: B has the better reward accuracy, margin, loss."
+    assert compared(["A", "B"], [better, worse], loss).endswith("A has the better reward accuracy, margin, loss.")
+    assert compared(["A", "B"], [worse, worse], loss).endswith("No difference is shown on these pairs.")
+    assert "loss" not in compared(["A", "B"], [worse, better], preference_loss("aot"))
