@@ -35,6 +35,8 @@ FIGURES = {
 }
 # Of the trained model, measured by one code for both programs.
 HELD_OUT = {
+    "loss": "loss",
+    "accuracy": "accuracy",
     "margin": "margin",
     "chosen reward": "chosen_reward",
     "accuracy, chosen longer": "accuracy_chosen_longer",
@@ -45,6 +47,7 @@ HELD_OUT = {
     "sampled tokens": "sampled_length",
     "ended by itself": "sampled_whole",
 }
+COMPARED = ("loss", "accuracy", "margin", "chosen_reward")
 SETTINGS = ("epochs", "batch_size", "max_seq_length", "learning_rate", "schedule", "beta")
 
 
@@ -155,8 +158,9 @@ def counterpart(key, grouped):
     return grouped.get(("TRL", dtype, json.dumps(settings, sort_keys=True)))
 
 
-def print_epochs(grouped):
-    print_head("run", "dtype", "seeds", "epoch", *(head for name in FIGURES for head in (name, "from TRL")))
+def epoch_table(grouped):
+    """`(header, rows)` of what each program says of its validations."""
+    rows = []
     for key, records in grouped.items():
         label, dtype, _ = key
         others = counterpart(key, grouped) if label != "TRL" else None
@@ -166,15 +170,29 @@ def print_epochs(grouped):
                 values = [record["epochs"][epoch][name] for record in records]
                 theirs = [record["epochs"][epoch][name] for record in others] if others else []
                 row += [cell(values), distance(values, theirs)]
-            print_row(label, dtype, len(records), epoch, *row)
+            rows.append((label, dtype, len(records), epoch, *row))
+    return ("run", "dtype", "seeds", "epoch", *(head for name in FIGURES for head in (name, "from TRL"))), rows
 
 
-def print_held_out(grouped):
-    print()
-    print_head("run", "dtype", "seeds", *HELD_OUT)
-    for (label, dtype, _), records in grouped.items():
-        found = [record["held_out"] for record in records]
-        print_row(label, dtype, len(records), *(cell([each.get(key) for each in found]) for key in HELD_OUT.values()))
+def held_out_table(grouped):
+    """`(header, rows)` of the trained models, measured by one code."""
+    rows = []
+    for key, records in grouped.items():
+        label, dtype, _ = key
+        others = counterpart(key, grouped) if label != "TRL" else None
+        row = []
+        for name in HELD_OUT.values():
+            values, theirs = ([each["held_out"].get(name) for each in runs] for runs in (records, others or []))
+            row += [cell(values), *([distance(values, theirs)] if name in COMPARED else [])]
+        rows.append((label, dtype, len(records), *row))
+    heads = (head for head, name in HELD_OUT.items() for head in ((head, "from TRL") if name in COMPARED else (head,)))
+    return ("run", "dtype", "seeds", *heads), rows
+
+
+def print_table(header, rows):
+    print_head(*header)
+    for row in rows:
+        print_row(*row)
 
 
 def draw(grouped, path):
@@ -259,8 +277,9 @@ def main():
             if options.samples:
                 add_base(options, results)
     grouped = groups(results.records)
-    print_epochs(grouped)
-    print_held_out(grouped)
+    print_table(*epoch_table(grouped))
+    print()
+    print_table(*held_out_table(grouped))
     if options.picture:
         draw(grouped, options.picture)
     if not complete:
