@@ -248,22 +248,28 @@ def run(args, training_callback=None):
         set_cuda_for_training()
     workers.join(vars(args))
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
-    if not preference:
-        warn_of_preference_keys(args)
-        try:
-            return _upstream_run(args, training_callback)
-        except ValueError as error:
-            if not holds_preferences(args.data):
-                raise
-            raise ConfigError(
-                f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
-                "is sft; set loss_type, for example to dpo."
-            ) from error
-    loss = check_config(args)
-    if not args.train and (slow_blas := slow_blas_hint()) is not None:
-        rprint(slow_blas)  # training says it itself
-    with handled_signals(), _told_plainly(args):
-        _run(args, loss, training_callback)
+    if preference:
+        loss = check_config(args)
+        if not args.train and (slow_blas := slow_blas_hint()) is not None:
+            rprint(slow_blas)  # training says it itself
+        with handled_signals(), _told_plainly(args):
+            _run(args, loss, training_callback)
+    else:
+        _run_supervised(args, training_callback)
+    workers.leave()
+
+
+def _run_supervised(args, training_callback):
+    warn_of_preference_keys(args)
+    try:
+        _upstream_run(args, training_callback)
+    except ValueError as error:
+        if not holds_preferences(args.data):
+            raise
+        raise ConfigError(
+            f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
+            "is sft; set loss_type, for example to dpo."
+        ) from error
 
 
 def _run(args, loss, training_callback):
@@ -393,7 +399,6 @@ def main():
         if config:
             check_file(config, yaml_loader)
         _upstream_main()
-        workers.leave()
     except ConfigError as error:
         sys.exit(workers.tell(f"error: {error}", 2))
     except yaml.YAMLError as error:
