@@ -14,6 +14,7 @@ LARGE_MARGIN = 10.0
 # A correlation of margins with lengths, and of how many pairs, that is more than chance.
 STRONG, ENOUGH = 0.5, 20
 WIDEST = 0.1
+READ = ("loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")), "logps/chosen")
 
 
 def health(validations, loss):
@@ -26,7 +27,8 @@ def health(validations, loss):
     Returns:
         A list of sentences, empty where nothing is wrong that shows.
     """
-    sound = [line for line in validations if isinstance(line.get("eval_loss"), (int, float))]
+    # What was not finite is None there, and so is a side of which single responses had none.
+    sound = [line for line in validations if all(isinstance(line.get(f"eval_{name}"), (int, float)) for name in READ)]
     if not sound:
         return []
     first, *_, last = sound if len(sound) > 1 else sound * 2
