@@ -1,6 +1,7 @@
 """The reports of a run: their names, the file, the plot, and whoever else listens."""
 
 import json
+import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest

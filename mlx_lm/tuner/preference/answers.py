@@ -24,6 +24,19 @@ def text_of(tokenizer, tokens):
     return tokenizer.decode(tokens, skip_special_tokens=True).encode(errors="replace").decode()
 
 
+def responses_of(pair):
+    """The tokens of a pair's chosen and rejected response; a single response stands on the side of its label."""
+    if pair.label is None:
+        return pair.chosen, pair.rejected
+    return (pair.chosen, []) if pair.label else ([], pair.chosen)
+
+
+def texts_of(tokenizer, pair):
+    """A dict of the texts of a pair's prompt, chosen and rejected response."""
+    tokens = zip(("prompt", "chosen", "rejected"), (pair.prompt, *responses_of(pair)), strict=True)
+    return {name: text_of(tokenizer, part) for name, part in tokens}
+
+
 def answers(model, tokenizer, prompts, advance=lambda count: None):
     """The model's greedy answers.
 

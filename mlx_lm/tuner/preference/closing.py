@@ -44,10 +44,9 @@ def print_closing(args, epochs):
 
 
 def _told(line):
-    accuracy, margin = line["eval_rewards/accuracies"], line["eval_rewards/margins"]
-    return (
-        f"loss {line['eval_loss']:.3f}, accuracy {accuracy:.3f}, margin {margin:+.3f} (iteration {line['iteration']})"
-    )
+    figures = (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
+    told = (f"{name} {line[f'eval_{key}']:.3f}" for name, key in figures if line.get(f"eval_{key}") is not None)
+    return f"{', '.join(told)} (iteration {line['iteration']})"
 
 
 def next_commands(args, epochs=None):

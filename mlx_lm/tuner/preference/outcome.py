@@ -6,7 +6,7 @@ Upstream has no module of this name.
 from pathlib import Path
 
 from ..callbacks import send_samples
-from .answers import answers, print_side_by_side, text_of
+from .answers import answers, print_side_by_side, texts_of
 from .card import write_card
 from .curves import plot_metrics
 from .health import health
@@ -59,8 +59,8 @@ class Outcome:
         where = places_of(self.logps.val_dataset)
         lines = []
         for row, pair, answer in zip(self._sampled, pairs, found, strict=True):
-            texts = {name: text_of(self._tokenizer, getattr(pair, name)) for name in ("prompt", "chosen", "rejected")}
-            lines.append({"iteration": iteration, "row": where(int(row))} | texts | {"answer": answer})
+            line = {"iteration": iteration, "row": where(int(row))} | texts_of(self._tokenizer, pair)
+            lines.append(line | {"answer": answer})
         add_lines(self.folder / SAMPLES_FILE, lines)
         earlier = read_metrics(self.folder / SAMPLES_FILE)
         if iteration > 0:

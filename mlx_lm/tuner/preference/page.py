@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from .answers import text_of
+from .answers import responses_of, texts_of
 from .files import replace_file
 from .nonfinite import places_of
 
@@ -42,14 +42,14 @@ def table_rows(dataset, rows, tokenizer):
     where, seen, found = places_of(dataset), {}, []
     for row in map(int, rows[:MOST_PAIRS]):
         pair, place = dataset[row], where(row)
-        prompt, chosen, rejected = map(tuple, (pair.prompt, pair.chosen, pair.rejected))
+        prompt, chosen, rejected = map(tuple, (pair.prompt, *responses_of(pair)))
         note = ""
         if (prompt, chosen, rejected) in seen:
             note = f"the same as {seen[prompt, chosen, rejected]}"
         elif (prompt, rejected, chosen) in seen:
             note = f"{seen[prompt, rejected, chosen]} says the reverse"
         seen.setdefault((prompt, chosen, rejected), place)
-        texts = {name: text_of(tokenizer, getattr(pair, name)) for name in ("prompt", "chosen", "rejected")}
+        texts = texts_of(tokenizer, pair)
         cut = {
             name: text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " ..." for name, text in texts.items()
         }

@@ -103,8 +103,9 @@ class Reporter:
         tic = time.perf_counter()
         with self.ui.val_task(len(logps.val_rows)) as advance:
             found = pair_figures(objective, logps.val_dataset, logps.val_rows, logps.valid, batch_size, advance)
-            figures, kl = means_of(found), validation_kl(objective, logps)
-        figures |= {} if kl is None else {"kl": kl}
+            figures = means_of(found)
+            if not objective.loss.unpaired and (kl := validation_kl(objective, logps)) is not None:
+                figures["kl"] = kl  # of single responses the loss has an estimate of its own
         seconds = time.perf_counter() - tic
         self.ui.report_val(iteration, figures, len(logps.val_rows), seconds)
         if not np.isfinite(figures["loss"]):

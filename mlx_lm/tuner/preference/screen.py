@@ -37,6 +37,11 @@ def make_bars(rank):
     )
 
 
+def signed(value):
+    """A figure with its sign; what rounds to 0 has none of its own."""
+    return f"{round(value, 3) + 0.0:+.3f}"
+
+
 class RunUI(TrainUI):
     """Upstream's `TrainUI` with a preference run's figures, a line a report."""
 
@@ -90,7 +95,7 @@ class RunUI(TrainUI):
         # Numbers too long for their columns must not break a line in two.
         self._console.print(
             f"[ui.muted]{iteration:>6}[/ui.muted]  [bold {style}]{figures['loss']:>6.3f} {arrow}[/bold {style}]  "
-            f"{chosen:>+7.3f}  {rejected:>+8.3f}  {accuracy:>8.3f}  [ui.strong]{margin:>+7.3f}[/ui.strong]  "
+            f"{signed(chosen):>7}  {signed(rejected):>8}  {accuracy:>8.3f}  [ui.strong]{signed(margin):>7}[/ui.strong]  "
             f"[ui.muted]{more}[/ui.muted]",
             soft_wrap=True,
         )
