@@ -76,8 +76,8 @@ class Outcome:
         """The sentences of `health`."""
         return health(self.validations, self.objective.loss)
 
-    def draw(self):
-        """Draw the curves, and write the page and the model card."""
+    def draw(self, ended=False):
+        """Draw the curves and write the page; with the adapters of a run that has `ended`, the model card."""
         picture = plot_metrics(self.folder)
         settings = self.config or {name: value for name, value in vars(self.args).items() if value is not None}
         if self._found is not None:
@@ -89,5 +89,5 @@ class Outcome:
                 self.folder, settings, self.validations, self.health(), samples, picture,
                 iteration, self._rows, figures, self.logps.valid,
             )  # fmt: skip
-        if self.config and "model" in self.config:
+        if ended and self.config and "model" in self.config:
             write_card(Path(self.folder), self.config, self.objective.loss, self.validations)

@@ -133,7 +133,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
         save()
         if first:
-            outcome.draw()
+            outcome.draw(ended=True)
         if request.number is not None:
             raise Interrupted(request.number, f"after iteration {progress.iteration} of {args.iters}, which is saved")
     if first:

@@ -92,11 +92,11 @@ class RunUI(TrainUI):
             figures[f"rewards/{name}"] for name in ("chosen", "rejected", "accuracies", "margins")
         )
         more += f"  KL {figures['kl']:.3f}" if "kl" in figures else ""
+        right = f"{accuracy:>8.3f}  [ui.strong]{signed(margin):>7}[/ui.strong]"
         # Numbers too long for their columns must not break a line in two.
         self._console.print(
             f"[ui.muted]{iteration:>6}[/ui.muted]  [bold {style}]{figures['loss']:>6.3f} {arrow}[/bold {style}]  "
-            f"{signed(chosen):>7}  {signed(rejected):>8}  {accuracy:>8.3f}  [ui.strong]{signed(margin):>7}[/ui.strong]  "
-            f"[ui.muted]{more}[/ui.muted]",
+            f"{signed(chosen):>7}  {signed(rejected):>8}  {right}  [ui.muted]{more}[/ui.muted]",
             soft_wrap=True,
         )
 
