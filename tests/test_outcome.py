@@ -27,6 +27,7 @@ from mlx_lm.tuner.preference.card import MARK, write_card
 from mlx_lm.tuner.preference.closing import next_commands
 from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.run import make_room
 
 EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"
 MODEL = str(EXAMPLES / "tiny_chat_model")
@@ -240,3 +241,12 @@ def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, mon
         assert found["fuse"] == f"{expected} fuse {where} --save-path {tmp_path}/fused"
         assert found["test"] == f"{program} --train --no-train --test --adapter-path {tmp_path}/best"
         assert found["resume"] == f"{program} --train --resume --epochs 3"
+
+
+@pytest.mark.parametrize("text, stays", [(MARK, False), ("# Mine\n", True)])
+def test_a_new_run_moves_an_earlier_ones_card_aside(tmp_path, text, stays):
+    (tmp_path / "adapters.safetensors").touch()
+    (tmp_path / "README.md").write_text(text)
+    make_room(tmp_path, None)
+    assert (tmp_path / "README.md").exists() == stays
+    assert (tmp_path / "earlier-1" / "README.md").exists() != stays

@@ -29,6 +29,12 @@ FIGURES = {
 }
 
 
+def has_card(folder):
+    """Whether a folder's README.md is one that a training has written."""
+    path = Path(folder) / CARD_FILE
+    return path.is_file() and not path.is_symlink() and MARK in path.read_text(errors="replace")
+
+
 def write_card(folder, config, loss, validations):
     """Write the card, unless there is a README.md that the training has not written.
 
@@ -45,7 +51,7 @@ def write_card(folder, config, loss, validations):
     from huggingface_hub import ModelCardData
 
     path = folder / CARD_FILE
-    if path.is_symlink() or path.exists() and (not path.is_file() or MARK not in path.read_text(errors="replace")):
+    if (path.exists() or path.is_symlink()) and not has_card(folder):
         return False
     kind = config.get("fine_tune_type", "lora")
     datasets = [name for name in _data_sets(config) if _on_hub(name)]

@@ -17,6 +17,7 @@ from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile
 from .adapters import lora_plus
 from .batches import Schedule, iterations
+from .card import CARD_FILE, has_card
 from .checkpoint import (
     BEST_FOLDER,
     RUN_FILES,
@@ -273,7 +274,7 @@ def _tell_best(folder, progress, args):
 
 def make_room(folder, config):
     """Move an earlier run's files aside and say so; `config` is told where the adapter that this run began with is."""
-    place = move_aside(folder, RUN_FILES)
+    place = move_aside(folder, (*RUN_FILES, *([CARD_FILE] if has_card(folder) else [])))
     if place is None:
         return
     rprint(f"The files of an earlier run in {folder} are now in {place}.")
