@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 from mlx_lm.fuse import main as fuse
 from mlx_lm.generate import generate
 from mlx_lm.generate import main as generate_main
+from tiny import short_run, some_pairs, tiny_llama
 
 import mlx_lm.lora
 from mlx_lm import load
@@ -27,6 +28,7 @@ from mlx_lm.tuner.preference.card import MARK, write_card
 from mlx_lm.tuner.preference.closing import next_commands
 from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.run import make_room
 
 EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"
@@ -98,9 +100,12 @@ def test_sampling_changes_nothing_that_is_trained(run, tmp_path):
     assert not (tmp_path / "samples.jsonl").exists()
 
 
-def test_sampling_needs_a_validation_set(run, tmp_path):
+def test_sampling_needs_a_validation_set_and_a_tokenizer(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call(mlx_lm.lora.main, *run.words, "--adapter-path", str(tmp_path / "none"), "--val-batches", "0")
+    assert "sample_prompts need validations" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="sample_prompts needs a tokenizer"):
+        short_run(tiny_llama(), some_pairs(4), tmp_path, valid=some_pairs(4), sample_prompts=1)
 
 
 # Presses the heads of the columns and filters, and writes down what the table then shows.

@@ -125,7 +125,7 @@ def _summary(validations):
 
 
 def _number(value):
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else f"{round(value, 3) + 0.0:.3f}"
 
 
 def _answers(samples):

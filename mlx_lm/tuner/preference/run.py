@@ -70,6 +70,10 @@ def train_preference(
     logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
     if (args.save_best or args.early_stop or args.sample_prompts) and not len(logps.val_rows):
         raise ConfigError("save_best, early_stop and sample_prompts need validations, and there is no validation set.")
+    if args.sample_prompts and getattr(logps.val_dataset, "tokenizer", None) is None:
+        raise ConfigError(
+            "sample_prompts needs a tokenizer, which a PreferenceDataset has and a list of pairs has not."
+        )
     maybe_set_recommended_wired_limit()
     for line in filter(None, [slow_blas_hint()]):
         rprint(line)
