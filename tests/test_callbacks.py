@@ -183,7 +183,14 @@ def test_tables_of_answers_go_to_the_services_that_show_them(tmp_path, monkeypat
     callbacks.wandb.Table = lambda columns, data: ("table", columns, data)
     callbacks.swanlab.echarts = SimpleNamespace(Table=FakeTable)
     services = callbacks.get_reporting_callbacks("wandb,swanlab", "project", str(tmp_path / "run"), {})
-    line = {"iteration": 5, "row": "valid.jsonl:1", "prompt": "Why?", "answer": "So.", "chosen": "So.", "rejected": "No."}
+    line = {
+        "iteration": 5,
+        "row": "valid.jsonl:1",
+        "prompt": "Why?",
+        "answer": "So.",
+        "chosen": "So.",
+        "rejected": "No.",
+    }
     callbacks.send_samples(MetricsFile(tmp_path, services), 5, [line])
     columns, row = ["iteration", "row", "prompt", "answer", "chosen", "rejected"], [5, "valid.jsonl:1", "Why?", "So."]
     assert told["wandb"][1:] == [(5, {"samples": ("table", columns, [[*row, "So.", "No."]])})]
