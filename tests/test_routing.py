@@ -121,15 +121,15 @@ def test_routers_are_read_in_every_arrangement_and_under_recomputation(name):
         batch = make_batch(PAIRS, arrangement)[0]
         given = batch, mx.zeros((len(PAIRS), 2, 2))
         (_, sums), gradient = take(model, *given)
-        with checkpointed_layers(model), objective.watching():
-            (_, again), other = take(model, *given)
-            mx.eval(again, other)
         figures = as_means(np.array(sums), objective.further)[0]
         assert figures["aux_loss"] == pytest.approx(expected.item(), rel=1e-4)
-        assert np.allclose(sums[-len(choices) :], choices) and np.allclose(again, sums, rtol=1e-4)
-        assert gradient_error(other, gradient) < 1e-4
+        assert np.allclose(sums[-len(choices) :], choices)
         gradients.append(gradient)
     assert gradient_error(gradients[0], gradients[-1]) < 1e-3
+    with checkpointed_layers(model), objective.watching():
+        (_, again), other = take(model, *given)
+        mx.eval(again, other)
+    assert np.allclose(again, sums, rtol=1e-4) and gradient_error(other, gradient) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["dbrx", "longcat_flash", "llama"])
