@@ -308,6 +308,7 @@ def test_the_flag_prints_the_file_and_ends(tmp_path):
         ("- a", "holds a list"),
         ("loss_type: [sigmoyd]", r"loss_type has 'sigmoyd' \(did you mean sigmoid\?\)"),
         ("max_steps: many", "a type that TRL does not take"),
+        ("save_steps: .inf", "a type that TRL does not take"),
         ("datasets: x", "datasets is 'x'; it must be a list"),
     ],
 )  # fmt: skip

@@ -336,7 +336,7 @@ class FromTrl(argparse.Action):
         given = yaml.load(Path(path).read_text(encoding="utf-8"), self.loader)
         try:
             sys.stdout.write(translate(given, Path(path).name))
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{path} holds a value of a type that TRL does not take there ({error}).") from error
