@@ -186,6 +186,16 @@ def test_the_factor_evens_the_use_of_experts_and_validations_tell_it(tmp_path, c
     assert re.search(r"experts \d+\.\d% to \d+\.\d%", " ".join(capsys.readouterr().out.split()))
 
 
+def test_a_compiled_step_under_recomputation_balances_as_an_eager_one(tmp_path):
+    mx.enable_compile()
+    found = []
+    for fast in (False, True):
+        options = {"router_aux_loss_coef": 2.0, "iters": 2, "compile": fast, "grad_checkpoint": fast}
+        (line, *_), _ = short_run(mixture(), some_pairs(4), tmp_path, **options)
+        found.append([line[name] for name in ("loss", "aux_loss", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][2] > 0
+
+
 def test_responses_to_other_prompts_do_not_count():
     pairs = [pair._replace(label=True) for pair in PAIRS]
     for arrangement in ARRANGEMENTS:
