@@ -28,7 +28,18 @@ import tempfile
 from pathlib import Path
 
 from common import print_head, print_row, say
-from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
+from programs import (
+    NotRun,
+    Training,
+    command_line,
+    count_lines,
+    environment,
+    limited_data,
+    machine,
+    start_ours,
+    start_trl,
+    versions,
+)
 
 RUNS = {"ours": "ours", "trl": "TRL", "liger": "TRL, Liger"}
 
@@ -194,7 +205,7 @@ def main():
             "machine": machine(),
             "versions": versions() | versions(options.python_trl),
             "command": command_line(),
-            "environment": {name: value for name, value in os.environ.items() if name.startswith("MLX_")},
+            "environment": environment(),
             "rows": training.rows,
             "validation_rows": count_lines(Path(data) / "valid.jsonl"),
             "iters": training.iters,

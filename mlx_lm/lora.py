@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from .cli_ui import print_header_panel
 from .tuner.callbacks import SUPPORT_CALLBACK
 from .tuner.preference import workers
+from .tuner.preference.adapters import rslora_scale
 from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
@@ -49,6 +50,7 @@ from .tuner.preference.load import (
     load_trained,
     read_adapter_config,
     refuse_other_start,
+    tell_other_loss,
 )
 from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
@@ -134,6 +136,10 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         epochs, args.epochs = args.epochs, None
         args.iters = iterations(epochs, len(train_set), args.batch_size)
         rprint(f"{epochs:g} epochs of {len(train_set)} pairs are {args.iters} iterations.")
+    if args.use_rslora:
+        # The scale that plain mlx-lm has to load the adapters with is saved.
+        scale = rslora_scale(args.lora_parameters["scale"], args.lora_parameters["rank"])
+        args.use_rslora, args.lora_parameters = False, {**args.lora_parameters, "scale": scale}
     if args.fine_tune_type == "full" and args.resume_adapter_file is not None:
         check_adapter(model, args.resume_adapter_file)
     loss = loss or loss_of(args)
@@ -145,7 +151,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
             check_trainable(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
-        objective = Objective(Scorer(model, args.share_prompt), loss)
+        objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
         reference = None
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
@@ -268,7 +274,7 @@ def _run_supervised(args, training_callback):
 
 def _run(args, loss, training_callback):
     np.random.seed(args.seed)
-    training_callback = (_callbacks(args) if args.train and not args.check else None) or training_callback
+    training_callback = (_callbacks(args) if args.train else None) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
@@ -333,6 +339,15 @@ def _told_plainly(args):
 
 
 def _callbacks(args):
+    if args.check:
+        # Services are told of runs alone; that there are such may be checked.
+        names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
+        unknown = [name for name in names if name not in (*SUPPORT_CALLBACK, "none")]
+        if unknown:
+            raise ConfigError(
+                f"report_to is {args.report_to!r}, and {unknown[0]} is none of {', '.join(SUPPORT_CALLBACK)}."
+            )
+        return None
     try:
         return get_reporting_callbacks(
             args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
@@ -357,6 +372,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
     config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
     start = config.get("resume_adapter_file")
     refuse_other_start(args.resume_adapter_file, start)
+    tell_other_loss(args.adapter_path, config, loss)
     args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or config.get("reference_model")})
     base, logps = model, None
     if config and args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
@@ -370,7 +386,8 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
         logps = _test_logps(reference, test_set, args)
     if config:
         load_trained(model, args.adapter_path)
-    return Objective(Scorer(model, args.share_prompt), loss), logps, None if scorer.model is model else scorer
+    objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
+    return objective, logps, None if scorer.model is model else scorer
 
 
 def main():

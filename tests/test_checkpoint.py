@@ -50,6 +50,11 @@ def pairs(count=12, seed=3):
     return [Pair(tokens(9, 16), tokens(2, 8), tokens(2, 8)) for _ in range(count)]
 
 
+def single(*of):
+    """The same as single responses, of which some are desirable."""
+    return [pair._replace(label=pair.prompt[0] % 2 > 0) for pair in pairs(*of)]
+
+
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     """Drawing takes longer than training here."""
@@ -72,7 +77,16 @@ class StopAt(TrainingCallback):
 
 
 def trained(
-    folder, stop=None, kind="lora", layers=2, make=optimizers.Adam, rate=1e-2, dropout=0.0, config=None, **options
+    folder,
+    stop=None,
+    kind="lora",
+    layers=2,
+    make=optimizers.Adam,
+    rate=1e-2,
+    dropout=0.0,
+    config=None,
+    data=None,
+    **options,
 ):
     """Train the tiny Llama on `pairs`; returns the last checkpoint's arrays, by name."""
     mx.random.seed(7)
@@ -91,8 +105,8 @@ def trained(
     train(
         model=model,
         optimizer=make(learning_rate=build_schedule(schedule) if schedule else rate),
-        train_dataset=pairs(),
-        val_dataset=pairs(3, seed=4),
+        train_dataset=(data or pairs)(),
+        val_dataset=(data or pairs)(3, 4),
         args=TrainingArgs(**(given | options)),
         training_callback=StopAt(stop),
         config=config,
@@ -106,6 +120,8 @@ CASES = {
     "before the first update": {"grad_accumulation_steps": 5},
     "dropout": {"dropout": 0.3},
     "reference updates": {"reference_update_steps": 2},
+    "a moving reference": {"reference_update_steps": 2, "reference_mixup_alpha": 0.3},
+    "faster second matrices": {"lora_plus_ratio": 4.0, "grad_accumulation_steps": 2},
     "reference updates, accumulation, dropout": {
         "reference_update_steps": 1,
         "grad_accumulation_steps": 2,
@@ -127,6 +143,7 @@ CASES = {
     "without a reference": {"loss_type": "simpo", "beta": 2.0},
     "plain prompts": {"share_prompt": False},
     "two losses": {"loss_type": ["dpo", "sft"], "loss_weights": [1.0, 0.5]},
+    "single responses": {"loss_type": "kto", "data": single},
 }
 
 

@@ -146,6 +146,8 @@ def save_run(step, logps, progress, settings, args, config, numbered=False):
     if args.reference_update_steps:
         tables = {"reference": logps.train, "val_reference": logps.valid}
         arrays |= {f"logps.{name}": mx.array(table) for name, table in tables.items() if table is not None}
+        if logps.parameters is not None:
+            arrays |= {f"reference.{name}": value for name, value in tree_flatten(logps.parameters)}
     if accumulated is not None:
         gradient, pairs = accumulated
         arrays |= {"pairs": pairs} | {f"gradient.{name}": value for name, value in tree_flatten(gradient)}
@@ -284,6 +286,9 @@ def restore_run(path, step, logps):
         tables = dict(_part(arrays, "logps"))
         logps.train = np.array(tables["reference"]) if "reference" in tables else logps.train
         logps.valid = np.array(tables["val_reference"]) if "val_reference" in tables else logps.valid
+        if logps.parameters is not None:
+            parts = dict(_part(arrays, "reference"))
+            logps.parameters = tree_map_with_path(lambda name, _: parts[name], logps.parameters)
         if "pairs" in arrays:
             # Parts of the tree that hold no array have left no trace in the file.
             parts = dict(_part(arrays, "gradient"))

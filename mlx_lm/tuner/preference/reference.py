@@ -4,6 +4,7 @@ import os
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from .batches import filled, make_batch, pair_lengths, plan
 from .intercept import evaluating
@@ -64,6 +65,11 @@ class Reference:
                     self.cache.write(known)
         return np.array([known[key] for key in keys], np.float32).reshape(-1, 2, 2)
 
+    def score(self, batch):
+        """The logps of a batch, `(B, 2, 2)` as those of `logps`."""
+        found = self.scorer(batch)
+        return mx.stack([found.total, found.common], axis=-1).reshape(2, -1, 2).transpose(1, 0, 2)
+
     def release(self):
         """Let go of the model, so that its memory is free; no more logps can be taken."""
         self.scorer = None
@@ -78,10 +84,8 @@ class Reference:
             for turn in range(world.rank(), len(batches), world.size()):
                 places = batches[turn]
                 batch, *_ = make_batch([dataset[rows[place]] for place in places], self.scorer.arrangement)
-                logps = self.scorer(batch)
-                out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(places), 2)
-                evaluate(out)
-                values[places] = np.array(out.transpose(1, 0, 2)).reshape(len(places), 4)
+                evaluate(out := self.score(batch))
+                values[places] = np.array(out).reshape(len(places), 4)
                 bars.advance(task, sum(map(len, batches[turn : turn + world.size()])))
         if world.size() > 1:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
@@ -140,12 +144,23 @@ class ReferenceLogps:
 
     Attributes:
         train: `(n, 2, 2)` float32, a row for each of `dataset`, NaN where it was not taken; None before `take`.
+        parameters: where a reference is mixed, its values of what the policy trains, a tree; else None.
         valid: `(m, 2, 2)` float32 of `val_rows`; None before `take`, or where there are none.
     """
 
     def __init__(self, dataset, val_dataset, val_rows):
         self.dataset, self.val_dataset, self.val_rows = dataset, val_dataset, val_rows
-        self.train = self.valid = None
+        self.train = self.valid = self.parameters = None
+
+    def mix(self, policy, share):
+        """Move the reference's parameters towards the policy's: TR-DPO's soft update, arXiv 2404.09656, eq. 3.
+
+        Args:
+            policy: its trainable parameters, a tree.
+            share: the policy's, 0 to 1.
+        """
+        self.parameters = tree_map(lambda new, old: share * new + (1 - share) * old, policy, self.parameters)
+        mx.eval(self.parameters)
 
     def take(self, reference, rows):
         """Have a `Reference` score `rows` of the data set, and the validation rows."""
