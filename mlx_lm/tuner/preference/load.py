@@ -56,7 +56,8 @@ def load_named(key, name, trust_remote_code=False):
         rprint(f"{name} is computed in float32 on this CPU, which is slow in half precision.")
         model.set_dtype(mx.float32)
     try:
-        tokenizer.encode("a")
+        if tokenizer is not None:
+            tokenizer.encode("a")
         mx.eval(model(mx.zeros((1, 1), mx.int32)))
     except Exception as error:
         raise ConfigError(f"{key} is {name!r}, which cannot be run: {_told(error)}.") from error
