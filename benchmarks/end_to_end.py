@@ -28,7 +28,18 @@ import tempfile
 from pathlib import Path
 
 from common import print_head, print_row, say
-from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
+from programs import (
+    NotRun,
+    Training,
+    command_line,
+    count_lines,
+    environment,
+    limited_data,
+    machine,
+    start_ours,
+    start_trl,
+    versions,
+)
 
 RUNS = {"ours": "ours", "trl": "TRL", "liger": "TRL, Liger"}
 
@@ -41,9 +52,9 @@ def measure_ours(training, folder, fresh_kernels, workers, timeout):
         environment = {"MLX_PTX_CACHE_DIR": f"{folder}/kernels", "CUDA_CACHE_PATH": f"{folder}/driver"}
     watched, reports = start_ours(training, folder, environment, workers, timeout=timeout)
     validations = [report for report in reports if "eval_loss" in report]
-    told = [seconds for seconds, line in watched.lines if re.match(r"\s*\d+\s+val ", line)]
+    told = [seconds for seconds, line in watched.lines if re.search(r" validation of \d+ pairs, ", line)]
     # The last is in the head of the table of steps.
-    loaded, tokenized, referenced = (watched.moment(text) for text in ("Loading datasets", "Training", "train_loss"))
+    loaded, tokenized, referenced = (watched.moment(text) for text in ("Loading datasets", "Training", "accuracy   margin"))
     steps, before = [], 0
     for report in reports:
         if "loss" in report:
@@ -194,7 +205,7 @@ def main():
             "machine": machine(),
             "versions": versions() | versions(options.python_trl),
             "command": command_line(),
-            "environment": {name: value for name, value in os.environ.items() if name.startswith("MLX_")},
+            "environment": environment(),
             "rows": training.rows,
             "validation_rows": count_lines(Path(data) / "valid.jsonl"),
             "iters": training.iters,

@@ -273,6 +273,11 @@ def machine():
     return f"{model[1] if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def environment():
+    """The variables that MLX and OpenBLAS read, as far as they are set."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("MLX_", "OPENBLAS_"))}
+
+
 def command_line():
     """This process's command, with files and folders by their own names."""
     words = [Path(word).name if os.sep in word and not word.startswith("{") else word for word in sys.argv[1:]]

@@ -6,14 +6,15 @@ import statistics
 import threading
 from pathlib import Path
 
-from programs import command_line, machine, versions
+from programs import command_line, environment, machine, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def keep(path, rows):
     """Write rows of a table with what made them: machine, versions and command."""
-    found = {"machine": machine(), "versions": versions(), "command": command_line(), "rows": rows}
+    found = {"machine": machine(), "versions": versions(), "environment": environment(), "command": command_line()}
+    found["rows"] = rows
     Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_text(json.dumps(found, indent=1) + "\n")
 

@@ -11,6 +11,9 @@ import statistics
 import textwrap
 from pathlib import Path
 
+from common import SHAPES
+from macs import parameters
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README, MANUAL, BENCHMARKS = (ROOT / name for name in ("README.md", "LORA.md", "BENCHMARKS.md"))
@@ -35,7 +38,8 @@ def markdown_table(header, rows):
 def made_by(found):
     """A line under a table: the command, the machine and the versions."""
     versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-    return f"`{found['command']}`; {found['machine']}; {versions}."
+    variables = "".join(f"{key}={value} " for key, value in found.get("environment", {}).items())
+    return f"`{variables}{found['command']}`; {found['machine']}; {versions}."
 
 
 def paragraph(text):
@@ -115,44 +119,72 @@ def memory_table():
 
 
 MACS = {8: 5.3, 16: 10.7, 32: 21.3}  # GB of memory: GB that Metal lets a process use
-NAMES = {"135m": "135 M", "1b": "1.2 B", "3b": "3.2 B", "8b": "8.0 B"}
+MODELS = {"135m": "135 M", "1b": "1.2 B", "3b": "3.2 B", "8b": "8.0 B"}
 
 
-def step_gb(row, tokens, checkpoint, bits):
-    """GB that a step of so many tokens takes, with the weights in so many bits and the activations in 16, or in 32."""
-    a_token = row["bytes_a_token"]["checkpointed" if checkpoint else "kept"]
-    activations = (a_token["fixed"] + row["layers"] * a_token["layer"]) * (1 if bits == 32 else 0.5)
+def activations(shape):
+    """Of a shape, in float32: bytes that a layer keeps of a token, with `grad_checkpoint` too, and bytes besides."""
+    small, large = result("macs")["rows"]
+    (h1, _, m1, *_), (h2, _, m2, *_) = SHAPES[small["shape"]], SHAPES[large["shape"]]
+    hidden, _, mlp, *_ = SHAPES[shape]
+
+    def of_layer(how):
+        """As a multiple of the model's width and one of its MLP's, which the two measured shapes tell."""
+        y1, y2 = small[how]["layer"], large[how]["layer"]
+        width = (y1 * m2 - y2 * m1) / (h1 * m2 - h2 * m1)
+        return width * hidden + (y1 - width * h1) / m1 * mlp
+
+    f1, f2 = small["kept"]["fixed"], large["kept"]["fixed"]
+    return of_layer("kept"), of_layer("checkpointed"), f1 + (f2 - f1) * (hidden - h1) / (h2 - h1)
+
+
+def step_gb(shape, tokens, checkpoint, bits):
+    """GB that a step of so many tokens takes, the weights in so many bits, activations in 16 where these are fewer."""
+    kept, inputs, fixed = activations(shape)
+    layers = SHAPES[shape][1]
+    # A layer that is computed again is whole while its gradient is taken.
+    a_token = inputs * layers + kept - inputs if checkpoint else kept * layers
+    model, lora = parameters(shape)
     # 4 bit come with a scale and a bias of 16 bit for 64 weights; adapters with gradient and two moments in float32.
-    weights = row["parameters"] * {4: 4.5, 16: 16, 32: 32}[bits] / 8 + 16 * row["lora_parameters"]
-    return (weights + tokens * activations) / 1e9
+    weights = model * {4: 4.5, 16: 16, 32: 32}[bits] / 8 + 16 * lora
+    return (weights + (tokens * a_token + fixed) * (1 if bits == 32 else 0.5)) / 1e9
 
 
 def macs_table():
     """What a QLoRA step takes, and how many tokens a batch may have."""
-    found, rows = result("macs"), []
-    for row in found["rows"]:
-        weights = step_gb(row, 0, False, 4)
-        tokens = [1e3 * (step_gb(row, 1000, checkpoint, 4) - weights) / 1000 for checkpoint in (False, True)]
+    rows = []
+    for shape, name in MODELS.items():
+        empty = step_gb(shape, 0, False, 4)
+        per_token = [1e3 * (step_gb(shape, 1000, checkpoint, 4) - empty) / 1000 for checkpoint in (False, True)]
         fits = [
-            " / ".join("-" if room <= 0 else f"{int(1e3 * room / mb):,}" for mb in tokens)
-            for room in (limit - weights for limit in MACS.values())
+            " / ".join("-" if room <= 0 else f"{int(room / mb * 1e3 // 100 * 100):,}" for mb in per_token)
+            for room in (limit - empty for limit in MACS.values())
         ]
-        rows.append((NAMES[row["model"]], f"{weights:.1f}", *(f"{mb:.2f}" for mb in tokens), *fits))
-    header = ("parameters", "weights, GB", "MB a token", "with `grad_checkpoint`", *(f"{size} GB" for size in MACS))
-    known, small = result("memory_cpu")["rows"], found["rows"][0]
+        rows.append((name, f"{empty:.1f}", *(f"{mb:.2f}" for mb in per_token), *fits))
+    header = ("parameters", "without a batch, GB", "MB a token", "with `grad_checkpoint`", *(f"{n} GB" for n in MACS))
+    whole = result("memory_cpu")["rows"]
     checks = [
-        f"{step_gb(small, known[number]['tokens'], checkpoint, 32):.2f} GB for {known[number]['peak_gb']:.2f}"
+        f"{step_gb('135m', whole[number]['tokens'], checkpoint, 32):.2f} GB where {whole[number]['peak_gb']:.2f}"
         for number, checkpoint in ((0, False), (4, True))
     ]
     text = paragraph(
         "A QLoRA step of Llama shapes in 4 bit, and how many tokens a batch may have in "
         + ", ".join(f"{limit} GB of a Mac with {size}" for size, limit in MACS.items())
-        + ": without and with `grad_checkpoint`. A pair has its prompt's tokens and both responses'. Computed from "
-        "steps of one and of two layers of each size, measured in float32 and halved for 16 bit "
-        "(`benchmarks/macs.py`); "
-        f"so computed, the first and the fifth row of BENCHMARKS.md's memory are {' and '.join(checks)} measured."
+        + ": without and with `grad_checkpoint`. A pair has its prompt's tokens and both responses'. Computed: from "
+        "steps of one and of two layers of two shapes come the bytes that a layer keeps of a token, in float32, and "
+        "how they grow with the widths; half of them in 16 bit (`benchmarks/macs.py`, `benchmarks/tables.py`). So "
+        "computed, "
+        f"the first and the fifth row of BENCHMARKS.md's memory are {' and '.join(checks)} were measured."
     )
     return text + "\n\n" + markdown_table(header, rows)
+
+
+# What a part of a file's name tells of its runs.
+RUN_NOTES = {
+    "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
+    "cache_given_back": "`cache_given_back` are runs since MLX's cached memory is given back after each step on CUDA; "
+    "those of the same name without it are from before.",
+}
 
 
 def end_to_end_table():
@@ -182,13 +214,13 @@ def end_to_end_table():
                     f"{run['loss']:.3f}",
                 )
             )
-        variables = "".join(f"{key}={value} " for key, value in found.get("environment", {}).items())
-        made.append(f"- `{name}`: {made_by(found | {'command': variables + found['command']})}")
+        made.append(f"- `{name}`: {made_by(found)}")
     header = (
         "run", "program", "load and tokenizing, s", "reference, s", "ms a step, second half", "pairs a second",
         "a validation, s", "whole, s", "arrays, GB", "held, GB", "validation loss at the end",
     )  # fmt: skip
-    return markdown_table(header, rows) + "\n\n" + "\n".join(made)
+    notes = [note for word, note in RUN_NOTES.items() if any(word in row[0] for row in rows)]
+    return "\n\n".join((markdown_table(header, rows), "\n".join(made), *map(paragraph, notes))).rstrip()
 
 
 def ms(row):

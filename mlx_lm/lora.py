@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from .cli_ui import print_header_panel
 from .tuner.callbacks import SUPPORT_CALLBACK
 from .tuner.preference import workers
+from .tuner.preference.adapters import rslora_scale
 from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
@@ -135,6 +136,10 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         epochs, args.epochs = args.epochs, None
         args.iters = iterations(epochs, len(train_set), args.batch_size)
         rprint(f"{epochs:g} epochs of {len(train_set)} pairs are {args.iters} iterations.")
+    if args.use_rslora:
+        # The scale that plain mlx-lm has to load the adapters with is saved.
+        scale = rslora_scale(args.lora_parameters["scale"], args.lora_parameters["rank"])
+        args.use_rslora, args.lora_parameters = False, {**args.lora_parameters, "scale": scale}
     if args.fine_tune_type == "full" and args.resume_adapter_file is not None:
         check_adapter(model, args.resume_adapter_file)
     loss = loss or loss_of(args)
@@ -146,7 +151,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
             check_trainable(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
-        objective = Objective(Scorer(model, args.share_prompt), loss)
+        objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
         reference = None
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
@@ -243,22 +248,28 @@ def run(args, training_callback=None):
         set_cuda_for_training()
     workers.join(vars(args))
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
-    if not preference:
-        warn_of_preference_keys(args)
-        try:
-            return _upstream_run(args, training_callback)
-        except ValueError as error:
-            if not holds_preferences(args.data):
-                raise
-            raise ConfigError(
-                f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
-                "is sft; set loss_type, for example to dpo."
-            ) from error
-    loss = check_config(args)
-    if not args.train and (slow_blas := slow_blas_hint()) is not None:
-        rprint(slow_blas)  # training says it itself
-    with handled_signals(), _told_plainly(args):
-        _run(args, loss, training_callback)
+    if preference:
+        loss = check_config(args)
+        if not args.train and (slow_blas := slow_blas_hint()) is not None:
+            rprint(slow_blas)  # training says it itself
+        with handled_signals(), _told_plainly(args):
+            _run(args, loss, training_callback)
+    else:
+        _run_supervised(args, training_callback)
+    workers.leave()
+
+
+def _run_supervised(args, training_callback):
+    warn_of_preference_keys(args)
+    try:
+        _upstream_run(args, training_callback)
+    except ValueError as error:
+        if not holds_preferences(args.data):
+            raise
+        raise ConfigError(
+            f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
+            "is sft; set loss_type, for example to dpo."
+        ) from error
 
 
 def _run(args, loss, training_callback):
@@ -375,7 +386,8 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
         logps = _test_logps(reference, test_set, args)
     if config:
         load_trained(model, args.adapter_path)
-    return Objective(Scorer(model, args.share_prompt), loss), logps, None if scorer.model is model else scorer
+    objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
+    return objective, logps, None if scorer.model is model else scorer
 
 
 def main():
@@ -387,7 +399,6 @@ def main():
         if config:
             check_file(config, yaml_loader)
         _upstream_main()
-        workers.leave()
     except ConfigError as error:
         sys.exit(workers.tell(f"error: {error}", 2))
     except yaml.YAMLError as error:

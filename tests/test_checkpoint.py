@@ -50,6 +50,11 @@ def pairs(count=12, seed=3):
     return [Pair(tokens(9, 16), tokens(2, 8), tokens(2, 8)) for _ in range(count)]
 
 
+def single(*of):
+    """The same as single responses, of which some are desirable."""
+    return [pair._replace(label=pair.prompt[0] % 2 > 0) for pair in pairs(*of)]
+
+
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     """Drawing takes longer than training here."""
@@ -72,7 +77,16 @@ class StopAt(TrainingCallback):
 
 
 def trained(
-    folder, stop=None, kind="lora", layers=2, make=optimizers.Adam, rate=1e-2, dropout=0.0, config=None, **options
+    folder,
+    stop=None,
+    kind="lora",
+    layers=2,
+    make=optimizers.Adam,
+    rate=1e-2,
+    dropout=0.0,
+    config=None,
+    data=None,
+    **options,
 ):
     """Train the tiny Llama on `pairs`; returns the last checkpoint's arrays, by name."""
     mx.random.seed(7)
@@ -91,8 +105,8 @@ def trained(
     train(
         model=model,
         optimizer=make(learning_rate=build_schedule(schedule) if schedule else rate),
-        train_dataset=pairs(),
-        val_dataset=pairs(3, seed=4),
+        train_dataset=(data or pairs)(),
+        val_dataset=(data or pairs)(3, 4),
         args=TrainingArgs(**(given | options)),
         training_callback=StopAt(stop),
         config=config,
@@ -106,6 +120,8 @@ CASES = {
     "before the first update": {"grad_accumulation_steps": 5},
     "dropout": {"dropout": 0.3},
     "reference updates": {"reference_update_steps": 2},
+    "a moving reference": {"reference_update_steps": 2, "reference_mixup_alpha": 0.3},
+    "faster second matrices": {"lora_plus_ratio": 4.0, "grad_accumulation_steps": 2},
     "reference updates, accumulation, dropout": {
         "reference_update_steps": 1,
         "grad_accumulation_steps": 2,
@@ -127,6 +143,7 @@ CASES = {
     "without a reference": {"loss_type": "simpo", "beta": 2.0},
     "plain prompts": {"share_prompt": False},
     "two losses": {"loss_type": ["dpo", "sft"], "loss_weights": [1.0, 0.5]},
+    "single responses": {"loss_type": "kto", "data": single},
 }
 
 
@@ -192,6 +209,10 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
         assert mx.allclose(found[key], expected[key], rtol=1e-3, atol=1e-4).item(), key
 
 
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 CONFIG = {"learning_rate": 1e-2, "optimizer": "adam", "lora_parameters": {"rank": RANK, "scale": 4.0, "dropout": 0.0}}
 
 
@@ -212,10 +233,10 @@ CONFIG = {"learning_rate": 1e-2, "optimizer": "adam", "lora_parameters": {"rank"
 )
 def test_resume_refuses_another_run(options, told, tmp_path):
     trained(tmp_path, iters=3, config=CONFIG)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(ConfigError, match=told):
         trained(tmp_path, resume=True, **({"config": CONFIG} | options))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 def test_resume_refuses_other_data_and_other_weights_of_pairs(tmp_path, monkeypatch):
@@ -405,13 +426,13 @@ class TestFolder:
 
     def test_an_earlier_run_is_moved_aside_and_said(self, tmp_path, capsys):
         trained(tmp_path, iters=3, config=dict(CONFIG))
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        before = contents(tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
         for number in (1, 2):
             trained(tmp_path, iters=2, config=CONFIG | {"resume_adapter_file": str(tmp_path / "adapters.safetensors")})
             told = " ".join(capsys.readouterr().out.split())
             assert f"The files of an earlier run in {tmp_path} are now in {tmp_path / f'earlier-{number}'}." in told
-        assert {path.name: path.read_bytes() for path in (tmp_path / "earlier-1").iterdir()} == before
+        assert contents(tmp_path / "earlier-1") == before
         assert (tmp_path / "notes.txt").read_text() == "mine"
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["resume_adapter_file"] == str(tmp_path / "earlier-2" / "adapters.safetensors")
@@ -419,8 +440,10 @@ class TestFolder:
     def test_what_killed_runs_left_is_removed_and_nothing_else(self, tmp_path):
         (tmp_path / ".adapters.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
         (tmp_path / ".mine.tmp").write_bytes(b"mine")
+        (tmp_path / "best").mkdir()
+        (tmp_path / "best" / ".adapters.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
         trained(tmp_path, iters=1)
-        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".mine.tmp"]
+        assert [path.name for path in tmp_path.rglob(".*")] == [".mine.tmp"]
 
     def test_a_temporary_file_follows_no_link_out_of_the_folder(self, tmp_path, monkeypatch):
         outside = tmp_path / "outside"
@@ -532,18 +555,18 @@ class TestFiles:
     def test_adapters_and_their_configuration_change_together(self, tmp_path, monkeypatch):
         model, _ = load_model(GOLDEN)
         save_adapters(model, tmp_path / "adapters.safetensors", config={"a": 1})
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        before = contents(tmp_path)
         assert set(before) == {"adapters.safetensors", "adapter_config.json"}
         model.update({"lm_head": {"weight": model.lm_head.weight + 1}})
         monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
             save_adapters(model, tmp_path / "adapters.safetensors", config={"a": 2})
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert contents(tmp_path) == before
 
     def test_a_full_disk_while_saving_leaves_what_was_saved(self, tmp_path):
         """MLX writes safetensors itself; with a limit on a file's size its write fails as on a full disk."""
         trained(tmp_path, iters=3)
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        before = contents(tmp_path)
         script = (
             "import resource, sys; from pathlib import Path; import mlx.core as mx;"
             "from mlx_lm.tuner.preference.checkpoint import *; from mlx_lm.utils import load_model;"
@@ -552,7 +575,7 @@ class TestFiles:
         )
         done = command("-c", script, GOLDEN, tmp_path)
         assert done.returncode == 1 and "adapters.safetensors cannot be written: [Errno 27]" in done.stderr
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert contents(tmp_path) == before
 
 
 class TestAdapter:

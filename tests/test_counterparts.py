@@ -103,8 +103,10 @@ EXAMPLES = {
     "project": ({"project": "mine", "report_to": "wandb"}, {"project_name": "mine"}),
     "seed": ({"seed": 7}, {"seed": 7}),
     "precompute_ref_batch_size": ({"precompute_ref_batch_size": 16}, {"reference_batch_size": 16}),
+    "router_aux_loss_coef": ({"router_aux_loss_coef": 0.01}, {"router_aux_loss_coef": 0.01}),
     "ref_model_sync_steps": ({"sync_ref_model": True, "ref_model_sync_steps": 9}, {"reference_update_steps": 9}),
-    "sync_ref_model": ({"sync_ref_model": True}, {"reference_update_steps": 512}),
+    "sync_ref_model": ({"sync_ref_model": True}, {"reference_update_steps": 512, "reference_mixup_alpha": 0.6}),
+    "ref_model_mixup_alpha": ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.3}, {"reference_mixup_alpha": 0.3}),
     "trust_remote_code": ({"trust_remote_code": True}, {"trust_remote_code": True}),
     "torch_compile": ({"torch_compile": True}, {"compile": True}),
     "dataset_name": ({"dataset_name": "owner/name"}, {"data": "owner/name"}),
@@ -242,8 +244,8 @@ CLAIMS = {
     "weight_decay": lambda: inspect.signature(optimizers.AdamW).parameters["weight_decay"].default == 0.01
     and inspect.signature(optimizers.AdamW).parameters["bias_correction"].default is False,
     "num_train_epochs": lambda: config_of({"num_train_epochs": 2})[0].iters == DEFAULTS_HERE["iters"],
-    "ref_model_mixup_alpha": lambda: "reference_mixup_alpha" not in DEFAULTS_HERE,
-    "router_aux_loss_coef": lambda: "router_aux_loss_coef" not in DEFAULTS_HERE,
+    "ref_model_mixup_alpha": lambda: GOLDEN["DPOConfig"]["ref_model_mixup_alpha"] == 0.6,
+    "router_aux_loss_coef": lambda: DEFAULTS_HERE["router_aux_loss_coef"] is None,
     "disable_dropout": lambda: GOLDEN["DPOConfig"]["disable_dropout"] is True
     and DEFAULTS_HERE["lora_parameters"]["dropout"] == 0.0,
     "use_peft": lambda: DEFAULTS_HERE["fine_tune_type"] == "lora" and GOLDEN["ModelConfig"]["use_peft"] is False,
@@ -306,6 +308,7 @@ def test_the_flag_prints_the_file_and_ends(tmp_path):
         ("- a", "holds a list"),
         ("loss_type: [sigmoyd]", r"loss_type has 'sigmoyd' \(did you mean sigmoid\?\)"),
         ("max_steps: many", "a type that TRL does not take"),
+        ("save_steps: .inf", "a type that TRL does not take"),
         ("datasets: x", "datasets is 'x'; it must be a list"),
     ],
 )  # fmt: skip

@@ -11,6 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from architectures import make_model
+from plain_pass import add_lora
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.preference.batches import PACKED, Schedule
@@ -20,11 +22,21 @@ ROOT = Path(__file__).parents[1]
 # Nine pairs in batches of four: of the last batch's one pair, the second worker has none.
 PAIRS = some_pairs(9, response=(1, 25))
 VALID = some_pairs(7, seed=1)
+# Every third response is not desirable: of the last batches, too, the second worker has none.
+SINGLE, SINGLE_VALID = ([pair._replace(label=i % 3 > 0) for i, pair in enumerate(pairs)] for pairs in (PAIRS, VALID))
 RUNS = {
     "plain": {"batch_size": 4, "iters": 4, "max_grad_norm": 0.05},
     "accumulated": {"batch_size": 4, "iters": 5, "grad_accumulation_steps": 3, "steps_per_report": 5}
     | {"keep_checkpoints": 3},
     "tr-dpo": {"batch_size": 2, "iters": 6, "reference_update_steps": 2},
+    "kto": {"loss_type": "kto", "batch_size": 4, "iters": 5},
+    "experts": {
+        "router_aux_loss_coef": 1.0,
+        "batch_size": 4,
+        "iters": 4,
+        "grad_accumulation_steps": 2,
+        "steps_per_report": 4,
+    },
 }
 OPTIONS = {"val_batches": -1, "beta": 0.5, "steps_per_save": 2}
 
@@ -34,7 +46,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import mlx.core as mx
 import numpy as np
-from test_distributed import OPTIONS, PAIRS, RUNS, VALID
+from test_distributed import OPTIONS, RUNS, model_of, rows_of
 from tiny import short_run, tiny_llama, trained
 
 folder, world = Path(sys.argv[2]), mx.distributed.init(strict=True)
@@ -47,21 +59,34 @@ if world.rank() == 1:
 for name, options in RUNS.items():
     (folder / name).mkdir()
     (folder / name / "metrics.jsonl").touch()
-    model = tiny_llama(moved=name == "tr-dpo")
+    model = model_of(name)
     cache = str(folder / "cache")
-    short_run(model, PAIRS, folder / name, valid=VALID, reference_cache=cache, **OPTIONS, **options)
+    pairs, valid = rows_of(name)
+    short_run(model, pairs, folder / name, valid=valid, reference_cache=cache, **OPTIONS, **options)
     np.savez(folder / f"{name}.{world.rank()}.npz", **trained(model))
     if name == "plain" and world.rank() == 1:
         # Workers of several machines keep caches of their own, and one may be gone.
         assert not Path(cache).exists()
 try:
-    short_run(tiny_llama(), PAIRS, folder / "plain", batch_size=4, iters=3 + world.rank())
+    short_run(tiny_llama(), rows_of("plain")[0], folder / "plain", batch_size=4, iters=3 + world.rank())
 except ValueError as error:
     assert "workers 0 and 1 were given different iters (3 and 4); start all of them" in str(error), error
 else:
     raise AssertionError("different workers trained")
 print("done")
 """
+
+
+def rows_of(name):
+    """What a run of RUNS trains and validates on."""
+    return (SINGLE, SINGLE_VALID) if name == "kto" else (PAIRS, VALID)
+
+
+def model_of(name):
+    """What a run of RUNS trains."""
+    if name == "experts":
+        return add_lora(make_model("mixtral"))
+    return tiny_llama(moved=name == "tr-dpo")
 
 
 def free_ports(count):
@@ -98,25 +123,29 @@ def workers(tmp_path_factory):
 @pytest.mark.parametrize("name", list(RUNS))
 def test_two_workers_do_what_one_does(workers, tmp_path, name):
     folder, _ = workers
-    model = tiny_llama(moved=name == "tr-dpo")
+    model = model_of(name)
     start = trained(model)
-    expected, validation = short_run(model, PAIRS, tmp_path, valid=VALID, **OPTIONS, **RUNS[name])
+    pairs, valid = rows_of(name)
+    expected, validation = short_run(model, pairs, tmp_path, valid=valid, **OPTIONS, **RUNS[name])
     weights = [dict(np.load(folder / place)) for place in (f"{name}.0.npz", f"second/{name}.1.npz")]
     assert largest_difference(weights[0], weights[1]) == 0
     assert largest_difference(weights[0], trained(model)) < 2e-5
     assert largest_difference(trained(model), start) > 1e-3
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    assert_like([line for line in lines if "loss" in line], expected, 9)
-    assert_like([line for line in lines if "eval_loss" in line], validation, 7)
+    assert_like([line for line in lines if "loss" in line], expected, 9 + (name in ("kto", "experts")))
+    assert_like([line for line in lines if "eval_loss" in line], validation, 7 + {"kto": 1, "experts": 5}.get(name, 0))
 
 
 def assert_like(found, expected, figures):
     names = [
-        key for key in expected[0] if key.startswith(("loss", "rewards", "logps", "grad_norm", "trained", "eval_"))
+        key
+        for key in expected[0]
+        if key.startswith(("loss", "kl", "aux", "rewards", "logps", "grad_norm", "trained", "eval_"))
     ]
-    assert len(names) == figures
+    assert len(names) >= figures
     for line, alone in zip(found, expected, strict=True):
-        assert [line[key] for key in names] == pytest.approx([alone[key] for key in names], abs=1e-4, rel=1e-4)
+        found_here, alone_here = (np.array([row[key] for key in names], float) for row in (line, alone))
+        np.testing.assert_allclose(found_here, alone_here, atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_first_worker_writes_and_speaks(workers):
@@ -126,7 +155,7 @@ def test_only_the_first_worker_writes_and_speaks(workers):
     assert files == {"metrics.jsonl", *(f"{name}/metrics.jsonl" for name in RUNS), *(f"{name}.1.npz" for name in RUNS)}
     saved = {path.name for path in (folder / "plain").iterdir()}
     assert saved >= {"adapters.safetensors", "0000002_adapters.safetensors"}
-    assert len(list((folder / "cache").iterdir())) == 2  # the base model, and tr-dpo's adapter
+    assert len(list((folder / "cache").iterdir())) == 3  # the base model, tr-dpo's adapter, and the mixture
     assert "loss" in outputs[0] and outputs[1] == "done\n"
     # The reference pass is shared out, and its bar ends where all pairs are done.
     told = re.sub(r"\x1b\[[0-9;]*m", "", outputs[0])

@@ -17,7 +17,7 @@ from mlx_lm.tuner.preference.options import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
 NAMES = [name for name in LOSSES if name != "sigmoid"]
-NOT_TRLS = {"dpop"}
+NOT_TRLS = {"dpop", "kto"}  # not its DPOTrainer's
 LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 
 # Four pairs of different lengths, logratios of both signs and nothing symmetric.
@@ -152,6 +152,7 @@ def papers(name, b, beta, eps=0.0, tau=0.05, lam=50.0, gamma=0.5, alpha=1.0):
         "simpo": lambda: ce(beta * p_mean - beta * q_mean - gamma - m),
         "orpo": lambda: nll - beta * np.log(sigma(np.log(odds(p_mean) / odds(q_mean)) - m)),
         "cpo": lambda: ce(beta * (b["policy_chosen"] - b["policy_rejected"]) - m) + alpha * nll,
+        "kto": lambda: 1 - sigma(beta * u),
     }
     return formulas[name]()
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from .._upstream import run_upstream
 from ..cli_ui import rprint
 from .preference.layouts import is_kto, paired
+from .preference.objective import LOSSES
 from .preference.options import ConfigError, is_preference, nearest
 from .preference.pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
 from .preference.sources import SPLITS, Rows, files_of, held_out, is_saved, joined, of_hub, read_file
@@ -184,7 +185,9 @@ def _preferences(rows, tokenizer, config, name):
     if keys.get("prompt_feature") == "prompt":
         # The usual key, which rows may leave out; only another one has to be there.
         del keys["prompt_feature"]
-    if is_kto(rows.rows[0]):
+    loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
+    keys["unpaired"] = any(loss in LOSSES and LOSSES[loss].unpaired for loss in loss_type)
+    if is_kto(rows.rows[0]) and not keys["unpaired"]:
         found, numbers = paired(rows.rows, name, rows.where)
         lost = len(rows.rows) - 2 * len(found)
         rprint(f"{name}: {len(found)} pairs of rows with one labelled completion (KTO); {lost} rows have no partner.")

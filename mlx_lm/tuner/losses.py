@@ -43,6 +43,9 @@ class PairLogps(NamedTuple):
         margins: (B,) float32, or 0: what a pair's logit is lowered by, in units of reward.
         counts: (B,) float32, or 1: 1 for a pair, 0 for one that only fills up the batch. Those stand last;
             the losses on the batch leave them out, the others give them a value, which the trainer drops.
+        labels: (B,) float32, or 1: of single responses 1 for a desirable one, 0 for another. They stand in the place of
+            the chosen ones, and in that of the rejected ones those of other prompts.
+        kl: float32 scalar, nats: of single responses, how far the policy is from the reference, by `kl_estimate`.
     """
 
     policy_chosen: mx.array
@@ -54,6 +57,8 @@ class PairLogps(NamedTuple):
     chosen_nll: mx.array
     margins: mx.array | float = 0.0
     counts: mx.array | float = 1.0
+    labels: mx.array | float = 1.0
+    kl: mx.array | float = 0.0
 
     @property
     def chosen_logratios(self):
@@ -369,3 +374,28 @@ def cpo(pairs, *, beta, label_smoothing, cpo_alpha):
     """
     h = beta * (pairs.policy_chosen - pairs.policy_rejected) - pairs.margins
     return smoothed(h, label_smoothing) + cpo_alpha * sft(pairs)
+
+
+# Losses of single responses
+
+
+def kl_estimate(pairs):
+    """How far the policy is from the reference: the mean logratio of responses to other prompts than their own.
+
+    Over the examples of all workers that count, at least 0 and without gradient; a float32 scalar, nats.
+    Source: arXiv 2402.01306, section 4.2.
+    """
+    counts = mx.broadcast_to(pairs.counts, pairs.rejected_logratios.shape)
+    sums = mx.stack([(counts * pairs.rejected_logratios).sum(), counts.sum()])
+    total, number = mx.distributed.all_sum(mx.stop_gradient(sums))
+    return mx.maximum(total / mx.maximum(number, 1), 0.0)
+
+
+def kto(pairs, *, beta, desirable_weight, undesirable_weight):
+    """KTO: 1 - sigma(beta (logratio - kl)) of a desirable response, 1 - sigma(beta (kl - logratio)) of another, (B,).
+
+    Each times the weight of its kind. Source: arXiv 2402.01306, eq. 7 and 8.
+    """
+    gap = beta * (pairs.chosen_logratios - pairs.kl)
+    # 1 - sigma(x) = sigma(-x), which keeps its digits where sigma(x) is close to 1.
+    return mx.where(pairs.labels > 0, desirable_weight * mx.sigmoid(-gap), undesirable_weight * mx.sigmoid(gap))

@@ -46,7 +46,11 @@ class Batch(NamedTuple):
         lengths: `(2B,)` float32, scored tokens of each response.
         counts: `(B,)` float32, 1 for a pair and 0 for one that only fills up the batch.
         weights, margins: `(B,)` float32, the rows' `weight` and `margin`.
-        ntoks: the prompts' and responses' tokens, each prompt counted for both responses, as `()` int32.
+        labels: `(B,)` float32, of single responses 1 for a desirable one and 0 for another; 1 of pairs.
+        reads: `(N,)` float32, in how many of the pairs' sequences each of the flattened tokens is; 0 of padding, of
+            what fills up, and of responses to other prompts.
+        ntoks: the prompts' and responses' tokens, each prompt counted for both responses, as `()` int32; of single
+            responses their own.
     """
 
     tokens: mx.array
@@ -59,6 +63,8 @@ class Batch(NamedTuple):
     counts: mx.array
     weights: mx.array
     margins: mx.array
+    labels: mx.array
+    reads: mx.array
     ntoks: mx.array
 
 
@@ -212,7 +218,9 @@ def make_batch(pairs, arrangement, shape=None, size=None):
     shape = shape or shape_of([pair_lengths(pair) for pair in pairs], arrangement)
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     lay_out = _pack if arrangement == PACKED else _rows
-    tokens, layout, places, own = lay_out(pairs, responses, shape)
+    alone = [pair.label is not None for pair in pairs]
+    heard = np.array([*counts, *(0.0 if one else count for one, count in zip(alone, counts, strict=True))], np.float32)
+    tokens, layout, places, reads, own = lay_out(pairs, responses, heard, shape)
     scored = [_scored_places(pair, side) for side in (0, 1) for pair in pairs]
     positions, targets, sequences, common = _scored(responses, places, scored, shape.scored)
     batch = Batch(
@@ -226,23 +234,29 @@ def make_batch(pairs, arrangement, shape=None, size=None):
         counts=mx.array(np.array(counts, np.float32)),
         weights=mx.array(np.array([pair.weight for pair in pairs], np.float32)),
         margins=mx.array(np.array([pair.margin for pair in pairs], np.float32)),
-        ntoks=mx.array(
-            sum(
-                int(count) * (2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
-                for count, pair in zip(counts, pairs, strict=True)
-            ),
-            mx.int32,
-        ),
+        labels=mx.array(np.array([pair.label is not False for pair in pairs], np.float32)),
+        reads=mx.array(reads),
+        ntoks=mx.array(sum(int(count) * _tokens(pair) for count, pair in zip(counts, pairs, strict=True)), mx.int32),
     )
     return batch, tokens.size, tokens.size - own
 
 
-def _pack(pairs, responses, shape):
+def emptied(batch):
+    """The batch, so that it counts for nothing."""
+    return batch._replace(**{name: mx.zeros_like(getattr(batch, name)) for name in ("counts", "reads", "ntoks")})
+
+
+def _tokens(pair):
+    one = len(pair.prompt) + len(pair.chosen)
+    return one + len(pair.prompt) + len(pair.rejected) if pair.label is None else one
+
+
+def _pack(pairs, responses, heard, shape):
     """All tokens side by side: the prompts, then the responses without their last tokens.
 
     Returns:
-        `(tokens, layout, places, own)`: `(N, 1)`, the `Layout`, where in the tokens each sequence's response is
-        predicted, and how many tokens are no padding.
+        `(tokens, layout, places, reads, own)`: `(N, 1)`, the `Layout`, where in the tokens each sequence's response is
+        predicted, how often each token counts where a sequence counts `heard`, and how many tokens are no padding.
     """
     pieces = [*(pair.prompt for pair in pairs), *(response[:-1] for response in responses)]
     ends = np.cumsum([len(piece) for piece in pieces])
@@ -251,6 +265,8 @@ def _pack(pairs, responses, shape):
     sequences = [np.concatenate([numbers[row % count], numbers[count + row]]) for row in range(2 * count)]
     tokens = np.zeros((shape.tokens, 1), np.int32)
     tokens[: ends[-1], 0] = np.concatenate(pieces)
+    reads = np.zeros(shape.tokens, np.float32)
+    reads[: ends[-1]] = np.repeat([*(heard[:count] + heard[count:]), *heard], [len(piece) for piece in pieces])
     widths = [(range(2 * count), 0, shape.width)]
     if multiple() == 1:
         # Of rejected sequences only what is their own has to ask; on a GPU that is another shape for little.
@@ -260,18 +276,19 @@ def _pack(pairs, responses, shape):
         if rejected > shared:
             widths.append((range(count, 2 * count), shared, rejected))
     places = [sequence[-len(response) :] for sequence, response in zip(sequences, responses, strict=True)]
-    return tokens, make_layout(shape.tokens, sequences, widths), places, int(ends[-1])
+    return tokens, make_layout(shape.tokens, sequences, widths), places, reads, int(ends[-1])
 
 
-def _rows(pairs, responses, shape):
+def _rows(pairs, responses, heard, shape):
     """Rows of a prompt and a response without its last token; returns as `_pack`."""
     tokens, places, own = np.zeros((len(responses), shape.width), np.int32), [], 0
+    reads = np.zeros(tokens.shape, np.float32)
     for i, response in enumerate(responses):
         row = [*pairs[i % len(pairs)].prompt, *response[:-1]]
-        tokens[i, : len(row)] = row
+        tokens[i, : len(row)], reads[i, : len(row)] = row, heard[i]
         places.append(i * shape.width + np.arange(len(row) - len(response), len(row)))
         own += len(row)
-    return tokens, (), places, own
+    return tokens, (), places, reads.ravel(), own
 
 
 def _scored_places(pair, side):
@@ -375,7 +392,7 @@ class Schedule:
         batch, processed, padding = make_batch(taken, self.arrangement, self.shape(iteration), len(all_rows))
         if not len(mine):
             # A worker without a row of its own runs one that counts for nothing.
-            batch = batch._replace(counts=mx.zeros_like(batch.counts), ntoks=mx.zeros_like(batch.ntoks))
+            batch = emptied(batch)
         return batch, reference_rows(reference, all_rows), (processed, padding)
 
 

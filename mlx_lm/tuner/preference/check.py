@@ -167,6 +167,13 @@ def check_config(args):
         refuse_without_gradient(loss)
     if args.fine_tune_type != "full":
         check_lora(args.lora_parameters)
+    elif args.use_rslora or args.lora_plus_ratio is not None:
+        raise ConfigError("use_rslora and lora_plus_ratio are LoRA's, but fine_tune_type is full; leave them out.")
+    if args.reference_mixup_alpha is not None and args.reference_model is not None:
+        raise ConfigError(
+            "reference_mixup_alpha mixes the policy with what it began as, but reference_model names another one; "
+            "remove one of the two."
+        )
     if args.lr_schedule is not None:
         _check_schedule(args.lr_schedule, -(-args.iters // args.grad_accumulation_steps))
     args.optimizer_config = _checked_optimizers(args.optimizer_config)

@@ -65,8 +65,12 @@ TRL = (
         "reference_model",
         "by default the model with the adapters that training starts from",
     ),
+    Counterpart("router_aux_loss_coef", "router_aux_loss_coef", "off by default; there the model's own"),
     Counterpart("precompute_ref_batch_size", "reference_batch_size"),
     Counterpart("ref_model_sync_steps sync_ref_model", "reference_update_steps", "works with LoRA too"),
+    Counterpart(
+        "ref_model_mixup_alpha", "reference_mixup_alpha", "not set, the policy replaces the reference; there 0.6"
+    ),
     Counterpart("trust_remote_code", "trust_remote_code"),
     Counterpart("torch_compile", "compile"),
     Counterpart("dataset_name", "data"),
@@ -78,7 +82,6 @@ TRL = (
         "lora_target_modules target_modules", "lora_parameters", "`keys` are paths in a block: `self_attn.q_proj`"
     ),
     Counterpart("disable_dropout", "", "true there by default, for LoRA's dropout too: `dropout: 0.0`"),
-    Counterpart("ref_model_mixup_alpha", "", "the reference is replaced as a whole, as with 1.0 there"),
     Counterpart("precompute_ref_log_probs", "", "always done, and kept for the next run"),
     Counterpart("truncation_mode max_prompt_length max_completion_length", "", "`max_seq_length` alone bounds a pair"),
     Counterpart("bf16 fp16 tf32 dtype torch_dtype", "", "the model runs in the dtype of its files"),
@@ -86,7 +89,6 @@ TRL = (
     Counterpart("use_liger_kernel padding_free", "", "a step does the like by itself"),
     Counterpart("eval_on_start", "", "always done where a run validates"),
     Counterpart("per_device_eval_batch_size", "", "validations take as many pairs as memory is ample for"),
-    Counterpart("router_aux_loss_coef", "", "there is no auxiliary loss of routers"),
     Counterpart("logging_strategy save_strategy", "", "reports and saves come by steps"),
     Counterpart("push_to_hub hub_model_id", "", "upload `adapter_path` with the hub's own command"),
     Counterpart("dataset_num_proc dataloader_num_workers remove_unused_columns", "", "pairs are tokenized once"),

@@ -42,7 +42,7 @@ def describe_data(splits, tokenizer):
     for name, data in splits.items():
         counts = data.counts
         rprint(
-            f"  {name:7} {counts['read']:7}  {counts['read'] - len(data):8}  {counts['prompts cut']:11}  "
+            f"  {name:7} {counts['read']:7}  {counts['left out']:8}  {counts['prompts cut']:11}  "
             f"{counts['responses cut']:13}"
         )
     data = next(iter(splits.values()))
@@ -57,7 +57,10 @@ def describe_data(splits, tokenizer):
         rprint(f"  {data.where(i)}")
         rprint(f"    prompt    {text_of(tokenizer, pair.prompt)}")
         unscored = pair.unscored or ((), ())
-        for name, tokens, spans in zip(("chosen", "rejected"), (pair.chosen, pair.rejected), unscored, strict=True):
+        names = ("chosen", "rejected")
+        if pair.label is not None:
+            names = ("desirable" if pair.label else "not so"), "another's"
+        for name, tokens, spans in zip(names, (pair.chosen, pair.rejected), unscored, strict=True):
             rprint(f"    {name:9} {with_marks(tokenizer, tokens, spans)}")
 
 

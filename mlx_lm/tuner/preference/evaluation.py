@@ -7,14 +7,14 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
-from .batches import filled, make_batch, pair_lengths, plan, reference_rows
+from .batches import emptied, filled, make_batch, pair_lengths, plan, reference_rows
 from .intercept import evaluating
 from .logps import Scorer
 from .memory import bounded_memory
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, ample_tokens, reference_of
-from .step import CORRELATION, FIGURES, MOMENTS, TOKEN_FIGURES, Objective
+from .step import CORRELATION, DESIRABLE, FIGURES, MOMENTS, SHARES, TOKEN_FIGURES, Objective
 
 
 def objective_of(model, args):
@@ -23,7 +23,7 @@ def objective_of(model, args):
     Raises:
         ConfigError: a value is out of range, or the options exclude each other.
     """
-    return Objective(Scorer(model, args.share_prompt), loss_of(args))
+    return Objective(Scorer(model, args.share_prompt), loss_of(args), args.router_aux_loss_coef)
 
 
 def unwrapped(dataset):
@@ -112,9 +112,27 @@ def means_of(figures):
     """
     chosen, rejected = figures["lengths/chosen"], figures["lengths/rejected"]
     tokens = dict(zip(TOKEN_FIGURES, (chosen, rejected, chosen + rejected, chosen), strict=True))
-    found = {name: float(np.average(values, weights=tokens.get(name))) for name, values in figures.items()}
+    found = {name: _average(values, tokens.get(name)) for name, values in figures.items()}
     margins, differences = figures["rewards/margins"], chosen - rejected
-    return found | correlation(found, *map(np.mean, (margins**2, differences**2, margins * differences)))
+    return _settled(found, map(np.mean, (margins**2, differences**2, margins * differences)))
+
+
+def _average(values, weights):
+    return float(np.average(values, weights=weights)) if weights is None or weights.any() else np.nan
+
+
+def _settled(means, moments):
+    """Means over pairs as they are reported: of single responses each side's over its own, NaN where there is none."""
+    if (desirable := means.pop(DESIRABLE, None)) is None:
+        means |= correlation(means, *moments)
+    else:
+        for side, share in (("chosen", desirable), ("rejected", 1 - desirable)):
+            for name in (f"{figure}/{side}" for figure in ("rewards", "logps", "lengths")):
+                means[name] = means[name] / share if share else np.nan
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    if shares := {name: value for name, value in means.items() if name.startswith(SHARES)}:
+        means |= {name: value / sum(shares.values()) for name, value in shares.items()}
+    return means
 
 
 def correlation(means, margins, differences, products):
@@ -136,9 +154,9 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
     """As `mean_figures`, pair by pair: for each of FIGURES and TOKEN_FIGURES `(n,)` float64, one value a row."""
     world = mx.distributed.init()
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
-    names, scorer = FIGURES + TOKEN_FIGURES, objective.scorer
+    names, scorer = FIGURES + TOKEN_FIGURES + objective.further, objective.scorer
     found = np.zeros((len(names), len(rows)))
-    if objective.loss.reads_batch:
+    if objective.reads_batch:
         batches = plan(lengths, batch_size)
     else:
         # A pair's loss is its own, so that batches may be as large as memory is ample for.
@@ -148,11 +166,14 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
     with evaluating(scorer.model), bounded_memory() as evaluate:
         for places in batches:
             here = places[world.rank() :: world.size()]
-            if len(here):
-                batch, *_ = make_batch([dataset[int(rows[place])] for place in here], scorer.arrangement)
-                losses, figures = objective.each(batch, reference_rows(reference, here), by_token=True)
+            if len(here) or objective.together:
+                # One without a row of its own runs one that counts for nothing.
+                taken = here if len(here) else places[:1]
+                batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement)
+                batch = batch if len(here) else emptied(batch)
+                losses, figures = objective.each(batch, reference_rows(reference, taken), by_token=True)
                 evaluate(values := mx.stack([losses, *figures]))
-                found[:, here] = np.array(values)
+                found[:, here] = np.array(values)[:, : len(here)]
             if progress_callback is not None:
                 progress_callback(len(places))
     if world.size() > 1:
@@ -160,10 +181,10 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
     return dict(zip(names, found, strict=True))
 
 
-def as_means(totals):
-    """`(means, pairs, tokens)` of sums over pairs, `Objective`'s as float64: FIGURES and the correlation of lengths."""
-    sums = dict(zip((*FIGURES, "pairs", "tokens", *MOMENTS), totals.tolist(), strict=True))
+def as_means(totals, further=()):
+    """`(means, pairs, tokens)` of sums over pairs, an `Objective`'s as float64 with the names of its `further` ones."""
+    sums = dict(zip((*FIGURES, "pairs", "tokens", *MOMENTS, *further), totals.tolist(), strict=True))
     pairs, tokens = sums.pop("pairs"), sums.pop("tokens")
     moments = [sums.pop(name) / pairs for name in MOMENTS]
     figures = {name: total / pairs for name, total in sums.items()}
-    return figures | correlation(figures, *moments), pairs, tokens
+    return _settled(figures, moments), pairs, tokens

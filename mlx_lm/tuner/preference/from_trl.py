@@ -40,6 +40,7 @@ DEFAULTS = {
     "seed": 42,
     "disable_dropout": True,
     "ref_model_sync_steps": 512,
+    "ref_model_mixup_alpha": 0.6,
 }
 # ModelConfig's, which count where a file names a model.
 MODEL_DEFAULTS = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
@@ -150,11 +151,16 @@ def _loss(made):
             made.put(key, value)
         elif value != OPTION[key].default:
             made.note(f"{key}: {value} is not read there with {', '.join(names)}.")
-    every, synced = made.take("ref_model_sync_steps"), made.take("sync_ref_model")
+    every, share, synced = (
+        made.take(key) for key in ("ref_model_sync_steps", "ref_model_mixup_alpha", "sync_ref_model")
+    )
     if synced:
         made.put("reference_update_steps", every, "ref_model_sync_steps")
+        made.put("reference_mixup_alpha", share, "ref_model_mixup_alpha")
     if (size := made.take("precompute_ref_batch_size")) is not None:
         made.put("reference_batch_size", size)
+    if coef := made.take("router_aux_loss_coef"):
+        made.put("router_aux_loss_coef", coef)
 
 
 def _adapters(made):
@@ -330,7 +336,7 @@ class FromTrl(argparse.Action):
         given = yaml.load(Path(path).read_text(encoding="utf-8"), self.loader)
         try:
             sys.stdout.write(translate(given, Path(path).name))
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{path} holds a value of a type that TRL does not take there ({error}).") from error

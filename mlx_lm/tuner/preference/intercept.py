@@ -22,6 +22,25 @@ def intercepted(module, method, replacement):
         delattr(exchanged, method)
 
 
+_aside = []
+
+
+def tell_aside(*arrays):
+    """Add arrays to what the innermost `aside` collects, if there is one."""
+    if _aside:
+        _aside[-1].extend(arrays)
+
+
+@contextmanager
+def aside():
+    """Within the context, what a model's parts tell aside is collected in the list that it gives."""
+    _aside.append([])
+    try:
+        yield _aside[-1]
+    finally:
+        _aside.pop()
+
+
 @contextmanager
 def exchanged(owner, name, replacement):
     """Within the context, this attribute of a module of Python is `replacement`."""

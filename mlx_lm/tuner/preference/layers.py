@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ...models.activations import recomputed_activations
 from ..lora import LoRALinear
 from .attention import PackedCache, RowCache, Window
-from .intercept import intercepted, recomputed
+from .intercept import aside, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .recurrent import chunked_recurrences
 
@@ -159,14 +159,17 @@ def _checkpointed(call):
         def run(*arrays):
             given = dict(zip(names, arrays, strict=True))
             args, kwargs = tree_unflatten([(name, given.get(name, x)) for name, x in leaves])
-            outputs.append(tree_flatten([call(layer, *args, **kwargs)], is_leaf=_is_empty))
+            with aside() as told:
+                out = call(layer, *args, **kwargs)
+            outputs.append(tree_flatten([out, told], is_leaf=_is_empty))
             # MLX loses the gradient of an array that is returned twice: views differ.
             return [mx.expand_dims(x, 0) for _, x in outputs[-1] if isinstance(x, mx.array)]
 
         found = iter(recomputed(layer, run)(*(x for name, x in leaves if name in names)))
-        (out,) = tree_unflatten(
+        out, told = tree_unflatten(
             [(name, next(found).squeeze(0) if isinstance(x, mx.array) else x) for name, x in outputs[0]]
         )
+        tell_aside(*told)
         return out
 
     return checkpointed

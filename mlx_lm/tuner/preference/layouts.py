@@ -167,6 +167,7 @@ LAYOUTS = (
     ),
 )
 PLAIN = "prompt, chosen, rejected"
+LABELLED = "prompt, completion, label"
 IMPLICIT = "chosen and rejected with the prompt in them"
 
 # Rows of one response each, by a key that tells them, and what they are.

@@ -25,6 +25,7 @@ from ..losses import (
     exo_pair,
     hinge,
     ipo,
+    kto,
     mean_logps,
     nca_pair,
     orpo,
@@ -55,6 +56,7 @@ class Loss:
         reads_batch: a pair's value depends on the other pairs of its batch.
         is_likelihood: it is the chosen response's likelihood and has no logratio: it goes with any other
             loss and its settings.
+        unpaired: it reads single responses with labels, not pairs, and goes with no other loss.
         mean_rewards: without a reference, whether its rewards are means over tokens rather than sums.
         defaults: defaults that differ from the options', by parameter.
         lowest: the lowest value that it can work with where that is above the option's, by parameter.
@@ -70,6 +72,7 @@ class Loss:
     sorts_batch: bool = False
     reads_batch: bool = False
     is_likelihood: bool = False
+    unpaired: bool = False
     mean_rewards: bool = False
     defaults: dict = field(default_factory=dict)
     lowest: dict = field(default_factory=dict)
@@ -87,7 +90,11 @@ class Loss:
         if self.f_divergence:
             options += ("f_divergence_type", "f_alpha_divergence_coef")
         if self.needs_reference:
-            options += ("ld_alpha", "reference_update_steps")
+            options += ("reference_update_steps", "reference_mixup_alpha")
+        if self.unpaired:
+            return options
+        if self.needs_reference:
+            options += ("ld_alpha",)
         if not self.sorts_batch:
             options += ("use_weighting",)
         return options
@@ -182,6 +189,14 @@ TABLE = (
         **REFERENCE_FREE,
         reads_batch=True,
     ),
+    Loss(
+        "kto",
+        kto,
+        "w sigma(beta kl - r) if desirable, w sigma(r - beta kl) if not; r = beta x logratio, w its kind's weight",
+        "2402.01306",
+        unpaired=True,
+        reads_batch=True,
+    ),
 )
 
 ALIASES = {"sigmoid": "dpo"}
@@ -235,12 +250,23 @@ OPTIONS = (
     _option("dpop_lambda", 50.0, float, "lambda, the factor of dpop's penalty", low=0),
     _option("simpo_gamma", 0.5, float, "gamma, the margin that simpo aims at", low=0),
     _option("cpo_alpha", 1.0, float, "alpha, the factor of cpo's NLL", low=0),
+    _option("desirable_weight", 1.0, float, "factor of the loss of desirable responses", low=0),
+    _option("undesirable_weight", 1.0, float, "factor of the loss of undesirable responses", low=0),
     _option(
         "reference_update_steps",
         None,
         int,
         "take the current policy as the reference every so many updates (TR-DPO); not set, never",
         low=1,
+    ),
+    _option(
+        "reference_mixup_alpha",
+        None,
+        float,
+        "the policy's share in the reference that is taken then, the rest being the one before; not set, all of it",
+        low=0,
+        high=1,
+        open=("low",),
     ),
 )
 
@@ -325,6 +351,7 @@ class PreferenceLoss:
         reads_margins: whether a pair's margin takes effect.
         reads_batch: whether a pair's value depends on the other pairs of its batch.
         sorts_batch: whether values belong to quantiles of the batch, so that weights of pairs have no meaning.
+        unpaired: whether it is of single responses with labels.
         ld_alpha: weight of the tokens beyond the shorter response's length, or None.
     """
 
@@ -341,6 +368,7 @@ class PreferenceLoss:
         self.reads_margins = any(loss.reads_margins for loss in self._losses)
         self.sorts_batch = any(loss.sorts_batch for loss in self._losses)
         self.reads_batch = any(loss.reads_batch for loss in self._losses)
+        self.unpaired = any(loss.unpaired for loss in self._losses)
         self.ld_alpha = parameters.get("ld_alpha")
 
     def __call__(self, pairs, wpo_weights=None):
@@ -471,6 +499,13 @@ def _refuse_too_low(resolved, losses):
 
 
 def _refuse_clashes(values, losses):
+    single = [loss.name for loss in losses if loss.unpaired]
+    if single and len(losses) > 1:
+        raise ConfigError(
+            f"loss_type has {single[0]} with others, but it reads single responses, not pairs; name it alone."
+        )
+    if single and not (values["desirable_weight"] or values["undesirable_weight"]):
+        raise ConfigError("desirable_weight and undesirable_weight are 0, with which nothing is trained; raise one.")
     divergence, coef = values["f_divergence_type"], values["f_alpha_divergence_coef"]
     without = [loss.name for loss in losses if not (loss.f_divergence or loss.is_likelihood)]
     if divergence != "reverse_kl" and without:
@@ -493,6 +528,10 @@ def _refuse_clashes(values, losses):
     if values["ld_alpha"] is not None and free:
         raise ConfigError(
             f"ld_alpha weighs the tokens of a logratio, and {', '.join(free)} has none; remove ld_alpha or that loss."
+        )
+    if values["reference_mixup_alpha"] is not None and values["reference_update_steps"] is None:
+        raise ConfigError(
+            "reference_mixup_alpha is set, but reference_update_steps is not, and the reference stays; set that too."
         )
     if values["reference_update_steps"] is not None and values["beta"] == 0:
         raise ConfigError("reference_update_steps is set, but beta 0 leaves the reference out; remove one of the two.")

@@ -279,6 +279,32 @@ REFERENCE_OPTIONS = (
 
 STEP_OPTIONS = (
     Option(
+        "use_rslora",
+        False,
+        bool,
+        "Multiply LoRA's scale by the square root of its rank, so that a larger rank does not act less (rsLoRA)",
+        group="step",
+    ),
+    Option(
+        "lora_plus_ratio",
+        None,
+        float,
+        "Factor of the learning rate of LoRA's second matrices (LoRA+); not set, 1",
+        low=0,
+        open=("low",),
+        group="step",
+        keep=True,
+    ),
+    Option(
+        "router_aux_loss_coef",
+        None,
+        float,
+        "Factor of the loss that keeps a mixture's experts evenly used; 0 reports their shares only; not set, neither",
+        low=0,
+        group="step",
+        keep=True,
+    ),
+    Option(
         "epochs",
         None,
         float,

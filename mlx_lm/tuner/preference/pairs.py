@@ -10,10 +10,11 @@ from collections import Counter
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from tqdm import tqdm
 
 from ...cli_ui import rprint
-from .layouts import UselessRow
+from .layouts import UselessRow, is_kto
 from .options import ConfigError, shown
 from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
 from .tokens import PairEncoder
@@ -33,6 +34,8 @@ class Pair(NamedTuple):
         weight: what the pair's loss counts, 1 for a usual pair.
         unscored: for chosen and rejected the spans `(start, stop)` of their tokens that the model does not write, such
             as a tool's result; () where every token of both is scored.
+        label: None of a pair; of a single response, which stands in `chosen`, whether it is desirable. `rejected` is a
+            response to another prompt then.
     """
 
     prompt: list
@@ -41,6 +44,7 @@ class Pair(NamedTuple):
     margin: float = 0.0
     weight: float = 1.0
     unscored: tuple = ()
+    label: bool | None = None
 
 
 class PreferenceDataset:
@@ -53,6 +57,7 @@ class PreferenceDataset:
             `chosen` and `rejected`.
         chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
         max_seq_length: tokens of prompt and response together, at least 2.
+        unpaired: make single responses with labels, two of a row with a pair, as KTO reads them.
         use_chat_template: false to train strings as they stand, where the tokenizer has a chat template.
         score: "assistant", to score what the model writes, or "all", to score all of a response's turns.
         score_difference, score_scale, min_score_difference: what to make of the responses' scores, as `RowReader` has
@@ -73,6 +78,7 @@ class PreferenceDataset:
         rejected_feature=None,
         chat_template_kwargs=None,
         max_seq_length=2048,
+        unpaired=False,
         use_chat_template=True,
         score="assistant",
         score_difference=None,
@@ -88,6 +94,7 @@ class PreferenceDataset:
             raise ConfigError(f"max_seq_length is {max_seq_length!r}; it must be a whole number, at least 2.")
         self.name = name
         self.max_seq_length = max_seq_length
+        self._unpaired = unpaired
         self._where = where or (lambda i: f"{name}, row {i}")
         self._encoder = PairEncoder(tokenizer, use_chat_template, score)
         self._reader = RowReader(
@@ -117,6 +124,8 @@ class PreferenceDataset:
                 self._add(numbers, [rows[i] for i in numbers])
                 progress.update(len(numbers))
         self._report(len(rows))
+        if unpaired:
+            self._pairs = mismatched(self._pairs, max_seq_length, name)
         self.layout = "; ".join(filter(None, (self._layouts(), self.layout)))
         del self._encoder, self._reader
 
@@ -133,8 +142,9 @@ class PreferenceDataset:
 
     @property
     def counts(self):
-        """How many rows were read, prompts cut and responses cut, by these names."""
-        return {"read": self._read} | {name: self._counts[name] for name in ("prompts cut", "responses cut")}
+        """How many rows were read and left out, prompts cut and responses cut, by these names."""
+        names = ("left out", "prompts cut", "responses cut")
+        return {"read": self._read} | {name: self._counts[name] for name in names}
 
     def where(self, idx):
         """The place of a pair's row, such as its file and line."""
@@ -174,7 +184,7 @@ class PreferenceDataset:
         read = []
         for number, row in zip(numbers, rows, strict=True):
             try:
-                conversation = self._reader(row)
+                conversation = self._reader.labelled(row) if self._unpaired and is_kto(row) else self._reader(row)
                 read.append((number, conversation, self._encoder.texts(conversation)))
             except UselessRow as useless:
                 self._leave_out(number, str(useless))
@@ -186,11 +196,11 @@ class PreferenceDataset:
             for note in texts.notes:
                 count, first = self._notes.get(note, (0, number))
                 self._notes[note] = count + 1, first
-            if useless := self._why_useless(prompt, chosen, rejected):
+            if useless := self._why_useless(prompt, chosen, rejected, conversation.label):
                 self._leave_out(number, useless)
                 continue
             cut = truncate(prompt, chosen, rejected, self.max_seq_length)
-            if cut[1] == cut[2]:
+            if cut[1] == cut[2] and not self._unpaired:
                 self._leave_out(number, EQUAL_WHEN_CUT)
                 continue
             self._counts["disputed"] += texts.disputed
@@ -202,19 +212,20 @@ class PreferenceDataset:
                 unscored = within(self._encoder.unscored(texts, prompt, chosen, rejected), cut[1:])
             if not self._pairs:
                 self.layout = self._described(texts)
-            ids = (array("i", tokens) for tokens in cut)
-            if (source := rows[number - numbers[0]].get("source")) is not None:
-                self._sources[len(self._pairs)] = str(source)
-            self._pairs.append(Pair(*ids, conversation.margin, conversation.weight, unscored))
-            self._numbers.append(number)
+            pair = Pair(*(array("i", tokens) for tokens in cut), conversation.margin, conversation.weight, unscored)
+            for one in single(pair, conversation.label) if self._unpaired else [pair]:
+                if (source := rows[number - numbers[0]].get("source")) is not None:
+                    self._sources[len(self._pairs)] = str(source)
+                self._pairs.append(one)
+                self._numbers.append(number)
 
-    def _why_useless(self, prompt, chosen, rejected):
+    def _why_useless(self, prompt, chosen, rejected, label):
         ends = self._encoder.eos_ids
         if not prompt:
             return EMPTY_PROMPT
         if any(not response or (len(response) == 1 and response[0] in ends) for response in (chosen, rejected)):
             return EMPTY_RESPONSE
-        return EQUAL if chosen == rejected else None
+        return EQUAL if chosen == rejected and label is None else None
 
     def _layouts(self):
         """The layouts that the rows were read in, most frequent first, and the keys that nothing reads."""
@@ -226,16 +237,18 @@ class PreferenceDataset:
     def _described(self, texts):
         """What the rows are read as, with the first one's texts shortened."""
         parts = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
-        named = zip(("prompt", "chosen", "rejected"), parts, strict=True)
+        names = ("prompt", "completion") if texts.chosen == texts.rejected else ("prompt", "chosen", "rejected")
+        named = zip(names, parts, strict=False)
         return "; first ".join(["", *(f"{name} {shown(text)}" for name, text in named)]).lstrip("; ")
 
     def _leave_out(self, number, why):
         count, first = self._useless.get(why, (0, number))
         self._useless[why] = count + 1, first
+        self._counts["left out"] += 1
 
     def _report(self, total):
         """Say once what was left out and what was cut."""
-        kept = len(self._pairs)
+        kept = total - self._counts["left out"]
         if self._useless:
             reasons = ", ".join(
                 f"{count} {why} (first: {self._where(first)})" for why, (count, first) in self._useless.items()
@@ -282,3 +295,42 @@ def truncate(prompt, chosen, rejected, max_seq_length):
     prompt = prompt[-room:]
     room = max_seq_length - len(prompt)
     return prompt, chosen[:room], rejected[:room]
+
+
+def single(pair, label=None):
+    """A pair's responses as single ones, the chosen desirable; of a row with a `label` both are the same one."""
+    sides = ((pair.chosen, True), (pair.rejected, False)) if label is None else ((pair.chosen, label),)
+    spans = [((spans, ()) if spans else ()) for spans in pair.unscored or ((), ())]
+    return [
+        pair._replace(chosen=tokens, rejected=tokens[:0], unscored=own, label=good)
+        for (tokens, good), own in zip(sides, spans, strict=False)
+    ]
+
+
+def mismatched(pairs, max_seq_length, name):
+    """Single responses, each with one to another prompt in `rejected`: one of like length, whatever the batches are.
+
+    Args:
+        pairs: `Pair`s with labels.
+        max_seq_length: what the other response is cut to, together with the prompt.
+        name: what to call the data set.
+
+    Raises:
+        ConfigError: there is one prompt only.
+    """
+    lengths = np.array([[len(pair.chosen), len(pair.prompt)] for pair in pairs])
+    order = np.lexsort((lengths[:, 0], lengths.sum(axis=1)))
+    others, other, after = {}, None, order[0]
+    for row in np.concatenate([order, order])[::-1].tolist():
+        # Behind neighbours of the same prompt comes the one that is behind them.
+        other = after if pairs[after].prompt != pairs[row].prompt else other
+        others[row] = other
+        after = row
+    if other is None:
+        raise ConfigError(f"{name} has one prompt only; KTO compares with responses to other prompts.")
+    found = []
+    for row, pair in enumerate(pairs):
+        tokens = pairs[others[row]].chosen[: max_seq_length - len(pair.prompt)]
+        unscored = ((pair.unscored or ((),))[0], (pairs[others[row]].unscored or ((),))[0])
+        found.append(pair._replace(rejected=tokens, unscored=within(unscored, (pair.chosen, tokens))))
+    return found

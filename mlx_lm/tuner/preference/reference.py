@@ -4,6 +4,7 @@ import os
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 
 from .batches import filled, make_batch, pair_lengths, plan
 from .intercept import evaluating
@@ -143,12 +144,23 @@ class ReferenceLogps:
 
     Attributes:
         train: `(n, 2, 2)` float32, a row for each of `dataset`, NaN where it was not taken; None before `take`.
+        parameters: where a reference is mixed, its values of what the policy trains, a tree; else None.
         valid: `(m, 2, 2)` float32 of `val_rows`; None before `take`, or where there are none.
     """
 
     def __init__(self, dataset, val_dataset, val_rows):
         self.dataset, self.val_dataset, self.val_rows = dataset, val_dataset, val_rows
-        self.train = self.valid = None
+        self.train = self.valid = self.parameters = None
+
+    def mix(self, policy, share):
+        """Move the reference's parameters towards the policy's: TR-DPO's soft update, arXiv 2404.09656, eq. 3.
+
+        Args:
+            policy: its trainable parameters, a tree.
+            share: the policy's, 0 to 1.
+        """
+        self.parameters = tree_map(lambda new, old: share * new + (1 - share) * old, policy, self.parameters)
+        mx.eval(self.parameters)
 
     def take(self, reference, rows):
         """Have a `Reference` score `rows` of the data set, and the validation rows."""

@@ -10,6 +10,7 @@ from .batches import PLAIN
 from .checkpoint import REMEDY
 from .evaluation import as_means, mean_figures
 from .options import ConfigError
+from .step import SHARES
 from .workers import confirm
 
 # Logratios of both responses below this, and logps twice as low as the reference's: no longer a model of text.
@@ -20,7 +21,7 @@ class Window:
     """The steps since the last report.
 
     Attributes:
-        sums: of each step, `Objective`'s `(9,)` sums.
+        sums: of each step, `Objective`'s sums.
         norms: of each step, the gradient's norm, None where it made no update.
         tokens: `(2,)`, processed ones and of these padding.
         seconds: that the steps took, without validations and saves.
@@ -36,7 +37,7 @@ class Window:
         self.tokens += tokens
 
     def figures(self):
-        """`(sums over all workers (k, 9), norms)` as numbers."""
+        """`(sums over all workers (k, n), norms)` as numbers."""
         sums = np.array(mx.distributed.all_sum(mx.stack(self.sums)), np.float64)
         confirm()
         return sums, [None if norm is None else norm.item() for norm in self.norms]
@@ -48,6 +49,7 @@ class Reporter:
     Args:
         ui: a `RunUI`.
         callback: a `TrainingCallback`, or None.
+        further: names of an `Objective`'s figures besides FIGURES.
         check: called with a window's losses, norms and first iteration; raises where a run must not go on. None where
             steps that are not finite are left out.
 
@@ -55,8 +57,8 @@ class Reporter:
         validated: the last validation's means of FIGURES.
     """
 
-    def __init__(self, ui, callback, check):
-        self.ui, self.callback, self.check = ui, callback, check
+    def __init__(self, ui, callback, check, further=()):
+        self.ui, self.callback, self.check, self.further = ui, callback, check, further
         self.validated = None
 
     def training(self, window, progress, learning_rate, peak_memory):
@@ -72,7 +74,7 @@ class Reporter:
         progress.skipped += sum(norm is not None and not np.isfinite(norm) for norm in norms)
         if not sound.any():
             raise ConfigError(f"no step of the {len(sums)} up to iteration {progress.iteration} is finite. {REMEDY}")
-        figures, pairs, trained = as_means(sums[sound].sum(axis=0))
+        figures, pairs, trained = as_means(sums[sound].sum(axis=0), self.further)
         progress.trained_tokens += int(trained)
         speed, seconds = trained / window.seconds, window.seconds
         self.ui.report_train(
@@ -81,6 +83,7 @@ class Reporter:
         if self.callback is None:
             return
         processed, padding = window.tokens
+        figures = {name: value for name, value in figures.items() if not name.startswith(SHARES)}
         report = {"iteration": progress.iteration, "train_loss": figures.pop("loss"), **figures}
         if norms := [norm for norm in norms if norm is not None]:
             report["grad_norm"] = norms[-1]

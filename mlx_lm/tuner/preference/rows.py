@@ -7,10 +7,10 @@ tokens made in `tokens.py`, files and hub data sets read in `datasets.py`.
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .layouts import CHOSEN_SCORES, REJECTED_SCORES, UselessRow, recognised
+from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, UselessRow, recognised
 from .messages import KEYS, decoded, kind, messages, speaks, tools, transcript
 from .options import ConfigError, nearest, shown
 from .overlap import shared_text, without_prompt
@@ -45,6 +45,7 @@ class Conversation(NamedTuple):
     template_kwargs: dict = {}
     margin: float = 0.0
     weight: float = 1.0
+    label: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class RowReader:
         system, tools_ = _text(row, system_key), tools(laid.get("tools", row.get("tools")))
         kwargs = {**self.template_kwargs, **template_kwargs(row.get("chat_template_kwargs"))}
         margin, weight = self._numbers(row, scores)
-        if chosen == rejected:
+        if chosen == rejected and self.chosen != self.rejected:
             raise UselessRow(EQUAL)
         if self.chat:
             prompt, chosen, rejected, form = self._turns(prompt, chosen, rejected, row)
@@ -115,9 +116,25 @@ class RowReader:
                     "used here, or which the tokenizer does not have; give prompt, chosen and rejected as strings."
                 )
             prompt, chosen, rejected, form = self._texts(prompt, chosen, rejected)
+        if self.chosen == self.rejected:
+            layout = LABELLED
         name = ", ".join(filter(None, (layout, form)))
         self.layouts[name] = self.layouts.get(name, 0) + 1
         return Conversation(prompt, chosen, rejected, tools_, kwargs, margin, weight)
+
+    def labelled(self, row):
+        """The `Conversation` of a row with one `completion` and its `label`: both its responses are the completion.
+
+        Raises:
+            As a call.
+        """
+        if row["label"] not in (True, False, 0, 1):
+            raise ConfigError(f"label is {row['label']!r}; it must be true or false.")
+        if row.get(self.prompt or "prompt") is None and isinstance(row["completion"], str):
+            self._refuse_without_prompt(row)
+        bare = {key: value for key, value in row.items() if key != "label"}
+        read = replace(self, chosen="completion", rejected="completion")(bare)
+        return read._replace(label=bool(row["label"]))
 
     def _side(self, row, laid, name, key):
         value = laid.get(name, row.get(key))
@@ -159,7 +176,7 @@ class RowReader:
         for text in (prompt, chosen if prompt is None else None):
             self._refuse_rendered(text)
         prompt, chosen, rejected, form = self._transcripts(prompt, chosen, rejected)
-        sides = {self.chosen: chosen, self.rejected: rejected}
+        keys, sides = (self.chosen, self.rejected), (chosen, rejected)
         both_lists = isinstance(chosen, list) and isinstance(rejected, list)
         if prompt is None and not both_lists:
             if isinstance(chosen, list) or isinstance(rejected, list):
@@ -170,12 +187,14 @@ class RowReader:
             if prompt is not None and not _mentions(chosen[:shared], prompt):
                 raise ConfigError(f"the messages that {self.chosen} and {self.rejected} share do not hold the prompt.")
             prompt = chosen[:shared]
-            return prompt, *(_response(side[shared:], key, form) for key, side in sides.items()), form
+            return prompt, *(_response(side[shared:], key, form) for key, side in zip(keys, sides, strict=True)), form
         if isinstance(prompt, str):
             if not both_lists and (rest := without_prompt(prompt, chosen, rejected)):
-                sides, form = dict(zip(sides, (text.lstrip() for text in rest), strict=True)), REPEATED
+                sides, form = [text.lstrip() for text in rest], REPEATED
             prompt = [{"role": "user", "content": prompt}]
-        responses = [_response(_continuation(side, prompt, key), key, form) for key, side in sides.items()]
+        responses = [
+            _response(_continuation(side, prompt, key), key, form) for key, side in zip(keys, sides, strict=True)
+        ]
         return prompt, *responses, form
 
     def _refuse_rendered(self, text):

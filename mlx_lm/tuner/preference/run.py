@@ -15,6 +15,7 @@ from ..._backend import slow_blas_hint
 from ...cli_ui import rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile, plot_metrics
+from .adapters import lora_plus
 from .batches import Schedule, iterations
 from .checkpoint import (
     BEST_FOLDER,
@@ -30,6 +31,7 @@ from .checkpoint import (
 from .dry_run import rehearse
 from .evaluation import evaluated_rows, unwrapped
 from .files import locked, move_aside, remove_leftovers
+from .intercept import parameters_in
 from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
 from .memory import bounded_memory, peak_memory, trim_cache
@@ -95,11 +97,15 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         if not args.check and args.reference_model is not None:
             reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
+    if args.lora_plus_ratio is not None:
+        optimizer = lora_plus(optimizer, args.lora_plus_ratio)
     if args.on_nonfinite == "skip":
         optimizer = SkippingOptimizer(optimizer, model.trainable_parameters())
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm)
     if args.check:
         return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args)
+    if args.reference_mixup_alpha is not None:
+        logps.parameters = model.trainable_parameters()
     progress = Progress() if state is None else restore_run(state, step, logps)
     if first:
         remove_leftovers(folder)
@@ -118,7 +124,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         RunUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
-        report = Reporter(ui, callback, check)
+        report = Reporter(ui, callback, check, objective.further)
         validate = partial(_validate, objective, logps, progress, args, report, config)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
@@ -270,11 +276,15 @@ def make_room(folder, config):
 
 
 def _refresh(scorer, schedule, logps, progress, args):
-    """TR-DPO: the policy becomes the reference of the rows that the coming steps visit."""
+    """TR-DPO: the policy, or its mixture with the reference, becomes that of the rows that the coming steps visit."""
     if logps.train is not None:
+        policy = scorer.model.trainable_parameters()
+        if logps.parameters is not None:
+            logps.mix(policy, args.reference_mixup_alpha)
         steps = args.reference_update_steps * args.grad_accumulation_steps
         rows = schedule.visited(progress.iteration + 1, min(progress.iteration + steps, args.iters))
-        logps.take(Reference(scorer, args.reference_batch_size), rows)
+        with parameters_in(scorer.model, policy if logps.parameters is None else logps.parameters):
+            logps.take(Reference(scorer, args.reference_batch_size), rows)
 
 
 def check_and_digest(dataset, loss=None):
@@ -292,5 +302,9 @@ def check_and_digest(dataset, loss=None):
                     reason = "does not read it" if name == "margin" else "sorts the batch"
                     told = f"{where(i)}: rows have a {name}, but loss_type {', '.join(loss.names)} {reason}"
                     raise ConfigError(f"{told}; remove the key {name}.")
-        digest.update(row_key(pair) + repr((pair.margin, pair.weight)).encode())
+            if (pair.label is None) == loss.unpaired:
+                form = "single responses with labels" if loss.unpaired else "pairs"
+                told = f"loss_type {', '.join(loss.names)} reads {form}, and the data set holds others"
+                raise ConfigError(f"{told}; make it for this loss.")
+        digest.update(row_key(pair) + repr((pair.margin, pair.weight, pair.label)).encode())
     return digest.hexdigest()

@@ -117,9 +117,8 @@ def described(scores):
         lines.append(f"  {'source':{width}}  pairs  accuracy  95 % interval     margin    loss")
         for name in sorted(set(named)):
             mine = np.array([other == name for other in named])
-            loss, accuracy, margin = (
-                scores.figures[key][mine].mean() for key in ("loss", "rewards/accuracies", "rewards/margins")
-            )
+            figures = means_of({key: values[mine] for key, values in scores.figures.items()})
+            loss, accuracy, margin = (figures[key] for key in ("loss", "rewards/accuracies", "rewards/margins"))
             low, high = wilson(accuracy, mine.sum())
             span = f"{low:.3f} to {high:.3f}"
             lines.append(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...cli_ui import SquareBar, TrainUI, make_console
+from .step import SHARES
 
 HEADER = (
     f"{'iter':>6}  {'loss':>8}  {'chosen':>7}  {'rejected':>8}  {'accuracy':>8}  {'margin':>7}  {'lr':>8}  "
@@ -74,7 +75,10 @@ class RunUI(TrainUI):
 
     def report_val(self, iteration, figures, pairs, seconds):
         """Print a validation's report: its means of FIGURES, how many pairs it scored, and how long it took."""
-        self._report(iteration, figures, " ", "magenta", f"validation of {pairs:,} pairs, {seconds:.1f} s")
+        more = f"validation of {pairs:,} pairs, {seconds:.1f} s"
+        if shares := [value for name, value in figures.items() if name.startswith(SHARES)]:
+            more += f", experts {min(shares):.1%} to {max(shares):.1%}"
+        self._report(iteration, figures, " ", "magenta", more)
 
     def _report(self, iteration, figures, arrow, style, more):
         if self._rank != 0:
@@ -82,6 +86,7 @@ class RunUI(TrainUI):
         chosen, rejected, accuracy, margin = (
             figures[f"rewards/{name}"] for name in ("chosen", "rejected", "accuracies", "margins")
         )
+        more += f"  KL {figures['kl']:.3f}" if "kl" in figures else ""
         # Numbers too long for their columns must not break a line in two.
         self._console.print(
             f"[ui.muted]{iteration:>6}[/ui.muted]  [bold {style}]{figures['loss']:>6.3f} {arrow}[/bold {style}]  "

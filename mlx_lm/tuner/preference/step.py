@@ -1,5 +1,6 @@
 """The training step of a preference run: logps, loss, gradient, accumulation, update."""
 
+from contextlib import contextmanager
 from functools import cached_property
 
 import mlx.core as mx
@@ -8,10 +9,11 @@ from mlx.nn.utils import average_gradients
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
-from ..losses import PairLogps, wpo_weights
+from ..losses import PairLogps, kl_estimate, wpo_weights
 from .batches import as_batch
-from .intercept import parameters_in
+from .intercept import aside, parameters_in
 from .layers import lean_layers
+from .routing import experts_of, load_balancing_loss, routed, routers_of
 
 # What is summed over pairs, in this order; TRL's names.
 FIGURES = (
@@ -31,6 +33,11 @@ TOKEN_FIGURES = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accu
 MOMENTS = ("margins^2", "differences^2", "margins x differences")
 CORRELATION = "rewards/length_correlation"
 
+# Of single responses, whether it is desirable: figures of one side are 0 of the other.
+DESIRABLE = "desirable"
+# What the share of each expert in the routers' choices is called, with its number behind.
+SHARES = "expert_shares/"
+
 # Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
 ROUNDING = 2e-6
 
@@ -41,11 +48,27 @@ class Objective:
     Args:
         scorer: a `Scorer`.
         loss: a `PreferenceLoss`.
+        router_coef: factor of the loss that balances the load of experts; None leaves routers alone.
+
+    Attributes:
+        further: names of figures besides FIGURES.
+        together: whether a batch's value is made by all workers together.
+        reads_batch: whether a pair's value depends on the others of its batch.
+
+    Raises:
+        ConfigError: a factor is given, and the model has no routers that can be read.
     """
 
-    def __init__(self, scorer, loss):
+    def __init__(self, scorer, loss, router_coef=None):
         self.scorer = scorer
         self.loss = loss
+        self.router_coef = router_coef
+        self._routers = self._unwatched = [] if router_coef is None else routers_of(scorer.model)
+        self.further = ("kl", DESIRABLE) if loss.unpaired else ()
+        if self._routers:
+            self.further += ("aux_loss", *(f"{SHARES}{i}" for i in range(experts_of(self._routers))))
+        self.together = loss.unpaired or bool(self._routers)
+        self.reads_batch = loss.reads_batch or bool(self._routers)
 
     def __call__(self, batch, reference, gradient=False):
         """Score a batch.
@@ -56,17 +79,29 @@ class Objective:
             gradient: whether a gradient will be taken.
 
         Returns:
-            `(loss, sums)`: the loss summed over pairs, float32, and `(14,)` float32 sums over pairs of
-            FIGURES, the number of pairs and of tokens, and MOMENTS.
+            `(loss, sums)`: the loss summed over pairs, float32, and float32 sums over pairs of FIGURES, the number of
+            pairs and of tokens, MOMENTS and `further`.
         """
         losses, figures = self.each(batch, reference, gradient)
         loss = (losses * batch.counts).sum()
         margins, differences = figures[3], figures[6] - figures[7]
         moments = mx.square(margins), mx.square(differences), margins * differences
-        sums, moments = ([(values * batch.counts).sum() for values in part] for part in (figures, moments))
-        return loss, mx.stack(
-            [mx.stop_gradient(loss), *sums, batch.counts.sum(), batch.ntoks.astype(mx.float32), *moments]
+        own = len(FIGURES) - 1
+        sums, moments, further = (
+            [(values * batch.counts).sum() for values in part] for part in (figures[:own], moments, figures[own:])
         )
+        counts = [batch.counts.sum(), batch.ntoks.astype(mx.float32)]
+        return loss, mx.stack([mx.stop_gradient(loss), *sums, *counts, *moments, *further])
+
+    @contextmanager
+    def watching(self):
+        """Within the context, routers are listened to: around a backward pass too, which may compute layers again."""
+        routers, self._unwatched = self._unwatched, []
+        try:
+            with routed(routers):
+                yield
+        finally:
+            self._unwatched = routers
 
     def each(self, batch, reference, gradient=False, by_token=False):
         """As `__call__`, pair by pair.
@@ -76,32 +111,28 @@ class Objective:
             by_token: whether TOKEN_FIGURES are wanted too.
 
         Returns:
-            `(losses, figures)`: `(B,)` float32, and a list of such for the other FIGURES, and for TOKEN_FIGURES.
+            `(losses, figures)`: `(B,)` float32, and a list of such for the other FIGURES, for TOKEN_FIGURES, and for
+            `further`.
         """
-        rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient, by_token=by_token)
+        with self.watching(), aside() as told:
+            rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient, by_token=by_token)
         pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
+        if self.loss.unpaired:
+            pairs = pairs._replace(kl=kl_estimate(pairs))
         weights = None
         if self.loss.reads_wpo:
             weights = wpo_weights(*mx.split(rows.alignment, 2), pairs.chosen_lengths, pairs.rejected_lengths)
-        chosen, rejected = (mx.stop_gradient(reward) for reward in self.loss.rewards(pairs))
-        figures = [
-            chosen,
-            rejected,
-            (self._order(chosen - rejected, pairs) + 1) / 2,
-            chosen - rejected,
-            mx.stop_gradient(pairs.policy_chosen),
-            mx.stop_gradient(pairs.policy_rejected),
-            pairs.chosen_lengths,
-            pairs.rejected_lengths,
-        ]
-        if by_token:
-            logits, entropies, hits = (mx.split(values, 2) for values in rows.by_token)
-            figures += [logits[0] / pairs.chosen_lengths, logits[1] / pairs.rejected_lengths]
-            figures += [sum(entropies) / (pairs.chosen_lengths + pairs.rejected_lengths)]
-            figures += [hits[0] / pairs.chosen_lengths]
-        return self.loss(pairs, weights) * batch.weights, figures
+        losses = self.loss(pairs, weights) * batch.weights
+        figures, further = (_of_single if self.loss.unpaired else _of_pairs)(
+            self, pairs, rows.by_token if by_token else None
+        )
+        if self._routers:
+            balance, shares = _balanced(told, batch)
+            losses = losses + self.router_coef * balance
+            further += [balance, *shares]
+        return losses, [mx.stop_gradient(mx.broadcast_to(x, losses.shape)) for x in figures + further]
 
-    def _order(self, margins, pairs):
+    def order(self, margins, pairs):
         """The margins' signs, 0 for a tie, which is a coin toss.
 
         A policy that still equals its reference ties with it, although it was run in batches of other shapes.
@@ -135,7 +166,51 @@ class Objective:
             chosen_nll=-mx.split(rows.total, 2)[0],
             margins=batch.margins,
             counts=batch.counts,
+            labels=batch.labels,
         )
+
+
+def _of_pairs(objective, pairs, by_token):
+    """Lists of FIGURES behind the first, with TOKEN_FIGURES where `by_token` is given, and of `further`."""
+    chosen, rejected = objective.loss.rewards(pairs)
+    lengths = pairs.chosen_lengths, pairs.rejected_lengths
+    correct = (objective.order(chosen - rejected, pairs) + 1) / 2
+    figures = [chosen, rejected, correct, chosen - rejected, pairs.policy_chosen, pairs.policy_rejected, *lengths]
+    if by_token is not None:
+        logits, entropies, hits = (mx.split(values, 2) for values in by_token)
+        figures += [logits[0] / lengths[0], logits[1] / lengths[1]]
+        figures += [sum(entropies) / sum(lengths), hits[0] / lengths[0]]
+    return figures, []
+
+
+def _of_single(objective, pairs, by_token):
+    """The same of single responses, whose rewards are right on their label's side of the estimated KL."""
+    rewards, good = objective.loss.rewards(pairs)[0], pairs.labels
+    signs = 2 * good - 1
+    correct = (objective.order(signs * (rewards - objective.loss.parameters["beta"] * pairs.kl), pairs) + 1) / 2
+
+    def sides(values):
+        return [good * values, (1 - good) * values]
+
+    figures = [*sides(rewards), correct, signs * rewards, *sides(pairs.policy_chosen), *sides(pairs.chosen_lengths)]
+    if by_token is not None:
+        logits, entropies, hits = (mx.split(values, 2)[0] / pairs.chosen_lengths for values in by_token)
+        figures += [logits, logits, entropies, hits]
+    return figures, [pairs.kl, good]
+
+
+def _balanced(told, batch):
+    """What routers told of a batch as each of this worker's pairs answers for it.
+
+    Returns:
+        `(loss, choices)`: the load-balancing loss of all workers' tokens, a scalar with this worker's share of the
+        gradient, and `(E,)` this worker's choices of each expert divided by its pairs.
+    """
+    loss, choices = load_balancing_loss(told, batch.reads)
+    own = batch.counts.sum()
+    whole, pairs = mx.distributed.all_sum(mx.stop_gradient(mx.stack([loss, own])))
+    own = mx.maximum(own, 1)
+    return whole + (loss - mx.stop_gradient(loss)) * (pairs / own), choices / own
 
 
 class Step:
@@ -154,6 +229,7 @@ class Step:
     def __init__(self, model, optimizer, objective, compiled, max_grad_norm=None):
         self.model = model
         self.optimizer = optimizer
+        self.objective = objective
         self.max_grad_norm = max_grad_norm
         self._value_and_grad = nn.value_and_grad(model, lambda _, *inputs: objective(*inputs, gradient=True))
         self.compiled = compiled
@@ -198,7 +274,8 @@ class Step:
     def _take_gradient(self, batch, reference):
         batch = as_batch(batch)
         # Around the backward pass too, for layers that it computes again. MLX leaves its tracers in the model.
-        with lean_layers(self.model), parameters_in(self.model, self.model.trainable_parameters()):
+        parameters = parameters_in(self.model, self.model.trainable_parameters())
+        with lean_layers(self.model), parameters, self.objective.watching():
             (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
         return sums, gradient
 
