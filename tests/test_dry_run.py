@@ -99,6 +99,15 @@ def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch):
     assert "seems to need 0.0 GB, and the device has 0.0; a smaller batch_size" in capsys.readouterr().err
 
 
+def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, capsys, monkeypatch):
+    """In proportion to tokens: of a step of gigabytes too, whose bytes are no number of 32 bits."""
+    told, peak = [], mx.get_peak_memory
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: peak() + 3 * 10**9)
+    monkeypatch.setattr(dry_run, "refuse_too_large", lambda resting, needed: told.append((resting, needed)))
+    assert command("--check", folder=tmp_path) == 0
+    assert told[0][0] < 1e8 and 3e9 < told[0][1] < 3e10
+
+
 def test_a_test_alone_is_checked_too(tmp_path, capsys):
     assert command("--check", "--no-train", "--test", "--adapter-path", "none", folder=tmp_path) == 0
     out = capsys.readouterr().out
