@@ -1,7 +1,6 @@
 """The reports of a run: their names, the file, the plot, and whoever else listens."""
 
 import json
-import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 
 import mlx_lm.lora
 from mlx_lm.tuner import callbacks
-from mlx_lm.tuner.callbacks import MetricsFile, read_metrics
+from mlx_lm.tuner.callbacks import MetricsFile, plot_metrics, read_metrics
 from mlx_lm.tuner.preference.options import ConfigError
 
 PAIRS = some_pairs(8)
@@ -184,14 +183,7 @@ def test_tables_of_answers_go_to_the_services_that_show_them(tmp_path, monkeypat
     callbacks.wandb.Table = lambda columns, data: ("table", columns, data)
     callbacks.swanlab.echarts = SimpleNamespace(Table=FakeTable)
     services = callbacks.get_reporting_callbacks("wandb,swanlab", "project", str(tmp_path / "run"), {})
-    line = {
-        "iteration": 5,
-        "row": "valid.jsonl:1",
-        "prompt": "Why?",
-        "answer": "So.",
-        "chosen": "So.",
-        "rejected": "No.",
-    }
+    line = {"iteration": 5, "row": "valid.jsonl:1", "prompt": "Why?", "answer": "So.", "chosen": "So.", "rejected": "No."}
     callbacks.send_samples(MetricsFile(tmp_path, services), 5, [line])
     columns, row = ["iteration", "row", "prompt", "answer", "chosen", "rejected"], [5, "valid.jsonl:1", "Why?", "So."]
     assert told["wandb"][1:] == [(5, {"samples": ("table", columns, [[*row, "So.", "No."]])})]

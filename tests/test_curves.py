@@ -6,11 +6,11 @@ import sys
 import matplotlib.figure
 import mlx.optimizers as optim
 import pytest
-from mlx_lm.tuner.preference.curves import differences, plot_metrics, plot_runs
 from tiny import some_pairs, tiny_llama
 
 import mlx_lm.lora
 from mlx_lm.tuner.callbacks import MetricsFile
+from mlx_lm.tuner.preference.curves import differences, plot_metrics, plot_runs
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
