@@ -52,9 +52,9 @@ def measure_ours(training, folder, fresh_kernels, workers, timeout):
         environment = {"MLX_PTX_CACHE_DIR": f"{folder}/kernels", "CUDA_CACHE_PATH": f"{folder}/driver"}
     watched, reports = start_ours(training, folder, environment, workers, timeout=timeout)
     validations = [report for report in reports if "eval_loss" in report]
-    told = [seconds for seconds, line in watched.lines if re.match(r"\s*\d+\s+val ", line)]
+    told = [seconds for seconds, line in watched.lines if re.search(r" validation of \d+ pairs, ", line)]
     # The last is in the head of the table of steps.
-    loaded, tokenized, referenced = (watched.moment(text) for text in ("Loading datasets", "Training", "train_loss"))
+    loaded, tokenized, referenced = (watched.moment(text) for text in ("Loading datasets", "Training", "accuracy   margin"))
     steps, before = [], 0
     for report in reports:
         if "loss" in report:

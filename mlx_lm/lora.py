@@ -50,6 +50,7 @@ from .tuner.preference.load import (
     load_trained,
     read_adapter_config,
     refuse_other_start,
+    tell_other_loss,
 )
 from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
@@ -247,27 +248,33 @@ def run(args, training_callback=None):
         set_cuda_for_training()
     workers.join(vars(args))
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
-    if not preference:
-        warn_of_preference_keys(args)
-        try:
-            return _upstream_run(args, training_callback)
-        except ValueError as error:
-            if not holds_preferences(args.data):
-                raise
-            raise ConfigError(
-                f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
-                "is sft; set loss_type, for example to dpo."
-            ) from error
-    loss = check_config(args)
-    if not args.train and (slow_blas := slow_blas_hint()) is not None:
-        rprint(slow_blas)  # training says it itself
-    with handled_signals(), _told_plainly(args):
-        _run(args, loss, training_callback)
+    if preference:
+        loss = check_config(args)
+        if not args.train and (slow_blas := slow_blas_hint()) is not None:
+            rprint(slow_blas)  # training says it itself
+        with handled_signals(), _told_plainly(args):
+            _run(args, loss, training_callback)
+    else:
+        _run_supervised(args, training_callback)
+    workers.leave()
+
+
+def _run_supervised(args, training_callback):
+    warn_of_preference_keys(args)
+    try:
+        _upstream_run(args, training_callback)
+    except ValueError as error:
+        if not holds_preferences(args.data):
+            raise
+        raise ConfigError(
+            f"the rows in {args.data} have chosen and rejected, which are for preference training, but loss_type "
+            "is sft; set loss_type, for example to dpo."
+        ) from error
 
 
 def _run(args, loss, training_callback):
     np.random.seed(args.seed)
-    training_callback = (_callbacks(args) if args.train and not args.check else None) or training_callback
+    training_callback = (_callbacks(args) if args.train else None) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
@@ -332,6 +339,15 @@ def _told_plainly(args):
 
 
 def _callbacks(args):
+    if args.check:
+        # Services are told of runs alone; that there are such may be checked.
+        names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
+        unknown = [name for name in names if name not in (*SUPPORT_CALLBACK, "none")]
+        if unknown:
+            raise ConfigError(
+                f"report_to is {args.report_to!r}, and {unknown[0]} is none of {', '.join(SUPPORT_CALLBACK)}."
+            )
+        return None
     try:
         return get_reporting_callbacks(
             args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
@@ -356,6 +372,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
     config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
     start = config.get("resume_adapter_file")
     refuse_other_start(args.resume_adapter_file, start)
+    tell_other_loss(args.adapter_path, config, loss)
     args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or config.get("reference_model")})
     base, logps = model, None
     if config and args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
@@ -382,7 +399,6 @@ def main():
         if config:
             check_file(config, yaml_loader)
         _upstream_main()
-        workers.leave()
     except ConfigError as error:
         sys.exit(workers.tell(f"error: {error}", 2))
     except yaml.YAMLError as error:

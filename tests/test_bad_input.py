@@ -592,9 +592,12 @@ class TestTestAlone:
         told = "were trained: loss_type robust, beta 0.7, label_smoothing 0.2."
         assert told in alone.out and command.files() == before
         # What is given counts; another loss has parameters of its own.
-        assert "were trained: loss_type robust, label_smoothing 0.2." in command("--no-train", beta=0.1, **asked).out
+        done = command("--no-train", beta=0.1, **asked)
+        assert "were trained: loss_type robust, label_smoothing 0.2." in done.out
+        assert "were trained with beta 0.7, and are tested otherwise." in done.out
         done = command("--no-train", "--loss-type", "ipo", **asked | {"loss_type": "dpo"})
-        assert "were trained with loss_type robust; this test's is ipo" in done.out and done.status == 0
+        assert "were trained with loss_type robust, beta 0.7, and are tested otherwise." in done.out
+        assert done.status == 0
         command.refused("there is nothing to do", "--no-train")
 
     def test_any_file_or_none_and_a_line_for_each_pair(self, command):
@@ -631,6 +634,12 @@ class TestTestAlone:
         # At such a rate three steps make the answers worse than they were.
         assert "They differ: none has the better reward accuracy" in done.out
         command.refused("compare takes two adapters", "--compare", trained)
+
+    def test_a_file_that_is_no_adapter(self, after):
+        path = after.adapters / "checkpoint.safetensors"
+        # The sentence is bounded, and its middle left out.
+        told = f"the adapters in {path} cannot be loaded: Adapter at {str(path)[:40]}"
+        after.refused(told, train=False, test=True, adapter_path=str(path))
 
     def test_a_file_for_predictions_that_cannot_be_written(self, after):
         for path in ("", str(after.folder), str(after.folder / "no folder" / "file")):

@@ -209,6 +209,10 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
         assert mx.allclose(found[key], expected[key], rtol=1e-3, atol=1e-4).item(), key
 
 
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 CONFIG = {"learning_rate": 1e-2, "optimizer": "adam", "lora_parameters": {"rank": RANK, "scale": 4.0, "dropout": 0.0}}
 
 
@@ -229,10 +233,10 @@ CONFIG = {"learning_rate": 1e-2, "optimizer": "adam", "lora_parameters": {"rank"
 )
 def test_resume_refuses_another_run(options, told, tmp_path):
     trained(tmp_path, iters=3, config=CONFIG)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(ConfigError, match=told):
         trained(tmp_path, resume=True, **({"config": CONFIG} | options))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 def test_resume_refuses_other_data_and_other_weights_of_pairs(tmp_path, monkeypatch):
@@ -422,13 +426,13 @@ class TestFolder:
 
     def test_an_earlier_run_is_moved_aside_and_said(self, tmp_path, capsys):
         trained(tmp_path, iters=3, config=dict(CONFIG))
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        before = contents(tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
         for number in (1, 2):
             trained(tmp_path, iters=2, config=CONFIG | {"resume_adapter_file": str(tmp_path / "adapters.safetensors")})
             told = " ".join(capsys.readouterr().out.split())
             assert f"The files of an earlier run in {tmp_path} are now in {tmp_path / f'earlier-{number}'}." in told
-        assert {path.name: path.read_bytes() for path in (tmp_path / "earlier-1").iterdir()} == before
+        assert contents(tmp_path / "earlier-1") == before
         assert (tmp_path / "notes.txt").read_text() == "mine"
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["resume_adapter_file"] == str(tmp_path / "earlier-2" / "adapters.safetensors")
@@ -436,8 +440,10 @@ class TestFolder:
     def test_what_killed_runs_left_is_removed_and_nothing_else(self, tmp_path):
         (tmp_path / ".adapters.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
         (tmp_path / ".mine.tmp").write_bytes(b"mine")
+        (tmp_path / "best").mkdir()
+        (tmp_path / "best" / ".adapters.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
         trained(tmp_path, iters=1)
-        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".mine.tmp"]
+        assert [path.name for path in tmp_path.rglob(".*")] == [".mine.tmp"]
 
     def test_a_temporary_file_follows_no_link_out_of_the_folder(self, tmp_path, monkeypatch):
         outside = tmp_path / "outside"
@@ -549,18 +555,18 @@ class TestFiles:
     def test_adapters_and_their_configuration_change_together(self, tmp_path, monkeypatch):
         model, _ = load_model(GOLDEN)
         save_adapters(model, tmp_path / "adapters.safetensors", config={"a": 1})
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        before = contents(tmp_path)
         assert set(before) == {"adapters.safetensors", "adapter_config.json"}
         model.update({"lm_head": {"weight": model.lm_head.weight + 1}})
         monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
             save_adapters(model, tmp_path / "adapters.safetensors", config={"a": 2})
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert contents(tmp_path) == before
 
     def test_a_full_disk_while_saving_leaves_what_was_saved(self, tmp_path):
         """MLX writes safetensors itself; with a limit on a file's size its write fails as on a full disk."""
         trained(tmp_path, iters=3)
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        before = contents(tmp_path)
         script = (
             "import resource, sys; from pathlib import Path; import mlx.core as mx;"
             "from mlx_lm.tuner.preference.checkpoint import *; from mlx_lm.utils import load_model;"
@@ -569,7 +575,7 @@ class TestFiles:
         )
         done = command("-c", script, GOLDEN, tmp_path)
         assert done.returncode == 1 and "adapters.safetensors cannot be written: [Errno 27]" in done.stderr
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert contents(tmp_path) == before
 
 
 class TestAdapter:

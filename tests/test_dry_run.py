@@ -54,8 +54,8 @@ def test_what_it_tells(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^  train +400 +0 +0 +0$", out, re.M) and re.search(r"^  valid +80 ", out, re.M)
     assert "12 iterations of 8 pairs are 0.24 epochs and 12 updates" in out
-    steps, seconds, minutes = re.search(r"(\d+) steps of ([\d.]+) s +([\d.]+)", out).groups()
-    assert steps == "12" and float(minutes) == pytest.approx(12 * float(seconds) / 60, abs=0.06)
+    steps, each, seconds = re.search(r"(\d+) steps of ([\d.]+) s +([\d.]+) s$", out, re.M).groups()
+    assert steps == "12" and float(seconds) == pytest.approx(12 * float(each), abs=0.06)
     assert re.search(r"2 validations of [\d.]+ s ", out)
     assert "rows are read as prompt, chosen, rejected" in out and "Nothing that can be told" in out
     assert command("--steps", "2", folder=tmp_path) == 2
@@ -70,6 +70,8 @@ def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch):
     assert "train.jsonl:1: rejected is missing" in capsys.readouterr().err
     assert command("--check", "--resume", folder=tmp_path) == 2
     assert command("--check", "--save-best", "margin", "--val-batches", "0", folder=tmp_path) == 2
+    assert command("--check", "--report-to", "wandb,wand", folder=tmp_path) == 2
+    assert "wand is none of wandb, swanlab, tensorboard" in capsys.readouterr().err
     assert command("--check", "--loss-type", "sft", folder=tmp_path) == 2
     assert "dry run of preference training" in capsys.readouterr().err
     monkeypatch.setattr(dry_run, "device_memory", lambda: 2e6)

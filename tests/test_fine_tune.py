@@ -74,6 +74,7 @@ def runs(tmp_path_factory, data):
         arguments += ["--loss-type", "dpo", "--beta", "0.5", "--fine-tune-type", fine_tune_type, "--num-layers", "2"]
         arguments += ["--iters", "6", "--batch-size", "8", "--steps-per-report", "1", "--save-every", "3"]
         arguments += ["--learning-rate", "2e-4", "--reference-cache", "none"]
+        arguments += ["--save-best", "eval_loss"]  # the last one
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mlx_lm.lora, "train_model", watched)
             call(mlx_lm.lora.main, *arguments)
@@ -137,13 +138,16 @@ found = {"package": mlx_lm.__file__}
 for pairs_file in sorted(runs.glob("*/pairs.json")):
     folder = pairs_file.parent
     told = json.loads(pairs_file.read_text())
-    model, tokenizer = load(told["model"], adapter_path=str(folder))
-    entry = {"logps": logps(model, told["pairs"]), "answer": answer("--model", told["model"], "--adapter-path", folder)}
+    best = folder / "best"
+    entry = {"answer": answer("--model", told["model"], "--adapter-path", best), "logps": []}
+    for place in (folder, best, folder / "0000006", folder / "0000003"):
+        model, tokenizer = load(told["model"], adapter_path=str(place))
+        entry["logps"].append(logps(model, told["pairs"]))
     bare, _ = load(told["model"])
     entry["bare"] = logps(bare, told["pairs"])
     if folder.name in fused_kinds:
         place = folder / "fused"
-        sys.argv = ["mlx_lm.fuse", "--model", told["model"], "--adapter-path", str(folder), "--save-path", str(place)]
+        sys.argv = ["mlx_lm.fuse", "--model", told["model"], "--adapter-path", str(best), "--save-path", str(place)]
         sys.argv += ["--dequantize"] if "bit" in folder.name else []
         with contextlib.redirect_stdout(io.StringIO()):
             fuse_main()
@@ -176,7 +180,9 @@ def upstream(runs):
 def test_plain_mlx_lm_gives_the_trained_policys_logps(runs, upstream, kind):
     trained = np.array(json.loads((runs / kind / "pairs.json").read_text())["logps"])
     assert abs(upstream[kind]["bare"] - trained).max() > 0.1
-    assert np.allclose(upstream[kind]["logps"], trained, rtol=1e-5, atol=1e-4)
+    *last, earlier = upstream[kind]["logps"]
+    assert all(np.allclose(logps, trained, rtol=1e-5, atol=1e-4) for logps in last)
+    assert abs(np.array(earlier) - trained).max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -202,7 +208,16 @@ def test_plain_mlx_lms_server_answers_with_the_adapters(runs, upstream):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(MODEL), "--adapter-path", str(runs / "lora")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_lm",
+        "server",
+        "--model",
+        str(MODEL),
+        "--adapter-path",
+        str(runs / "lora" / "best"),
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-tokens", "12", "--temp", "0"]
     with open(runs / "server.log", "w") as log:
         server = subprocess.Popen(command, cwd=runs, env=plain_environment(), stdout=log, stderr=log)

@@ -70,7 +70,7 @@ def plain_kl(model, pairs):
 
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
-    monkeypatch.setattr("mlx_lm.tuner.preference.divergence.CHUNK_LOGITS", 97 * 5)
+    monkeypatch.setattr("mlx_lm.tuner.preference.divergence.CHUNK_LOGITS", 8 * 97 * 5)
     model, pairs = tiny_llama(moved=True), some_pairs(5)
     policy = Scorer(model, share_prompt)
     expected = plain_kl(model, pairs)

@@ -181,6 +181,8 @@ def check_config(args):
     if args.resume_adapter_file is not None:
         check_is_file(args.resume_adapter_file)
     if args.predictions is not None:
+        if not args.test:
+            raise ConfigError(f"predictions is {args.predictions!r}, but no test is asked for; set test to true.")
         _check_file_to_write("predictions", args.predictions)
     if args.train:
         _check_folder(args.adapter_path)

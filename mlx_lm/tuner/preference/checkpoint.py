@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ...cli_ui import rprint
-from .files import replace_file, replace_files
+from .files import give_second_name, replace_file, replace_files
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
 from .workers import confirm
 
@@ -20,7 +19,7 @@ STATE_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
 EARLIER_STATES = "[0-9]*_" + STATE_FILE
 # All that a run leaves in its folder; the plot is drawn and the metrics are written in `callbacks.py`.
-RUN_FILES = ("*adapters.safetensors", "adapter_config.json", "*" + STATE_FILE)
+RUN_FILES = ("*adapters.safetensors", "[0-9]" * 7, "adapter_config.json", "*" + STATE_FILE)
 RUN_FILES += ("metrics.jsonl", "training.png", BEST_FOLDER)
 REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
 SAMPLE = 4096  # values of a weight that tell it from another model's
@@ -63,7 +62,7 @@ def kept_settings(args, loss, config, model):
 
 
 def save_adapters(model, adapter_file, iteration=None, config=None):
-    """Write the trainable weights, and a numbered copy where `iteration` is given.
+    """Write the trainable weights, and a numbered copy where `iteration` is given, as a file and as a folder.
 
     Args:
         model: its trainable parameters are saved.
@@ -86,6 +85,12 @@ def save_adapters(model, adapter_file, iteration=None, config=None):
         text = json.dumps(dict(sorted(config.items())), indent=4, default=str).encode()
         files.append((adapter_file.with_name("adapter_config.json"), lambda file: file.write(text)))
     replace_files(*files)
+    if numbered is not None and config is not None:
+        # A folder that mlx-lm's commands take.
+        folder = adapter_file.with_name(f"{iteration:07d}")
+        folder.mkdir(exist_ok=True)
+        replace_file(folder / "adapter_config.json", lambda file: file.write(text))
+        give_second_name(numbered, folder / adapter_file.name)
     return numbered
 
 
@@ -160,12 +165,7 @@ def _keep_earlier(folder, progress, count):
     path = folder / STATE_FILE
     if count > 1 and progress.saved not in (None, progress.iteration) and path.is_file():
         # A second name, so that there is a complete state under the first one at any time.
-        name = folder / f"{progress.saved:07d}_{STATE_FILE}"
-        name.unlink(missing_ok=True)  # one that was damaged
-        try:
-            os.link(path, name)
-        except (PermissionError, NotImplementedError):
-            os.replace(path, name)  # a file system without links
+        give_second_name(path, folder / f"{progress.saved:07d}_{STATE_FILE}")
     for old in sorted(folder.glob(EARLIER_STATES), reverse=True)[count - 1 :]:
         old.unlink(missing_ok=True)
 

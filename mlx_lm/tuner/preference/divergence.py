@@ -54,7 +54,8 @@ def token_kl(policy, reference, pairs, evaluate=mx.eval):
     evaluate([states, reference_states])
     scored = np.flatnonzero(np.array(batches[0].sequences) < 2 * len(pairs))
     values = np.zeros(len(scored), np.float32)
-    size = max(1, CHUNK_LOGITS // (policy.head.vocabulary if policy.head else states.shape[-1]))
+    # Of both models, and what comes of them: a test takes no more memory than without.
+    size = max(1, CHUNK_LOGITS // 8 // (policy.head.vocabulary if policy.head else states.shape[-1]))
     for start in range(0, len(scored), size):
         chunk = mx.array(scored[start : start + size])
         logps = log_probabilities(policy, states[chunk])

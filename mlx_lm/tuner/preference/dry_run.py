@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ...cli_ui import rprint
-from .batches import filled, make_batch, pair_lengths, plan
+from .batches import filled, make_batch, pair_lengths, plan, reference_rows
 from .intercept import evaluating
 from .layers import checkpointed_layers
 from .memory import begin_peak_anew, bounded_memory, peak_memory, trim_cache
@@ -110,7 +110,8 @@ def rehearse(step, objective, reference, schedule, logps, args):
     updates = -(-args.iters // args.grad_accumulation_steps)
     rprint(f"\n{args.iters} iterations of {args.batch_size} pairs are {epochs:.2f} epochs and {updates} updates")
     iterations = range(1, args.iters + 1)
-    tokens = np.array([tokens_of(schedule, iteration) for iteration in iterations])
+    # The most of all workers, which average what they find and so take the same steps.
+    tokens = np.array(mx.distributed.all_max(mx.array([tokens_of(schedule, iteration) for iteration in iterations])))
     with checkpointed_layers(step.model) if args.grad_checkpoint else nullcontext(), bounded_memory() as evaluate:
         scoring = score_largest(objective, reference, logps, schedule, args)
         if args.reference_model is not None and reference is not None:
@@ -121,8 +122,13 @@ def rehearse(step, objective, reference, schedule, logps, args):
         resting = mx.get_active_memory()
         evaluate(run_step(step, schedule, smallest + 1, args), tokens[largest] / tokens[smallest])
         refuse_too_large(resting, (mx.get_peak_memory() - resting) * tokens[largest] / tokens[smallest])
-        for _ in range(2):  # as in a run, the second one is traced while the device works on the first
-            mx.async_eval(run_step(step, schedule, largest + 1, args))
+        earlier = []
+        # The steps around the largest one, as the run takes them: one is traced while the device works on another.
+        for iteration in range(max(1, largest + 1 - args.grad_accumulation_steps), min(args.iters, largest + 2) + 1):
+            mx.async_eval(work := run_step(step, schedule, iteration, args))
+            mx.eval(work if iteration % args.steps_per_report == 0 else earlier)
+            earlier = work[-1]
+            trim_cache(args.clear_cache_threshold)
         mx.synchronize()
         tell_memory(step)
         if args.steps:
@@ -137,22 +143,28 @@ def tokens_of(schedule, iteration):
 
 
 def run_step(step, schedule, iteration, args):
-    """What a step of an iteration leaves to be evaluated; with accumulation one more batch comes before its update."""
-    if args.grad_accumulation_steps > 1:
-        step(*schedule.batch(iteration, None)[:2], False)
-    sums, norm = step(*schedule.batch(iteration, None)[:2], True)
-    return [step.state(), sums, norm]
+    """What a step of an iteration leaves to be evaluated; the last are its sums."""
+    update = iteration % args.grad_accumulation_steps == 0 or iteration == args.iters
+    sums, norm = step(*schedule.batch(iteration, None)[:2], update)
+    return [step.state(), step.accumulated or [], [] if norm is None else norm, sums]
 
 
 def score_largest(objective, reference, logps, schedule, args):
     """Score the largest batches of the reference pass and of a validation; returns the seconds that a token takes."""
+
+    def validate(batch):
+        losses, figures = objective.each(batch, reference_rows(None, batch.counts), by_token=True)
+        return mx.stack([losses, *figures])
+
     validated = logps.val_dataset, logps.val_rows
-    tried = [(objective.scorer, *validated, args.batch_size if objective.loss.reads_batch else None)]
+    tried = [(objective.scorer, validate, *validated, args.batch_size if objective.loss.reads_batch else None)]
     if reference is not None:
         visited = logps.dataset, schedule.visited(1, args.iters)
-        tried += [(reference.scorer, *rows, args.reference_batch_size) for rows in (visited, validated)]
+        tried += [
+            (reference.scorer, reference.score, *rows, args.reference_batch_size) for rows in (visited, validated)
+        ]
     seconds = 0.0
-    for scorer, dataset, rows, size in tried:
+    for scorer, evaluate, dataset, rows, size in tried:
         if not len(rows):
             continue
         lengths = lengths_of(dataset, rows)
@@ -164,8 +176,7 @@ def score_largest(objective, reference, logps, schedule, args):
         with evaluating(scorer.model):
             batch, processed, _ = make_batch([dataset[int(rows[place])] for place in places], scorer.arrangement)
             tic = time.perf_counter()
-            logps = scorer(batch)
-            mx.eval(logps.total, logps.common)
+            mx.eval(evaluate(batch))
             seconds = (time.perf_counter() - tic) / processed
             trim_cache()
     return seconds
@@ -195,7 +206,7 @@ def tell_memory(step):
     peak = peak_memory()
     parts = {"weights": everything - trained, "trained weights": trained, "optimizer": state}
     parts |= {"activations, gradients": peak - everything - state, "in all": peak}
-    rprint("\nmemory, GB")
+    rprint("\nmemory of MLX's arrays, GB")
     for name, size in parts.items():
         rprint(f"  {name:22} {size / 1e9:8.3f}" + (f" of {device_memory() / 1e9:.1f}" if name == "in all" else ""))
 
@@ -208,8 +219,7 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
     tic = time.perf_counter()
     for i in usual:
         mx.eval(run_step(step, schedule, int(i) + 1, args))
-    batches = len(usual) * (2 if args.grad_accumulation_steps > 1 else 1)
-    seconds = (time.perf_counter() - tic) / batches * tokens.mean() / tokens[usual].mean()
+    seconds = (time.perf_counter() - tic) / len(usual) * tokens.mean() / tokens[usual].mean()
     valid = lengths_of(logps.val_dataset, logps.val_rows).sum() * scoring
     validations = 1 + -(-args.iters // args.steps_per_eval)
     parts = {f"{args.iters} steps of {seconds:.3f} s": args.iters * seconds}
@@ -219,6 +229,6 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
         visited = lengths_of(logps.dataset, schedule.visited(1, args.iters)).sum() * scoring
         parts["reference, where none of it is kept"] = visited + valid
     parts["in all"] = sum(parts.values())
-    rprint(f"\ntime by {len(usual)} steps, in minutes")
+    rprint(f"\ntime by {len(usual)} steps")
     for name, total in parts.items():
-        rprint(f"  {name:38} {total / 60:8.1f}")
+        rprint(f"  {name:38} {total:8.1f} s" if total < 120 else f"  {name:38} {total / 60:8.1f} min")

@@ -54,9 +54,18 @@ def replace_files(*files):
             temporary.unlink(missing_ok=True)
 
 
+def give_second_name(path, name):
+    """Have a file stand under another name too, in place of what stands there; without links it is copied."""
+    Path(name).unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except (PermissionError, NotImplementedError):
+        replace_file(name, lambda file: file.write(Path(path).read_bytes()))
+
+
 def remove_leftovers(folder):
-    """Delete the temporary files that a killed process left in a folder of which no other process writes to."""
-    for path in Path(folder).glob(".*.tmp"):
+    """Delete the temporary files that a killed process left in a folder, and in those in it, which none writes to."""
+    for path in [*Path(folder).glob(".*.tmp"), *Path(folder).glob("*/.*.tmp")]:
         if TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

@@ -243,14 +243,27 @@ def adopt_loss(args):
     if not is_preference(trained):
         return
     if args.loss_type is not None and _names(args.loss_type) != _names(trained):
-        trained, given = (", ".join(map(str, _names(names))) for names in (trained, args.loss_type))
-        rprint(f"The adapters {path} were trained with loss_type {trained}; this test's is {given}.")
         return
     names = [option.name for option in LOSS_OPTIONS]
     adopted = {name: config[name] for name in names if getattr(args, name) is None and config.get(name) is not None}
     vars(args).update(adopted)
     if told := [f"{name} {value}" for name, value in adopted.items() if value != LOSS_DEFAULTS.get(name)]:
         rprint(f"As the adapters {path} were trained: {', '.join(told)}.")
+
+
+def tell_other_loss(path, config, loss):
+    """Say so where adapters were trained with another loss than a test's, or with other parameters.
+
+    Args:
+        path: of the adapters.
+        config: of their training.
+        loss: the test's `PreferenceLoss`.
+    """
+    trained = _names(config.get("loss_type"))
+    told = [f"loss_type {', '.join(map(str, trained))}"] if trained not in ([None], _names(list(loss.names))) else []
+    told += [f"{name} {config[name]}" for name, own in loss.parameters.items() if config.get(name) not in (None, own)]
+    if told:
+        rprint(f"The adapters {path} were trained with {', '.join(told)}, and are tested otherwise.")
 
 
 def _names(loss_type):
@@ -293,7 +306,11 @@ def load_trained(model, adapter_path):
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "adapters.safetensors").symlink_to(path)
             Path(folder, "adapter_config.json").symlink_to(path.with_name("adapter_config.json"))
-            load_adapters(model, folder)
+            try:
+                load_adapters(model, folder)
+            except (RuntimeError, ValueError) as error:
+                told = str(error).replace(f"{folder}/adapters.safetensors", str(path)).replace(folder, str(path))
+                raise ValueError(told) from error
             mx.eval(model.parameters())
 
 

@@ -65,6 +65,11 @@ class Reference:
                     self.cache.write(known)
         return np.array([known[key] for key in keys], np.float32).reshape(-1, 2, 2)
 
+    def score(self, batch):
+        """The logps of a batch, `(B, 2, 2)` as those of `logps`."""
+        found = self.scorer(batch)
+        return mx.stack([found.total, found.common], axis=-1).reshape(2, -1, 2).transpose(1, 0, 2)
+
     def release(self):
         """Let go of the model, so that its memory is free; no more logps can be taken."""
         self.scorer = None
@@ -79,10 +84,8 @@ class Reference:
             for turn in range(world.rank(), len(batches), world.size()):
                 places = batches[turn]
                 batch, *_ = make_batch([dataset[rows[place]] for place in places], self.scorer.arrangement)
-                logps = self.scorer(batch)
-                out = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(places), 2)
-                evaluate(out)
-                values[places] = np.array(out.transpose(1, 0, 2)).reshape(len(places), 4)
+                evaluate(out := self.score(batch))
+                values[places] = np.array(out).reshape(len(places), 4)
                 bars.advance(task, sum(map(len, batches[turn : turn + world.size()])))
         if world.size() > 1:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)

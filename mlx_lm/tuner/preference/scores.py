@@ -108,8 +108,8 @@ def described(scores):
     lines = [
         f"Test loss {figures['loss']:.3f}, reward accuracy {figures['rewards/accuracies']:.3f} (95 % interval "
         f"{low:.3f} to {high:.3f}) ({count} pairs),",
-        f"  margin {figures['rewards/margins']:+.3f}, chosen {figures['rewards/chosen']:+.3f}, "
-        f"rejected {figures['rewards/rejected']:+.3f}{kl}.",
+        f"  margin {signed(figures['rewards/margins'])}, chosen {signed(figures['rewards/chosen'])}, "
+        f"rejected {signed(figures['rewards/rejected'])}{kl}.",
     ]
     if any(scores.sources):
         named = [source or "(no source)" for source in scores.sources]
@@ -122,9 +122,15 @@ def described(scores):
             low, high = wilson(accuracy, mine.sum())
             span = f"{low:.3f} to {high:.3f}"
             lines.append(
-                f"  {printable(name):{width}}  {mine.sum():5}  {accuracy:8.3f}  {span}  {margin:+9.3f}  {loss:6.3f}"
+                f"  {printable(name):{width}}  {mine.sum():5}  {accuracy:8.3f}  {span}  {signed(margin):>9}"
+                f"  {loss:6.3f}"
             )
     return "\n".join(lines)
+
+
+def signed(value):
+    """A figure with its sign, which a zero that is left of rounding does not have."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def printable(text):
@@ -180,7 +186,7 @@ def compared(names, scores, loss):
         if key == "loss" and loss.sorts_batch:
             continue  # a value of the loss belongs to no pair
         mean, low, high = paired_interval(second[key] - first[key], shares=key == "rewards/accuracies")
-        lines.append(f"  {name:15}  {mean:+.3f}  ({low:+.3f} to {high:+.3f})")
+        lines.append(f"  {name:15}  {signed(mean)}  ({signed(low)} to {signed(high)})")
         if low > 0 or high < 0:
             better[names[(mean < 0) == (key == "loss")]].append(name)
     told = [f"{name} has the better {', '.join(kinds)}" for name, kinds in better.items() if kinds]
