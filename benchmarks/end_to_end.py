@@ -54,7 +54,9 @@ def measure_ours(training, folder, fresh_kernels, workers, timeout):
     validations = [report for report in reports if "eval_loss" in report]
     told = [seconds for seconds, line in watched.lines if re.search(r" validation of \d+ pairs, ", line)]
     # The last is in the head of the table of steps.
-    loaded, tokenized, referenced = (watched.moment(text) for text in ("Loading datasets", "Training", "accuracy   margin"))
+    loaded, tokenized, referenced = (
+        watched.moment(text) for text in ("Loading datasets", "Training", "accuracy   margin")
+    )
     steps, before = [], 0
     for report in reports:
         if "loss" in report:
