@@ -21,7 +21,9 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import mlx_lm  # noqa: E402, I001 (first: it chooses the BLAS that MLX multiplies with)
+from records import keep  # noqa: E402, I001
+
+import mlx_lm  # noqa: E402 (first: it chooses the BLAS that MLX multiplies with)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -220,8 +222,6 @@ def main():
             f"{min(found):9.6f} {float(np.median(found)):9.6f}"
         )
     if args.out:
-        from records import keep
-
         name = str(dtype).removeprefix("mlx.core.")
         keep(args.out, [{"dtype": name, "way": list(way), "cosines": found} for way, found in cosines.items()])
     if found := wrong(cosines, LEAST[dtype]):

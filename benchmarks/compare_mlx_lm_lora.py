@@ -236,7 +236,8 @@ def rounds_of(prompt, response, model, options):
     }
     found = {}
     for _ in range(options.rounds):
-        for name, (side, settings, environment) in RUNS.items():
+        for name in options.runs:
+            side, settings, environment = RUNS[name]
             result = start(side, spec | {"options": settings}, options, environment)
             say(f"{prompt}/{response} {name}: {json.dumps(result)}")
             if "seconds" in result or name not in found:
@@ -285,6 +286,7 @@ def main():
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="times that each run is made; all their steps count")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds that one process may take")
+    parser.add_argument("--runs", type=lambda text: text.split(","), default=list(RUNS), help="by comma, of all")
     parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

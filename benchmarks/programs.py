@@ -19,6 +19,7 @@ from common import HERE, own_environment, run_json
 REPORT_STEPS = 50
 POLL_SECONDS = 0.25
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+GIVEN = {name: value for name, value in os.environ.items() if name.startswith(("MLX_", "OPENBLAS_"))}
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "trl", "peft", "liger-kernel")
 
 
@@ -274,13 +275,14 @@ def machine():
 
 
 def environment():
-    """The variables that MLX and OpenBLAS read, as far as they are set."""
-    return {name: value for name, value in os.environ.items() if name.startswith(("MLX_", "OPENBLAS_"))}
+    """The variables that MLX and OpenBLAS read, as far as they were set when this process began."""
+    return GIVEN
 
 
 def command_line():
     """This process's command, with files and folders by their own names."""
-    words = [Path(word).name if os.sep in word and not word.startswith("{") else word for word in sys.argv[1:]]
+    # Neither JSON nor lengths such as 224/32 are paths.
+    words = [word if re.match(r"[{\d]", word) or os.sep not in word else Path(word).name for word in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 

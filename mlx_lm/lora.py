@@ -420,7 +420,7 @@ def main():
         sys.exit(workers.tell(str(error) or "interrupted.", getattr(error, "status", 130)))
     except SystemExit as stop:
         if stop.code:
-            workers.tell(None, stop.code)  # the parser has told it
+            workers.tell(None, 2)  # the parser has told it
         raise
     except RuntimeError:
         if not workers.is_over():

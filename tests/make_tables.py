@@ -157,12 +157,9 @@ def modules_table():
     return markdown_table(("file", "what it has"), [(f"`{path.name}`", first_sentence(path)) for path in paths])
 
 
-ORDER = (
-    "__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches logps "
-)
-ORDER += (
-    "attention layers recurrent pieces objective reference reference_cache step run evaluation report checkpoint load"
-)
+ORDER = """__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches
+logps attention layers recurrent pieces adapters routing objective reference reference_cache step run workers dry_run
+evaluation scores divergence report screen metrics outcome answers curves page card health closing checkpoint load"""
 
 
 def _place(name):

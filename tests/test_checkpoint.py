@@ -197,8 +197,8 @@ def test_resume_goes_on_at_the_checkpoint_and_not_from_the_start(tmp_path, capsy
     assert [line["iteration"] for line in metrics(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
     assert [line["iteration"] for line in metrics(tmp_path) if "eval_loss" in line] == [0, 7]
     # A line each for iterations 4 to 7, and one for the validation at the end.
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    assert len(re.findall(r"^ +\d+ +\d\.\d{3} ", plain, re.MULTILINE)) == 5
+    rows = re.findall(r"^ *(\d+) .*\d\.\d{3}", re.sub(r"\x1b\[[0-9;]*m", "", shown), re.MULTILINE)
+    assert rows == ["4", "5", "6", "7", "7"]
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path):

@@ -159,7 +159,7 @@ def test_yaml_examples_pass_the_check_and_hold_no_unread_key(capsys):
 
 
 def short_run(path, folder, **changes):
-    """Run a recipe on a few rows with the tiny model in its model's place; its adapters' file."""
+    """Run a recipe on a few rows with the tiny model in its model's place; the folder of its adapters."""
     pairs = (ROOT / "mlx_lm" / "examples" / "preferences" / "train.jsonl").read_text().splitlines()[:4]
     chat = json.dumps({"messages": [{"role": role, "content": "Hello."} for role in ("user", "assistant")]})
     config = config_of(path.read_text())
@@ -167,28 +167,48 @@ def short_run(path, folder, **changes):
     data.mkdir()
     for split in ("train", "valid"):
         (data / f"{split}.jsonl").write_text("\n".join([chat] * 4 if config.loss_type == "sft" else pairs))
-    changes |= {"model": str(ROOT / MODEL), "data": str(data), "adapter_path": str(folder / "adapters")}
+    fixed = {"model": str(ROOT / MODEL), "data": str(data), "adapter_path": str(folder / "adapters")}
     # No more layers and rows than there are; these rows have no scores.
-    changes |= {"num_layers": min(config.num_layers, 2), "batch_size": min(config.batch_size, 4), "iters": 1}
-    changes |= {"min_score_difference": None, "val_batches": 0, "save_best": None}
-    changes |= {} if config.loss_type == "sft" else {"reference_cache": "none"}
-    mlx_lm.lora.run(SimpleNamespace(**vars(config) | changes | {"early_stop": None}))
-    return folder / "adapters" / "adapters.safetensors"
+    fixed |= {"num_layers": min(config.num_layers, 2), "batch_size": min(config.batch_size, 4), "iters": 1}
+    fixed |= {"min_score_difference": None, "val_batches": 0, "save_best": None, "early_stop": None}
+    fixed |= {} if config.loss_type == "sft" else {"reference_cache": "none"}
+    mlx_lm.lora.run(SimpleNamespace(**vars(config) | fixed | changes))
+    return folder / "adapters"
 
 
 @pytest.fixture(scope="module")
 def sft_adapters(tmp_path_factory):
     first = next(path for path in RECIPES if path.name == "sft_then_dpo_1.yaml")
-    return short_run(first, tmp_path_factory.mktemp("sft"))
+    return short_run(first, tmp_path_factory.mktemp("sft")) / "adapters.safetensors"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_recipes_train_the_tiny_model_in_their_models_place(path, tmp_path, sft_adapters, capsys):
-    second = path.name == "sft_then_dpo_2.yaml"
-    assert second == (config_of(path.read_text()).resume_adapter_file is not None)
-    changes = {"resume_adapter_file": str(sft_adapters)} if second else {}
-    assert short_run(path, tmp_path, **changes).exists()
-    assert "WARNING" not in capsys.readouterr().err
+def test_recipes_pass_the_dry_run_with_the_tiny_model_in_their_models_place(path, tmp_path, sft_adapters, capsys):
+    config = config_of(path.read_text())
+    if config.loss_type == "sft":
+        assert sft_adapters.exists()
+        return
+    changes = {} if config.resume_adapter_file is None else {"resume_adapter_file": str(sft_adapters)}
+    assert not short_run(path, tmp_path, check=True, **changes).exists()
+    told = capsys.readouterr()
+    assert "Nothing that can be told beforehand stops this run." in told.out and "WARNING" not in told.err
+
+
+def test_every_figure_of_a_run_is_explained(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("loss_type: dpo\ntrain: true\nsteps_per_report: 1")
+    lines = (short_run(path, tmp_path, val_batches=1) / "metrics.jsonl").read_text().splitlines()
+    found = {key for line in lines for key in json.loads(line)}
+    table = MANUAL[MANUAL.index("| printed | in metrics.jsonl |") :].split("\n\n")[0]
+    told = {name for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[2])}
+    assert told <= found | {"skipped_updates", "rewards/length_correlation", "eval_kl"}
+    plain = {key.removeprefix("eval_") for key in found}
+    assert plain - {name.removeprefix("eval_") for name in told} <= {
+        "iteration",
+        "val_time",
+        "pairs",
+        "iterations_per_second",
+    }
 
 
 def test_the_second_of_two_recipes_goes_on_with_what_the_first_saves():

@@ -30,5 +30,6 @@ def test_a_run_that_makes_all_responses_unlikely_ends_with_a_warning(tmp_path, c
 
 def test_a_validation_that_is_not_finite_is_said(tmp_path, capsys):
     heavy = [pair._replace(weight=3e38) for pair in VALID]
+    # At the start its loss is 1 / (2 beta)^2, which is 25.
     short_run(tiny_llama(), some_pairs(4), tmp_path, valid=heavy, iters=1, val_batches=1, loss_type="ipo")
     assert "[WARNING] The validation loss is inf at iteration 0." in told(capsys)

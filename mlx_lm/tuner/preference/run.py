@@ -89,6 +89,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
+    warn_of_balance(logps.dataset, loss)
     state, iteration = None, 0
     if args.resume is True or (args.resume and has_state(folder)):
         # One that does not fit is told before the reference pass, which may be long.
@@ -297,6 +298,22 @@ def _refresh(scorer, schedule, logps, progress, args):
         rows = schedule.visited(progress.iteration + 1, min(progress.iteration + steps, args.iters))
         with parameters_in(scorer.model, policy if logps.parameters is None else logps.parameters):
             logps.take(Reference(scorer, args.reference_batch_size), rows)
+
+
+def warn_of_balance(dataset, loss):
+    """Say so where one label's responses count for much more than the other's: arXiv 2402.01306, eq. 8."""
+    if not loss.unpaired:
+        return
+    good = sum(dataset[i].label for i in range(len(dataset)))
+    weights = [loss.parameters[f"{kind}_weight"] for kind in ("desirable", "undesirable")]
+    counts = [good, len(dataset) - good]
+    totals = [weight * count for weight, count in zip(weights, counts, strict=True)]
+    if min(totals) > 0 and not 1 <= totals[0] / totals[1] <= 4 / 3:
+        rprint(
+            f"[WARNING] {counts[0]} responses are desirable and {counts[1]} are not; their numbers times their weights "
+            f"are {totals[0]:g} to {totals[1]:g}, and KTO's authors advise 1 to 4/3: for example an undesirable_weight "
+            f"of {totals[0] / counts[1]:.3g}."
+        )
 
 
 def check_and_digest(dataset, loss=None):
