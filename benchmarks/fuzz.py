@@ -32,11 +32,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_lm.lora  # first: it chooses the BLAS that MLX multiplies with
-from mlx_lm.tuner.callbacks import plot_metrics, read_metrics
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.checkpoint import _write_state, find_state
+from mlx_lm.tuner.preference.curves import plot_metrics
 from mlx_lm.tuner.preference.load import check_tokens, load_named, load_trained, read_adapter_config
 from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
 from mlx_lm.utils import load
 

@@ -14,9 +14,10 @@ import numpy as np
 from ..._backend import slow_blas_hint
 from ...cli_ui import rprint
 from ...utils import maybe_set_recommended_wired_limit
-from ..callbacks import MetricsFile, plot_metrics
+from ..callbacks import MetricsFile
 from .adapters import lora_plus
 from .batches import Schedule, iterations
+from .card import CARD_FILE, has_card
 from .checkpoint import (
     BEST_FOLDER,
     RUN_FILES,
@@ -38,10 +39,11 @@ from .memory import bounded_memory, peak_memory, trim_cache
 from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import ConfigError
+from .outcome import Outcome
 from .pairs import Pair
 from .reference import Reference, ReferenceLogps, reference_of
 from .reference_cache import row_key
-from .report import Reporter, Window, say_fallbacks, warn_of_displacement
+from .report import Reporter, Window, say_fallbacks
 from .screen import RunUI
 from .step import Step
 from .workers import confirm, refuse_different_workers
@@ -66,8 +68,12 @@ def train_preference(
         args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
     dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
     logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
-    if (args.save_best or args.early_stop) and not len(logps.val_rows):
-        raise ConfigError("save_best and early_stop need validations, and there is no validation set.")
+    if (args.save_best or args.early_stop or args.sample_prompts) and not len(logps.val_rows):
+        raise ConfigError("save_best, early_stop and sample_prompts need validations, and there is no validation set.")
+    if args.sample_prompts and getattr(logps.val_dataset, "tokenizer", None) is None:
+        raise ConfigError(
+            "sample_prompts needs a tokenizer, which a PreferenceDataset has and a list of pairs has not."
+        )
     maybe_set_recommended_wired_limit()
     for line in filter(None, [slow_blas_hint()]):
         rprint(line)
@@ -125,16 +131,20 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         RunUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
-        report = Reporter(ui, callback, check, objective.further)
-        validate = partial(_validate, objective, logps, progress, args, report, config)
+        report, outcome = Reporter(ui, callback, check, objective.further), None
+        if first:
+            outcome = Outcome(folder, objective, logps, args, config, ui, callback, progress.iteration)
+        validate = partial(_validate, objective, logps, progress, args, report, config, outcome)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
         save()
+        if first:
+            outcome.draw(ended=True)
         if request.number is not None:
             raise Interrupted(request.number, f"after iteration {progress.iteration} of {args.iters}, which is saved")
-        warn_of_displacement(report.validated, loss)
     if first:
-        plot_metrics(folder)
+        for sentence in outcome.health():
+            rprint(f"[WARNING] {sentence}")
         _tell_best(folder, progress, args)
 
 
@@ -236,11 +246,13 @@ class Due(NamedTuple):
         )
 
 
-def _validate(objective, logps, progress, args, report, config):
+def _validate(objective, logps, progress, args, report, config, outcome):
     """Score the validation pairs, if there are any; keep the adapters where they are the best so far."""
     if not len(logps.val_rows):
         return
-    figures = report.validation(progress.iteration, objective, logps, args.batch_size)
+    figures, found = report.validation(progress.iteration, objective, logps, args.batch_size)
+    if outcome is not None:
+        outcome.validated(progress.iteration, found, last=progress.iteration == args.iters)
     if not (args.save_best or args.early_stop):
         return
     name, sign = BEST[args.save_best or "eval_loss"]
@@ -267,7 +279,7 @@ def _tell_best(folder, progress, args):
 
 def make_room(folder, config):
     """Move an earlier run's files aside and say so; `config` is told where the adapter that this run began with is."""
-    place = move_aside(folder, RUN_FILES)
+    place = move_aside(folder, (*RUN_FILES, *([CARD_FILE] if has_card(folder) else [])))
     if place is None:
         return
     rprint(f"The files of an earlier run in {folder} are now in {place}.")

@@ -13,6 +13,7 @@ from .divergence import mean_kl
 from .evaluation import evaluated_rows, means_of, pair_figures, reference_logps
 from .files import replace_file
 from .options import ConfigError
+from .screen import signed
 from .step import DESIRABLE
 
 # Two-sided 95 %.
@@ -128,11 +129,6 @@ def described(scores):
                 f"  {loss:6.3f}"
             )
     return "\n".join(lines)
-
-
-def signed(value):
-    """A figure with its sign, which a zero that is left of rounding does not have."""
-    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def printable(text):
