@@ -49,7 +49,7 @@ setup(
         *(f"mlx_lm_dpo.mlx_lm.{package}" for package in find_packages("mlx_lm")),
     ],
     package_dir={"mlx_lm_dpo.mlx_lm": "mlx_lm"},
-    package_data={"mlx_lm_dpo.mlx_lm": ["examples/**/*"]},
+    package_data={"mlx_lm_dpo.mlx_lm": ["examples/**/*"], "mlx_lm_dpo.mlx_lm.tuner.preference": ["*.html"]},
     exclude_package_data={"": ["**/__pycache__/*"]},
     # Under names of its own: a command of mlx-lm's name would be gone once this project is uninstalled. `uv tool` and
     # `pipx` show these alone.

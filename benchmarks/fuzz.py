@@ -5,7 +5,7 @@ PYTHONPATH=.:tests python benchmarks/fuzz.py [--seed 0] [--rows 100000] [--confi
 Rows of all layouts, configurations, model and adapter folders, metrics and states are drawn from sound ones, of which
 parts are exchanged, left out, doubled, nested and cut, as values and as bytes. Exit status 1 where one of them raises
 anything but a `ConfigError` of at most 400 printable characters (for rows, with the file's name), or takes more than
-SECONDS. A fault is printed with the input, which the seed and its number give again.
+SECONDS of a processor. A fault is printed with the input, which the seed and its number give again.
 """
 
 import argparse
@@ -32,11 +32,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_lm.lora  # first: it chooses the BLAS that MLX multiplies with
-from mlx_lm.tuner.callbacks import plot_metrics, read_metrics
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.checkpoint import _write_state, find_state
+from mlx_lm.tuner.preference.curves import plot_metrics
 from mlx_lm.tuner.preference.load import check_tokens, load_named, load_trained, read_adapter_config
 from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
 from mlx_lm.utils import load
 
@@ -285,7 +286,7 @@ def states(draw, folder):
 
 def outcome(call, name):
     """What became of an input: "read", "refused", or the fault."""
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         call()
         return "read"
@@ -301,7 +302,7 @@ def outcome(call, name):
             raise
         return f"{type(error).__name__}: {error}"  # a panic of the tokenizers
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main():
@@ -319,7 +320,7 @@ def main():
     def stop(number, frame):
         raise TooLong(f"more than {SECONDS} s")
 
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGPROF, stop)
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         model, rows.tokenizer = load(str(MODEL))

@@ -63,8 +63,8 @@ def start(folder, file_size=None):
     )
 
 
-def disturb(folder, seconds, draw, counts):
-    """Start the run and disturb it once within some seconds; returns whether it came to its end.
+def disturb(folder, pace, draw, counts):
+    """Start the run and disturb it once within the seconds that the last whole one took; whether it came to its end.
 
     Raises:
         AssertionError: the process ended otherwise than it should.
@@ -77,9 +77,10 @@ def disturb(folder, seconds, draw, counts):
         state.unlink()  # the one before it may be the same file by another name
         state.write_bytes(bytes(content))
         counts[kind] += 1
+    begun, anew = time.monotonic(), not state.is_file()
     process = start(folder, FULL if kind == "full disk" else None)
     try:
-        out, _ = process.communicate(timeout=draw.uniform(0.1, seconds) if kind in SIGNALS else None)
+        out, _ = process.communicate(timeout=draw.uniform(0.1, pace[-1]) if kind in SIGNALS else None)
     except subprocess.TimeoutExpired:
         process.send_signal(getattr(signal, kind))
         out, _ = process.communicate(timeout=120)
@@ -94,6 +95,8 @@ def disturb(folder, seconds, draw, counts):
         assert process.returncode == 2 and "cannot be written" in out and "Traceback" not in out, out
         return False
     assert process.returncode == 0, out
+    if anew:
+        pace.append(time.monotonic() - begun)
     return True
 
 
@@ -109,13 +112,13 @@ def check(folder):
             json.loads(line)
 
 
-def survive(folder, expected, seconds, draw, counts):
-    """Disturb a run, which takes some seconds, until it is done, and compare what it leaves.
+def survive(folder, expected, pace, draw, counts):
+    """Disturb a run until it is done, and compare what it leaves.
 
     Raises:
         AssertionError: something is not as it should be.
     """
-    while not disturb(folder, seconds, draw, counts):
+    while not disturb(folder, pace, draw, counts):
         check(folder)
     check(folder)
     assert not list((folder / "adapters").glob(".*")), "a temporary file is left"
@@ -139,14 +142,14 @@ def main():
         process = start(undisturbed)
         out, _ = process.communicate()
         assert process.returncode == 0, out
-        seconds, adapters = time.monotonic() - begun, undisturbed / "adapters"
+        pace, adapters = [time.monotonic() - begun], undisturbed / "adapters"
         expected = {name: mx.load(str(adapters / name)) for name in (STATE, "best/adapters.safetensors")}
         rounds = 0
         while time.monotonic() < begun + 60 * args.minutes:
             folder = Path(place, str(rounds))
             folder.mkdir()
             try:
-                survive(folder, expected, seconds, draw, counts)
+                survive(folder, expected, pace, draw, counts)
             except AssertionError as error:
                 failures.append(f"round {rounds}: {error}")
                 print(failures[-1], flush=True)

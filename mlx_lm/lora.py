@@ -35,6 +35,8 @@ from .tuner.preference.check import (
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
+from .tuner.preference.closing import print_closing
+from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows
 from .tuner.preference.from_trl import FromTrl
@@ -91,6 +93,14 @@ def build_parser():
         parser._optionals._group_actions.remove(action)
         group._group_actions.append(action)
     group.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
+    parser.add_argument(
+        "--plot",
+        action=Plot,
+        default=argparse.SUPPRESS,
+        nargs="+",
+        metavar="FOLDER",
+        help="Draw the curves of the run in FOLDER, or of several runs with what differs between them, and end.",
+    )
     parser.add_argument(
         "--from-trl",
         action=FromTrl,
@@ -287,6 +297,7 @@ def _run(args, loss, training_callback):
         return
     if args.train:
         rprint("Checking" if args.check else "Training")
+        epochs = args.epochs
         tested = test_set if args.test else ()
         scored = train_model(args, model, train_set, valid_set, training_callback, tested, tokenizer, loss)
     else:
@@ -294,6 +305,8 @@ def _run(args, loss, training_callback):
     if args.test and not args.check:
         rprint("Testing")
         evaluate_model(args, model, test_set, *scored)
+    if args.train and not args.check:
+        print_closing(args, epochs)
 
 
 def _compare(args, loss, model, tokenizer, test_set):
@@ -407,7 +420,7 @@ def main():
         sys.exit(workers.tell(str(error) or "interrupted.", getattr(error, "status", 130)))
     except SystemExit as stop:
         if stop.code:
-            workers.tell(None, stop.code)  # the parser has told it
+            workers.tell(None, 2)  # the parser has told it
         raise
     except RuntimeError:
         if not workers.is_over():

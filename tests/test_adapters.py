@@ -80,7 +80,7 @@ def config(**changes):
 
 
 def test_the_effective_scale_is_trained_and_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_lm.tuner.preference.run.plot_metrics", lambda folder: None)
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
     lora = {"rank": 4, "scale": 2.0, "dropout": 0.0}
     parts = {
         "adapter_path": str(tmp_path),

@@ -60,7 +60,7 @@ def write_rows(folder, **splits):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("mlx_lm.tuner.preference.run.plot_metrics", lambda folder: None)
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -318,6 +318,10 @@ class TestValues:
             ({"epochs": 0, "iters": ...}, "epochs is 0; it must be a number, > 0"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn.qproj"]}}, r"qproj \(did you mean self_attn.q_proj\?\)"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn"]}}, "cannot be given LoRA adapters .*: Can't convert"),
+            (
+                {"lora_parameters": {**LORA, "rank": 2**31}},
+                "cannot be given LoRA adapters .*: Integer value",
+            ),
             ({"report_to": "foo"}, "report_to is 'foo', which cannot be used: foo .* wandb, swanlab"),
             ({"train": False}, "there is nothing to do: set train, test or both to true"),
         ],

@@ -4,17 +4,17 @@ import json
 import sys
 from types import ModuleType, SimpleNamespace
 
-import mlx.optimizers as optim
 import pytest
 from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 
 import mlx_lm.lora
 from mlx_lm.tuner import callbacks
-from mlx_lm.tuner.callbacks import MetricsFile, plot_metrics, read_metrics
+from mlx_lm.tuner.callbacks import MetricsFile
+from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.trainer import TrainingArgs, train
 
 PAIRS = some_pairs(8)
+TOKENIZER = SimpleNamespace(encode=lambda text: [1])
 # TRL's names, and beside them what upstream reports.
 FIGURES = {
     "loss",
@@ -29,7 +29,7 @@ FIGURES = {
 }
 CORRELATION = "rewards/length_correlation"  # where margins vary
 # What only validations have.
-MORE = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
+MORE = {"kl", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
 SPEED = {"iterations_per_second", "pairs_per_second", "tokens_per_second", "trained_tokens", "peak_memory"}
 
 
@@ -57,7 +57,7 @@ def test_a_line_a_report_with_trls_names(tmp_path):
         more = {"iteration", "grad_norm", "learning_rate", "padding_share"}
         assert set(line) - {CORRELATION} == FIGURES | SPEED | more
     for line in validation:
-        names = set(line) - {f"eval_{CORRELATION}", "iteration", "val_time"}
+        names = set(line) - {f"eval_{CORRELATION}", "iteration", "val_time", "eval_pairs"}
         assert names == {f"eval_{name}" for name in FIGURES | MORE}
     # In the order of the run: validation comes before the first step and after the report of its own.
     order = [("eval_loss" in line, line["iteration"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
@@ -109,8 +109,8 @@ def test_every_service_and_callback_hears_every_report(tmp_path, monkeypatch):
 def test_the_command_reports_to_a_service(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(callbacks, "wandb", fake_service("wandb", calls))
-    monkeypatch.setattr(mlx_lm.lora, "load", lambda *_, **__: (tiny_llama(lora=False), None))
-    monkeypatch.setattr("mlx_lm.utils.load", lambda *_, **__: (tiny_llama(lora=False), None))
+    monkeypatch.setattr(mlx_lm.lora, "load", lambda *_, **__: (tiny_llama(lora=False), TOKENIZER))
+    monkeypatch.setattr("mlx_lm.utils.load", lambda *_, **__: (tiny_llama(lora=False), TOKENIZER))
     monkeypatch.setattr(mlx_lm.lora, "load_dataset", lambda *_: (PAIRS, PAIRS, []))
     options = {"model": str(TINY_LLAMA), "loss_type": "dpo", "train": True, "num_layers": 2, "iters": 2}
     options |= {"adapter_path": str(tmp_path), "report_to": "wandb", "project_name": "mine", "reference_cache": "none"}
@@ -119,45 +119,6 @@ def test_the_command_reports_to_a_service(tmp_path, monkeypatch):
     assert [step for step, _ in calls[1:]] == [0, 2, 2]
     with pytest.raises(ConfigError, match="report_to is 'elsewhere'"):
         mlx_lm.lora.run(SimpleNamespace(**{**mlx_lm.lora.CONFIG_DEFAULTS, **options, "report_to": "elsewhere"}))
-
-
-def test_a_run_draws_its_curves(tmp_path):
-    args = TrainingArgs(loss_type="dpo", iters=2, reference_cache="none", adapter_file=tmp_path / "a.safetensors")
-    train(tiny_llama(), optim.Adam(1e-3), PAIRS, PAIRS, args)
-    drawn = (tmp_path / "training.png").read_bytes()
-    assert drawn.startswith(b"\x89PNG\r\n\x1a\n") and drawn.endswith(b"IEND\xaeB`\x82")
-    (tmp_path / "training.png").unlink()
-    assert plot_metrics(tmp_path).read_bytes().startswith(b"\x89PNG")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_what_is_drawn(tmp_path, monkeypatch):
-    """Training as a line, validation as points, from the file's figures; a gap where there was no number."""
-    from matplotlib.figure import Figure
-
-    callback = MetricsFile(tmp_path)
-    for step, loss in enumerate((0.7, float("nan"), 0.5), 1):
-        callback.on_train_loss_report({"iteration": step, "train_loss": loss, "rewards/margins": step / 10})
-    callback.on_val_loss_report({"iteration": 3, "val_loss": 0.6})
-    figures, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self) or savefig(self, *args))
-    plot_metrics(tmp_path)
-    (figure,) = figures
-    drawn = {
-        axes.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes
-    }
-    assert drawn["loss"] == {"loss, training": [[1, 0.7], [3, 0.5]], "loss, validation": [[3, 0.6]]}
-    assert drawn["rewards"] == {"margins, training": [[1, 0.1], [2, 0.2], [3, 0.3]]}
-    assert set(drawn) == {"loss", "reward accuracy", "rewards", "logps (nats)"}
-
-
-def test_nothing_is_drawn_without_figures_or_matplotlib(tmp_path, monkeypatch, capsys):
-    assert plot_metrics(tmp_path) is None and not list(tmp_path.iterdir())
-    MetricsFile(tmp_path).on_train_loss_report({"iteration": 1, "train_loss": 0.5})
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert plot_metrics(tmp_path) is None
-    assert "matplotlib is not installed" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_every_line_is_json_whatever_the_figure(tmp_path):
@@ -216,3 +177,32 @@ def test_reports_go_to_tensorboard_and_none_is_nobody(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         callbacks.get_reporting_callbacks("tensorboard", log_dir=tmp_path)
+
+
+def test_tables_of_answers_go_to_the_services_that_show_them(tmp_path, monkeypatch):
+    told = {"wandb": [], "swanlab": []}
+    for name, calls in told.items():
+        monkeypatch.setattr(callbacks, name, fake_service(name, calls))
+    callbacks.wandb.Table = lambda columns, data: ("table", columns, data)
+    callbacks.swanlab.echarts = SimpleNamespace(Table=FakeTable)
+    services = callbacks.get_reporting_callbacks("wandb,swanlab", "project", str(tmp_path / "run"), {})
+    line = {
+        "iteration": 5,
+        "row": "valid.jsonl:1",
+        "prompt": "Why?",
+        "answer": "So.",
+        "chosen": "So.",
+        "rejected": "No.",
+    }
+    callbacks.send_samples(MetricsFile(tmp_path, services), 5, [line])
+    columns, row = ["iteration", "row", "prompt", "answer", "chosen", "rejected"], [5, "valid.jsonl:1", "Why?", "So."]
+    assert told["wandb"][1:] == [(5, {"samples": ("table", columns, [[*row, "So.", "No."]])})]
+    ((step, figures),) = told["swanlab"][1:]
+    assert step == 5 and figures["samples"].added == (columns, [[*row, "So.", "No."]])
+
+
+class FakeTable:
+    """What pyecharts has for a table."""
+
+    def add(self, headers, rows):
+        self.added = headers, rows

@@ -3,6 +3,7 @@
 On a CPU: `python -m pytest -m device --run-device tests/test_device.py`, in float32 alone.
 """
 
+import operator
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from mlx_lm.tuner.preference.step import Objective, Step
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from check_gradients import LEAST, PLAIN_PASS, add_lora, compare  # noqa: E402
+from check_gradients import LEAST, PLAIN_PASS, ROUNDING, add_lora, compare  # noqa: E402
 
 pytestmark = pytest.mark.device
 
@@ -48,7 +49,7 @@ MODELS = {
 # which happens to about one token in a hundred, another expert runs, and all of that token's gradient through it is
 # another: of the squared norm about a hundredth is off, which by itself makes a cosine of 0.99.
 EXPERTS = {"gpt_oss", "qwen3_moe"}
-LEAST_WITH_EXPERTS = 0.97
+EXPERTS_SLACK = 0.03
 
 
 def real_pairs(count, seed=5):
@@ -71,8 +72,11 @@ def test_gradients_are_the_plain_ones_in_float32(name, dtype):
     arrangements = {arrangement for arrangement, *_ in cosines} - {PLAIN_PASS[0]}
     assert arrangements == ({PLAIN} if name in ("qwen3_5", "gemma2") else {PACKED, PLAIN})
     assert all(len(found) == BATCHES for found in cosines.values()) and len(cosines) == 1 + 4 * len(arrangements)
-    least = LEAST_WITH_EXPERTS if name in EXPERTS and dtype != mx.float32 else LEAST[dtype]
-    assert {way: min(found) for way, found in cosines.items() if min(found) < least} == {}
+    # What rounding alone does shows in the plain pass of the model's own dtype: to a tiny random model, much.
+    slack = EXPERTS_SLACK if name in EXPERTS and dtype != mx.float32 else ROUNDING
+    floors = [min(LEAST[dtype], floor - slack) for floor in cosines.pop(PLAIN_PASS)]
+    worst = {way: min(map(operator.sub, found, floors)) for way, found in cosines.items()}
+    assert {way: distance for way, distance in worst.items() if distance < 0} == {}
 
 
 def cosine(found, expected):

@@ -1,6 +1,7 @@
 """The dry run: what it tells of rows and pairs, memory against a run's, and that it neither trains nor writes."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def command(*flags, folder, data=EXAMPLES / "preferences"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*map(str, given), *SETTINGS, "--reference-cache", "none", *flags])
         patch.setattr(memory, "_earlier_peak", 0)
-        patch.setattr("mlx_lm.tuner.preference.run.plot_metrics", lambda folder: None)
+        patch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
         try:
             mlx_lm.lora.main()
         except SystemExit as stop:
@@ -44,6 +45,25 @@ def test_the_memory_is_within_a_fifth_of_the_runs(tmp_path, capsys, flags):
     told = number(r"in all +([\d.]+) of", capsys.readouterr().out)
     assert not (tmp_path / "a").exists()
     assert command(*flags, folder=tmp_path) == 0
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert told == pytest.approx(max(line["peak_memory"] for line in lines if "peak_memory" in line), rel=0.2)
+
+
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names a folder with the model, float32 or quantized")
+def test_the_memory_of_a_real_model_is_within_a_fifth_of_the_runs(tmp_path, capsys):
+    """On rows of some hundred tokens, several of the example's put together."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        rows = [json.loads(line) for line in (EXAMPLES / "preferences" / f"{split}.jsonl").read_text().splitlines()]
+        parts = [rows[i : i + 4 + i % 8] for i in range(0, 64, 8)]
+        joined = [
+            {key: " ".join(row[key] for row in part) for key in ("prompt", "chosen", "rejected")} for part in parts
+        ]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in joined))
+    flags = ["--model", os.environ["SMOLLM2"], "--iters", "4", "--batch-size", "2"]
+    assert command("--check", *flags, folder=tmp_path, data=tmp_path / "data") == 0
+    told = number(r"in all +([\d.]+) of", capsys.readouterr().out)
+    assert command(*flags, folder=tmp_path, data=tmp_path / "data") == 0
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert told == pytest.approx(max(line["peak_memory"] for line in lines if "peak_memory" in line), rel=0.2)
 
@@ -77,6 +97,15 @@ def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "device_memory", lambda: 2e6)
     assert command("--check", folder=tmp_path) == 2
     assert "seems to need 0.0 GB, and the device has 0.0; a smaller batch_size" in capsys.readouterr().err
+
+
+def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, capsys, monkeypatch):
+    """In proportion to tokens: of a step of gigabytes too, whose bytes are no number of 32 bits."""
+    told, peak = [], mx.get_peak_memory
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: peak() + 3 * 10**9)
+    monkeypatch.setattr(dry_run, "refuse_too_large", lambda resting, needed: told.append((resting, needed)))
+    assert command("--check", folder=tmp_path) == 0
+    assert told[0][0] < 1e8 and 3e9 < told[0][1] < 3e10
 
 
 def test_a_test_alone_is_checked_too(tmp_path, capsys):

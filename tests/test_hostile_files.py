@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mlx_lm.lora
-from mlx_lm.tuner.callbacks import plot_metrics, read_metrics
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.check import check_config, check_file
 from mlx_lm.tuner.preference.checkpoint import _write_state, find_state, read_state
+from mlx_lm.tuner.preference.curves import plot_metrics
 from mlx_lm.tuner.preference.load import read_adapter_config
+from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

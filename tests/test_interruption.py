@@ -66,6 +66,8 @@ def test_a_signal_finishes_the_step_saves_and_names_what_goes_on(whole, tmp_path
     ).groups()
     state, metadata = mx.load(str(tmp_path / "adapters" / STATE), return_metadata=True)
     assert metadata["iteration"] == reached and 4 <= int(reached) < 16
+    for name in ("training.png", "report.html", "README.md"):
+        assert (tmp_path / "adapters" / name).stat().st_size > 1000
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done

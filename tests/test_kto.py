@@ -23,6 +23,8 @@ from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.pairs import mismatched
 from mlx_lm.tuner.preference.reference import Reference
+from mlx_lm.tuner.preference.run import warn_of_balance
+from mlx_lm.tuner.preference.scores import Scores, write_predictions
 from mlx_lm.tuner.preference.step import Objective
 
 TRL = json.loads((Path(__file__).parent / "golden" / "trl_kto.json").read_text())
@@ -217,6 +219,32 @@ def test_malformed_rows_are_refused(change, told):
 def test_one_prompt_is_refused():
     with pytest.raises(ConfigError, match="has one prompt only"):
         dataset(LABELLED[1:])
+
+
+def test_uneven_labels_are_told(capsys):
+    loss, rows = preference_loss("kto"), [Pair([1], [2], [3], label=i > 2) for i in range(12)]
+    warn_of_balance(rows, loss)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "9 responses are desirable and 3 are not" in told and "an undesirable_weight of 3." in told
+    for fits in (preference_loss("kto", undesirable_weight=3.0), preference_loss("dpo")):
+        warn_of_balance(rows, fits)
+    assert capsys.readouterr().out == ""
+
+
+def test_predictions_have_the_own_sides_figures(tmp_path):
+    figures = {
+        "rewards/chosen": [1.0, 0.0],
+        "rewards/rejected": [0.0, -2.0],
+        "loss": [0.1, 0.2],
+        "desirable": [1.0, 0.0],
+    }
+    figures = {name: np.array(values) for name, values in figures.items()}
+    scores = Scores(figures, np.array([[-3.0, -4.0], [-5.0, -6.0]]), ["a, row 0", "a, row 1"], [None, None], None)
+    write_predictions(tmp_path / "file", scores)
+    first, second = map(json.loads, (tmp_path / "file").read_text().splitlines())
+    assert first["rewards/chosen"] == 1.0 and first["reference_logps/chosen"] == -3.0
+    assert second["rewards/rejected"] == -2.0 and second["reference_logps/rejected"] == -5.0
+    assert not [key for key in first if "rejected" in key] + [key for key in second if "chosen" in key]
 
 
 def test_data_of_the_other_kind_is_refused(tmp_path):

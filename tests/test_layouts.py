@@ -180,17 +180,18 @@ def test_labelled_completions_are_paired_by_their_prompts():
             ("c", "good", 1),
         ]
     ]
-    found, numbers = paired(rows)
+    place = "rows.jsonl", "rows.jsonl:{}".format
+    found, numbers = paired(rows, *place)
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in found] == [
         ("a", "good", "bad"),
         ("c", "good", "bad"),
     ]
     assert numbers == [0, 5]
     assert all(row["system"] == "s" and "label" not in row for row in found)
-    with pytest.raises(ConfigError, match=r"the 2 rows hold one completion and its label each \(KTO\)"):
-        paired(rows[:2])
-    with pytest.raises(ConfigError, match="row 1 has no completion with a label"):
-        paired([rows[0], {"prompt": "a"}])
+    with pytest.raises(ConfigError, match=r"rows.jsonl: the 2 rows hold one completion and its label each \(KTO\)"):
+        paired(rows[:2], *place)
+    with pytest.raises(ConfigError, match="rows.jsonl:1: the row has no completion with a label"):
+        paired([rows[0], {"prompt": "a"}], *place)
 
 
 def test_the_manuals_table_is_made_of_these_rows():

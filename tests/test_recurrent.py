@@ -240,6 +240,18 @@ def test_a_compiled_gradient_is_the_same():
         assert_close(a, b, 1e-6, name)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
+def test_parts_of_what_a_layer_has_computed_are_compiled_too(monkeypatch):
+    inputs = make_inputs(2 * CHUNK, batch=1, key_heads=1, value_heads=1)
+    monkeypatch.setitem(recurrent.TOKENS_AT_ONCE, mx.default_device().type, CHUNK)
+
+    def gradients(*inputs):
+        return mx.grad(lambda *own: gated_delta_rule(*(0.9 * x for x in own))[0].sum(), range(5))(*inputs[:5])
+
+    for name, a, b in zip(NAMES, mx.compile(gradients)(*inputs), gradients(*inputs), strict=False):
+        assert_close(a, b, 1e-6, name)
+
+
 @pytest.mark.parametrize("by_channel", [False, True])
 def test_parts_of_a_sequence_that_are_prepared_apart_are_the_whole(by_channel, monkeypatch):
     inputs = make_inputs(5 * CHUNK + 3, by_channel, batch=1)

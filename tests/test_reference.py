@@ -37,9 +37,9 @@ def computed(monkeypatch):
     """The number of pairs of each reference pass, in order."""
     counts, compute = [], Reference._compute
 
-    def counted(self, dataset, rows, values):
+    def counted(self, dataset, rows, values, split=""):
         counts.append(len(rows))
-        compute(self, dataset, rows, values)
+        compute(self, dataset, rows, values, split)
 
     monkeypatch.setattr(Reference, "_compute", counted)
     return counts

@@ -1,6 +1,5 @@
-"""Adds to mlx_lm.tuner.callbacks: TensorBoard; `MetricsFile`, a preference run's reports on disk, and their plot."""
+"""Adds to mlx_lm.tuner.callbacks: TensorBoard, tables of answers, and `MetricsFile`, a run's reports on disk."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,11 +7,8 @@ from .._upstream import run_upstream
 
 run_upstream(globals(), needs=("TrainingCallback", "SUPPORT_CALLBACK", "get_reporting_callbacks"))
 
-from ..cli_ui import rprint
-from .preference.files import replace_file
-
-METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "training.png"
+from .preference.answers import COLUMNS
+from .preference.metrics import METRICS_FILE, add_lines, begin_lines
 
 # Upstream's names of the figures that TRL has another name for.
 TRL_NAMES = {"train_loss": "loss", "val_loss": "eval_loss"}
@@ -78,69 +74,28 @@ class MetricsFile(_WritingCallback):
         self.path = Path(folder) / METRICS_FILE
         self.wrapped_callback = wrapped_callback
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration] if iteration else []
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        replace_file(self.path, lambda file: file.write(text.encode()))
+        begin_lines(self.path, iteration)
 
     def _write(self, report):
         # JSON has no word for what is not a number.
         known = {key: value if math.isfinite(value) else None for key, value in report.items()}
-        line = {TRL_NAMES.get(key, key): value for key, value in known.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        add_lines(self.path, [{TRL_NAMES.get(key, key): value for key, value in known.items()}])
 
 
-def read_metrics(path):
-    """The lines of a metrics file as dicts; what an interruption cut short is left out, and all that follows it."""
-    if not Path(path).exists():
-        return []
-    lines = []
-    for text in Path(path).read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(line, dict) or type(line.get("iteration")) is not int or abs(line["iteration"]) > 2**53:
-            break
-        lines.append(line)
-    return lines
+def send_samples(callback, iteration, lines):
+    """Send a validation's answers to the services that show tables.
 
-
-def plot_metrics(folder):
-    """Draw a run's curves, training and validation, from `metrics.jsonl` into `training.png`.
-
-    Returns:
-        The path of the plot, or None where matplotlib is missing or there is nothing to draw.
+    Args:
+        callback: a `TrainingCallback` and those that it wraps, or None.
+        iteration: of the validation.
+        lines: lines of `samples.jsonl`.
     """
-    lines = read_metrics(Path(folder) / METRICS_FILE)
-    if not lines:
-        return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        rprint("[WARNING] matplotlib is not installed, so training.png is not drawn: pip install matplotlib.")
-        return None
-    panels = (
-        ("loss", ("loss",)),
-        ("reward accuracy", ("rewards/accuracies",)),
-        ("rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-        ("logps (nats)", ("logps/chosen", "logps/rejected")),
-    )
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for color, key in enumerate(keys):
-            label = key.rpartition("/")[2]
-            for prefix, style, kind in (("", "-", "training"), ("eval_", "o--", "validation")):
-                points = [(line["iteration"], line.get(prefix + key)) for line in lines]
-                # Beyond any figure of a run, and what no axis can show.
-                points = [point for point in points if isinstance(point[1], (int, float)) and abs(point[1]) < 1e30]
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=f"{label}, {kind}")
-        axes.set_title(title)
-        axes.set_xlabel("iteration")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small")
-    path = Path(folder) / PLOT_FILE
-    replace_file(path, lambda file: figure.savefig(file, dpi=110))
-    return path
+    rows = [[line[name] for name in COLUMNS] for line in lines]
+    while callback is not None:
+        if isinstance(callback, WandBCallback):
+            wandb.log({"samples": wandb.Table(columns=list(COLUMNS), data=rows)}, step=iteration)
+        elif isinstance(callback, SwanLabCallback):
+            table = swanlab.echarts.Table()
+            table.add(list(COLUMNS), rows)
+            swanlab.log({"samples": table}, step=iteration)
+        callback = getattr(callback, "wrapped_callback", None)

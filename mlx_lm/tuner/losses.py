@@ -383,7 +383,7 @@ def kl_estimate(pairs):
     """How far the policy is from the reference: the mean logratio of responses to other prompts than their own.
 
     Over the examples of all workers that count, at least 0 and without gradient; a float32 scalar, nats.
-    Source: arXiv 2402.01306, section 4.2.
+    Source: arXiv 2402.01306.
     """
     counts = mx.broadcast_to(pairs.counts, pairs.rejected_logratios.shape)
     sums = mx.stack([(counts * pairs.rejected_logratios).sum(), counts.sum()])
@@ -394,7 +394,7 @@ def kl_estimate(pairs):
 def kto(pairs, *, beta, desirable_weight, undesirable_weight):
     """KTO: 1 - sigma(beta (logratio - kl)) of a desirable response, 1 - sigma(beta (kl - logratio)) of another, (B,).
 
-    Each times the weight of its kind. Source: arXiv 2402.01306, eq. 7 and 8.
+    Each times the weight of its kind. Source: arXiv 2402.01306, eq. 7.
     """
     gap = beta * (pairs.chosen_logratios - pairs.kl)
     # 1 - sigma(x) = sigma(-x), which keeps its digits where sigma(x) is close to 1.

@@ -18,9 +18,9 @@ from .workers import confirm
 STATE_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
 EARLIER_STATES = "[0-9]*_" + STATE_FILE
-# All that a run leaves in its folder; the plot is drawn and the metrics are written in `callbacks.py`.
+# All that a run leaves in its folder, but the model card, which may be the user's.
 RUN_FILES = ("*adapters.safetensors", "[0-9]" * 7, "adapter_config.json", "*" + STATE_FILE)
-RUN_FILES += ("metrics.jsonl", "training.png", BEST_FOLDER)
+RUN_FILES += ("metrics.jsonl", "samples.jsonl", "training.png", "report.html", BEST_FOLDER)
 REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
 SAMPLE = 4096  # values of a weight that tell it from another model's
 

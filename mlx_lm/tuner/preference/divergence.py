@@ -8,15 +8,17 @@ import numpy as np
 from .batches import filled, make_batch, pair_lengths
 from .evaluation import without_adapters
 from .intercept import evaluating
-from .logps import CHUNK_LOGITS
+from .logps import CHUNK_LOGITS, tolerance
 from .memory import bounded_memory
 from .reference import ample_tokens
 
 # Both models run over these pairs, so that there are no more of them than a mean needs.
 MOST_PAIRS = 64
+# A third of what a validation of 100 pairs takes.
+VALIDATED_PAIRS = 16
 
 
-def mean_kl(policy, reference, dataset, rows):
+def mean_kl(policy, reference, dataset, rows, most=None):
     """The mean KL of the policy from the reference at the response tokens of a data set's rows, or of some of them.
 
     Args:
@@ -24,11 +26,12 @@ def mean_kl(policy, reference, dataset, rows):
         reference: a `Scorer`, or None for the policy without its adapters.
         dataset: gives a `Pair` for a row number.
         rows: the row numbers.
+        most: pairs that are taken, evenly from all rows; MOST_PAIRS by default.
 
     Returns:
         `(nats a token, pairs)`, or None where the reference is not at hand.
     """
-    rows = np.asarray(rows)[np.unique(np.linspace(0, len(rows) - 1, MOST_PAIRS).astype(int))]
+    rows = np.asarray(rows)[np.unique(np.linspace(0, len(rows) - 1, most or MOST_PAIRS).astype(int))]
     lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
     total, count = 0.0, 0
     with evaluating(policy.model), bounded_memory() as evaluate:
@@ -73,3 +76,24 @@ def log_probabilities(scorer, states):
     """Log-probabilities `(M, V)` float32 of all tokens, of a scorer's response states."""
     logits = (scorer.head.logits(states) if scorer.head else states).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def validation_kl(objective, logps):
+    """The KL at a validation, on a few pairs; None where the reference is not the policy without its adapters.
+
+    Args:
+        objective: an `Objective`.
+        logps: `ReferenceLogps`, which tell what the reference is.
+    """
+    if logps.valid is None:
+        return None
+    scorer, pair = objective.scorer, logps.val_dataset[int(logps.val_rows[0])]
+    with evaluating(scorer.model), without_adapters(scorer.model) as adapted:
+        if not adapted:
+            return None
+        found = np.array(scorer(make_batch([pair], scorer.arrangement)[0]).total)
+    # One pair tells: adapters that training began with, another model, or an exchanged reference give other logps.
+    if not np.allclose(found, logps.valid[0, :, 0], rtol=tolerance(scorer.model), atol=1e-2):
+        return None
+    kl = mean_kl(scorer, None, logps.val_dataset, logps.val_rows, VALIDATED_PAIRS)
+    return None if kl is None else kl[0]

@@ -84,10 +84,14 @@ def handled_signals():
             signal.signal(number, handler)
 
 
-def resume_command():
-    """The command line that goes on with this command's run."""
+def given_command():
+    """The words of this command's line."""
     # Of a program with subcommands, such as `mlx_lm lora`, sys.argv has lost the second word.
     program = sys.orig_argv[1:] if sys.orig_argv[1:2] == sys.argv[:1] else sys.argv
-    given = sys.orig_argv if "-m" in sys.orig_argv[:3] else program
-    flags = [] if {"--resume"} & set(given) else ["--resume"]
-    return shlex.join([*given, *flags])
+    return list(sys.orig_argv if "-m" in sys.orig_argv[:3] else program)
+
+
+def resume_command():
+    """The command line that goes on with this command's run."""
+    given = given_command()
+    return shlex.join(given if "--resume" in given else [*given, "--resume"])

@@ -56,7 +56,8 @@ def load_named(key, name, trust_remote_code=False):
         rprint(f"{name} is computed in float32 on this CPU, which is slow in half precision.")
         model.set_dtype(mx.float32)
     try:
-        tokenizer.encode("a")
+        if tokenizer is not None:
+            tokenizer.encode("a")
         mx.eval(model(mx.zeros((1, 1), mx.int32)))
     except Exception as error:
         raise ConfigError(f"{key} is {name!r}, which cannot be run: {_told(error)}.") from error
@@ -150,7 +151,7 @@ def add_adapters(resume_adapter_file, model, num_layers, parameters, use_dora=Fa
             )
     try:
         linear_to_lora_layers(model, num_layers, parameters, use_dora)
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         kind = "DoRA" if use_dora else "LoRA"
         raise ConfigError(f"this model cannot be given {kind} adapters with these lora_parameters: {error}.") from error
     if resume_adapter_file is not None:
@@ -334,5 +335,5 @@ def _told_of(what):
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, OverflowError) as error:
         raise ConfigError(f"{what} cannot be loaded: {_told(error)}.") from error

@@ -26,6 +26,8 @@ from .pairs import Pair
 # Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for a GPU; a CPU is as fast
 # with an eighth of them.
 CHUNK_LOGITS = 2**25 if mx.default_device() == mx.gpu else 2**22
+# Figures of tokens have several arrays of a chunk's size at once: so much smaller are their chunks.
+FIGURES_SHARE = 4
 BODIES = ("model", "transformer", "backbone")
 KEY_VALUE_CACHES = (KVCache, RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
 # Tokens of the longest sequence of PROBE, and the attention windows that it is tried with.
@@ -284,15 +286,20 @@ class Head:
         if gradient:
             out = (self._recomputed if self.trainable else self._with_gradient)(states, targets, alignment)
         else:
-            out = self._chunked(partial(self._logps, alignment=alignment, by_token=by_token), states, targets)
+            out = self._chunked(
+                partial(self._logps, alignment=alignment, by_token=by_token),
+                states,
+                targets,
+                share=FIGURES_SHARE if by_token else 1,
+            )
         # Behind them is what the backward pass keeps.
         squares, more = (mx.stop_gradient(out[1]), out[2:]) if alignment else (None, out[1:])
         return out[0], squares, *(more if by_token else ())
 
-    def _chunked(self, function, states, *rows):
+    def _chunked(self, function, states, *rows, share=1):
         """`function(states, *rows)` on one chunk after another, each array of its outputs joined again."""
         parts = []
-        for start, stop in self._chunks(states):
+        for start, stop in self._chunks(states, share):
             chunk = states[start:stop]
             if parts:
                 # Without an order, or with an output left for later, several chunks' logits could be alive at once.
@@ -361,10 +368,10 @@ class Head:
 
         return logps(states)
 
-    def _chunks(self, states):
-        """Equal slices of `states` whose logits stay within CHUNK_LOGITS."""
+    def _chunks(self, states, share=1):
+        """Equal slices of `states` whose logits stay within CHUNK_LOGITS, or a part of them."""
         count = states.shape[0]
-        size = max(1, CHUNK_LOGITS // self.vocabulary)
+        size = max(1, CHUNK_LOGITS // share // self.vocabulary)
         chunks = -(-count // size)
         size = -(-count // chunks)
         return [(start, min(start + size, count)) for start in range(0, count, size)]

@@ -164,6 +164,7 @@ GROUPS = {
     "data": "Data",
     "reference": "Reference",
     "step": "Step",
+    "watch": "Watching",
     "save": "Saving",
     "test": "Check and test",
 }
@@ -413,7 +414,18 @@ TEST_OPTIONS = (
     ),
 )
 
-RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + SAVE_OPTIONS + TEST_OPTIONS
+WATCH_OPTIONS = (
+    Option(
+        "sample_prompts",
+        0,
+        int,
+        "Answer so many prompts of the validation set, greedily, before training and at each validation",
+        low=0,
+        group="watch",
+    ),
+)
+
+RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + WATCH_OPTIONS + SAVE_OPTIONS + TEST_OPTIONS
 
 # mlx-lm's own keys, in the order of a run, with its defaults: it takes any value and fails later.
 UPSTREAM_OPTIONS = (

@@ -94,6 +94,7 @@ class PreferenceDataset:
             raise ConfigError(f"max_seq_length is {max_seq_length!r}; it must be a whole number, at least 2.")
         self.name = name
         self.max_seq_length = max_seq_length
+        self.tokenizer = tokenizer
         self._unpaired = unpaired
         self._where = where or (lambda i: f"{name}, row {i}")
         self._encoder = PairEncoder(tokenizer, use_chat_template, score)
@@ -168,7 +169,7 @@ class PreferenceDataset:
         """One data set of the pairs of several, in their order."""
         whole = cls.__new__(cls)
         whole.name = ", ".join(dataset.name for dataset in datasets)
-        whole.layout = datasets[0].layout
+        whole.layout, whole.tokenizer = datasets[0].layout, datasets[0].tokenizer
         whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]

@@ -80,12 +80,13 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
     gates = log_gates if log_gates.ndim == 4 else log_gates[..., None]
     arrays = queries, keys, values, gates.astype(mx.float32), betas[..., None]
     at_once = CHUNK * max(1, TOKENS_AT_ONCE[mx.default_device().type] // (CHUNK * batch * value_heads))
-    bounds = list(range(at_once, length, at_once))
+    starts_of_parts = range(0, length, at_once)
 
     def in_parts(x):
-        return mx.split(x, bounds, axis=1)
+        # Not by mx.split: MLX's compiler fails where it finds the same split in both passes.
+        return [x[:, start : start + at_once] for start in starts_of_parts]
 
-    kept = [1.0] * (len(bounds) + 1) if mask is None else in_parts(mask[:, :, None, None])
+    kept = [1.0] * len(starts_of_parts) if mask is None else in_parts(mask[:, :, None, None])
 
     @mx.custom_function
     def run(state, *arrays):

@@ -8,13 +8,11 @@ import numpy as np
 from ...cli_ui import rprint
 from .batches import PLAIN
 from .checkpoint import REMEDY
-from .evaluation import as_means, mean_figures
+from .divergence import validation_kl
+from .evaluation import as_means, means_of, pair_figures
 from .options import ConfigError
 from .step import SHARES
 from .workers import confirm
-
-# Logratios of both responses below this, and logps twice as low as the reference's: no longer a model of text.
-DISPLACED, DISPLACED_TIMES = -20.0, 2.0
 
 
 class Window:
@@ -52,14 +50,10 @@ class Reporter:
         further: names of an `Objective`'s figures besides FIGURES.
         check: called with a window's losses, norms and first iteration; raises where a run must not go on. None where
             steps that are not finite are left out.
-
-    Attributes:
-        validated: the last validation's means of FIGURES.
     """
 
     def __init__(self, ui, callback, check, further=()):
         self.ui, self.callback, self.check, self.further = ui, callback, check, further
-        self.validated = None
 
     def training(self, window, progress, learning_rate, peak_memory):
         """Report on the steps since the last report.
@@ -101,19 +95,27 @@ class Reporter:
             self.check(sums[:, 0], norms, progress.iteration - len(sums) + 1)
 
     def validation(self, iteration, objective, logps, batch_size):
-        """Score the validation pairs of `ReferenceLogps`, report, and return the means of FIGURES."""
+        """Score the validation pairs of `ReferenceLogps` and report.
+
+        Returns:
+            `(means, figures)`: of `means_of` and of `pair_figures`.
+        """
         tic = time.perf_counter()
         with self.ui.val_task(len(logps.val_rows)) as advance:
-            figures = mean_figures(objective, logps.val_dataset, logps.val_rows, logps.valid, batch_size, advance)
-        self.validated, seconds = figures, time.perf_counter() - tic
+            found = pair_figures(objective, logps.val_dataset, logps.val_rows, logps.valid, batch_size, advance)
+            figures = means_of(found)
+            if not objective.loss.unpaired and (kl := validation_kl(objective, logps)) is not None:
+                figures["kl"] = kl  # of single responses the loss has an estimate of its own
+        seconds = time.perf_counter() - tic
         self.ui.report_val(iteration, figures, len(logps.val_rows), seconds)
         if not np.isfinite(figures["loss"]):
             rprint(f"[WARNING] The validation loss is {figures['loss']} at iteration {iteration}. {REMEDY}")
         if self.callback is not None:
             report = {"iteration": iteration, "val_loss": figures["loss"], "val_time": seconds}
             report |= {f"eval_{name}": value for name, value in figures.items() if name != "loss"}
+            report["eval_pairs"] = len(logps.val_rows)
             self.callback.on_val_loss_report(report)
-        return figures
+        return figures, found
 
 
 def say_fallbacks(scorer, share_prompt):
@@ -122,22 +124,3 @@ def say_fallbacks(scorer, share_prompt):
         rprint("This model's cache cannot hold a shared prompt: each prompt is run for both of its responses.")
     if scorer.head is None:
         rprint("This model's output head cannot be run apart: it projects prompt positions too.")
-
-
-def warn_of_displacement(figures, loss):
-    """Say so where both responses have become far less likely than they were: the model may write no text any more.
-
-    Args:
-        figures: a validation's means of FIGURES, or None.
-        loss: the `PreferenceLoss`.
-    """
-    if figures is None or not loss.needs_reference:
-        return
-    logratios = [figures[f"rewards/{name}"] / loss.parameters["beta"] for name in ("chosen", "rejected")]
-    reference = figures["logps/chosen"] - logratios[0]
-    if max(logratios) < DISPLACED and figures["logps/chosen"] < DISPLACED_TIMES * reference:
-        rprint(
-            f"[WARNING] The chosen responses are {-logratios[0]:.0f} nats less likely than to the reference, the "
-            f"rejected ones {-logratios[1]:.0f}: the margin may be good, but the model may write no sense any more. "
-            "Look at what it generates. A lower learning_rate, a larger beta, or sft beside the loss holds it."
-        )

@@ -14,9 +14,10 @@ import numpy as np
 from ..._backend import slow_blas_hint
 from ...cli_ui import rprint
 from ...utils import maybe_set_recommended_wired_limit
-from ..callbacks import MetricsFile, plot_metrics
+from ..callbacks import MetricsFile
 from .adapters import lora_plus
 from .batches import Schedule, iterations
+from .card import CARD_FILE, has_card
 from .checkpoint import (
     BEST_FOLDER,
     RUN_FILES,
@@ -38,10 +39,11 @@ from .memory import bounded_memory, peak_memory, trim_cache
 from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import ConfigError
+from .outcome import Outcome
 from .pairs import Pair
 from .reference import Reference, ReferenceLogps, reference_of
 from .reference_cache import row_key
-from .report import Reporter, Window, say_fallbacks, warn_of_displacement
+from .report import Reporter, Window, say_fallbacks
 from .screen import RunUI
 from .step import Step
 from .workers import confirm, refuse_different_workers
@@ -66,8 +68,12 @@ def train_preference(
         args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
     dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
     logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
-    if (args.save_best or args.early_stop) and not len(logps.val_rows):
-        raise ConfigError("save_best and early_stop need validations, and there is no validation set.")
+    if (args.save_best or args.early_stop or args.sample_prompts) and not len(logps.val_rows):
+        raise ConfigError("save_best, early_stop and sample_prompts need validations, and there is no validation set.")
+    if args.sample_prompts and getattr(logps.val_dataset, "tokenizer", None) is None:
+        raise ConfigError(
+            "sample_prompts needs a tokenizer, which a PreferenceDataset has and a list of pairs has not."
+        )
     maybe_set_recommended_wired_limit()
     for line in filter(None, [slow_blas_hint()]):
         rprint(line)
@@ -83,6 +89,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
+    warn_of_balance(logps.dataset, loss)
     state, iteration = None, 0
     if args.resume is True or (args.resume and has_state(folder)):
         # One that does not fit is told before the reference pass, which may be long.
@@ -124,16 +131,20 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         RunUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
-        report = Reporter(ui, callback, check, objective.further)
-        validate = partial(_validate, objective, logps, progress, args, report, config)
+        report, outcome = Reporter(ui, callback, check, objective.further), None
+        if first:
+            outcome = Outcome(folder, objective, logps, args, config, ui, callback, progress.iteration)
+        validate = partial(_validate, objective, logps, progress, args, report, config, outcome)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
         save()
+        if first:
+            outcome.draw(ended=True)
         if request.number is not None:
             raise Interrupted(request.number, f"after iteration {progress.iteration} of {args.iters}, which is saved")
-        warn_of_displacement(report.validated, loss)
     if first:
-        plot_metrics(folder)
+        for sentence in outcome.health():
+            rprint(f"[WARNING] {sentence}")
         _tell_best(folder, progress, args)
 
 
@@ -235,11 +246,13 @@ class Due(NamedTuple):
         )
 
 
-def _validate(objective, logps, progress, args, report, config):
+def _validate(objective, logps, progress, args, report, config, outcome):
     """Score the validation pairs, if there are any; keep the adapters where they are the best so far."""
     if not len(logps.val_rows):
         return
-    figures = report.validation(progress.iteration, objective, logps, args.batch_size)
+    figures, found = report.validation(progress.iteration, objective, logps, args.batch_size)
+    if outcome is not None:
+        outcome.validated(progress.iteration, found, last=progress.iteration == args.iters)
     if not (args.save_best or args.early_stop):
         return
     name, sign = BEST[args.save_best or "eval_loss"]
@@ -266,7 +279,7 @@ def _tell_best(folder, progress, args):
 
 def make_room(folder, config):
     """Move an earlier run's files aside and say so; `config` is told where the adapter that this run began with is."""
-    place = move_aside(folder, RUN_FILES)
+    place = move_aside(folder, (*RUN_FILES, *([CARD_FILE] if has_card(folder) else [])))
     if place is None:
         return
     rprint(f"The files of an earlier run in {folder} are now in {place}.")
@@ -285,6 +298,22 @@ def _refresh(scorer, schedule, logps, progress, args):
         rows = schedule.visited(progress.iteration + 1, min(progress.iteration + steps, args.iters))
         with parameters_in(scorer.model, policy if logps.parameters is None else logps.parameters):
             logps.take(Reference(scorer, args.reference_batch_size), rows)
+
+
+def warn_of_balance(dataset, loss):
+    """Say so where one label's responses count for much more than the other's: arXiv 2402.01306, eq. 8."""
+    if not loss.unpaired:
+        return
+    good = sum(dataset[i].label for i in range(len(dataset)))
+    weights = [loss.parameters[f"{kind}_weight"] for kind in ("desirable", "undesirable")]
+    counts = [good, len(dataset) - good]
+    totals = [weight * count for weight, count in zip(weights, counts, strict=True)]
+    if min(totals) > 0 and not 1 <= totals[0] / totals[1] <= 4 / 3:
+        rprint(
+            f"[WARNING] {counts[0]} responses are desirable and {counts[1]} are not; their numbers times their weights "
+            f"are {totals[0]:g} to {totals[1]:g}, and KTO's authors advise 1 to 4/3: for example an undesirable_weight "
+            f"of {totals[0] / counts[1]:.3g}."
+        )
 
 
 def check_and_digest(dataset, loss=None):

@@ -13,9 +13,12 @@ from .divergence import mean_kl
 from .evaluation import evaluated_rows, means_of, pair_figures, reference_logps
 from .files import replace_file
 from .options import ConfigError
+from .screen import signed
+from .step import DESIRABLE
 
 # Two-sided 95 %.
 Z = NormalDist().inv_cdf(0.975)
+SIDES = {"chosen", "rejected"}
 COMPARED = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}
 
 
@@ -128,11 +131,6 @@ def described(scores):
     return "\n".join(lines)
 
 
-def signed(value):
-    """A figure with its sign, which a zero that is left of rounding does not have."""
-    return f"{round(value, 3) + 0.0:+.3f}"
-
-
 def printable(text):
     """A text without control characters."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
@@ -155,6 +153,8 @@ def write_predictions(path, scores):
             line |= dict(
                 zip(("reference_logps/chosen", "reference_logps/rejected"), scores.reference[i].tolist(), strict=True)
             )
+        if DESIRABLE in line:
+            line = _of_one_side(line)
         lines.append(json.dumps(finite(line)) + "\n")
     if mx.distributed.init().rank() != 0:
         return
@@ -162,6 +162,13 @@ def write_predictions(path, scores):
         replace_file(path, lambda file: file.write("".join(lines).encode()))
     except OSError as error:
         raise ConfigError(f"predictions is {str(path)!r}, which cannot be written ({error.strerror}).") from error
+
+
+def _of_one_side(line):
+    """A single response's line without the other side's figures, which are 0 or of a response to another prompt."""
+    reference, own = line.get("reference_logps/chosen"), "chosen" if line[DESIRABLE] else "rejected"
+    line = {key: value for key, value in line.items() if "/" not in key or key.partition("/")[2] not in SIDES - {own}}
+    return line if reference is None else line | {f"reference_logps/{own}": reference}
 
 
 def finite(line):

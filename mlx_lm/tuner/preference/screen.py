@@ -37,6 +37,11 @@ def make_bars(rank):
     )
 
 
+def signed(value):
+    """A figure with its sign; what rounds to 0 has none of its own."""
+    return f"{round(value, 3) + 0.0:+.3f}"
+
+
 class RunUI(TrainUI):
     """Upstream's `TrainUI` with a preference run's figures, a line a report."""
 
@@ -87,18 +92,18 @@ class RunUI(TrainUI):
             figures[f"rewards/{name}"] for name in ("chosen", "rejected", "accuracies", "margins")
         )
         more += f"  KL {figures['kl']:.3f}" if "kl" in figures else ""
+        right = f"{accuracy:>8.3f}  [ui.strong]{signed(margin):>7}[/ui.strong]"
         # Numbers too long for their columns must not break a line in two.
         self._console.print(
             f"[ui.muted]{iteration:>6}[/ui.muted]  [bold {style}]{figures['loss']:>6.3f} {arrow}[/bold {style}]  "
-            f"{chosen:>+7.3f}  {rejected:>+8.3f}  {accuracy:>8.3f}  [ui.strong]{margin:>+7.3f}[/ui.strong]  "
-            f"[ui.muted]{more}[/ui.muted]",
+            f"{signed(chosen):>7}  {signed(rejected):>8}  {right}  [ui.muted]{more}[/ui.muted]",
             soft_wrap=True,
         )
 
     @contextmanager
-    def val_task(self, total):
-        """Within the context, a bar of a validation of `total` pairs; gives what takes how many more are done."""
-        task = self._progress.add_task("validation", total=total)
+    def val_task(self, total, name="validation"):
+        """Within the context, a bar of `total` things beside the run's; gives what takes how many more are done."""
+        task = self._progress.add_task(name, total=total)
         try:
             yield lambda count: self._progress.advance(task, count)
         finally:

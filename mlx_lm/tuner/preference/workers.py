@@ -136,7 +136,7 @@ def join(config):
     Raises:
         ConfigError: the configurations differ, or a worker has ended already.
     """
-    global _watch
+    global _several, _watch
     world = mx.distributed.init()
     if world.size() == 1 or _watch is not None:
         return
@@ -152,6 +152,7 @@ def join(config):
         peers = {} if server else _connected(workers[0], world.rank())
         reached = gathered("yes" if peers else "no").count("yes")
     except RuntimeError as error:
+        _several = False  # there is nobody to tell it
         raise ConfigError(f"{NOT_BEGUN} ({error}).") from error
     finally:
         limit.cancel()
@@ -171,10 +172,10 @@ def join(config):
 
 def leave():
     """Part from the others at the end of a run."""
-    global _watch
+    global _several, _watch
     if _watch is not None:
         _watch.part()
-        _watch = None
+        _several, _watch = False, None
 
 
 def tell(sentence, status):

@@ -1,0 +1,127 @@
+"""A model card beside the adapters: `README.md` with the Hub's metadata, so that uploading the folder shares them.
+
+Upstream has no module of this name.
+"""
+
+import re
+from pathlib import Path
+
+from .files import replace_file
+from .page import best_of
+
+CARD_FILE = "README.md"
+MARK = "<!-- Written by the training, which writes it anew; take this line out to keep what you write. -->"
+SETTINGS = (
+    "beta",
+    "learning_rate",
+    "batch_size",
+    "iters",
+    "grad_accumulation_steps",
+    "num_layers",
+    "optimizer",
+    "seed",
+)
+FIGURES = {
+    "loss": "loss",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "margin",
+    "kl": "KL from the reference (nats a token)",
+}
+
+
+def has_card(folder):
+    """Whether a folder's README.md is one that a training has written."""
+    path = Path(folder) / CARD_FILE
+    return path.is_file() and not path.is_symlink() and MARK in path.read_text(errors="replace")
+
+
+def write_card(folder, config, loss, validations):
+    """Write the card, unless there is a README.md that the training has not written.
+
+    Args:
+        folder: the run's, a `Path`.
+        config: contents of `adapter_config.json`.
+        loss: the `PreferenceLoss`.
+        validations: lines of `metrics.jsonl`.
+
+    Returns:
+        Whether it was written.
+    """
+    # Imported where it is needed: it takes a while.
+    from huggingface_hub import ModelCardData
+
+    path = folder / CARD_FILE
+    if (path.exists() or path.is_symlink()) and not has_card(folder):
+        return False
+    kind = config.get("fine_tune_type", "lora")
+    datasets = [name for name in _data_sets(config) if _on_hub(name)]
+    data = ModelCardData(
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        base_model=config["model"] if _on_hub(config["model"]) else None,
+        base_model_relation=("finetune" if kind == "full" else "adapter") if _on_hub(config["model"]) else None,
+        datasets=datasets or None,
+        tags=["mlx", "mlx-lm", "preference-optimization", *dict.fromkeys((*loss.names, kind))],
+    )
+    text = "\n".join(["---", data.to_yaml(), "---", MARK, "", *_body(folder, config, loss, validations, kind), ""])
+    replace_file(path, lambda file: file.write(text.encode(errors="replace")))
+    return True
+
+
+def _body(folder, config, loss, validations, kind):
+    model = shared_name(config["model"])
+    names = " + ".join(loss.names)
+    yield f"# {folder.resolve().name}"
+    yield ""
+    what = "Weights" if kind == "full" else f"{ {'lora': 'LoRA', 'dora': 'DoRA'}.get(kind, kind) } adapters"
+    yield (
+        f"{what} for `{model}`, trained on the preferences of {' and '.join(map(_quoted, _data_sets(config)))} with "
+        f"the loss {names}, by mlx-lm with DPO."
+    )
+    yield ""
+    yield "```shell"
+    yield f'mlx_lm.generate --model {model} --adapter-path . --prompt "Hello"'
+    yield "```"
+    yield ""
+    yield "| setting | value |"
+    yield "| --- | --- |"
+    yield f"| loss | {names} |"
+    parameters = {name: value for name, value in config.items() if name in SETTINGS} | loss.parameters
+    if kind != "full":
+        parameters |= {name: value for name, value in (config.get("lora_parameters") or {}).items() if name != "keys"}
+    for name, value in parameters.items():
+        yield f"| {name} | {value} |"
+    best, last = best_of(validations)
+    if last is not None:
+        lines = (validations[0], best, last)
+        count = last.get("eval_pairs")
+        yield ""
+        yield f"Figures of {count} held-out pairs:" if count else "Figures of held-out pairs:"
+        yield ""
+        yield f"| | before | best (iteration {best['iteration']}) | last (iteration {last['iteration']}) |"
+        yield "| --- | --- | --- | --- |"
+        for key, name in FIGURES.items():
+            values = [line.get(f"eval_{key}") for line in lines]
+            if any(value is not None for value in values):
+                cells = ("" if value is None else f"{value:.3f}" for value in values)
+                yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _data_sets(config):
+    """The names of the data sets: the Hub's, or the last part of a path, which says nothing of a machine."""
+    entries = config.get("hf_dataset") or config.get("data")
+    entries = entries if isinstance(entries, list) else [entries]
+    return [shared_name(entry["path"] if isinstance(entry, dict) else str(entry)) for entry in entries]
+
+
+def shared_name(name):
+    """A Hub name as it is, of a path the last part."""
+    return name if _on_hub(name) else Path(name).resolve().name
+
+
+def _on_hub(name):
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _quoted(name):
+    return f"`{name}`"

@@ -1,0 +1,138 @@
+"""Pictures of runs: one run's curves in `training.png`, and several runs in one picture with what differs between them.
+
+Upstream has no module of this name.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ...cli_ui import rprint
+from .files import replace_file
+from .metrics import METRICS_FILE, read_metrics
+from .options import ConfigError
+
+PLOT_FILE, COMPARISON_FILE = "training.png", "comparison.png"
+PANELS = (
+    ("loss", ("loss",)),
+    ("reward accuracy", ("rewards/accuracies",)),
+    ("rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    ("logps (nats)", ("logps/chosen", "logps/rejected")),
+)
+COMPARED = (
+    ("loss", "loss"),
+    ("reward accuracy", "rewards/accuracies"),
+    ("margin", "rewards/margins"),
+    ("chosen reward", "rewards/chosen"),
+)
+# Where a run wrote, and what it did besides training: no difference of the runs' own.
+NOT_COMPARED = {"adapter_path", "check", "config", "predictions", "project_name", "report_to", "resume"}
+NOT_COMPARED |= {"sample_prompts", "test", "train"}
+STYLES = (("", "-", "training"), ("eval_", "o--", "validation"))
+
+
+def plot_metrics(folder):
+    """Draw a run's curves, training and validation, from `metrics.jsonl` into `training.png`.
+
+    Returns:
+        The path of the plot, or None where matplotlib is missing or there is nothing to draw.
+    """
+    lines = read_metrics(Path(folder) / METRICS_FILE)
+    if not lines or (figure := _figure()) is None:
+        return None
+    # Placed by hand, which takes half the time of a layout that is computed.
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.95, bottom=0.07, hspace=0.28, wspace=0.18)
+    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for color, key in enumerate(keys):
+            for prefix, style, kind in STYLES:
+                _draw(axes, lines, prefix + key, style, f"C{color}", f"{key.rpartition('/')[2]}, {kind}")
+        _finish(axes, title)
+    return _written(figure, Path(folder) / PLOT_FILE)
+
+
+def plot_runs(folders):
+    """Draw several runs' curves into one picture, `comparison.png` in the first one's folder.
+
+    Args:
+        folders: the runs' `adapter_path`s; the legend says what differs in their `adapter_config.json`.
+
+    Returns:
+        The path of the plot, or None where matplotlib is missing. With one folder, what `plot_metrics` returns.
+
+    Raises:
+        ConfigError: a folder has no metrics.
+    """
+    runs = [read_metrics(Path(folder) / METRICS_FILE) for folder in folders]
+    for folder, lines in zip(folders, runs, strict=True):
+        if not lines:
+            raise ConfigError(f"--plot {folder}: there is no {METRICS_FILE} with figures of a run in it.")
+    if len(folders) == 1:
+        return plot_metrics(folders[0])
+    if (figure := _figure("constrained")) is None:
+        return None
+    for axes, (title, key) in zip(figure.subplots(2, 2).flat, COMPARED, strict=True):
+        for color, (name, lines) in enumerate(zip(differences(folders), runs, strict=True)):
+            for prefix, style, kind in STYLES:
+                _draw(axes, lines, prefix + key, style, f"C{color % 10}", name if kind == "training" else None)
+        _finish(axes, title, legend=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize="small", title="lines: training, points: valid")
+    return _written(figure, Path(folders[0]) / COMPARISON_FILE)
+
+
+def differences(folders):
+    """For each run's folder its name and what of its configuration is not the same in all of them."""
+    configs = []
+    for folder in folders:
+        try:
+            config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            config = {}
+        configs.append(config if isinstance(config, dict) else {})
+    keys = sorted(set().union(*configs) - NOT_COMPARED)
+    told = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
+    names = []
+    for folder, config in zip(folders, configs, strict=True):
+        parts = (f"{key} {json.dumps(config.get(key)) if key in config else 'not set'}" for key in told)
+        names.append(": ".join(filter(None, (str(folder), ", ".join(parts)))))
+    return names
+
+
+class Plot(argparse.Action):
+    """`--plot FOLDER [FOLDER ...]`: draw runs, say where the picture is, and end."""
+
+    def __call__(self, parser, namespace, folders, option_string=None):
+        path = plot_runs(folders)
+        if path is not None:
+            print(f"The curves of {' and '.join(folders)} are in {path}.")
+        parser.exit(0 if path is not None else 1)
+
+
+def _figure(layout=None):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        rprint(f"[WARNING] matplotlib is not installed, so {PLOT_FILE} is not drawn: pip install matplotlib.")
+        return None
+    return Figure(figsize=(10, 7), layout=layout)
+
+
+def _draw(axes, lines, key, style, color, label):
+    points = [(line["iteration"], line.get(key)) for line in lines]
+    # Beyond any figure of a run, and what no axis can show.
+    points = [point for point in points if isinstance(point[1], (int, float)) and abs(point[1]) < 1e30]
+    if points:
+        axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+
+
+def _finish(axes, title, legend=True):
+    axes.set_title(title)
+    axes.set_xlabel("iteration")
+    axes.grid(alpha=0.3)
+    if legend and axes.lines:
+        axes.legend(fontsize="small")
+
+
+def _written(figure, path):
+    replace_file(path, lambda file: figure.savefig(file, dpi=110))
+    return path

@@ -1,0 +1,44 @@
+"""The files of a run that grow by a JSON object a line: reports in `metrics.jsonl`, answers in `samples.jsonl`.
+
+Upstream has no module of this name.
+"""
+
+import json
+from pathlib import Path
+
+from .files import replace_file
+
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+
+
+def begin_lines(path, iteration):
+    """Begin a file of lines, or go on with it.
+
+    Args:
+        path: the file.
+        iteration: the step that a resumed run starts from, or 0; later lines of the interrupted run are dropped.
+    """
+    kept = [line for line in read_metrics(path) if line["iteration"] <= iteration] if iteration else []
+    replace_file(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+
+
+def add_lines(path, lines):
+    """Append dicts to a file of lines."""
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_metrics(path):
+    """The lines of such a file as dicts; what an interruption cut short is left out, and all that follows it."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for text in Path(path).read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict) or type(line.get("iteration")) is not int or abs(line["iteration"]) > 2**53:
+            break
+        lines.append(line)
+    return lines

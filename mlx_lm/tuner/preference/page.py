@@ -1,0 +1,138 @@
+"""A page of a run: `report.html`, one file that needs no server and no network.
+
+Upstream has no module of this name. The page is made by Jinja2, which escapes whatever stands in rows and settings.
+"""
+
+import base64
+import json
+from pathlib import Path
+
+import jinja2
+
+from .answers import responses_of, texts_of
+from .files import replace_file
+from .nonfinite import places_of
+
+PAGE_FILE, TEMPLATE = "report.html", "report.html"
+# Pairs on a page, and letters of a text: a browser sorts so many at once.
+MOST_PAIRS, MOST_LETTERS = 5000, 4000
+SUMMARY = {
+    "loss": "loss",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "margin",
+    "rewards/chosen": "chosen reward",
+    "rewards/rejected": "rejected reward",
+    "kl": "KL, nats a token",
+    "entropy": "entropy, nats a token",
+    "mean_token_accuracy": "token accuracy",
+}
+
+
+def table_rows(dataset, rows, tokenizer):
+    """What a page says of pairs whatever the policy: place, texts, and whether another says the same or the reverse.
+
+    Args:
+        dataset: gives a `Pair` for a row number.
+        rows: the row numbers; the first MOST_PAIRS of them are taken.
+        tokenizer: makes texts of tokens, or None.
+
+    Returns:
+        A list of dicts.
+    """
+    where, seen, found = places_of(dataset), {}, []
+    for row in map(int, rows[:MOST_PAIRS]):
+        pair, place = dataset[row], where(row)
+        prompt, chosen, rejected = map(tuple, (pair.prompt, *responses_of(pair)))
+        note = ""
+        if (prompt, chosen, rejected) in seen:
+            note = f"the same as {seen[prompt, chosen, rejected]}"
+        elif (prompt, rejected, chosen) in seen:
+            note = f"{seen[prompt, rejected, chosen]} says the reverse"
+        seen.setdefault((prompt, chosen, rejected), place)
+        texts = texts_of(tokenizer, pair)
+        cut = {
+            name: text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " ..." for name, text in texts.items()
+        }
+        found.append({"place": place, "note": note} | cut)
+    return found
+
+
+def write_page(folder, settings, validations, health, samples, picture, iteration, rows, figures, reference):
+    """Write the page.
+
+    Args:
+        folder: the run's.
+        settings: the configuration, a dict.
+        validations: lines of `metrics.jsonl`.
+        health: sentences.
+        samples: lines of `samples.jsonl`.
+        picture: path of the curves, or None.
+        iteration: of the validation that the table shows.
+        rows: what `table_rows` returned.
+        figures: what `pair_figures` returned.
+        reference: the reference's logps `(n, 2, 2)`, or None.
+    """
+    pairs = []
+    for i, row in enumerate(rows):
+        of_pair = {name.replace("/", "_"): float(values[i]) for name, values in figures.items()}
+        if reference is not None:
+            of_pair |= dict(
+                zip(("reference_chosen", "reference_rejected"), map(float, reference[i, :, 0]), strict=True)
+            )
+        pairs.append(row | of_pair)
+    pairs.sort(key=lambda pair: pair["rewards_margins"])
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    text = environment.get_template(TEMPLATE).render(
+        title=Path(folder).resolve().name,
+        settings={
+            name: value if isinstance(value, str) else json.dumps(value, default=str)
+            for name, value in settings.items()
+        },
+        summary=_summary(validations),
+        health=health,
+        answers=_answers(samples),
+        picture=base64.b64encode(Path(picture).read_bytes()).decode() if picture else None,
+        iteration=iteration,
+        pairs=pairs,
+        count=len(figures["loss"]),
+        referenced=reference is not None,
+    )
+    replace_file(Path(folder) / PAGE_FILE, lambda file: file.write(text.encode(errors="replace")))
+
+
+def best_of(validations):
+    """The validation of the lowest loss, and the last one; None where there is none."""
+    sound = [line for line in validations if isinstance(line.get("eval_loss"), (int, float))]
+    best = min(sound, key=lambda line: line["eval_loss"], default=None)
+    return best, sound[-1] if sound else None
+
+
+def _summary(validations):
+    """Rows of a table: a name, and its figure in the first, the best and the last validation."""
+    best, last = best_of(validations)
+    if last is None:
+        return []
+    lines = {"first": validations[0], "best": best, "last": last}
+    head = ("", *(f"{name} (iteration {line['iteration']})" for name, line in lines.items()))
+    rows = [
+        (name, *(_number(line.get(f"eval_{key}")) for line in lines.values()))
+        for key, name in SUMMARY.items()
+        if any(f"eval_{key}" in line for line in lines.values())
+    ]
+    return [head, *rows]
+
+
+def _number(value):
+    return "" if value is None else f"{round(value, 3) + 0.0:.3f}"
+
+
+def _answers(samples):
+    """Of each sampled prompt its first and its last answer."""
+    found = {}
+    for line in samples:
+        found.setdefault((line["row"], line["prompt"]), []).append(line)
+    return [
+        {"row": row, "prompt": prompt, "before": lines[0], "now": lines[-1]} for (row, prompt), lines in found.items()
+    ]

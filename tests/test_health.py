@@ -1,0 +1,93 @@
+"""Each detector of a run's health, set off by a run, and not by one that is well."""
+
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from tiny import short_run, some_pairs, tiny_llama
+
+from mlx_lm.tuner.preference.health import displaced, health
+from mlx_lm.tuner.preference.objective import preference_loss
+
+PAIRS = some_pairs(48, response=(4, 8))
+DPO = preference_loss("dpo", beta=0.1)
+WORDS = {
+    "displaced": "lose more than the margin gains",
+    "exploding": "the margin still grows",
+    "unmoved": "Nothing has moved",
+    "overfitted": "the run overfits",
+    "length bias": "Margins go with length",
+    "too few": "pairs say little",
+}
+
+
+def run(folder, pairs=PAIRS, valid=None, rate=2e-3, **options):
+    given = {"batch_size": 16, "iters": 6, "steps_per_eval": 3, "steps_per_report": 3, "val_batches": -1}
+    model, optimizer = tiny_llama(), optim.Adam(rate)
+    loss = preference_loss("dpo", beta=options.setdefault("beta", 0.1))
+    _, validations = short_run(model, pairs, folder, optimizer, valid or pairs, **given | options)
+    return health(validations, loss), validations
+
+
+def longer_chosen(count):
+    """Pairs whose chosen response is longer, each by another length."""
+    draw = np.random.default_rng(0)
+    pairs = some_pairs(count, response=(2, 4))
+    return [p._replace(chosen=p.chosen + draw.integers(0, 97, i % 12).tolist()) for i, p in enumerate(pairs)]
+
+
+# Of each detector a run that sets it off.
+SICK = {
+    # Responses that differ in their last token alone.
+    "displaced": {
+        "pairs": [p._replace(rejected=p.chosen[:-1] + [(p.chosen[-1] + 1) % 97]) for p in PAIRS],
+        "rate": 4e-3,
+        "iters": 9,
+    },
+    "exploding": {"rate": 5e-4, "beta": 5.0},
+    "unmoved": {"rate": 1e-7},
+    "overfitted": {"valid": [p._replace(chosen=p.rejected, rejected=p.chosen) for p in PAIRS], "rate": 5e-3},
+    "length bias": {"pairs": longer_chosen(48)},
+    "too few": {"valid": PAIRS[:6]},
+}
+
+
+@pytest.fixture(scope="module")
+def well(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("well"), iters=9)
+
+
+def test_a_run_that_is_well_has_nothing_said_of_it(well):
+    said, validations = well
+    assert said == []
+    assert validations[-1]["eval_rewards/accuracies"] > 0.95 and validations[-1]["eval_loss"] < 0.65
+
+
+@pytest.mark.parametrize("name", list(SICK))
+def test_a_detector_is_set_off(tmp_path, name):
+    said, _ = run(tmp_path, **SICK[name])
+    assert len([sentence for sentence in said if WORDS[name] in sentence]) == 1
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, logps, warned",
+    [
+        (-2.1, -2.2, -41.0, True),  # 21 and 22 nats below a reference of -20
+        (-2.1, -2.2, -421.0, False),  # of a reference of -400: long responses move so far
+        (0.1, -5.0, -19.0, False),  # the rejected ones alone
+        (-5.0, 0.1, -70.0, False),
+    ],
+)
+def test_both_responses_have_to_be_far_below_the_reference(chosen, rejected, logps, warned):
+    figures = {"rewards/chosen": chosen, "rewards/rejected": rejected, "logps/chosen": logps}
+    line = {f"eval_{name}": value for name, value in figures.items()} | {"eval_rewards/margins": chosen - rejected}
+    assert ("than to the reference" in (displaced(line, line, DPO) or "")) == warned
+
+
+def test_one_validation_tells_nothing_of_a_change():
+    assert health([], DPO) == []
+    line = {"iteration": 0, "eval_loss": 0.69, "eval_rewards/accuracies": 0.5, "eval_pairs": 400}
+    line |= {f"eval_{name}": 0.0 for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen")}
+    assert health([line], DPO) == []
+    (said,) = health([line | {"eval_pairs": 80}], DPO)
+    assert said.startswith("80 pairs say little: the accuracy of 0.50 is between 0.39 and 0.61 (95 %). Some 396 ")
+    assert health([{"iteration": 0, "eval_loss": None}], DPO) == []

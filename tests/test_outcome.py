@@ -1,0 +1,257 @@
+"""What a run leaves to look at, by the command: answers, the page in a browser, the model card, and what comes next."""
+
+import contextlib
+import html
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from huggingface_hub import ModelCard
+from mlx_lm.fuse import main as fuse
+from mlx_lm.generate import generate
+from mlx_lm.generate import main as generate_main
+from tiny import short_run, some_pairs, tiny_llama
+
+import mlx_lm.lora
+from mlx_lm import load
+from mlx_lm.tuner.preference.answers import MOST_TOKENS
+from mlx_lm.tuner.preference.card import MARK, write_card
+from mlx_lm.tuner.preference.closing import next_commands
+from mlx_lm.tuner.preference.metrics import read_metrics
+from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.run import make_room
+
+EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"
+MODEL = str(EXAMPLES / "tiny_chat_model")
+HOSTILE = "</td><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\"> {{ 7 * 7 }}"
+
+
+def call(main, *words):
+    """Run a command's `main` in this process, as a shell would start it; what it prints."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setenv("COLUMNS", "100")
+        patch.setattr(sys, "argv", ["mlx_lm.lora", *words])
+        patch.setattr(sys, "orig_argv", ["python", "-m", "mlx_lm.lora", *words])
+        main()
+    return re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with two sampled prompts, and the validation rows' lines: one hostile, one that is another's reverse."""
+    folder = tmp_path_factory.mktemp("run")
+    for split, count in (("train", 24), ("valid", 8), ("test", 4)):
+        lines = (EXAMPLES / "preferences" / f"{split}.jsonl").read_text().splitlines()[:count]
+        if split == "valid":
+            first = json.loads(lines[0])
+            lines.append(json.dumps({"prompt": HOSTILE, "chosen": "Good question!", "rejected": HOSTILE}))
+            lines.append(json.dumps(first | {"chosen": first["rejected"], "rejected": first["chosen"]}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    config = {"model": MODEL, "train": True, "data": str(folder), "loss_type": "dpo", "beta": 0.5, "iters": 6}
+    config |= {"num_layers": 2, "batch_size": 8, "steps_per_report": 3, "steps_per_eval": 3, "save_every": 3}
+    config |= {"learning_rate": 2e-4, "reference_cache": "none", "val_batches": -1}
+    (folder / "config.yaml").write_text(json.dumps(config))  # which is YAML too
+    words = ["--config", str(folder / "config.yaml"), "--adapter-path", str(folder / "out"), "--sample-prompts", "2"]
+    said = call(mlx_lm.lora.main, *words)
+    return SimpleNamespace(folder=folder / "out", said=said, words=words, config=config)
+
+
+def test_answers_are_the_models_own_before_and_after(run):
+    lines = read_metrics(run.folder / "samples.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 0, 3, 3, 6, 6]
+    data = run.config["data"]
+    assert [line["row"] for line in lines[:2]] == [f"{data}/valid.jsonl:1", f"{data}/valid.jsonl:2"]
+    rows = [json.loads(line) for line in Path(data, "valid.jsonl").read_text().splitlines()]
+    for adapters, answered in ((None, lines[:2]), (str(run.folder), lines[-2:])):
+        model, tokenizer = load(MODEL, adapter_path=adapters)
+        for row, line in zip(rows, answered, strict=False):
+            assert (line["prompt"], line["chosen"], line["rejected"]) == (row["prompt"], row["chosen"], row["rejected"])
+            messages = [{"role": "user", "content": row["prompt"]}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            assert line["answer"] == generate(model, tokenizer, prompt, max_tokens=MOST_TOKENS)
+    assert lines[0]["answer"] != lines[-2]["answer"]
+    # The first pair side by side, once after each validation but the one before training.
+    assert re.findall(r"before training +after iteration (\d)", run.said) == ["3", "6"]
+    assert f"{lines[0]['answer']}" in run.said and f"{lines[-2]['answer']}" in run.said
+
+
+def test_a_report_is_a_line_of_100_columns_and_bars_have_names(run):
+    reports = [line for line in run.said.splitlines() if re.match(r" +\d+ +\d\.\d{3} ", line)]
+    assert len(reports) == 5 and max(map(len, reports)) <= 100
+    assert [line for line in reports if "validation of 10 pairs" in line] == [reports[i] for i in (0, 2, 4)]
+    for name, total in (("reference, train", 24), ("reference, valid", 10), ("train           ", 6)):
+        assert re.search(rf"^{name} .*100% +{total}/{total} 0:00:\d\d elapsed 0:00:00 left$", run.said, re.MULTILINE)
+
+
+def test_sampling_changes_nothing_that_is_trained(run, tmp_path):
+    call(mlx_lm.lora.main, *run.words[:2], "--adapter-path", str(tmp_path))
+    ours, plain = (mx.load(str(folder / "adapters.safetensors")) for folder in (run.folder, tmp_path))
+    assert all(mx.array_equal(value, plain[name]) for name, value in ours.items())
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+def test_sampling_needs_a_validation_set_and_a_tokenizer(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call(mlx_lm.lora.main, *run.words, "--adapter-path", str(tmp_path / "none"), "--val-batches", "0")
+    assert "sample_prompts need validations" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="sample_prompts needs a tokenizer"):
+        short_run(tiny_llama(), some_pairs(4), tmp_path, valid=some_pairs(4), sample_prompts=1)
+
+
+# Presses the heads of the columns and filters, and writes down what the table then shows.
+PRESS = """<script>
+const all = () => [...document.querySelectorAll("#pairs tbody tr")];
+const column = i => all().map(row => row.cells[i].innerText.split("\\n")[0]);
+const press = i => { document.querySelectorAll("#pairs th")[i].querySelector("button").click(); return column(i); };
+const seen = {first: column(0), down: press(0), loss: press(1), length: press(2), longest: press(2)};
+seen.text = document.body.innerText;
+document.getElementById("filter").value = "says the reverse";
+document.getElementById("filter").dispatchEvent(new Event("input"));
+seen.left = all().filter(row => row.offsetHeight > 0).length;
+seen.title = document.title;
+seen.scripts = document.querySelectorAll("script").length;
+seen.images = document.querySelectorAll("img").length;
+document.title = JSON.stringify(seen);
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def seen(run, tmp_path_factory):
+    """What a browser shows of the page, with its columns pressed one after the other."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    page = tmp_path_factory.mktemp("page") / "page.html"
+    page.write_text((run.folder / "report.html").read_text().replace("</body>", PRESS))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}", "--dump-dom"]
+    flags += ["--virtual-time-budget=5000"]
+    # A library that is loaded before others for MLX keeps the browser from starting.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        [browser, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, env=environment
+    )
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]))
+
+
+def test_the_page_sorts_and_filters_in_a_browser(run, seen):
+    margins = [float(value) for value in seen["first"]]
+    assert len(margins) == 10 and margins == sorted(margins) and margins[0] < 0 < margins[-1]
+    assert [float(value) for value in seen["down"]] == margins[::-1]
+    losses, lengths = ([float(value) for value in seen[name]] for name in ("loss", "length"))
+    assert losses == sorted(losses) and len(set(losses)) > 5
+    assert seen["longest"][0] == seen["length"][-1] and len(lengths) == 10
+    assert seen["left"] == 1
+
+
+def test_what_stands_in_rows_stays_text(run, seen):
+    assert seen["title"] == "out" and seen["scripts"] == 2 and seen["images"] == 1  # the page's, ours, and the curves
+    assert seen["text"].count(HOSTILE) == 2  # as a prompt and as a rejected response
+
+
+def test_the_page_has_settings_figures_places_and_no_address(run):
+    text = (run.folder / "report.html").read_text()
+    shown = html.unescape(text)
+    assert f"{run.config['data']}/valid.jsonl:1 says the reverse" in shown
+    assert f"{run.config['data']}/valid.jsonl:9" in shown and "learning_rate</td><td>0.0002" in text
+    last = read_metrics(run.folder / "metrics.jsonl")[-1]
+    assert f"{last['eval_rewards/margins']:.3f}" in text
+    assert "10 pairs say little" in text
+    assert not re.search(r"https?://|src=\"(?!data:)", re.sub(r"&lt;.*?&gt;", "", text))
+
+
+def test_a_run_ends_with_commands_that_run(run, tmp_path):
+    panel = run.said[run.said.index("─ done ─") :]
+    assert "best validation   loss" in panel and "(iteration 6)" in panel
+    commands = dict(re.findall(r"^  (\w+) +(python .*)$", panel, re.MULTILINE))
+    assert list(commands) == ["generate", "test", "fuse", "resume"]
+    words = {name: shlex.split(command) for name, command in commands.items()}
+    assert [words[name][:4] for name in ("generate", "fuse")] == [
+        ["python", "-m", "mlx_lm", x] for x in ("generate", "fuse")
+    ]
+    assert [words[name][:3] for name in ("test", "resume")] == [["python", "-m", "mlx_lm.lora"]] * 2
+    assert len(call(generate_main, *words["generate"][4:], "--max-tokens", "5", "--temp", "0")) > 2
+    assert "Test loss" in call(mlx_lm.lora.main, *words["test"][3:])
+    copied = tmp_path / "copy"  # the others' tests read the run as it is
+    shutil.copytree(run.folder, copied)
+    moved = [word.replace(str(run.folder), str(copied)) for word in words["fuse"][4:]]
+    call(fuse, *moved)
+    # What fuse writes has a card of its own.
+    assert MARK not in (copied / "fused" / "README.md").read_text() and load(str(copied / "fused"))
+
+
+def test_a_resumed_run_goes_on_with_its_answers_and_pictures(run, tmp_path):
+    copied = tmp_path / "copy"
+    shutil.copytree(run.folder, copied)
+    for name in ("training.png", "report.html"):
+        (copied / name).unlink()
+    said = call(mlx_lm.lora.main, *run.words, "--adapter-path", str(copied), "--resume", "--iters", "9")
+    assert [line["iteration"] for line in read_metrics(copied / "samples.jsonl")] == [0, 0, 3, 3, 6, 6, 9, 9]
+    assert re.findall(r"before training +after iteration (\d)", said) == ["9"]
+    page = (copied / "report.html").read_text()
+    assert "first (iteration 0)" in page and "last (iteration 9)" in page
+    before = read_metrics(run.folder / "samples.jsonl")[0]["answer"]
+    assert html.escape(before, quote=False) in page and (copied / "training.png").exists()
+
+
+def test_a_card_tells_the_hub_what_it_is(run, tmp_path):
+    card = ModelCard.load(run.folder / "README.md")
+    assert card.data.library_name == "mlx" and card.data.pipeline_tag == "text-generation"
+    assert {"mlx", "dpo", "lora"} <= set(card.data.tags)
+    assert card.data.base_model is None and MODEL not in card.content  # a folder of this machine
+    last = read_metrics(run.folder / "metrics.jsonl")[-1]
+    assert f"{last['eval_loss']:.3f} |" in card.content and "| beta | 0.5 |" in card.content
+    config = run.config | {"model": "someone/some-model", "hf_dataset": [{"path": "someone/pairs"}]}
+    assert write_card(tmp_path, config, preference_loss(["dpo", "sft"]), [])
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.datasets) == ("someone/some-model", ["someone/pairs"])
+    assert data.to_dict()["base_model_relation"] == "adapter" and {"dpo", "sft"} <= set(data.tags)
+
+
+def test_a_readme_of_the_users_is_left_alone(run, tmp_path):
+    loss = preference_loss("dpo")
+    path = tmp_path / "README.md"
+    path.write_text("# Mine\n")
+    assert not write_card(tmp_path, run.config, loss, []) and path.read_text() == "# Mine\n"
+    path.unlink()
+    assert write_card(tmp_path, run.config, loss, []) and MARK in path.read_text()
+    assert write_card(tmp_path, run.config | {"beta": 0.25}, loss, []) and MARK in path.read_text()
+    path.write_text(path.read_text().replace(MARK, "") + "And more of mine.\n")
+    assert not write_card(tmp_path, run.config, loss, []) and "more of mine" in path.read_text()
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere.md")
+    assert not write_card(tmp_path, run.config, loss, []) and not (tmp_path / "elsewhere.md").exists()
+
+
+def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, monkeypatch):
+    (tmp_path / "best").mkdir()
+    args = SimpleNamespace(
+        adapter_path=str(tmp_path), save_best="accuracy", model="a/b", trust_remote_code=True, iters=5
+    )
+    for program, expected in (("mlx_lm.lora", "mlx_lm"), ("/usr/bin/mlx_lm_dpo.lora", "/usr/bin/mlx_lm_dpo")):
+        monkeypatch.setattr(sys, "argv", [program, "--train"])
+        monkeypatch.setattr(sys, "orig_argv", ["python", program, "--train"])
+        found = next_commands(args, epochs=1.5)
+        where = f"--model a/b --adapter-path {tmp_path}/best --trust-remote-code"
+        assert found["generate"] == f"{expected} generate {where} --prompt Hello"
+        assert found["fuse"] == f"{expected} fuse {where} --save-path {tmp_path}/fused"
+        assert found["test"] == f"{program} --train --no-train --test --adapter-path {tmp_path}/best"
+        assert found["resume"] == f"{program} --train --resume --epochs 3"
+
+
+@pytest.mark.parametrize("text, stays", [(MARK, False), ("# Mine\n", True)])
+def test_a_new_run_moves_an_earlier_ones_card_aside(tmp_path, text, stays):
+    (tmp_path / "adapters.safetensors").touch()
+    (tmp_path / "README.md").write_text(text)
+    make_room(tmp_path, None)
+    assert (tmp_path / "README.md").exists() == stays
+    assert (tmp_path / "earlier-1" / "README.md").exists() != stays
