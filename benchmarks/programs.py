@@ -19,7 +19,12 @@ from common import HERE, own_environment, run_json
 REPORT_STEPS = 50
 POLL_SECONDS = 0.25
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-GIVEN = {name: value for name, value in os.environ.items() if name.startswith(("MLX_", "OPENBLAS_"))}
+# A folder is of one machine alone.
+GIVEN = {
+    name: value
+    for name, value in os.environ.items()
+    if name.startswith(("MLX_", "OPENBLAS_")) and not name.endswith("_DIR")
+}
 PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "trl", "peft", "liger-kernel")
 
 
