@@ -39,7 +39,6 @@ HOSTILE = "</td><script>document.title = 'taken'</script><img src=x onerror=\"do
 def call(main, *words):
     """Run a command's `main` in this process, as a shell would start it; what it prints."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        patch.setenv("COLUMNS", "120")  # wide enough that no answer is broken
         patch.setenv("COLUMNS", "100")
         patch.setattr(sys, "argv", ["mlx_lm.lora", *words])
         patch.setattr(sys, "orig_argv", ["python", "-m", "mlx_lm.lora", *words])
