@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from huggingface_hub import ModelCard
+from mlx_lm.cli_ui import make_console
 from mlx_lm.fuse import main as fuse
 from mlx_lm.generate import generate
 from mlx_lm.generate import main as generate_main
@@ -40,9 +41,11 @@ def call(main, *words):
     """Run a command's `main` in this process, as a shell would start it; what it prints."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setenv("COLUMNS", "100")
+        make_console.cache_clear()  # the console of the process may be as wide as another test's
         patch.setattr(sys, "argv", ["mlx_lm.lora", *words])
         patch.setattr(sys, "orig_argv", ["python", "-m", "mlx_lm.lora", *words])
         main()
+        make_console.cache_clear()
     return re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
 
 
