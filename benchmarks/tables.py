@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 from common import SHAPES
+from compare_learning import epoch_table, groups, held_out_table
 from macs import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -350,6 +351,22 @@ def sentiment_table():
     )
 
 
+def learning_table():
+    """Runs of several seeds against TRL's: held-out figures by epoch, and those of the trained models by one code."""
+    records = [record for found in files("learning_*.json").values() for record in found]
+    grouped = groups(records)
+    commands = dict.fromkeys(record["command"] for record in records if "command" in record)
+    return "\n\n".join(
+        (
+            "As each program says:",
+            markdown_table(*epoch_table(grouped)),
+            "The trained models, measured by one code:",
+            markdown_table(*held_out_table(grouped)),
+            "\n".join(f"- `{command}`" for command in commands) + f"\n\n{records[0]['machine']}.",
+        )
+    )
+
+
 REGIONS = {
     "example": (README, example_text),
     "rate": (MANUAL, rate_text),
@@ -364,6 +381,7 @@ REGIONS = {
     "scaling": (BENCHMARKS, scaling_table),
     "recurrent": (BENCHMARKS, recurrent_table),
     "relatives": (BENCHMARKS, relatives_table),
+    "learning": (BENCHMARKS, learning_table),
     "sentiment": (BENCHMARKS, sentiment_table),
 }
 
