@@ -20,7 +20,7 @@ LATE = (
     "with LD_PRELOAD={}; that is some forty times faster."
 )
 CUDA_SETTINGS = {
-    # A graph of kernels is made anew for each shape, which takes longer than to launch the kernels one by one.
+    # Graphs of kernels, kept for each shape, take gigabytes outside of MLX's arrays.
     "MLX_USE_CUDA_GRAPHS": "0",
     # Plans of fused attention, one a shape; they are kept in host memory.
     "MLX_CUDA_SDPA_CACHE_SIZE": "512",
