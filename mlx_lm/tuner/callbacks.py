@@ -1,6 +1,5 @@
 """Adds to mlx_lm.tuner.callbacks: TensorBoard, tables of answers, and `MetricsFile`, a run's reports on disk."""
 
-import math
 from pathlib import Path
 
 from .._upstream import run_upstream
@@ -8,7 +7,7 @@ from .._upstream import run_upstream
 run_upstream(globals(), needs=("TrainingCallback", "SUPPORT_CALLBACK", "get_reporting_callbacks"))
 
 from .preference.answers import COLUMNS
-from .preference.metrics import METRICS_FILE, add_lines, begin_lines
+from .preference.metrics import METRICS_FILE, add_lines, begin_lines, finite
 
 # Upstream's names of the figures that TRL has another name for.
 TRL_NAMES = {"train_loss": "loss", "val_loss": "eval_loss"}
@@ -77,9 +76,7 @@ class MetricsFile(_WritingCallback):
         begin_lines(self.path, iteration)
 
     def _write(self, report):
-        # JSON has no word for what is not a number.
-        known = {key: value if math.isfinite(value) else None for key, value in report.items()}
-        add_lines(self.path, [{TRL_NAMES.get(key, key): value for key, value in known.items()}])
+        add_lines(self.path, [{TRL_NAMES.get(key, key): value for key, value in finite(report).items()}])
 
 
 def send_samples(callback, iteration, lines):

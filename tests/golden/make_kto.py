@@ -18,22 +18,20 @@ from datasets import Dataset
 from make_trl import (
     ADAM,
     BETA,
-    GRADIENTS,
     HERE,
     PAIRS_PER_STEP,
+    RUN,
     STEPS,
-    VOCABULARY,
     load_base,
     load_policy,
+    lora_gradients,
+    optimizer_and_words,
     rounded,
     trajectory_batches,
     trajectory_pairs,
     uneven_batch,
     write_json,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 from trl import KTOConfig, KTOTrainer
 
 WEIGHTS = {"desirable_weight": 1.25, "undesirable_weight": 0.75}
@@ -62,8 +60,6 @@ def token_rows(rows):
 def make_trainer(adapter, rows, folder):
     """TRL's trainer over rows in their given order; the reference is the base model without adapter."""
     policy = load_policy(adapter)
-    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], **ADAM)
-    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="1"))
     return TokenTrainer(
         model=policy,
         ref_model=load_base(),
@@ -71,21 +67,10 @@ def make_trainer(adapter, rows, folder):
             output_dir=folder,
             beta=BETA,
             **WEIGHTS,
-            per_device_train_batch_size=PAIRS_PER_STEP,
-            max_steps=STEPS,
-            max_grad_norm=0.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
+            **RUN,
         ),
         train_dataset=Dataset.from_list(token_rows(rows)),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0", eos_token="96"),
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+        **optimizer_and_words(policy),
     )
 
 
@@ -99,11 +84,6 @@ def run_case(adapter, rows, folder):
     reference, reference_kl = trainer.compute_ref_log_probs(trainer.ref_model, inputs)
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
-    gradients = {}
-    for name in GRADIENTS:
-        for matrix in ("lora_A", "lora_B"):
-            weight = trainer.model.get_parameter(f"base_model.model.{name}.{matrix}.default.weight")
-            gradients[f"{name}.{matrix.lower()}"] = weight.grad.T.tolist()
     return {
         "loss": loss.item(),
         "policy_logps": policy.tolist(),
@@ -111,7 +91,7 @@ def run_case(adapter, rows, folder):
         "reference_logps": reference.tolist(),
         "reference_other_logps": reference_kl.tolist(),
         **{name: trainer._metrics["train"][name][0] for name in FIGURES},
-        "gradients": gradients,
+        "gradients": lora_gradients(trainer.model),
     }
 
 

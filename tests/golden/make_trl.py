@@ -45,6 +45,20 @@ TRAJECTORY_PAIRS = 40
 LOSSES = ("sigmoid", "ipo", "apo_zero")
 ADAM = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 GRADIENTS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+# Of every trainer: float32 on the CPU, each batch a step and a line of the log.
+RUN = {
+    "per_device_train_batch_size": PAIRS_PER_STEP,
+    "max_steps": STEPS,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -203,12 +217,29 @@ def load_base():
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager")
 
 
+def optimizer_and_words(policy):
+    """What a trainer needs besides: its optimizer, at a constant rate, and a tokenizer that has no text to read."""
+    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], **ADAM)
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="1"))
+    return {
+        "processing_class": PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0", eos_token="96"),
+        "optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+    }
+
+
+def lora_gradients(model):
+    """The gradients of GRADIENTS' adapters after a backward pass, as mlx-lm lays them out."""
+    gradients = {}
+    for name in GRADIENTS:
+        for matrix in ("lora_A", "lora_B"):
+            weight = model.get_parameter(f"base_model.model.{name}.{matrix}.default.weight")
+            gradients[f"{name}.{matrix.lower()}"] = weight.grad.T.tolist()
+    return gradients
+
+
 def make_trainer(adapter, pairs, loss, folder):
     """Return TRL's trainer over pairs in their given order; the reference is the base model without adapter."""
     policy = load_policy(adapter)
-    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], **ADAM)
-    vocabulary = {str(i): i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="1"))
     return TokenTrainer(
         model=policy,
         ref_model=load_base(),
@@ -216,22 +247,11 @@ def make_trainer(adapter, pairs, loss, folder):
             output_dir=folder,
             loss_type=[loss],
             beta=BETA,
-            per_device_train_batch_size=PAIRS_PER_STEP,
-            max_steps=STEPS,
             train_sampling_strategy="sequential",
-            max_grad_norm=0.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
+            **RUN,
         ),
         train_dataset=Dataset.from_list(token_rows(pairs)),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0", eos_token="96"),
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+        **optimizer_and_words(policy),
     )
 
 
@@ -245,11 +265,6 @@ def run_case(adapter, pairs, folder):
     reference_chosen, reference_rejected = trainer.compute_ref_log_probs(trainer.ref_model, inputs)
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
-    gradients = {}
-    for name in GRADIENTS:
-        for matrix in ("lora_A", "lora_B"):
-            weight = trainer.model.get_parameter(f"base_model.model.{name}.{matrix}.default.weight")
-            gradients[f"{name}.{matrix.lower()}"] = weight.grad.T.tolist()
     rows = {
         "policy_chosen_logps": chosen,
         "policy_rejected_logps": rejected,
@@ -264,7 +279,7 @@ def run_case(adapter, pairs, folder):
         "loss": loss.item(),
         **{name: values.tolist() for name, values in rows.items()},
         **means,
-        "gradients": gradients,
+        "gradients": lora_gradients(trainer.model),
     }
 
 

@@ -12,7 +12,7 @@ from ...cli_ui import make_console, print_header_panel
 from .checkpoint import BEST_FOLDER
 from .curves import PLOT_FILE
 from .interruption import given_command
-from .metrics import METRICS_FILE, read_metrics
+from .metrics import read_validations
 from .page import PAGE_FILE, best_of
 
 
@@ -26,7 +26,7 @@ def print_closing(args, epochs):
     if mx.distributed.init().rank() != 0:
         return
     folder, console = Path(args.adapter_path), make_console()
-    best, last = best_of([line for line in read_metrics(folder / METRICS_FILE) if "eval_loss" in line])
+    best, last = best_of(read_validations(folder))
     rows = []
     if last is not None:
         rows += [("best validation", _told(best)), ("last validation", _told(last))]

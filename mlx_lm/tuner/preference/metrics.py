@@ -4,6 +4,7 @@ Upstream has no module of this name.
 """
 
 import json
+import math
 from pathlib import Path
 
 from .files import replace_file
@@ -26,6 +27,18 @@ def add_lines(path, lines):
     """Append dicts to a file of lines."""
     with open(path, "a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def finite(line):
+    """A dict with None for each value that is not finite, for which JSON has no word."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+    }
+
+
+def read_validations(folder):
+    """The lines of a run's validations, of its parts before a resume too."""
+    return [line for line in read_metrics(Path(folder) / METRICS_FILE) if "eval_loss" in line]
 
 
 def read_metrics(path):

@@ -23,10 +23,15 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message):
-        message = "".join(letter if letter.isprintable() else " " for letter in str(message))
+        message = printable(str(message))
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[5 - LONGEST_MESSAGE // 2 :]}"
         super().__init__(message)
+
+
+def printable(text):
+    """A text with a space for each of its control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def shown(value, size=60):

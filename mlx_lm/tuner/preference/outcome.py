@@ -10,7 +10,7 @@ from .answers import answers, print_side_by_side, texts_of
 from .card import write_card
 from .curves import plot_metrics
 from .health import health
-from .metrics import METRICS_FILE, SAMPLES_FILE, add_lines, begin_lines, read_metrics
+from .metrics import SAMPLES_FILE, add_lines, begin_lines, read_metrics, read_validations
 from .nonfinite import places_of
 from .page import table_rows, write_page
 
@@ -67,14 +67,9 @@ class Outcome:
             print_side_by_side(earlier[0], lines[0])
         send_samples(self.callback, iteration, lines)
 
-    @property
-    def validations(self):
-        """The run's validations, of its parts before a resume too."""
-        return [line for line in read_metrics(self.folder / METRICS_FILE) if "eval_loss" in line]
-
     def health(self):
         """The sentences of `health`."""
-        return health(self.validations, self.objective.loss)
+        return health(read_validations(self.folder), self.objective.loss)
 
     def draw(self, ended=False):
         """Draw the curves and write the page; with the adapters of a run that has `ended`, the model card."""
@@ -86,8 +81,8 @@ class Outcome:
                 self._rows = table_rows(self.logps.val_dataset, self.logps.val_rows, self._tokenizer)
             samples = read_metrics(self.folder / SAMPLES_FILE) if self.args.sample_prompts else []
             write_page(
-                self.folder, settings, self.validations, self.health(), samples, picture,
+                self.folder, settings, read_validations(self.folder), self.health(), samples, picture,
                 iteration, self._rows, figures, self.logps.valid,
             )  # fmt: skip
         if ended and self.config and "model" in self.config:
-            write_card(Path(self.folder), self.config, self.objective.loss, self.validations)
+            write_card(Path(self.folder), self.config, self.objective.loss, read_validations(self.folder))

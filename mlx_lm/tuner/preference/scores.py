@@ -12,7 +12,8 @@ import numpy as np
 from .divergence import mean_kl
 from .evaluation import evaluated_rows, means_of, pair_figures, reference_logps
 from .files import replace_file
-from .options import ConfigError
+from .metrics import finite
+from .options import ConfigError, printable
 from .screen import signed
 from .step import DESIRABLE
 
@@ -131,11 +132,6 @@ def described(scores):
     return "\n".join(lines)
 
 
-def printable(text):
-    """A text without control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def write_predictions(path, scores):
     """Write a JSON line for each pair: where it stands, its logps, rewards, loss, and its source if it has one.
 
@@ -169,13 +165,6 @@ def _of_one_side(line):
     reference, own = line.get("reference_logps/chosen"), "chosen" if line[DESIRABLE] else "rejected"
     line = {key: value for key, value in line.items() if "/" not in key or key.partition("/")[2] not in SIDES - {own}}
     return line if reference is None else line | {f"reference_logps/{own}": reference}
-
-
-def finite(line):
-    """A dict with None for each value that is not finite, for which JSON has no word."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-    }
 
 
 def compared(names, scores, loss):
