@@ -185,8 +185,8 @@ RUN_NOTES = {
     "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
     "cache_given_back": "`cache_given_back` are runs since MLX's cached memory is given back after each step on CUDA; "
     "those of the same name without it are from before.",
-    "h200_smollm2`": "Of the GPU's runs `h200_smollm2` alone was without graphs of kernels: in the others the command's "
-    "setting came after MLX had read it.",
+    "h200_smollm2`": "Of the GPU's runs `h200_smollm2` alone was without graphs of kernels: in the others the "
+    "command's setting came after MLX had read it.",
 }
 
 
