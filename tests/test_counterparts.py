@@ -28,8 +28,8 @@ from mlx_lm.tuner.preference.options import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "trl_config.json").read_text())
-THEIRS = {name for part in ("DPOConfig", "KTOConfig", "ModelConfig", "ScriptArguments", "DatasetMixtureConfig", "LoraConfig")
-          for name in GOLDEN[part]}  # fmt: skip
+PARTS = ("DPOConfig", "KTOConfig", "ModelConfig", "ScriptArguments", "DatasetMixtureConfig", "LoraConfig")
+THEIRS = {name for part in PARTS for name in GOLDEN[part]}
 # Arguments of the trainer, and keys of older releases.
 BESIDES = {"ref_model", "ref_model_name_or_path", "warmup_ratio", "max_prompt_length", "max_completion_length"}
 BESIDES |= {"torch_dtype", "loraplus_lr_ratio"}
