@@ -141,6 +141,26 @@ def test_links_and_named_files_lead_somewhere(name):
         assert (ROOT / path).exists(), path
 
 
+def test_the_examples_file_names_every_key_and_what_it_suggests_passes_the_check():
+    text = (ROOT / "mlx_lm" / "examples" / "lora_config.yaml").read_text()
+    flags = {
+        "check",
+        "steps",
+        "predictions",
+        "compare",
+        "mask_prompt",
+    }  # of single commands, and one that nothing reads
+    keys = {option.name for option in LOSS_OPTIONS + RUN_OPTIONS} | set(mlx_lm.lora.CONFIG_DEFAULTS) - {"config"}
+    assert not [key for key in keys - flags if not re.search(rf"\b{key}\b", text)]
+    for line in re.findall(r"^# (\w+: .*)$", text, re.M):
+        key = line.partition(":")[0]
+        assert key in keys, key
+        if key not in ("lr_schedule", "resume", "resume_adapter_file"):
+            needed = {"score_scale": "score_difference: margin", "reference_mixup_alpha": "reference_update_steps: 9"}
+            kept = text.replace("\niters: 100\n", "\n") if key == "epochs" else text
+            check_config(config_of(f"{kept}\n{needed.get(key, '')}\n{line}"))
+
+
 def test_yaml_examples_pass_the_check_and_hold_no_unread_key(capsys):
     examples = blocks(MANUAL, "yaml")
     assert len(examples) >= 4
