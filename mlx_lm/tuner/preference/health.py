@@ -127,5 +127,5 @@ def too_few(last):
         needed = math.ceil(1.05 * needed) + 1
     return (
         f"{count} pairs say little: the accuracy of {share:.2f} is between {low:.2f} and {high:.2f} (95 %). Some "
-        f"{needed} would tell it to within {WIDEST}: val_batches: -1 takes all there are, valid_share holds more back."
+        f"{needed} would narrow that to {WIDEST}: val_batches: -1 takes all there are, valid_share holds more back."
     )
