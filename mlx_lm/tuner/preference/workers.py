@@ -116,8 +116,8 @@ def find_others():
         ConfigError: they cannot be found.
     """
     global _several
-    # MLX waits for them without looking at what Python has to do: Ctrl-C has to end it by itself, and what ends it where
-    # they do not come, because one has died already, has to be a thread that does without Python.
+    # MLX waits for them without looking at what Python has to do: Ctrl-C has to end it by itself, and where they do not
+    # come, because one has died already, a thread that does without Python.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     nowhere = open(os.devnull, "w")
     if (rank := os.environ.get("MLX_RANK")) is not None:
