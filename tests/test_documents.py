@@ -191,6 +191,32 @@ def short_run(path, folder, **changes):
     return folder / "adapters"
 
 
+def test_settings_that_the_text_names_pass_the_check():
+    keys = {option.name for option in LOSS_OPTIONS + RUN_OPTIONS} | set(mlx_lm.lora.CONFIG_DEFAULTS)
+    needed = {"reference_mixup_alpha": "reference_update_steps: 9", "beta": "loss_type: [dpo, sft]"}
+    named = {line for line in re.findall(r"`(\w+: [^`]+)`", README + MANUAL) if line.partition(":")[0] in keys}
+    named = {line for line in named if not re.search(r" N$|FOLDER|owner/", line)}
+    assert len(named) > 25
+    for line in named - {"resume: true"}:
+        check_config(config_of(f"train: true\nloss_type: dpo\n{needed.get(line.partition(':')[0], '')}\n{line}"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "loss_type: kto\nlora_plus_ratio: 16\nuse_rslora: true",
+        "loss_type: [dpo, sft]\nreference_update_steps: 1\nreference_mixup_alpha: 0.6",
+    ],
+)
+def test_settings_that_the_text_names_train(settings, tmp_path):
+    assert {line for line in settings.splitlines() if "update" not in line} <= set(re.findall(r"`([^`]+)`", MANUAL))
+    path = tmp_path / "config.yaml"
+    path.write_text(f"train: true\n{settings}")
+    saved = json.loads((short_run(path, tmp_path, iters=3) / "adapter_config.json").read_text())
+    kto = "kto" in settings
+    assert saved["lora_parameters"]["scale"] == pytest.approx(20 * 8**0.5 if kto else 20)
+
+
 @pytest.fixture(scope="module")
 def sft_adapters(tmp_path_factory):
     first = next(path for path in RECIPES if path.name == "sft_then_dpo_1.yaml")

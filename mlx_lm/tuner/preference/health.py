@@ -34,7 +34,9 @@ def health(validations, loss):
     first, *_, last = sound if len(sound) > 1 else sound * 2
     found = [displaced(first, last, loss)]
     if last is not first:
-        found += [exploding(sound), unmoved(first, last), overfitted(sound), length_bias(last)]
+        found += [exploding(sound), overfitted(sound), length_bias(last)]
+        # Margins from a reference that follows the policy stay small.
+        found += [] if loss.parameters.get("reference_update_steps") else [unmoved(first, last)]
     return [sentence for sentence in (*found, too_few(last)) if sentence]
 
 

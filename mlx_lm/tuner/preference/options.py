@@ -415,6 +415,7 @@ TEST_OPTIONS = (
         str,
         "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
         many=True,
+        allowed="a list of two",
         group="test",
     ),
 )
