@@ -14,6 +14,7 @@ from pathlib import Path
 from common import SHAPES
 from compare_learning import epoch_table, groups, held_out_table
 from macs import parameters
+from sentiment import points_table, runs_of, scores_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -351,45 +352,36 @@ def gradients_table():
 
 
 def sentiment_table():
-    """Score against KL from the reference, a row for each point."""
-    rows = [
-        (
-            record["label"],
-            record["seed"],
-            point["iteration"],
-            f"{point['kl']:.2f}",
-            f"{point['score']:+.3f} ± {point['score_error']:.3f}",
-        )
-        for found in files("sentiment_*.json").values()
-        for record in found
-        for point in record["points"]
-    ]
-    commands = {
-        record.get("command", "python benchmarks/sentiment.py"): None
-        for found in files("sentiment_*.json").values()
-        for record in found
-    }
-    return (
-        markdown_table(("run", "seed", "step", "KL, nats", "score"), rows)
-        + "\n\n"
-        + "; ".join(f"`{c}`" for c in commands)
-    )
+    """Score against KL from the reference, for each file: a row a run, with its steps and with its score at some KL."""
+    parts = []
+    for name, records in files("sentiment_*.json").items():
+        runs = runs_of(records)
+        commands = dict.fromkeys(record.get("command", "python benchmarks/sentiment.py") for record in records)
+        parts += [
+            f"`{name}`, KL in nats and the mean score after some steps:",
+            markdown_table(*points_table(runs)),
+            "The score where the frontier first comes to a KL:",
+            markdown_table(*scores_table(runs, (2, 5, 10))),
+            "\n".join(f"- `{command}`" for command in commands)
+            + f"\n\n{records[0].get('machine', records[0].get('device'))}.",
+        ]
+    return "\n\n".join(parts)
 
 
 def learning_table():
-    """Runs of several seeds against TRL's: held-out figures by epoch, and those of the trained models by one code."""
-    records = [record for found in files("learning_*.json").values() for record in found]
-    grouped = groups(records)
-    commands = dict.fromkeys(record["command"] for record in records if "command" in record)
-    return "\n\n".join(
-        (
-            "As each program says:",
+    """For each file, runs of several seeds against TRL's: what each program says, and what one code says of both."""
+    parts = []
+    for name, records in files("learning_*.json").items():
+        grouped = groups(records)
+        commands = dict.fromkeys(record["command"] for record in records if "command" in record)
+        parts += [
+            f"`{name}`, as each program says:",
             markdown_table(*epoch_table(grouped)),
-            "The trained models, measured by one code:",
+            f"`{name}`, the adapters after an epoch, measured by one code:",
             markdown_table(*held_out_table(grouped)),
             "\n".join(f"- `{command}`" for command in commands) + f"\n\n{records[0]['machine']}.",
-        )
-    )
+        ]
+    return "\n\n".join(parts)
 
 
 REGIONS = {
