@@ -5,6 +5,7 @@ Upstream has no module of this name. The page is made by Jinja2, which escapes w
 
 import base64
 import json
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -81,10 +82,7 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
             )
         pairs.append(row | of_pair)
     pairs.sort(key=lambda pair: pair["rewards_margins"])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    text = environment.get_template(TEMPLATE).render(
+    text = _template().render(
         title=Path(folder).resolve().name,
         settings={
             name: value if isinstance(value, str) else json.dumps(value, default=str)
@@ -107,6 +105,12 @@ def best_of(validations):
     sound = [line for line in validations if isinstance(line.get("eval_loss"), (int, float))]
     best = min(sound, key=lambda line: line["eval_loss"], default=None)
     return best, sound[-1] if sound else None
+
+
+@cache
+def _template():
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(TEMPLATE)
 
 
 def _summary(validations):
