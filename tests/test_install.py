@@ -141,12 +141,12 @@ def test_an_installation_takes_precedence_and_leaves_upstreams_files_alone(envir
     assert environment.upstream_files() == environment.before
     code = "from mlx_lm.utils import dpo_loss, load; import mlx_lm; print(mlx_lm.__file__, mlx_lm.load is load)"
     assert environment.say(code) == f"{overlay}/__init__.py True"
-    ours = ("mlx_lm_dpo lora", "mlx_lm_dpo.lora")
     told = {
         command: environment.run(*command.split(), "--help")
-        for command in ("mlx_lm.lora", "mlx_lm lora", "python -m mlx_lm lora", "python -m mlx_lm.lora", *ours)
+        for command in ("mlx_lm.lora", "python -m mlx_lm lora", "python -m mlx_lm.lora", "mlx_lm_dpo lora")
     }
     assert all("--loss-type" in text for text in told.values()) and "mlx_lm_dpo " in told["mlx_lm_dpo lora"]
+    assert (environment.folder / "bin/mlx_lm_dpo.lora").is_file()
     assert environment.upstream_files() == environment.before
     environment.uninstall()
     assert not list((environment.folder / "bin").glob("mlx_lm_dpo*"))
