@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from .files import replace_file
-from .page import best_of
+from .metrics import best_of
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by the training, which writes it anew; take this line out to keep what you write. -->"
@@ -90,8 +90,9 @@ def _body(folder, config, loss, validations, kind):
     if kind != "full":
         parameters |= {name: value for name, value in (config.get("lora_parameters") or {}).items() if name != "keys"}
     for name, value in parameters.items():
-        yield f"| {name} | {value} |"
-    best, last = best_of(validations)
+        if value is not None:
+            yield f"| {name} | {value} |"
+    best, last = best_of(validations, config.get("save_best"))
     if last is not None:
         lines = (validations[0], best, last)
         count = last.get("eval_pairs")

@@ -12,8 +12,8 @@ from ...cli_ui import make_console, print_header_panel
 from .checkpoint import BEST_FOLDER
 from .curves import PLOT_FILE
 from .interruption import given_command
-from .metrics import read_validations
-from .page import PAGE_FILE, best_of
+from .metrics import best_of, read_validations
+from .page import PAGE_FILE
 
 
 def print_closing(args, epochs):
@@ -26,7 +26,7 @@ def print_closing(args, epochs):
     if mx.distributed.init().rank() != 0:
         return
     folder, console = Path(args.adapter_path), make_console()
-    best, last = best_of(read_validations(folder))
+    best, last = best_of(read_validations(folder), args.save_best)
     rows = []
     if last is not None:
         rows += [("best validation", _told(best)), ("last validation", _told(last))]

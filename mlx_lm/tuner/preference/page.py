@@ -12,6 +12,7 @@ import jinja2
 
 from .answers import responses_of, texts_of
 from .files import replace_file
+from .metrics import best_of
 from .nonfinite import places_of
 
 PAGE_FILE, TEMPLATE = "report.html", "report.html"
@@ -88,7 +89,7 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
             name: value if isinstance(value, str) else json.dumps(value, default=str)
             for name, value in settings.items()
         },
-        summary=_summary(validations),
+        summary=_summary(validations, settings.get("save_best")),
         health=health,
         answers=_answers(samples),
         picture=base64.b64encode(Path(picture).read_bytes()).decode() if picture else None,
@@ -100,22 +101,15 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
     replace_file(Path(folder) / PAGE_FILE, lambda file: file.write(text.encode(errors="replace")))
 
 
-def best_of(validations):
-    """The validation of the lowest loss, and the last one; None where there is none."""
-    sound = [line for line in validations if isinstance(line.get("eval_loss"), (int, float))]
-    best = min(sound, key=lambda line: line["eval_loss"], default=None)
-    return best, sound[-1] if sound else None
-
-
 @cache
 def _template():
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(TEMPLATE)
 
 
-def _summary(validations):
+def _summary(validations, by):
     """Rows of a table: a name, and its figure in the first, the best and the last validation."""
-    best, last = best_of(validations)
+    best, last = best_of(validations, by)
     if last is None:
         return []
     lines = {"first": validations[0], "best": best, "last": last}
