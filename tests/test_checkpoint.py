@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +31,7 @@ from mlx_lm.tuner.preference.checkpoint import (
     starting_point,
 )
 from mlx_lm.tuner.preference.files import replace_file, replace_files
+from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import Outcome
 from mlx_lm.tuner.preference.pairs import Pair
@@ -356,6 +358,16 @@ class TestLeftOut:
         assert lines[-1]["skipped_updates"] == 1 and len(lines) < 7
         with pytest.raises(ConfigError, match="0 of the training data has a weight of 1e.38: that is the likely cause"):
             trained(tmp_path, iters=6, compile=compiled)
+
+    def test_a_row_that_an_earlier_step_took_is_named(self):
+        """A finite gradient, whose square in Adam's moments is not: only the next step's loss shows it."""
+        rows = {1: np.array([0, 1]), 2: np.array([2, 3])}
+        heavy = [pair._replace(weight=1e38 if i == 1 else 1.0) for i, pair in enumerate(pairs(4))]
+        schedule = SimpleNamespace(rows=rows.get, pairs=heavy)
+        with pytest.raises(
+            ConfigError, match="iteration 2, on the pairs row 2, 3; .* row 1 has a weight of 1e.38: that"
+        ):
+            refuse_non_finite_steps([0.7, np.nan], [None, None], 1, schedule, "row {}".format)
 
     @pytest.mark.parametrize("every", [1, 12])
     def test_a_run_without_a_finite_update_ends(self, every, tmp_path, monkeypatch, capsys):
