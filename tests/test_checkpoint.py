@@ -365,7 +365,7 @@ class TestLeftOut:
         heavy = [pair._replace(weight=1e38 if i == 1 else 1.0) for i, pair in enumerate(pairs(4))]
         schedule = SimpleNamespace(rows=rows.get, pairs=heavy)
         with pytest.raises(
-            ConfigError, match="iteration 2, on the pairs row 2, 3; .* row 1 has a weight of 1e.38: that"
+            ConfigError, match="iteration 2, on the pairs row 2, 3; .* row 1 has a weight of 1e.38"
         ):
             refuse_non_finite_steps([0.7, np.nan], [None, None], 1, schedule, "row {}".format)
 
