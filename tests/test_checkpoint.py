@@ -364,9 +364,7 @@ class TestLeftOut:
         rows = {1: np.array([0, 1]), 2: np.array([2, 3])}
         heavy = [pair._replace(weight=1e38 if i == 1 else 1.0) for i, pair in enumerate(pairs(4))]
         schedule = SimpleNamespace(rows=rows.get, pairs=heavy)
-        with pytest.raises(
-            ConfigError, match="iteration 2, on the pairs row 2, 3; .* row 1 has a weight of 1e.38"
-        ):
+        with pytest.raises(ConfigError, match="iteration 2, on the pairs row 2, 3; .* row 1 has a weight of 1e.38"):
             refuse_non_finite_steps([0.7, np.nan], [None, None], 1, schedule, "row {}".format)
 
     @pytest.mark.parametrize("every", [1, 12])

@@ -105,6 +105,12 @@ def test_what_it_tells(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_time_of_a_run_without_validations(tmp_path, capsys, few):
+    assert command("--check", "--steps", "1", "--val-batches", "0", folder=tmp_path, data=few) == 0
+    out = capsys.readouterr().out
+    assert "12 steps of" in out and "validations" not in out and "pictures, 1 " in out
+
+
 def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch, few):
     rows = tmp_path / "data"
     rows.mkdir()
