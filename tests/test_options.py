@@ -127,7 +127,7 @@ class TestCommandLine:
         lines = told.partition("  --loss-type ")[0].splitlines()
         for loss in TABLE:
             (line,) = [line for line in lines if line.split()[:1] in ([loss.name], [loss.name + ","])]
-            assert loss.description in line and loss.source in line
+            assert loss.description in line and loss.source in line and len(line) <= 100
 
     def test_a_percent_sign_in_a_help_text_stands(self):
         parser = argparse.ArgumentParser()
