@@ -86,44 +86,48 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
         # Not by mx.split: MLX's compiler fails where it finds the same split in both passes.
         return [x[:, start : start + at_once] for start in starts_of_parts]
 
-    kept = [1.0] * len(starts_of_parts) if mask is None else in_parts(mask[:, :, None, None])
+    kept = [None] * len(starts_of_parts) if mask is None else in_parts(mask[:, :, None, None])
 
     @mx.custom_function
     def run(state, *arrays):
-        outputs, states = [], []
+        outputs, to_keep = [], []
         for *part, part_kept in zip(*map(in_parts, arrays), kept, strict=True):
-            chunks = _prepare(*part, part_kept)
-            starts, state = _states(chunks, state)
-            out = chunks.queries @ starts.swapaxes(-1, -2) + chunks.scores @ _updates(chunks, starts)
-            outputs.append(_as_sequence(out, part[2].shape).astype(queries.dtype))
-            states.append(starts)
-        return mx.concatenate(outputs, axis=1), state, mx.concatenate(states)
+            chunks, inverse = _prepare(*part, part_kept)
+            states, state = _states(chunks, state)
+            read = _as_sequence(chunks.queries @ states.swapaxes(-1, -2), part[2].shape)
+            outputs.append((read + _as_sequence(chunks.outputs, part[2].shape)).astype(queries.dtype))
+            to_keep += states, inverse
+        return _joined(outputs), state, *to_keep
 
     @run.vjp
     def backward(inputs, cotangents, outputs):
-        (_, *arrays), (output_slope, slope, _), (*_, states) = inputs, cotangents, outputs
-        counts = [-(-part.shape[1] // CHUNK) for part in in_parts(output_slope)]
-        states = mx.split(states, list(accumulate(counts))[:-1])
-        parts = list(zip(*map(in_parts, (*arrays, output_slope)), kept, states, strict=True))
+        (_, *arrays), (output_slope, slope, *_), (_, _, *to_keep) = inputs, cotangents, outputs
+        parts = zip(*map(in_parts, (*arrays, output_slope)), kept, to_keep[::2], to_keep[1::2], strict=True)
         slopes = []
-        for *part, out_slope, part_kept, starts in reversed(parts):
-            slope, *part_slopes = _part_slopes(part, part_kept, starts, out_slope, slope)
+        for *part, out_slope, part_kept, states, inverse in reversed(list(parts)):
+            slope, *part_slopes = _part_slopes(part, part_kept, states, inverse, out_slope, slope)
             # Left for later, they would keep what they are made of.
             slope = mx.depends([slope], part_slopes)[0]
             slopes.append(part_slopes)
-        return slope, *(mx.concatenate(parts[::-1], axis=1) for parts in zip(*slopes, strict=True))
+        return slope, *(_joined(parts[::-1]) for parts in zip(*slopes, strict=True))
 
-    outputs, last, _ = run(state, *arrays)
+    outputs, last, *_ = run(state, *arrays)
     return outputs, last.reshape(batch, value_heads, value_width, key_width)
 
 
-def _part_slopes(arrays, kept, states, output_slope, last_slope):
+def _joined(parts):
+    """Parts of sequences `(B, T, ...)` as one."""
+    return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _part_slopes(arrays, kept, states, inverse, output_slope, last_slope):
     """The gradients of the state before a part of a sequence and of each of its arrays.
 
     Args:
         arrays: queries, keys, values, gates and betas, each `(B, T, heads, width)`.
-        kept: `(B, T, 1, 1)`, or 1.0, as for `_prepare`.
+        kept: `(B, T, 1, 1)`, or None, as for `_prepare`.
         states: `(N, B, Hk, R, Dv, Dk)`, before each chunk.
+        inverse: what `_prepare` gave in the forward pass.
         output_slope, last_slope: the gradients of the outputs `(B, T, Hv, Dv)` and of the state after the part.
     """
     # Without waiting for the gradient, all layers could prepare again before the first of them is done with.
@@ -139,31 +143,31 @@ def _part_slopes(arrays, kept, states, output_slope, last_slope):
         return _slopes(_Chunks(*inputs[1:]), states, output_slope, last_slope)
 
     def all_that_follows(state, *arrays):
-        return what_follows(state, *_prepare(*arrays, kept))
+        return what_follows(state, *_prepare(*arrays, kept, inverse)[0])
 
-    return mx.vjp(all_that_follows, [states[0], *arrays], [mx.zeros(())])[1]
+    return mx.vjp(all_that_follows, [states[:1].squeeze(0), *arrays], [mx.zeros(())])[1]
 
 
 class _Chunks(NamedTuple):
-    """What the chunks of a sequence are for the states, float32.
+    """What the chunks of a sequence make of the state S before them, float32.
+
+    Its outputs are `queries @ S^T + outputs`, the state after it is `decays * S + S @ turns + additions`.
 
     Leading axes N, B, Hk and R: chunks, sequences, key heads, value heads a key head; C tokens a chunk.
 
     Attributes:
-        queries: `(..., C, Dk)`, decayed from the chunk's start to each token.
-        keys: `(..., C, Dk)`, decayed from each token to the chunk's end; zeros where the mask is False.
-        scores: `(..., C, C)`, of each query and the keys up to its own, decayed from key to query.
-        values: `(..., C, Dv)`, the updates u of a chunk that starts without a state.
-        reads: `(..., C, Dk)`; the updates are less by these times the state.
+        queries: `(..., C, Dk)`.
+        outputs: `(..., C, Dv)`, those of a chunk that starts without a state.
         decays: `(..., 1, 1 or Dk)`, of the state over the whole chunk.
+        turns: `(..., Dk, Dk)`, for what the chunk's keys find of the state, and take away.
+        additions: `(..., Dv, Dk)`, the state after a chunk that starts without one.
     """
 
     queries: mx.array
-    keys: mx.array
-    scores: mx.array
-    values: mx.array
-    reads: mx.array
+    outputs: mx.array
     decays: mx.array
+    turns: mx.array
+    additions: mx.array
 
 
 def _in_chunks(x, key_heads):
@@ -171,8 +175,11 @@ def _in_chunks(x, key_heads):
     batch, length, heads, width = x.shape
     chunk = min(CHUNK, 1 << (length - 1).bit_length())
     key_heads = min(key_heads, heads)  # a mask is one for all heads
-    x = mx.pad(x.astype(mx.float32), [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
-    return x.reshape(batch, -1, chunk, key_heads, heads // key_heads, width).transpose(1, 0, 3, 4, 2, 5)
+    if length % chunk:
+        x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
+    x = x.reshape(batch, -1, chunk, key_heads, heads // key_heads, width).transpose(1, 0, 3, 4, 2, 5)
+    # Once, and not anew for each product that it is in.
+    return mx.contiguous(x).astype(mx.float32)
 
 
 def _as_sequence(x, shape):
@@ -180,68 +187,81 @@ def _as_sequence(x, shape):
     return x.transpose(1, 0, 4, 2, 3, 5).reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
 
 
-def _prepare(queries, keys, values, log_gates, betas, kept):
-    """`_Chunks` of a part of a sequence.
+def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
+    """`(_Chunks, inverse)` of a part of a sequence.
 
     Args:
         queries, keys, values, log_gates, betas: `(B, T, heads, width)`, as for `gated_delta_rule`; a width of 1 for
             betas, and for gates that all channels share.
-        kept: `(B, T, 1, 1)`, False for a token that sees its own gate and update and that no other token sees, or 1.0.
+        kept: `(B, T, 1, 1)`, False for a token that sees its own gate and update and that no other token sees, or None.
+        inverse: that of I + M, where it is known.
     """
     key_heads = keys.shape[2]
     arrays = queries, keys, values, log_gates, betas
     queries, keys, values, log_gates, betas = (_in_chunks(x, key_heads) for x in arrays)
-    kept = kept if isinstance(kept, float) else _in_chunks(kept, key_heads)
-    passed, seen = log_gates * kept, keys * kept
-    own = log_gates - passed
+    passed, seen, own = log_gates, keys, 0.0
+    if kept is not None:
+        kept = _in_chunks(kept, key_heads)
+        passed, seen = log_gates * kept, keys * kept
+        own = log_gates - passed
     before = mx.exp(mx.cumsum(passed, axis=-2) + own)
     after = mx.exp(mx.cumsum(passed, axis=-2, reverse=True, inclusive=False))
-    product = _decayed_products if log_gates.shape[-1] == 1 else _decayed_products_by_channel
-    key_scores, query_scores = product((keys, queries), seen, passed, own)
-    diagonal = mx.eye(keys.shape[-2], dtype=mx.bool_)
-    scores = mx.where(diagonal, (queries * keys).sum(-1, keepdims=True), query_scores)
-    solved = _solve(betas * key_scores, betas * mx.concatenate([values, before * keys], axis=-1))
-    width = values.shape[-1]
-    return _Chunks(
-        queries=before * queries,
-        keys=after * seen,
-        scores=scores,
-        values=solved[..., :width],
-        reads=solved[..., width:],
+    products = _decayed_products if log_gates.shape[-1] == 1 else _decayed_products_by_channel
+    key_scores, scores = products(keys, queries, kept, passed, own)
+    inverse = _inverse(betas * key_scores, inverse)
+    solve = inverse * betas.swapaxes(-1, -2)
+    last_keys = after * seen
+    updates, reads = solve @ values, solve @ (-before * keys)
+    chunks = _Chunks(
+        queries=before * queries + scores @ reads,
+        outputs=scores @ updates,
         decays=mx.exp(passed.sum(-2, keepdims=True)),
+        turns=reads.swapaxes(-1, -2) @ last_keys,
+        additions=updates.swapaxes(-1, -2) @ last_keys,
     )
+    return chunks, mx.stop_gradient(inverse)
 
 
-def _decayed_products(rows, keys, passed, own):
-    """For each array of rows, `(..., C, C)`: d_ij x_i . k_j for tokens j before i, 0 elsewhere; one gate a token.
+def _decayed_products(keys, queries, kept, passed, own):
+    """`(key scores, scores)` of tokens i and j of a chunk, each `(..., C, C)`, for one gate a token.
+
+    d_ij k_i . k_j for tokens j before i, 0 elsewhere; and d_ij q_i . k_j for these, q_i . k_i on the diagonal.
 
     Args:
-        rows: a sequence of `(..., C, Dk)`.
-        keys: `(..., C, Dk)`.
+        keys, queries: `(..., C, Dk)`.
+        kept: `(..., C, 1)`, 0 for a token that others do not see, 1 for the rest, or None.
         passed, own: `(..., C, 1)`: a gate's logarithm for the tokens after its own, and what is added for its own.
     """
     order = mx.arange(keys.shape[-2])
     earlier = order[:, None] > order  # (C, C)
-    sums = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2) + own
-    decays = mx.where(earlier, mx.exp(sums), 0.0)
-    return [decays * (x @ keys.swapaxes(-1, -2)) for x in rows]
+    sums = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2)
+    decays = mx.where(earlier, mx.exp(sums if kept is None else sums + own), 0.0)
+    if kept is not None:
+        decays = decays * kept.swapaxes(-1, -2)
+    keys_later = keys.swapaxes(-1, -2)
+    scores = queries @ keys_later
+    return decays * (keys @ keys_later), mx.where(order[:, None] == order, scores, decays * scores)
 
 
-def _decayed_products_by_channel(rows, keys, passed, own):
+def _decayed_products_by_channel(keys, queries, kept, passed, own):
     """The same for a gate a channel, `passed` and `own` `(..., C, Dk)`.
 
     In a block of 2 s tokens the gates between one of the first s and one of the last s are a factor of each, so that
     one product does for all of these; s doubles from 1.
     """
-    rows = mx.stack(rows)
-    inner = mx.zeros((*mx.broadcast_shapes(rows.shape[:-1], passed.shape[:-1]), 1, 1))  # (2, ..., C / s, s, s)
-    size = 1
+    rows = mx.stack([keys, mx.broadcast_to(queries, keys.shape)])
+    seen = keys if kept is None else keys * kept
+    diagonal = mx.stack([mx.zeros(keys.shape[:-1]), (queries * keys).sum(-1)])
+    inner = mx.broadcast_to(diagonal, (2, *mx.broadcast_shapes(keys.shape[:-1], passed.shape[:-1])))[..., None, None]
+    size = 1  # inner: (2, ..., C / s, s, s)
     while size < keys.shape[-2]:
         gates = _halves(passed, size)
-        until = mx.exp(mx.cumsum(gates[..., 1, :, :], axis=-2) + _halves(own, size)[..., 1, :, :])
+        until = mx.cumsum(gates[..., 1, :, :], axis=-2)
+        if kept is not None:
+            until = until + _halves(own, size)[..., 1, :, :]
         after = mx.exp(mx.cumsum(gates[..., 0, :, :], axis=-2, reverse=True, inclusive=False))
-        early = after * _halves(keys, size)[..., 0, :, :]
-        across = (until * _halves(rows, size)[..., 1, :, :]) @ early.swapaxes(-1, -2)  # (2, ..., P, s, s)
+        early = after * _halves(seen, size)[..., 0, :, :]
+        across = (mx.exp(until) * _halves(rows, size)[..., 1, :, :]) @ early.swapaxes(-1, -2)  # (2, ..., P, s, s)
         upper = mx.concatenate([inner[..., 0::2, :, :], mx.zeros_like(across)], axis=-1)
         inner = mx.concatenate([upper, mx.concatenate([across, inner[..., 1::2, :, :]], axis=-1)], axis=-2)
         size *= 2
@@ -253,25 +273,27 @@ def _halves(x, size):
     return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
 
 
-@mx.custom_function
-def _solve_with_inverse(lower, right):
-    inverse = _inverse(lower)
-    return inverse @ right, inverse
+def _inverse(lower, known=None):
+    """The inverse of I + M for M = `lower`, `(..., C, C)`, zero on and above its diagonal.
+
+    Args:
+        lower: M.
+        known: the inverse, where there is need for its gradient alone.
+    """
+
+    @mx.custom_function
+    def inverse(lower):
+        return _by_blocks(lower) if known is None else known
+
+    @inverse.vjp
+    def backward(_, slope, inverse):
+        transposed = inverse.swapaxes(-1, -2)
+        return -(transposed @ slope @ transposed)
+
+    return inverse(lower)
 
 
-@_solve_with_inverse.vjp
-def _solve_slopes(_, cotangents, outputs):
-    (slope, _), (solution, inverse) = cotangents, outputs
-    right_slope = inverse.swapaxes(-1, -2) @ slope
-    return -right_slope @ solution.swapaxes(-1, -2), right_slope
-
-
-def _solve(lower, right):
-    """x of (I + M) x = `right`, `(..., C, D)`, for M = `lower`, `(..., C, C)`, zero on and above its diagonal."""
-    return _solve_with_inverse(lower, right)[0]
-
-
-def _inverse(lower):
+def _by_blocks(lower):
     """The inverse of I + `lower`, block by block.
 
     With inverses E and F of two blocks on the diagonal and M between them, the block between is -F M E: no more than
@@ -283,24 +305,19 @@ def _inverse(lower):
     while size < lower.shape[-1]:
         joined = (order[:, None] // size != order // size) & (order[:, None] // (2 * size) == order // (2 * size))
         between = mx.where(joined, lower, 0.0)
-        inverse = inverse - (between if size == 1 else inverse @ between @ inverse)
+        inverse = inverse - between if size == 1 else mx.addmm(inverse, inverse @ between, inverse, alpha=-1.0)
         size *= 2
     return mx.broadcast_to(inverse, lower.shape)
 
 
-def _updates(chunks, states):
-    """The updates u `(N, ..., C, Dv)` of chunks that start with `states`."""
-    return chunks.values - chunks.reads @ states.swapaxes(-1, -2)
-
-
 def _states(chunks, state):
     """`(states, last)`: the state `(N, ..., Dv, Dk)` before each chunk, and the one after the last."""
-    states = []
+    states = [state[None]]
     for n in range(len(chunks.decays)):
-        states.append(state)
-        updates = mx.addmm(chunks.values[n], chunks.reads[n], state.swapaxes(-1, -2), alpha=-1.0)
-        state = mx.addmm(state * chunks.decays[n], updates.swapaxes(-1, -2), chunks.keys[n])
-    return mx.stack(states), state
+        decays, turns, additions = (x[n : n + 1] for x in chunks[2:])
+        # The decay is apart from the product, which a GPU computes with fewer digits.
+        states.append(mx.addmm(decays * states[-1] + additions, states[-1], turns))
+    return mx.concatenate(states[:-1]), states[-1].squeeze(0)
 
 
 def _slopes(chunks, states, output_slope, last_slope):
@@ -308,27 +325,17 @@ def _slopes(chunks, states, output_slope, last_slope):
 
     Args:
         states: `(N, ..., Dv, Dk)`, before each chunk.
-        output_slope: `(N, ..., C, Dv)`, the gradient of the outputs, which are
-            `queries @ states^T + scores @ updates`.
+        output_slope: `(N, ..., C, Dv)`.
         last_slope: `(..., Dv, Dk)`, of the state after the last chunk.
     """
-    updates = _updates(chunks, states)
-    own_updates = chunks.scores.swapaxes(-1, -2) @ output_slope
-    own_states = output_slope.swapaxes(-1, -2) @ chunks.queries
-    slope, slopes, update_slopes = last_slope, [], []
+    own = output_slope.swapaxes(-1, -2) @ chunks.queries
+    slopes = [last_slope[None]]  # of the states after chunks, the last first
     for n in reversed(range(len(states))):
-        slopes.append(slope)
-        update_slopes.append(mx.addmm(own_updates[n], chunks.keys[n], slope.swapaxes(-1, -2)))
-        through = mx.addmm(own_states[n], update_slopes[-1].swapaxes(-1, -2), chunks.reads[n], alpha=-1.0)
-        slope = through + slope * chunks.decays[n]
-    slopes, update_slopes = mx.stack(slopes[::-1]), mx.stack(update_slopes[::-1])
-    decay_axes = (-2, -1) if chunks.decays.shape[-1] == 1 else -2
-    return (
-        slope,
-        output_slope @ states,
-        updates @ slopes,
-        output_slope @ updates.swapaxes(-1, -2),
-        update_slopes,
-        -update_slopes @ states,
-        (slopes * states).sum(decay_axes, keepdims=True),
-    )
+        decays, turns = chunks.decays[n : n + 1], chunks.turns[n : n + 1]
+        slopes.append(mx.addmm(decays * slopes[-1] + own[n : n + 1], slopes[-1], turns.swapaxes(-1, -2)))
+    first, slopes = slopes[-1].squeeze(0), mx.concatenate(slopes[-2::-1])
+    turns = states.swapaxes(-1, -2) @ slopes
+    decays = turns.flatten(-2)[..., None, :: turns.shape[-1] + 1]  # its diagonal
+    if chunks.decays.shape[-1] == 1:
+        decays = decays.sum(-1, keepdims=True)
+    return first, output_slope @ states, output_slope, decays, turns, slopes
