@@ -9,17 +9,24 @@ Within a chunk that starts with S, and with d_ij the product of the gates after 
 
     u_i = beta_i (v_i - S (d_i0 k_i) - sum_{j<i} ((d_ij k_i) . k_j) u_j)
 
-is a triangular system (I + M) U = B V - B K S^T, solved once for the values and once for the keys before the states
-are known. The states then follow from chunk to chunk, and all outputs from them. Products of gates are exponentials
-of sums of their logarithms over just the tokens in question: no quotient of products, which overflows, and no
-difference of long sums, which loses digits.
+is a triangular system (I + M) U = B V - B K S^T, with k_i decayed from the start in K. Its inverse T gives all
+updates, T B V - T B K S^T: what a chunk does to its state is one product, and so are the outputs. With K' the keys
+decayed to the chunk's end, Q the queries decayed from its start, P the decayed products q_i . k_j,
+
+    S' = S (diag(a) - (T B K)^T K') + (T B V)^T K',    O = (Q - P T B K) S^T + P T B V
+
+All but S is known for all chunks at once. What is left to do for one chunk after another is one product each, and
+one in the backward pass, where the gradient of S' goes through the same matrices transposed. The matrix in brackets is
+the product of its tokens' diag(a) (I - beta k k^T), none of which makes a vector longer where |k| <= 1 and
+0 <= beta <= 2: products over many chunks do not grow, nor do errors. Products of gates are exponentials of sums of
+their logarithms over just the tokens in question: no quotient of products, which overflows, and no difference of long
+sums, which loses digits.
 
 Sources: arXiv 2406.06484 (the delta rule in parallel), 2412.06464 (its gate), 2510.26692 (a gate for each channel).
 """
 
 import sys
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -58,7 +65,7 @@ def uses_gated_delta(model):
 def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=None):
     """The gated delta rule over a sequence, as mlx-lm's loop computes it, with gradients for all but the mask.
 
-    Sums are in float32 whatever the dtype. The backward pass keeps the inputs and a state a chunk.
+    Sums are in float32 whatever the dtype. The backward pass keeps the inputs, and a state and T a chunk.
 
     Args:
         queries, keys: `(B, T, Hk, Dk)`; keys of a norm of at most 1, or the rule itself grows without bound.
