@@ -101,8 +101,7 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
         for *part, part_kept in zip(*map(in_parts, arrays), kept, strict=True):
             chunks, inverse = _prepare(*part, part_kept)
             states, state = _states(chunks, state)
-            read = _as_sequence(chunks.queries @ states.swapaxes(-1, -2), part[2].shape)
-            outputs.append((read + _as_sequence(chunks.outputs, part[2].shape)).astype(queries.dtype))
+            outputs.append(_as_sequence(chunks.queries @ states.swapaxes(-1, -2), chunks.outputs, part[2]))
             to_keep += states, inverse
         return _joined(outputs), state, *to_keep
 
@@ -189,9 +188,11 @@ def _in_chunks(x, key_heads):
     return mx.contiguous(x).astype(mx.float32)
 
 
-def _as_sequence(x, shape):
-    """`x` `(N, B, Hk, R, C, D)` as `shape`, `(B, T, Hk R, D)`."""
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
+def _as_sequence(x, y, like):
+    """The sum of `x` and `y` `(N, B, Hk, R, C, D)` in the shape `(B, T, Hk R, D)` and dtype of `like`."""
+    # Turned around before they are added: one kernel does both.
+    x, y = (x.transpose(1, 0, 4, 2, 3, 5) for x in (x, y))
+    return (x + y).astype(like.dtype).reshape(len(like), -1, *like.shape[2:])[:, : like.shape[1]]
 
 
 def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
@@ -211,22 +212,55 @@ def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
         kept = _in_chunks(kept, key_heads)
         passed, seen = log_gates * kept, keys * kept
         own = log_gates - passed
-    before = mx.exp(mx.cumsum(passed, axis=-2) + own)
+    # Of all channels: one sum over them does for the gradients of both products.
+    before = mx.broadcast_to(mx.exp(mx.cumsum(passed, axis=-2) + own), (*betas.shape[:-1], keys.shape[-1]))
     after = mx.exp(mx.cumsum(passed, axis=-2, reverse=True, inclusive=False))
     products = _decayed_products if log_gates.shape[-1] == 1 else _decayed_products_by_channel
     key_scores, scores = products(keys, queries, kept, passed, own)
     inverse = _inverse(betas * key_scores, inverse)
-    solve = inverse * betas.swapaxes(-1, -2)
-    last_keys = after * seen
-    updates, reads = solve @ values, solve @ (-before * keys)
-    chunks = _Chunks(
-        queries=before * queries + scores @ reads,
-        outputs=scores @ updates,
-        decays=mx.exp(passed.sum(-2, keepdims=True)),
-        turns=reads.swapaxes(-1, -2) @ last_keys,
-        additions=updates.swapaxes(-1, -2) @ last_keys,
+    queries, outputs, turns, additions = _maps(
+        before * queries, scores, inverse * betas.swapaxes(-1, -2), values, -(before * keys), after * seen
     )
-    return chunks, mx.stop_gradient(inverse)
+    decays = mx.exp(passed.sum(-2, keepdims=True))
+    return _Chunks(queries, outputs, decays, turns, additions), mx.stop_gradient(inverse)
+
+
+@mx.custom_function
+def _maps(queries, scores, solve, values, early, late):
+    """Four fields of `_Chunks`.
+
+    Args:
+        queries: `(..., C, Dk)`, decayed from the chunk's start.
+        scores, solve: `(..., C, C)`: P and T B.
+        values: `(..., C, Dv)`.
+        early, late: `(..., C, Dk)`: the negative of K, and K'.
+    """
+    updates, reads = solve @ values, solve @ early
+    return (
+        mx.addmm(queries, scores, reads),
+        scores @ updates,
+        reads.swapaxes(-1, -2) @ late,
+        updates.swapaxes(-1, -2) @ late,
+    )
+
+
+@_maps.vjp
+def _maps_slopes(arrays, slopes, _):
+    # Sums of two products, each of which MLX would make an array of its own.
+    _, scores, solve, values, early, late = arrays
+    queries, outputs, turns, additions = slopes
+    updates, reads = solve @ values, solve @ early
+    scores, solve = scores.swapaxes(-1, -2), solve.swapaxes(-1, -2)
+    of_reads = mx.addmm(late @ turns.swapaxes(-1, -2), scores, queries)
+    of_updates = mx.addmm(late @ additions.swapaxes(-1, -2), scores, outputs)
+    return (
+        queries,
+        mx.addmm(outputs @ updates.swapaxes(-1, -2), queries, reads.swapaxes(-1, -2)),
+        mx.addmm(of_updates @ values.swapaxes(-1, -2), of_reads, early.swapaxes(-1, -2)),
+        solve @ of_updates,
+        solve @ of_reads,
+        mx.addmm(updates @ additions, reads, turns),
+    )
 
 
 def _decayed_products(keys, queries, kept, passed, own):
@@ -241,13 +275,26 @@ def _decayed_products(keys, queries, kept, passed, own):
     """
     order = mx.arange(keys.shape[-2])
     earlier = order[:, None] > order  # (C, C)
-    sums = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2)
-    decays = mx.where(earlier, mx.exp(sums if kept is None else sums + own), 0.0)
+    decays = mx.exp(mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2) + own)
     if kept is not None:
-        decays = decays * kept.swapaxes(-1, -2)
-    keys_later = keys.swapaxes(-1, -2)
-    scores = queries @ keys_later
-    return decays * (keys @ keys_later), mx.where(order[:, None] == order, scores, decays * scores)
+        decays = mx.where(order[:, None] == order, 1.0, decays * kept.swapaxes(-1, -2))
+    decays = mx.where(order[:, None] >= order, decays, 0.0)
+    of_keys, of_queries = _scores(keys, queries)
+    return mx.where(earlier, decays * of_keys, 0.0), decays * of_queries
+
+
+@mx.custom_function
+def _scores(keys, queries):
+    """Products of keys with keys and of queries with keys, each `(..., C, C)`."""
+    later = keys.swapaxes(-1, -2)
+    return keys @ later, queries @ later
+
+
+@_scores.vjp
+def _scores_slopes(arrays, slopes, _):
+    (keys, queries), (of_keys, of_queries) = arrays, slopes
+    both = (of_keys + of_keys.swapaxes(-1, -2)) @ keys
+    return mx.addmm(both, of_queries.swapaxes(-1, -2), queries), of_queries @ keys
 
 
 def _decayed_products_by_channel(keys, queries, kept, passed, own):
