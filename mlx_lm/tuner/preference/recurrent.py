@@ -100,8 +100,8 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
         outputs, to_keep = [], []
         for *part, part_kept in zip(*map(in_parts, arrays), kept, strict=True):
             chunks, inverse = _prepare(*part, part_kept)
-            states, state = _states(chunks, state)
-            outputs.append(_as_sequence(chunks.queries @ states.swapaxes(-1, -2), chunks.outputs, part[2]))
+            states, state, read, own = _run(chunks, state)
+            outputs.append(_as_sequence(read, own, part[2]))
             to_keep += states, inverse
         return _joined(outputs), state, *to_keep
 
@@ -155,25 +155,31 @@ def _part_slopes(arrays, kept, states, inverse, output_slope, last_slope):
 
 
 class _Chunks(NamedTuple):
-    """What the chunks of a sequence make of the state S before them, float32.
-
-    Its outputs are `queries @ S^T + outputs`, the state after it is `decays * S + S @ turns + additions`.
+    """What the chunks of a sequence are before the states are known, float32.
 
     Leading axes N, B, Hk and R: chunks, sequences, key heads, value heads a key head; C tokens a chunk.
 
     Attributes:
-        queries: `(..., C, Dk)`.
-        outputs: `(..., C, Dv)`, those of a chunk that starts without a state.
+        queries: `(..., C, Dk)`, Q.
+        scores: `(..., C, C)`, P.
+        solve: `(..., C, C)`, T B.
+        values: `(..., C, Dv)`, V.
+        early: `(..., C, Dk)`, K.
+        late: `(..., C, Dk)`, K', zeros where the mask is False.
         decays: `(..., 1, 1 or Dk)`, of the state over the whole chunk.
-        turns: `(..., Dk, Dk)`, for what the chunk's keys find of the state, and take away.
-        additions: `(..., Dv, Dk)`, the state after a chunk that starts without one.
     """
 
     queries: mx.array
-    outputs: mx.array
+    scores: mx.array
+    solve: mx.array
+    values: mx.array
+    early: mx.array
+    late: mx.array
     decays: mx.array
-    turns: mx.array
-    additions: mx.array
+
+    def updates(self):
+        """T B V and T B K, `(..., C, Dv)` and `(..., C, Dk)`: a chunk's updates are the first less the second S^T."""
+        return self.solve @ self.values, self.solve @ self.early
 
 
 def _in_chunks(x, key_heads):
@@ -218,49 +224,16 @@ def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
     products = _decayed_products if log_gates.shape[-1] == 1 else _decayed_products_by_channel
     key_scores, scores = products(keys, queries, kept, passed, own)
     inverse = _inverse(betas * key_scores, inverse)
-    queries, outputs, turns, additions = _maps(
-        before * queries, scores, inverse * betas.swapaxes(-1, -2), values, -(before * keys), after * seen
+    chunks = _Chunks(
+        queries=before * queries,
+        scores=scores,
+        solve=inverse * betas.swapaxes(-1, -2),
+        values=values,
+        early=before * keys,
+        late=after * seen,
+        decays=mx.exp(passed.sum(-2, keepdims=True)),
     )
-    decays = mx.exp(passed.sum(-2, keepdims=True))
-    return _Chunks(queries, outputs, decays, turns, additions), mx.stop_gradient(inverse)
-
-
-@mx.custom_function
-def _maps(queries, scores, solve, values, early, late):
-    """Four fields of `_Chunks`.
-
-    Args:
-        queries: `(..., C, Dk)`, decayed from the chunk's start.
-        scores, solve: `(..., C, C)`: P and T B.
-        values: `(..., C, Dv)`.
-        early, late: `(..., C, Dk)`: the negative of K, and K'.
-    """
-    updates, reads = solve @ values, solve @ early
-    return (
-        mx.addmm(queries, scores, reads),
-        scores @ updates,
-        reads.swapaxes(-1, -2) @ late,
-        updates.swapaxes(-1, -2) @ late,
-    )
-
-
-@_maps.vjp
-def _maps_slopes(arrays, slopes, _):
-    # Sums of two products, each of which MLX would make an array of its own.
-    _, scores, solve, values, early, late = arrays
-    queries, outputs, turns, additions = slopes
-    updates, reads = solve @ values, solve @ early
-    scores, solve = scores.swapaxes(-1, -2), solve.swapaxes(-1, -2)
-    of_reads = mx.addmm(late @ turns.swapaxes(-1, -2), scores, queries)
-    of_updates = mx.addmm(late @ additions.swapaxes(-1, -2), scores, outputs)
-    return (
-        queries,
-        mx.addmm(outputs @ updates.swapaxes(-1, -2), queries, reads.swapaxes(-1, -2)),
-        mx.addmm(of_updates @ values.swapaxes(-1, -2), of_reads, early.swapaxes(-1, -2)),
-        solve @ of_updates,
-        solve @ of_reads,
-        mx.addmm(updates @ additions, reads, turns),
-    )
+    return chunks, mx.stop_gradient(inverse)
 
 
 def _decayed_products(keys, queries, kept, passed, own):
@@ -274,11 +247,11 @@ def _decayed_products(keys, queries, kept, passed, own):
         passed, own: `(..., C, 1)`: a gate's logarithm for the tokens after its own, and what is added for its own.
     """
     order = mx.arange(keys.shape[-2])
-    earlier = order[:, None] > order  # (C, C)
-    decays = mx.exp(mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2) + own)
+    earlier, own_score = order[:, None] > order, order[:, None] == order  # (C, C)
+    sums, seen = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2), earlier
     if kept is not None:
-        decays = mx.where(order[:, None] == order, 1.0, decays * kept.swapaxes(-1, -2))
-    decays = mx.where(order[:, None] >= order, decays, 0.0)
+        sums, seen = mx.where(earlier, sums + own, 0.0), earlier & (kept.swapaxes(-1, -2) > 0)
+    decays = mx.exp(mx.where(seen | own_score, sums, -mx.inf))
     of_keys, of_queries = _scores(keys, queries)
     return mx.where(earlier, decays * of_keys, 0.0), decays * of_queries
 
@@ -342,7 +315,7 @@ def _inverse(lower, known=None):
     @inverse.vjp
     def backward(_, slope, inverse):
         transposed = inverse.swapaxes(-1, -2)
-        return -(transposed @ slope @ transposed)
+        return transposed @ -slope @ transposed
 
     return inverse(lower)
 
@@ -364,14 +337,32 @@ def _by_blocks(lower):
     return mx.broadcast_to(inverse, lower.shape)
 
 
-def _states(chunks, state):
-    """`(states, last)`: the state `(N, ..., Dv, Dk)` before each chunk, and the one after the last."""
+def _run(chunks, state):
+    """The states of a sequence of chunks, and its outputs in two parts.
+
+    Args:
+        state: `(..., Dv, Dk)`, before the first chunk.
+
+    Returns:
+        `(states, last, read, own)`: the state `(N, ..., Dv, Dk)` before each chunk, and the one after the last; what
+        the outputs `(N, ..., C, Dv)` are of the states, and what they are without one.
+    """
+    updates, reads = chunks.updates()
+    turns, additions = (x.swapaxes(-1, -2) @ chunks.late for x in (reads, updates))
+    queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
+    states = _one_after_another(state, chunks.decays, turns, additions, range(len(turns)))
+    before = mx.concatenate(states[:-1])
+    return before, states[-1].squeeze(0), queries @ before.swapaxes(-1, -2), chunks.scores @ updates
+
+
+def _one_after_another(state, decays, turns, additions, order):
+    """`state` and the states `(1, ..., Dv, Dk)` after each chunk in `order`: `decays * S - S @ turns + additions`."""
     states = [state[None]]
-    for n in range(len(chunks.decays)):
-        decays, turns, additions = (x[n : n + 1] for x in chunks[2:])
+    for n in order:
+        decay, turn, addition = (x[n : n + 1] for x in (decays, turns, additions))
         # The decay is apart from the product, which a GPU computes with fewer digits.
-        states.append(mx.addmm(decays * states[-1] + additions, states[-1], turns))
-    return mx.concatenate(states[:-1]), states[-1].squeeze(0)
+        states.append(mx.addmm(decay * states[-1] + addition, states[-1], turn, alpha=-1.0))
+    return states
 
 
 def _slopes(chunks, states, output_slope, last_slope):
@@ -382,14 +373,27 @@ def _slopes(chunks, states, output_slope, last_slope):
         output_slope: `(N, ..., C, Dv)`.
         last_slope: `(..., Dv, Dk)`, of the state after the last chunk.
     """
-    own = output_slope.swapaxes(-1, -2) @ chunks.queries
-    slopes = [last_slope[None]]  # of the states after chunks, the last first
-    for n in reversed(range(len(states))):
-        decays, turns = chunks.decays[n : n + 1], chunks.turns[n : n + 1]
-        slopes.append(mx.addmm(decays * slopes[-1] + own[n : n + 1], slopes[-1], turns.swapaxes(-1, -2)))
-    first, slopes = slopes[-1].squeeze(0), mx.concatenate(slopes[-2::-1])
-    turns = states.swapaxes(-1, -2) @ slopes
-    decays = turns.flatten(-2)[..., None, :: turns.shape[-1] + 1]  # its diagonal
+    (updates, reads), late = chunks.updates(), chunks.late
+    transposed_scores, transposed_solve = (x.swapaxes(-1, -2) for x in (chunks.scores, chunks.solve))
+    queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
+    # From the last state to the first; of each the gradient of the outputs, and what the state after it passes on.
+    own, turns = output_slope.swapaxes(-1, -2) @ queries, late.swapaxes(-1, -2) @ reads
+    slopes = _one_after_another(last_slope, chunks.decays, turns, own, reversed(range(len(turns))))
+    first, slopes = slopes[-1].squeeze(0), mx.concatenate(slopes[-2::-1])  # of the state after each chunk
+    query_slopes = output_slope @ states
+    turns = states.swapaxes(-1, -2) @ slopes  # the negative of their gradient; its diagonal is that of the decays
+    decays = turns.flatten(-2)[..., None, :: turns.shape[-1] + 1]
     if chunks.decays.shape[-1] == 1:
         decays = decays.sum(-1, keepdims=True)
-    return first, output_slope @ states, output_slope, decays, turns, slopes
+    of_updates = mx.addmm(late @ slopes.swapaxes(-1, -2), transposed_scores, output_slope)
+    of_reads = mx.addmm(late @ turns.swapaxes(-1, -2), transposed_scores, query_slopes, alpha=-1.0, beta=-1.0)
+    return (
+        first,
+        query_slopes,
+        mx.addmm(output_slope @ updates.swapaxes(-1, -2), query_slopes, reads.swapaxes(-1, -2), alpha=-1.0),
+        mx.addmm(of_updates @ chunks.values.swapaxes(-1, -2), of_reads, chunks.early.swapaxes(-1, -2)),
+        transposed_solve @ of_updates,
+        transposed_solve @ of_reads,
+        mx.addmm(updates @ slopes, reads, turns, alpha=-1.0),
+        decays,
+    )
