@@ -39,6 +39,9 @@ from .pieces import recurrences_in_pieces
 CHUNK = 64
 # Tokens, times heads and sequences, whose chunks are in memory at a time. A GPU works on many at once.
 TOKENS_AT_ONCE = {mx.DeviceType.cpu: 2**12, mx.DeviceType.gpu: 2**17}
+# Whether the backward pass finds each chunk's inverse again, C numbers a token and head, or computes it again: a GPU
+# starts 16 kernels for it, a CPU has less memory.
+KEEPS_INVERSES = {mx.DeviceType.cpu: False, mx.DeviceType.gpu: True}
 
 
 @contextmanager
@@ -65,7 +68,8 @@ def uses_gated_delta(model):
 def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=None):
     """The gated delta rule over a sequence, as mlx-lm's loop computes it, with gradients for all but the mask.
 
-    Sums are in float32 whatever the dtype. The backward pass keeps the inputs, and a state and T a chunk.
+    Sums are in float32 whatever the dtype. The backward pass keeps the inputs, and of each chunk a state and what
+    `KEEPS_INVERSES` says.
 
     Args:
         queries, keys: `(B, T, Hk, Dk)`; keys of a norm of at most 1, or the rule itself grows without bound.
@@ -86,7 +90,8 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
     state = state.astype(mx.float32).reshape(batch, key_heads, -1, value_width, key_width)
     gates = log_gates if log_gates.ndim == 4 else log_gates[..., None]
     arrays = queries, keys, values, gates.astype(mx.float32), betas[..., None]
-    at_once = CHUNK * max(1, TOKENS_AT_ONCE[mx.default_device().type] // (CHUNK * batch * value_heads))
+    device = mx.default_device().type
+    at_once = CHUNK * max(1, TOKENS_AT_ONCE[device] // (CHUNK * batch * value_heads))
     starts_of_parts = range(0, length, at_once)
 
     def in_parts(x):
@@ -97,18 +102,20 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
 
     @mx.custom_function
     def run(state, *arrays):
-        outputs, to_keep = [], []
+        outputs, all_states, inverses = [], [], []
         for *part, part_kept in zip(*map(in_parts, arrays), kept, strict=True):
             chunks, inverse = _prepare(*part, part_kept)
             states, state, read, own = _run(chunks, state)
             outputs.append(_as_sequence(read, own, part[2]))
-            to_keep += states, inverse
-        return _joined(outputs), state, *to_keep
+            all_states.append(states)
+            inverses += [inverse] if KEEPS_INVERSES[device] else []
+        return _joined(outputs), state, *all_states, *inverses
 
     @run.vjp
     def backward(inputs, cotangents, outputs):
         (_, *arrays), (output_slope, slope, *_), (_, _, *to_keep) = inputs, cotangents, outputs
-        parts = zip(*map(in_parts, (*arrays, output_slope)), kept, to_keep[::2], to_keep[1::2], strict=True)
+        states, inverses = to_keep[: len(kept)], to_keep[len(kept) :] or [None] * len(kept)
+        parts = zip(*map(in_parts, (*arrays, output_slope)), kept, states, inverses, strict=True)
         slopes = []
         for *part, out_slope, part_kept, states, inverse in reversed(list(parts)):
             slope, *part_slopes = _part_slopes(part, part_kept, states, inverse, out_slope, slope)
@@ -133,7 +140,7 @@ def _part_slopes(arrays, kept, states, inverse, output_slope, last_slope):
         arrays: queries, keys, values, gates and betas, each `(B, T, heads, width)`.
         kept: `(B, T, 1, 1)`, or None, as for `_prepare`.
         states: `(N, B, Hk, R, Dv, Dk)`, before each chunk.
-        inverse: what `_prepare` gave in the forward pass.
+        inverse: what `_prepare` gave in the forward pass, or None.
         output_slope, last_slope: the gradients of the outputs `(B, T, Hv, Dv)` and of the state after the part.
     """
     # Without waiting for the gradient, all layers could prepare again before the first of them is done with.
@@ -208,7 +215,7 @@ def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
         queries, keys, values, log_gates, betas: `(B, T, heads, width)`, as for `gated_delta_rule`; a width of 1 for
             betas, and for gates that all channels share.
         kept: `(B, T, 1, 1)`, False for a token that sees its own gate and update and that no other token sees, or None.
-        inverse: that of I + M, where it is known.
+        inverse: that of I + M, or None where it is not known.
     """
     key_heads = keys.shape[2]
     arrays = queries, keys, values, log_gates, betas
