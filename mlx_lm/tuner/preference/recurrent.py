@@ -30,6 +30,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ...models import gated_delta
 from .pieces import recurrences_in_pieces
@@ -253,12 +254,13 @@ def _decayed_products(keys, queries, kept, passed, own):
         kept: `(..., C, 1)`, 0 for a token that others do not see, 1 for the rest, or None.
         passed, own: `(..., C, 1)`: a gate's logarithm for the tokens after its own, and what is added for its own.
     """
-    order = mx.arange(keys.shape[-2])
-    earlier, own_score = order[:, None] > order, order[:, None] == order  # (C, C)
-    sums, seen = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2), earlier
+    order = np.arange(keys.shape[-2])
+    earlier, seen = (mx.array(x) for x in (order[:, None] > order, order[:, None] >= order))  # (C, C)
+    sums = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2)
     if kept is not None:
-        sums, seen = mx.where(earlier, sums + own, 0.0), earlier & (kept.swapaxes(-1, -2) > 0)
-    decays = mx.exp(mx.where(seen | own_score, sums, -mx.inf))
+        # Its own score is a token's whether it is kept or not.
+        sums, seen = mx.where(earlier, sums + own, 0.0), seen & ((kept.swapaxes(-1, -2) > 0) | ~earlier)
+    decays = mx.exp(mx.where(seen, sums, -mx.inf))
     of_keys, of_queries = _scores(keys, queries)
     return mx.where(earlier, decays * of_keys, 0.0), decays * of_queries
 
@@ -333,12 +335,13 @@ def _by_blocks(lower):
     With inverses E and F of two blocks on the diagonal and M between them, the block between is -F M E: no more than
     what the inverse holds. A series of powers of M, whose terms cancel, would lose all digits where keys repeat.
     """
-    order = mx.arange(lower.shape[-1])
-    inverse = mx.eye(lower.shape[-1])
+    order = np.arange(lower.shape[-1])
+    inverse = mx.array(np.eye(lower.shape[-1], dtype=np.float32))
     size = 1
     while size < lower.shape[-1]:
-        joined = (order[:, None] // size != order // size) & (order[:, None] // (2 * size) == order // (2 * size))
-        between = mx.where(joined, lower, 0.0)
+        blocks, pairs = order // size, order // (2 * size)
+        joined = (blocks[:, None] != blocks) & (pairs[:, None] == pairs)
+        between = mx.where(mx.array(joined), lower, 0.0)
         inverse = inverse - between if size == 1 else mx.addmm(inverse, inverse @ between, inverse, alpha=-1.0)
         size *= 2
     return mx.broadcast_to(inverse, lower.shape)
