@@ -360,19 +360,27 @@ def _run(chunks, state):
     updates, reads = chunks.updates()
     turns, additions = (x.swapaxes(-1, -2) @ chunks.late for x in (reads, updates))
     queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
-    states = _one_after_another(state, chunks.decays, turns, additions, range(len(turns)))
-    before = mx.concatenate(states[:-1])
-    return before, states[-1].squeeze(0), queries @ before.swapaxes(-1, -2), chunks.scores @ updates
+    states, last = _one_after_another(state, chunks.decays, turns, additions)
+    return states, last, queries @ states.swapaxes(-1, -2), chunks.scores @ updates
 
 
-def _one_after_another(state, decays, turns, additions, order):
-    """`state` and the states `(1, ..., Dv, Dk)` after each chunk in `order`: `decays * S - S @ turns + additions`."""
-    states = [state[None]]
-    for n in order:
+def _one_after_another(state, decays, turns, additions, backwards=False):
+    """The states with which each of N chunks begins, `(N, ..., Dv, Dk)`, and the one with which the last ends.
+
+    A chunk makes `decays * S - S @ turns + additions` of a state S.
+
+    Args:
+        state: `(..., Dv, Dk)`, with which the first chunk begins, or with `backwards` the last.
+        decays, turns, additions: `(N, ..., 1, 1 or Dk)`, `(N, ..., Dk, Dk)` and `(N, ..., Dv, Dk)`.
+        backwards: whether to go from the last chunk to the first.
+    """
+    state, states, direction = state[None], [], -1 if backwards else 1
+    for n in range(len(turns))[::direction]:
+        states.append(state)
         decay, turn, addition = (x[n : n + 1] for x in (decays, turns, additions))
         # The decay is apart from the product, which a GPU computes with fewer digits.
-        states.append(mx.addmm(decay * states[-1] + addition, states[-1], turn, alpha=-1.0))
-    return states
+        state = mx.addmm(decay * state + addition, state, turn, alpha=-1.0)
+    return mx.concatenate(states[::direction]), state.squeeze(0)
 
 
 def _slopes(chunks, states, output_slope, last_slope):
@@ -388,8 +396,7 @@ def _slopes(chunks, states, output_slope, last_slope):
     queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
     # From the last state to the first; of each the gradient of the outputs, and what the state after it passes on.
     own, turns = output_slope.swapaxes(-1, -2) @ queries, late.swapaxes(-1, -2) @ reads
-    slopes = _one_after_another(last_slope, chunks.decays, turns, own, reversed(range(len(turns))))
-    first, slopes = slopes[-1].squeeze(0), mx.concatenate(slopes[-2::-1])  # of the state after each chunk
+    slopes, first = _one_after_another(last_slope, chunks.decays, turns, own, backwards=True)
     query_slopes = output_slope @ states
     turns = states.swapaxes(-1, -2) @ slopes  # the negative of their gradient; its diagonal is that of the decays
     decays = turns.flatten(-2)[..., None, :: turns.shape[-1] + 1]
