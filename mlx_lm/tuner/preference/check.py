@@ -25,8 +25,8 @@ DEFAULTS = {option.name: None for option in LOSS_OPTIONS} | {option.name: option
 
 LORA_PARAMETERS = (
     Option("lora_parameters.rank", None, int, "", low=1),
-    Option("lora_parameters.scale", None, float, "", low=0, open=("low",)),
-    Option("lora_parameters.dropout", None, float, "", low=0, high=1, open=("high",)),
+    Option("lora_parameters.scale", None, float, "", above=0),
+    Option("lora_parameters.dropout", None, float, "", low=0, below=1),
 )
 PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_model", "reference_cache", "predictions")
 
@@ -40,10 +40,6 @@ _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "ada
 
 def check_file(path, loader):
     """Check that a configuration file holds keys with values, and warn of a key that it gives twice.
-
-    Args:
-        path: the file.
-        loader: the YAML loader that will read it.
 
     Raises:
         ConfigError: it cannot be read, is not YAML, or holds something else.

@@ -5,7 +5,7 @@ The options of the losses stand with the table of losses in `objective.py`.
 
 import argparse
 import difflib
-import math
+import operator
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +14,13 @@ from functools import partial
 from typing import Any
 
 LONGEST_MESSAGE = 400
+# The bounds of a number, how they are written, and what holds for a number that they allow.
+BOUNDS = {
+    "low": (">=", operator.ge),
+    "above": (">", operator.gt),
+    "high": ("<=", operator.le),
+    "below": ("<", operator.lt),
+}
 
 
 class ConfigError(ValueError):
@@ -50,8 +57,8 @@ class Option:
         kind: the type of a value: float, int, bool or str; dict where a check of its own looks at the value; or a
             function that makes the value of what is given.
         help: one sentence without a full stop, for `--help` and LORA.md.
-        low, high: the bounds of a number, None where there is none.
-        open: which bounds are outside the range: any of "low", "high".
+        low, high: the least and the largest number allowed, None where there is none.
+        above, below: likewise, bounds that are not allowed themselves.
         choices: the only values allowed, where there are few.
         words: names allowed in place of a value of `kind`.
         many: whether a list of values is allowed too.
@@ -66,7 +73,8 @@ class Option:
     help: str
     low: float | None = None
     high: float | None = None
-    open: tuple = ()
+    above: float | None = None
+    below: float | None = None
     choices: tuple = ()
     words: tuple = ()
     many: bool = False
@@ -97,12 +105,9 @@ class Option:
         """The allowed values in words, or an empty string where all are."""
         if self.allowed or self.choices:
             return self.allowed or "one of " + ", ".join(self.choices)
-        low = None if self.low is None else f"{'>' if 'low' in self.open else '>='} {self._told(self.low)}"
-        high = None if self.high is None else f"{'<' if 'high' in self.open else '<='} {self._told(self.high)}"
-        return " and ".join(bound for bound in (low, high) if bound)
-
-    def _told(self, bound):
-        return f"{bound:g}" if self.kind is float else str(bound)
+        bounds = ((sign, getattr(self, name)) for name, (sign, _) in BOUNDS.items())
+        form = "g" if self.kind is float else "d"
+        return " and ".join(f"{sign} {bound:{form}}" for sign, bound in bounds if bound is not None)
 
     def check(self, value):
         """`value` as this option's type.
@@ -134,11 +139,10 @@ class Option:
         if self.choices and value not in self.choices:
             raise ConfigError(f"{self.name} is {shown(value)}{nearest(value, self.choices)}; it must be {expected}.")
         if self.kind in (float, int):
-            too_low = self.low is not None and (value < self.low or ("low" in self.open and value == self.low))
-            too_high = self.high is not None and (value > self.high or ("high" in self.open and value == self.high))
-            if too_low or too_high or value != value:
+            bounds = ((holds, getattr(self, name)) for name, (_, holds) in BOUNDS.items())
+            if value != value or not all(bound is None or holds(value, bound) for holds, bound in bounds):
                 raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
-            if abs(value) == math.inf or (self.kind is float and abs(value) > LARGEST):
+            if self.kind is float and abs(value) > sys.float_info.max:
                 raise ConfigError(
                     f"{self.name} is {shown(value)}; it must be finite{self.range and ' and ' + self.range}."
                 )
@@ -175,7 +179,6 @@ GROUPS = {
 }
 UPSTREAM_GROUP = "Run (mlx-lm's own keys)"
 
-LARGEST = sys.float_info.max
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
 
 
@@ -201,232 +204,199 @@ def nearest(word, known):
 
 
 # Options of a preference run besides those of its loss, which stand with the losses in `losses.py`.
+_data = partial(Option, group="data")
 DATA_OPTIONS = (
-    Option("prompt_feature", "prompt", str, "Key of a row's prompt", group="data"),
-    Option("chosen_feature", "chosen", str, "Key of a row's preferred response", group="data"),
-    Option("rejected_feature", "rejected", str, "Key of a row's rejected response", group="data"),
-    Option(
+    _data("prompt_feature", "prompt", str, "Key of a row's prompt"),
+    _data("chosen_feature", "chosen", str, "Key of a row's preferred response"),
+    _data("rejected_feature", "rejected", str, "Key of a row's rejected response"),
+    _data(
         "use_chat_template",
         True,
         bool,
         "Put rows into the tokenizer's chat template, where it has one; false trains strings as they stand",
-        group="data",
     ),
-    Option(
+    _data(
         "score",
         "assistant",
         str,
         "Which turns of a response are scored: the model's own, or also those of users and tools within it",
         choices=("assistant", "all"),
-        group="data",
     ),
-    Option(
+    _data(
         "score_difference",
         None,
         str,
         "What a row's score_chosen - score_rejected becomes; by default nothing",
         choices=("margin", "weight"),
-        group="data",
     ),
-    Option("score_scale", 1.0, float, "Factor of that difference", low=0, open=("low",), group="data"),
-    Option(
+    _data("score_scale", 1.0, float, "Factor of that difference", above=0),
+    _data(
         "min_score_difference",
         None,
         float,
         "Leave out rows whose score_chosen is not above score_rejected by this much; by default none",
-        group="data",
     ),
-    Option(
+    _data(
         "valid_share",
         None,
         float,
         "Share of the training rows to validate on instead of training, where there is no validation set",
-        low=0,
-        high=1,
-        open=("low", "high"),
-        group="data",
+        above=0,
+        below=1,
     ),
 )
 
+_reference = partial(Option, group="reference")
 REFERENCE_OPTIONS = (
-    Option(
+    _reference(
         "reference_model",
         None,
         str,
         "Folder or Hugging Face repo of the reference policy; by default it is the model as training finds it",
-        group="reference",
         keep=True,
     ),
-    Option(
+    _reference(
         "reference_batch_size",
         None,
         int,
         "Pairs a batch in the reference pass; by default as many as memory is ample for",
         low=1,
-        group="reference",
     ),
-    Option(
+    _reference(
         "reference_cache",
         None,
         str,
         "Folder that keeps reference logps between runs, or none; by default mlx_lm/reference_logps in the user's "
         "cache folder",
-        group="reference",
     ),
-    Option(
+    _reference(
         "reference_cache_size",
         256.0,
         float,
         "Megabytes that the folder may hold; the entries used longest ago go first",
         low=0,
-        group="reference",
     ),
 )
 
+_step = partial(Option, group="step")
 STEP_OPTIONS = (
-    Option(
+    _step(
         "use_rslora",
         False,
         bool,
         "Multiply LoRA's scale by the square root of its rank, so that a larger rank does not act less (rsLoRA)",
-        group="step",
     ),
-    Option(
+    _step(
         "lora_plus_ratio",
         None,
         float,
         "Factor of the learning rate of LoRA's second matrices (LoRA+); not set, 1",
-        low=0,
-        open=("low",),
-        group="step",
+        above=0,
         keep=True,
     ),
-    Option(
+    _step(
         "router_aux_loss_coef",
         None,
         float,
         "Factor of the loss that keeps a mixture's experts evenly used; 0 reports their shares only; not set, neither",
         low=0,
-        group="step",
         keep=True,
     ),
-    Option(
-        "epochs",
-        None,
-        float,
-        "Train on all pairs so many times, in place of iters",
-        low=0,
-        open=("low",),
-        group="step",
+    _step("epochs", None, float, "Train on all pairs so many times, in place of iters", above=0),
+    _step(
+        "share_prompt", True, bool, "Compute a prompt once for both its responses, where the model allows it", keep=True
     ),
-    Option(
-        "share_prompt",
-        True,
-        bool,
-        "Compute a prompt once for both its responses, where the model allows it",
-        group="step",
-        keep=True,
-    ),
-    Option(
+    _step(
         "compile",
         None,
         bool,
         "Compile the step for batches of a shape that comes often; by default on a GPU only, where it is faster",
-        group="step",
     ),
-    Option(
+    _step(
         "group_by_length",
         True,
         bool,
         "Make batches of pairs of like length, which leaves little to pad; each epoch draws them anew either way",
-        group="step",
         keep=True,
     ),
-    Option(
+    _step(
         "max_grad_norm",
         None,
         float,
         "Clip the gradient to this norm before each update; by default it is not clipped",
-        low=0,
-        open=("low",),
-        group="step",
+        above=0,
         keep=True,
     ),
 )
 
+_save = partial(Option, group="save")
 SAVE_OPTIONS = (
-    Option(
+    _save(
         "resume",
         False,
         bool,
         "Go on from the last checkpoint in adapter_path, as if the run had not been interrupted; auto does so where "
         "there is one and starts anew where there is none",
         words=("auto",),
-        group="save",
     ),
-    Option("keep_checkpoints", 2, int, "Complete states kept to go on from, the newest ones", low=1, group="save"),
-    Option(
+    _save("keep_checkpoints", 2, int, "Complete states kept to go on from, the newest ones", low=1),
+    _save(
         "save_best",
         None,
         str,
         "Keep the adapters of the best validation in adapter_path/best, by this figure; not set, none",
         choices=("eval_loss", "accuracy", "margin"),
-        group="save",
         keep=True,
     ),
-    Option(
+    _save(
         "early_stop",
         None,
         int,
         "End the run after so many validations without a gain, by save_best's figure or else eval_loss; not set, never",
         low=1,
-        group="save",
     ),
-    Option(
+    _save(
         "on_nonfinite",
         "stop",
         str,
         "What an update does whose loss or gradient is not finite: end the run, or leave that update out",
         choices=("stop", "skip"),
-        group="save",
         keep=True,
     ),
 )
 
+_test = partial(Option, group="test")
 TEST_OPTIONS = (
-    Option(
+    _test(
         "check",
         False,
         bool,
         "A dry run: print what a run would read and which memory it would take, and whether anything would stop it",
-        group="test",
     ),
-    Option("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1, group="test"),
-    Option(
+    _test("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1),
+    _test(
         "predictions",
         None,
         str,
         "File to write each tested pair's logps, rewards and line to, as JSON lines; not set, none",
-        group="test",
     ),
-    Option(
+    _test(
         "compare",
         None,
         str,
         "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
         many=True,
-        group="test",
     ),
 )
 
+_watch = partial(Option, group="watch")
 WATCH_OPTIONS = (
-    Option(
+    _watch(
         "sample_prompts",
         0,
         int,
         "Answer so many prompts of the validation set, greedily, before training and at each validation",
         low=0,
-        group="watch",
     ),
 )
 
