@@ -112,12 +112,7 @@ def build_parser():
 
 
 def training_args(args, adapter_file):
-    """`TrainingArgs` of a run's configuration.
-
-    Args:
-        args: the run's configuration, a namespace with CONFIG_DEFAULTS' keys.
-        adapter_file: path of `adapters.safetensors`.
-    """
+    """`TrainingArgs` of a run's configuration."""
     known = {field.name: getattr(args, field.name) for field in fields(TrainingArgs) if hasattr(args, field.name)}
     return TrainingArgs(**known | {"steps_per_save": args.save_every, "adapter_file": adapter_file})
 
@@ -238,11 +233,7 @@ def evaluate_model(args, model, test_set, objective=None, reference=None, base=N
 
 
 def run(args, training_callback=None):
-    """Run what a configuration asks for.
-
-    Args:
-        args: a namespace with CONFIG_DEFAULTS' keys.
-        training_callback: receives the reports, after those that `report_to` names.
+    """Run what a configuration, a namespace with CONFIG_DEFAULTS' keys, asks for.
 
     Raises:
         ConfigError: a user's mistake; nothing saved before is touched.

@@ -1,7 +1,4 @@
-"""A model card beside the adapters: `README.md` with the Hub's metadata, so that uploading the folder shares them.
-
-Upstream has no module of this name.
-"""
+"""A model card beside the adapters: `README.md` with the Hub's metadata, so that uploading the folder shares them."""
 
 import re
 from pathlib import Path
@@ -36,17 +33,7 @@ def has_card(folder):
 
 
 def write_card(folder, config, loss, validations):
-    """Write the card, unless there is a README.md that the training has not written.
-
-    Args:
-        folder: the run's, a `Path`.
-        config: contents of `adapter_config.json`.
-        loss: the `PreferenceLoss`.
-        validations: lines of `metrics.jsonl`.
-
-    Returns:
-        Whether it was written.
-    """
+    """Write the card, unless there is a README.md that the training has not written; returns whether it was."""
     # Imported where it is needed: it takes a while.
     from huggingface_hub import ModelCardData
 

@@ -1,7 +1,4 @@
-"""The panel that a run ends with: how it went, where the adapters are, and the commands that come next.
-
-Upstream has no module of this name.
-"""
+"""The panel that a run ends with: how it went, where the adapters are, and the commands that come next."""
 
 import shlex
 from pathlib import Path
@@ -17,12 +14,7 @@ from .page import PAGE_FILE, best_of
 
 
 def print_closing(args, epochs):
-    """Print the panel, on the first worker.
-
-    Args:
-        args: the run's configuration, after the run.
-        epochs: that it asked for, or None.
-    """
+    """Print the panel, on the first worker, after a run that asked for `epochs`, or None."""
     if mx.distributed.init().rank() != 0:
         return
     folder, console = Path(args.adapter_path), make_console()
@@ -50,11 +42,7 @@ def _told(line):
 
 
 def next_commands(args, epochs=None):
-    """Command lines by what they do, with this run's paths.
-
-    Args:
-        args, epochs: as for `print_closing`.
-    """
+    """Command lines by what they do, with this run's paths."""
     folder = Path(args.adapter_path)
     where = folder / BEST_FOLDER if args.save_best and (folder / BEST_FOLDER).is_dir() else folder
     trusted = ["--trust-remote-code"] if args.trust_remote_code else []

@@ -19,14 +19,11 @@ VALIDATED_PAIRS = 16
 
 
 def mean_kl(policy, reference, dataset, rows, most=None):
-    """The mean KL of the policy from the reference at the response tokens of a data set's rows, or of some of them.
+    """The mean KL of the policy from the reference at the response tokens of rows, at most `most`, evenly from all.
 
     Args:
         policy: a `Scorer`.
         reference: a `Scorer`, or None for the policy without its adapters.
-        dataset: gives a `Pair` for a row number.
-        rows: the row numbers.
-        most: pairs that are taken, evenly from all rows; MOST_PAIRS by default.
 
     Returns:
         `(nats a token, pairs)`, or None where the reference is not at hand.
@@ -79,12 +76,7 @@ def log_probabilities(scorer, states):
 
 
 def validation_kl(objective, logps):
-    """The KL at a validation, on a few pairs; None where the reference is not the policy without its adapters.
-
-    Args:
-        objective: an `Objective`.
-        logps: `ReferenceLogps`, which tell what the reference is.
-    """
+    """The KL at a validation, on a few pairs; None where the reference is not the policy without its adapters."""
     if logps.valid is None:
         return None
     scorer, pair = objective.scorer, logps.val_dataset[int(logps.val_rows[0])]

@@ -101,10 +101,7 @@ def mean_figures(objective, dataset, rows, reference, batch_size, progress_callb
 
 
 def means_of(figures):
-    """What pairs come to together.
-
-    Args:
-        figures: what `pair_figures` returns.
+    """What pairs come to together, of the figures that `pair_figures` returns.
 
     Returns:
         A dict of means: of FIGURES over pairs, of TOKEN_FIGURES over tokens, as TRL has them; and the correlation of

@@ -1,6 +1,6 @@
 """The ways in which public data sets lay out a preference, each read as `prompt`, `chosen` and `rejected`.
 
-Upstream has no module of this name. A layout is known by its keys; what the values hold is read in `rows.py`.
+A layout is known by its keys; what the values hold is read in `rows.py`.
 """
 
 import json
@@ -182,11 +182,7 @@ NO_PAIRS = (
 
 
 def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
-    """A row laid out as `prompt`, `chosen` and `rejected`.
-
-    Args:
-        row: an object.
-        prompt, chosen, rejected: the keys that the configuration names; a prompt key of None is found.
+    """A row laid out as `prompt`, `chosen` and `rejected`, the keys that the configuration names; None is found.
 
     Returns:
         `(row, name, reads)`: the row with those three keys (`prompt` None where the responses hold it), what its layout
@@ -242,11 +238,7 @@ def is_kto(row):
 
 
 def paired(rows, name, where):
-    """Rows of one labelled completion each, put together by their prompts.
-
-    Args:
-        rows: objects with `prompt`, `completion` and `label`.
-        name, where: what to call the rows, and what gives the place of row number i, for errors.
+    """Rows of one labelled completion each, put together by their prompts; `name` and `where` are for errors.
 
     Returns:
         `(rows, numbers)`: rows with `chosen` and `rejected`, and the number of the row that each chosen stands in.

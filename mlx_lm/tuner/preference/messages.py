@@ -1,7 +1,6 @@
 """One message, or a list of them, brought to the form that chat templates read.
 
-Upstream has no module of this name. Roles and shapes here are those that public data sets hold; how a row as a whole is
-laid out is read in `layouts.py`.
+Roles and shapes here are those that public data sets hold; how a row as a whole is laid out is read in `layouts.py`.
 """
 
 import ast
@@ -54,11 +53,7 @@ def _whole(digits):
 
 
 def messages(value, key):
-    """A list of checked messages.
-
-    Args:
-        value: a list of messages, or one message.
-        key: where it stands, for errors.
+    """A list of checked messages, of one or of one message alone; `key` is where they stand.
 
     Raises:
         ConfigError: something in it is no message that can be trained on.

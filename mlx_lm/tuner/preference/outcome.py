@@ -1,7 +1,4 @@
-"""What a run leaves to look at: the answers, the curves, the page and the model card, drawn again as it goes on.
-
-Upstream has no module of this name.
-"""
+"""What a run leaves to look at: the answers, the curves, the page and the model card, drawn again as it goes on."""
 
 from pathlib import Path
 
@@ -16,18 +13,7 @@ from .page import table_rows, write_page
 
 
 class Outcome:
-    """What the first worker of a run writes for people.
-
-    Args:
-        folder: the run's.
-        objective: the run's `Objective`.
-        logps: its `ReferenceLogps`.
-        args: `TrainingArgs`.
-        config: contents of `adapter_config.json`, or None.
-        ui: the `RunUI`.
-        callback: the run's `TrainingCallback`.
-        iteration: that it starts from.
-    """
+    """What the first worker of a run writes for people; `iteration` is the one that the run starts from."""
 
     def __init__(self, folder, objective, logps, args, config, ui, callback, iteration):
         self.folder, self.objective, self.logps, self.args, self.config = folder, objective, logps, args, config

@@ -1,6 +1,6 @@
 """A page of a run: `report.html`, one file that needs no server and no network.
 
-Upstream has no module of this name. The page is made by Jinja2, which escapes whatever stands in rows and settings.
+The page is made by Jinja2, which escapes whatever stands in rows and settings.
 """
 
 import base64
@@ -29,15 +29,9 @@ SUMMARY = {
 
 
 def table_rows(dataset, rows, tokenizer):
-    """What a page says of pairs whatever the policy: place, texts, and whether another says the same or the reverse.
+    """What a page says of the first MOST_PAIRS rows, whatever the policy, as dicts.
 
-    Args:
-        dataset: gives a `Pair` for a row number.
-        rows: the row numbers; the first MOST_PAIRS of them are taken.
-        tokenizer: makes texts of tokens, or None.
-
-    Returns:
-        A list of dicts.
+    Place, texts, and whether another pair says the same or the reverse.
     """
     where, seen, found = places_of(dataset), {}, []
     for row in map(int, rows[:MOST_PAIRS]):
@@ -61,15 +55,10 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
     """Write the page.
 
     Args:
-        folder: the run's.
-        settings: the configuration, a dict.
-        validations: lines of `metrics.jsonl`.
-        health: sentences.
-        samples: lines of `samples.jsonl`.
+        validations, samples: lines of `metrics.jsonl` and `samples.jsonl`.
         picture: path of the curves, or None.
-        iteration: of the validation that the table shows.
+        iteration, figures: of the validation that the table shows, and what `pair_figures` returned of it.
         rows: what `table_rows` returned.
-        figures: what `pair_figures` returned.
         reference: the reference's logps `(n, 2, 2)`, or None.
     """
     pairs = []

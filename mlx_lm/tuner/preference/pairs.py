@@ -1,7 +1,6 @@
 """Preference rows as pairs of token sequences: what training and evaluation take their batches from.
 
-Upstream has no module of this name. Rows are read in `rows.py` and tokenized in `tokens.py`; `datasets.py` loads
-them.
+Rows are read in `rows.py` and tokenized in `tokens.py`; `datasets.py` loads them.
 """
 
 import os
@@ -283,11 +282,7 @@ def within(unscored, responses):
 
 
 def truncate(prompt, chosen, rejected, max_seq_length):
-    """A pair's tokens cut to a length: the prompt from its left, then the responses from their right.
-
-    Args:
-        prompt, chosen, rejected: lists of token ids, none of them empty.
-        max_seq_length: what prompt and either response may have together, at least 2.
+    """A pair's tokens cut to a length, at least 2: the prompt from its left, then the responses from their right.
 
     Returns:
         `(prompt, chosen, rejected)`, none of them empty; one prompt for both responses.
@@ -310,11 +305,6 @@ def single(pair, label=None):
 
 def mismatched(pairs, max_seq_length, name):
     """Single responses, each with one to another prompt in `rejected`: one of like length, whatever the batches are.
-
-    Args:
-        pairs: `Pair`s with labels.
-        max_seq_length: what the other response is cut to, together with the prompt.
-        name: what to call the data set.
 
     Raises:
         ConfigError: there is one prompt only.

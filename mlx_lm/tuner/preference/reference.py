@@ -113,14 +113,8 @@ class Reference:
 def reference_of(scorer, args, tokenizer=None, trust_remote_code=False):
     """The `Reference` that `args` ask for: the policy as it is now, or another model loaded for the purpose.
 
-    Args:
-        scorer: the policy's `Scorer`.
-        args: `TrainingArgs`.
-        tokenizer: the policy's, which `reference_model`'s is compared with, or None.
-        trust_remote_code: as upstream's `load` takes it.
-
     Raises:
-        ConfigError: `reference_model` cannot be loaded, or has another vocabulary.
+        ConfigError: `reference_model` cannot be loaded, or has another vocabulary than the policy's `tokenizer`.
     """
     cache = args.reference_cache
     if cache is None:
@@ -153,12 +147,7 @@ class ReferenceLogps:
         self.train = self.valid = self.parameters = None
 
     def mix(self, policy, share):
-        """Move the reference's parameters towards the policy's: TR-DPO's soft update, arXiv 2404.09656, eq. 3.
-
-        Args:
-            policy: its trainable parameters, a tree.
-            share: the policy's, 0 to 1.
-        """
+        """Move the reference's parameters by `share` towards the policy's: TR-DPO's soft update, 2404.09656, eq. 3."""
         self.parameters = tree_map(lambda new, old: share * new + (1 - share) * old, policy, self.parameters)
         mx.eval(self.parameters)
 
@@ -172,12 +161,7 @@ class ReferenceLogps:
 
 
 def ample_tokens(scorer, longest):
-    """Tokens in a batch whose activations take a small part of the device's memory.
-
-    Args:
-        scorer: the `Scorer` that will run them.
-        longest: tokens of the longest row.
-    """
+    """Tokens in a batch of rows of up to `longest` whose activations take a small part of the device's memory."""
     states = scorer.states(mx.zeros((1, 1), mx.int32))
     width = states.shape[-1]
     # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused

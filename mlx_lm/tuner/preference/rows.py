@@ -1,7 +1,7 @@
 """Preference rows: every accepted form of a row read as one prompt with two responses, before any token is made.
 
-Upstream has no module of this name. Layouts are known by their keys in `layouts.py`, messages checked in `messages.py`,
-tokens made in `tokens.py`, files and hub data sets read in `datasets.py`.
+Layouts are known by their keys in `layouts.py`, messages checked in `messages.py`, tokens made in `tokens.py`, files
+and hub data sets read in `datasets.py`.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Rows from files: which file of a folder holds which split, and the rows of a file of any kind.
 
-Upstream has no module of this name; it reads `train.jsonl`, `valid.jsonl` and `test.jsonl`.
+Itreads `train.jsonl`, `valid.jsonl` and `test.jsonl`.
 """
 
 import csv
@@ -93,11 +93,7 @@ def is_saved(folder):
 
 
 def read_file(path, package):
-    """The `Rows` of a file.
-
-    Args:
-        path: a file whose name's end tells its kind.
-        package: gives the datasets package, which Parquet needs, or raises `ConfigError`.
+    """The `Rows` of a file, whose name's end tells its kind; Parquet needs the datasets package, which `package` gives.
 
     Raises:
         ConfigError: the file cannot be read; the sentence names the line.
@@ -131,12 +127,6 @@ def joined(parts):
 
 def held_out(rows, share, seed, prompt=None):
     """Numbers of the rows to train on and of those to validate on; rows of one prompt stay together.
-
-    Args:
-        rows: a sequence of objects.
-        share: the share to validate on, between 0 and 1.
-        seed: of the choice.
-        prompt: the key of the prompt, where it is not a usual one.
 
     Raises:
         ConfigError: a prompt is left for one of the two only.

@@ -1,7 +1,7 @@
 """A chat template asked for the text of messages, and checked: what it leaves out of a row is told, not lost.
 
-Upstream has no module of this name. Whether a template writes something is found by changing that thing and looking
-whether the text changes, so that no template has to be known.
+Whether a template writes something is found by changing that thing and looking whether the text changes, so that no
+template has to be known.
 """
 
 import json
@@ -44,11 +44,7 @@ def limited(seconds):
 
 
 class Template:
-    """The chat template of a tokenizer.
-
-    Args:
-        tokenizer: `mlx_lm.tokenizer_utils.TokenizerWrapper`, or a transformers tokenizer.
-    """
+    """The chat template of a tokenizer, mlx-lm's or one of transformers."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

@@ -1,7 +1,6 @@
 """A preference row as tokens: the prompt once, and the tokens of each response that follow it.
 
-Upstream has no module of this name. What is scored is what the model would write after the generation prompt, with
-the token that ends its turn, once.
+What is scored is what the model would write after the generation prompt, with the token that ends its turn, once.
 """
 
 from bisect import bisect_left
