@@ -38,7 +38,7 @@ from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
 from .tuner.preference.closing import print_closing
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
-from .tuner.preference.evaluation import evaluated_rows
+from .tuner.preference.evaluation import evaluated_rows, objective_of
 from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
 from .tuner.preference.load import (
@@ -61,7 +61,6 @@ from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, Unset
 from .tuner.preference.reference import reference_of
 from .tuner.preference.run import check_and_digest, train_preference
 from .tuner.preference.scores import compared, described, score, write_predictions
-from .tuner.preference.step import Objective
 
 _upstream_build_parser = build_parser
 _upstream_train_model, _upstream_evaluate_model = train_model, evaluate_model
@@ -156,7 +155,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
             check_trainable(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
-        objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
+        objective = objective_of(model, args, loss)
         reference = None
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
@@ -390,8 +389,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
         logps = _test_logps(reference, test_set, args)
     if config:
         load_trained(model, args.adapter_path)
-    objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
-    return objective, logps, None if scorer.model is model else scorer
+    return objective_of(model, args, loss), logps, None if scorer.model is model else scorer
 
 
 def main():

@@ -13,17 +13,8 @@ from .options import ConfigError, shown
 
 SAME = "whose responses are rated equal"
 # Keys that hold a prompt where there is no `prompt`, the likeliest first.
-PROMPTS = (
-    "question",
-    "instruction",
-    "query",
-    "input",
-    "conversations",
-    "conversation",
-    "messages",
-    "context",
-    "problem",
-)
+PROMPTS = ("question", "instruction", "query", "input", "conversations", "conversation", "messages", "context")
+PROMPTS += ("problem",)
 ANSWERS = ("assistant", *(name for name, role in OTHER_ROLES.items() if role == "assistant"))
 CHOSEN_SCORES = ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "rating_chosen")
 REJECTED_SCORES = ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected")
@@ -48,9 +39,6 @@ class Layout:
     keys: tuple
     read: Callable
     reads: tuple = ()
-
-    def fits(self, row):
-        return all(row.get(key) is not None for key in self.keys)
 
 
 def _openai(row):
@@ -126,11 +114,6 @@ def _one_of(key, first, second):
     return wins
 
 
-def _scores(row):
-    """SHP's A is better where its label is 1."""
-    return _one_of("labels", 1, 0)(row)
-
-
 LAYOUTS = (
     Layout("OpenAI's preference format", ("input", "preferred_output", "non_preferred_output"), _openai),
     Layout("Alpaca pairs", ("instruction", "chosen", "rejected"), _alpaca, ("input", "history")),
@@ -153,7 +136,7 @@ LAYOUTS = (
     Layout(
         "SHP comparisons",
         ("history", "human_ref_A", "human_ref_B", "labels"),
-        _two("human_ref_A", "human_ref_B", _scores, "history"),
+        _two("human_ref_A", "human_ref_B", _one_of("labels", 1, 0), "history"),
     ),
     Layout(
         "PKU-SafeRLHF comparisons",
@@ -190,9 +173,12 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
     """
     if row.get(chosen) is None and row.get(rejected) is None and (chosen, rejected) == ("chosen", "rejected"):
         for layout in LAYOUTS:
-            if layout.fits(row):
+            if _holds(row, layout.keys):
                 return layout.read(row), layout.name, (*layout.keys, *layout.reads)
-        return _refused(row)
+        for keys, what in NO_PAIRS:
+            if _holds(row, keys):
+                raise ConfigError(f"chosen is missing; the row's keys are {', '.join(map(str, row))}: {what}.")
+        return {}, PLAIN, ()
     if prompt is not None or row.get("prompt") is not None or _whole(row.get(chosen)) and _whole(row.get(rejected)):
         key = prompt or "prompt"
         return {"prompt": row.get(key)}, PLAIN if row.get(key) is not None else IMPLICIT, (key,)
@@ -203,6 +189,10 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
     if key is None:
         return {"prompt": None}, IMPLICIT, ()
     return {"prompt": _asked(row[key], key, chosen)}, f"{key}, {chosen}, {rejected}", (key,)
+
+
+def _holds(row, keys):
+    return all(row.get(key) is not None for key in keys)
 
 
 def _asked(value, key, chosen):
@@ -223,13 +213,6 @@ def _whole(value):
         return False
     role = str(first.get("role", first.get("from", ""))).lower()
     return role in ("system", "developer", "user", "human", "prompter")
-
-
-def _refused(row):
-    for keys, what in NO_PAIRS:
-        if all(row.get(key) is not None for key in keys):
-            raise ConfigError(f"chosen is missing; the row's keys are {', '.join(map(str, row))}: {what}.")
-    return {}, PLAIN, ()
 
 
 def is_kto(row):

@@ -79,7 +79,7 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
             name: value if isinstance(value, str) else json.dumps(value, default=str)
             for name, value in settings.items()
         },
-        summary=_summary(validations),
+        summary=summary(validations, SUMMARY),
         health=health,
         answers=_answers(samples),
         picture=base64.b64encode(Path(picture).read_bytes()).decode() if picture else None,
@@ -98,23 +98,18 @@ def best_of(validations):
     return best, sound[-1] if sound else None
 
 
-def _summary(validations):
-    """Rows of a table: a name, and its figure in the first, the best and the last validation."""
+def summary(validations, names):
+    """Rows of a table: a head, then the name of each figure that there is, in the first, best and last validation."""
     best, last = best_of(validations)
     if last is None:
         return []
     lines = {"first": validations[0], "best": best, "last": last}
-    head = ("", *(f"{name} (iteration {line['iteration']})" for name, line in lines.items()))
-    rows = [
-        (name, *(_number(line.get(f"eval_{key}")) for line in lines.values()))
-        for key, name in SUMMARY.items()
-        if any(f"eval_{key}" in line for line in lines.values())
-    ]
-    return [head, *rows]
-
-
-def _number(value):
-    return "" if value is None else f"{round(value, 3) + 0.0:.3f}"
+    table = [("", *(f"{name} (iteration {line['iteration']})" for name, line in lines.items()))]
+    for key, name in names.items():
+        values = [line.get(f"eval_{key}") for line in lines.values()]
+        if any(value is not None for value in values):
+            table.append((name, *("" if value is None else f"{round(value, 3) + 0.0:.3f}" for value in values)))
+    return table
 
 
 def _answers(samples):

@@ -79,7 +79,9 @@ class Reference:
         """Fill `values` `(n, 4)`, batch by batch."""
         world = mx.distributed.init()
         with evaluating(self.scorer.model), bounded_memory() as evaluate, make_bars(world.rank()) as bars:
-            batches = self._batches(np.array([pair_lengths(dataset[row]) for row in rows]))
+            # Of several workers, each has a batch.
+            share = -(-len(rows) // world.size())
+            batches = batches_of(self.scorer, dataset, rows, self.batch_size, share=share)
             task = bars.add_task(f"reference, {split}" if split else "reference", total=len(rows))
             for turn in range(world.rank(), len(batches), world.size()):
                 places = batches[turn]
@@ -100,14 +102,6 @@ class Reference:
                 f"the reference gives logps that are not finite for {bad} of {len(rows)} pairs: its weights are "
                 "damaged, or too large for their dtype; check what the model generates."
             )
-
-    def _batches(self, lengths):
-        """Rows of like length together: `batch_size` of them, or as many as memory is ample for."""
-        if self.batch_size is not None:
-            return plan(lengths, self.batch_size)
-        most = ample_tokens(self.scorer, int(lengths.sum(axis=1).max()))
-        share = -(-len(lengths) // mx.distributed.init().size())
-        return filled(lengths, most, self.scorer.arrangement, share)
 
 
 def reference_of(scorer, args, tokenizer=None, trust_remote_code=False):
@@ -158,6 +152,21 @@ class ReferenceLogps:
         self.train[rows] = reference.logps(self.dataset, rows, "train")
         if len(self.val_rows):
             self.valid = reference.logps(self.val_dataset, self.val_rows, "valid")
+
+
+def batches_of(scorer, dataset, rows, size=None, workers=1, share=None):
+    """Places in `rows`, pairs of like length together: `size` of them, or as many as memory is ample for.
+
+    Args:
+        scorer: the `Scorer` that will run them.
+        workers: how many take a batch together.
+        share: pairs in a batch at most, or None.
+    """
+    lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
+    if size is not None:
+        return plan(lengths, size)
+    most = workers * ample_tokens(scorer, int(lengths.sum(axis=1).max()))
+    return filled(lengths, most, scorer.arrangement, share)
 
 
 def ample_tokens(scorer, longest):

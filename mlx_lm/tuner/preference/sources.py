@@ -41,34 +41,21 @@ class Rows(NamedTuple):
 
     def taken(self, numbers):
         """Some of the rows."""
-        where = self.where  # alone, so that the rows can be let go of
-        return Rows(Subset(self.rows, numbers), lambda i: where(numbers[i]))
+        rows, where = self  # apart, so that the rows can be let go of
+        return Rows(View(len(numbers), lambda i: rows[numbers[i]]), lambda i: where(numbers[i]))
 
 
-class Subset(Sequence):
-    """The rows of a sequence that have the given numbers."""
+class View(Sequence):
+    """A sequence of so many rows, each made by `read` of its number when it is asked for."""
 
-    def __init__(self, rows, numbers):
-        self.rows, self.numbers = rows, numbers
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getitem__(self, i):
-        return self.rows[self.numbers[i]]
-
-
-class WithoutNone(Sequence):
-    """A hub data set's rows without the empty values that its columns fill up rows with."""
-
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, count, read):
+        self.count, self.read = count, read
 
     def __len__(self):
-        return len(self.data)
+        return self.count
 
     def __getitem__(self, i):
-        return {key: _without_none(value) for key, value in self.data[i].items()}
+        return self.read(i)
 
 
 def files_of(folder, split):
@@ -82,7 +69,8 @@ def files_of(folder, split):
                 return parts
     if split == "train" and folder.is_dir():
         # A folder with one file of rows needs no name for it.
-        paths = [path for path in folder.iterdir() if path.suffix in KINDS and path.stem not in _all_names()]
+        names = {name for names in SPLITS.values() for name in names}
+        paths = [path for path in folder.iterdir() if path.suffix in KINDS and path.stem not in names]
         return paths if len(paths) == 1 else []
     return []
 
@@ -112,8 +100,9 @@ def read_file(path, package):
 
 
 def of_hub(data, name):
-    """The `Rows` of a data set of the datasets package."""
-    return Rows(WithoutNone(data), lambda i: f"{name}, row {i}")
+    """The `Rows` of a data set of the datasets package, without the empty values that its columns fill up rows with."""
+    read = View(len(data), lambda i: {key: _without_none(value) for key, value in data[i].items()})
+    return Rows(read, lambda i: f"{name}, row {i}")
 
 
 def joined(parts):
@@ -151,10 +140,6 @@ def _prompt_of(row, key, i):
         return json.dumps(found[0], sort_keys=True, default=str)
     first = row.get("chosen") if isinstance(row, Mapping) else None
     return json.dumps(first[:-1], sort_keys=True, default=str) if isinstance(first, list) and len(first) > 1 else i
-
-
-def _all_names():
-    return {name for names in SPLITS.values() for name in names}
 
 
 def _read_lines(path):
