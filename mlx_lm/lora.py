@@ -87,6 +87,9 @@ def build_parser():
         for option in OPTIONS:
             if option.group == key:
                 group.add_argument(option.flag, **option.argument())
+                if option.words:
+                    flag = option.flag.replace("--", "--no-", 1)
+                    group.add_argument(flag, dest=option.name, action="store_false", default=None, help="The reverse.")
     group = parser.add_argument_group(UPSTREAM_GROUP)
     for action in upstreams:
         parser._optionals._group_actions.remove(action)

@@ -94,9 +94,10 @@ class Option:
         if self.default is not None:
             told += f"; {str(self.default).lower() if self.kind is bool else self.default} by default"
         told = told.replace("%", "%%") + "."
+        if self.words:
+            return {"nargs": "?", "const": True, "choices": self.words, "default": None, "help": told}
         if self.kind is bool:
-            action = partial(_Switch, words=self.words) if self.words else argparse.BooleanOptionalAction
-            return {"action": action, "default": None, "help": told}
+            return {"action": argparse.BooleanOptionalAction, "default": None, "help": told}
         shape = {"nargs": "+"} if self.many else {}
         return {"type": self.kind, "default": None, "metavar": self.kind.__name__.upper(), "help": told} | shape
 
@@ -151,20 +152,6 @@ class Option:
 
 class Unset(int):
     """A number that stands where nobody gave one, told from the same number given."""
-
-
-class _Switch(argparse.Action):
-    """`--flag`, `--no-flag`, and `--flag WORD` for the words of an option that takes some."""
-
-    def __init__(self, option_strings, dest, words, **options):
-        flags = [*option_strings, "--no-" + option_strings[0].removeprefix("--")]
-        super().__init__(flags, dest, nargs="?", choices=words, metavar="|".join(words), **options)
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        off = option_string.startswith("--no-")
-        if off and value is not None:
-            parser.error(f"argument {option_string}: ignored explicit argument {value!r}")
-        setattr(namespace, self.dest, value or not off)
 
 
 # The options' groups, in the order of `--help` and LORA.md.

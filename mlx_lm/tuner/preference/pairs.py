@@ -158,11 +158,6 @@ class PreferenceDataset:
         """Tokens of the prompt, the chosen and the rejected response of a pair."""
         return tuple(len(tokens) for tokens in self._pairs[idx][:3])
 
-    def itemlen(self, idx):
-        """Tokens of the longer of a pair's two sequences."""
-        prompt, chosen, rejected = self.lengths(idx)
-        return prompt + max(chosen, rejected)
-
     @classmethod
     def joined(cls, datasets):
         """One data set of the pairs of several, in their order."""

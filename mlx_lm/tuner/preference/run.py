@@ -75,8 +75,8 @@ def train_preference(
             "sample_prompts needs a tokenizer, which a PreferenceDataset has and a list of pairs has not."
         )
     maybe_set_recommended_wired_limit()
-    for line in filter(None, [slow_blas_hint()]):
-        rprint(line)
+    if (hint := slow_blas_hint()) is not None:
+        rprint(hint)
     say_fallbacks(objective.scorer, args.share_prompt)
     folder, first = Path(args.adapter_file).parent, mx.distributed.init().rank() == 0
     # A dry run makes no folder.

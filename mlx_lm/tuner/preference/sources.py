@@ -151,8 +151,9 @@ def _read_lines(path):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                if not rows and text[0] == "[" and (found := _array(path)) is not None:
-                    return Rows(found, lambda i: f"{path}, row {i}")
+                if not rows and text[0] == "[" and isinstance(found := _whole(path), list) and found:
+                    if all(isinstance(row, Mapping) for row in found):
+                        return Rows(found, lambda i: f"{path}, row {i}")
                 rows.append(from_json(text))
                 lines.append(number)
     except UnicodeDecodeError as error:
@@ -163,20 +164,17 @@ def _read_lines(path):
     return Rows(rows, lambda i: f"{path}:{lines[i]}")
 
 
-def _array(path):
-    """The list of objects that a whole file holds as JSON, None where it holds something else."""
+def _whole(path):
+    """What a whole file holds as JSON; None where it is none."""
     try:
-        found = from_json(path.read_text(encoding="utf-8-sig"))
+        return from_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) and found and all(isinstance(row, Mapping) for row in found) else None
 
 
 def _read_json(path):
     """A file of one JSON value: a list of rows, or an object that holds one; else JSON lines."""
-    try:
-        found = from_json(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+    if (found := _whole(path)) is None:
         return _read_lines(path)
     if isinstance(found, Mapping):
         lists = [value for value in found.values() if isinstance(value, list) and value]

@@ -86,8 +86,7 @@ class Template:
         if not conversation.tools and not any(m.get("tool_calls") or m["role"] == "tool" for m in every):
             return conversation
         first_lost = refused = None
-        for form in (_as_served, _as_strings):
-            tried = _changed(conversation, form)
+        for tried in (conversation, _changed(conversation, _as_strings)):
             try:
                 lost = self._lost(tried)
             except ConfigError as error:
@@ -182,10 +181,6 @@ def _renamed(message, key):
         return message
     rest = {name: value for name, value in message.items() if name != "reasoning_content"}
     return {**rest, key: message["reasoning_content"]}
-
-
-def _as_served(message):
-    return message
 
 
 def _as_strings(message):
