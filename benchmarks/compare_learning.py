@@ -9,8 +9,8 @@ to --out as soon as it is done, so that several calls add up: --only, --seeds, a
 setting of ours. The table has mean and standard error over the seeds, as each program tells them; "from TRL" is the
 difference of the means over the root of both standard errors' squares, for the same dtype and settings. TRL also scores
 what a chat template writes after the end of a turn.
-The second table is of the trained models, measured by one code for both programs: margins, how they go with the
-lengths of the responses, and with --samples the length of greedy responses to that many validation prompts.
+The second table is of the models after each epoch, measured by one code for both programs: margins, how they go with
+the lengths of the responses, and with --samples the length of greedy responses to that many validation prompts.
 """
 
 import argparse
@@ -74,10 +74,10 @@ def train(program, seed, options):
         options.data,
         seed=seed,
         validations=options.epochs,
-        options=options.set,
-        trl_options=("--eval-batch-size", even_batches(options.data)),
+        trl_options=("--eval-batch-size", even_batches(options.data), "--keep"),
         **settings,
     )
+    training.options = {"save_every": training.steps_per_eval, **options.set}
     started = time.perf_counter()
     limits = {"timeout": options.timeout, "measure_memory": False}
     with tempfile.TemporaryDirectory() as folder:
@@ -86,9 +86,14 @@ def train(program, seed, options):
         else:
             _, reports = start_trl(training, folder, options.python_trl, **limits)
         seconds = time.perf_counter() - started
-        spec = {"model": options.model, "data": options.data, "adapters": f"{folder}/adapters", "beta": options.beta}
+        # The last save is the trained model itself.
+        ends = [min(n * training.steps_per_eval, training.iters) for n in range(1, options.epochs + 1)]
+        adapters = [f"{folder}/adapters/{iteration:07d}" for iteration in ends]
+        spec = {"model": options.model, "data": options.data, "adapters": adapters, "beta": options.beta}
         spec |= {"samples": options.samples, "max_seq_length": options.max_seq_length}
-        measured = held_out(spec, options.timeout)
+        found = held_out(spec, options.timeout)
+        if "error" in found:
+            raise NotRun(found["error"])
     validations = [report for report in reports if "eval_loss" in report]
     return {
         "program": program,
@@ -97,7 +102,7 @@ def train(program, seed, options):
         "dtype": options.dtype,
         "settings": settings | ({"set": options.set} if program == "ours" and options.set else {}),
         "epochs": [{name: report[key] for name, key in FIGURES.items()} for report in validations],
-        "held_out": measured,
+        "held_out": {str(epoch): measured for epoch, measured in enumerate(found["measured"], 1)},
         "seconds": seconds,
         "machine": machine(),
         "versions": versions() if program == "ours" else versions(options.python_trl),
@@ -129,9 +134,9 @@ def add_base(options, results):
     settings = {"model": Path(options.model).name, "samples": options.samples}
     if any(record["label"] == "base" and record["settings"] == settings for record in results.records):
         return
-    measured = held_out({"model": options.model, "data": options.data, "adapters": None, "samples": options.samples})
+    found = held_out({"model": options.model, "data": options.data, "adapters": [], "samples": options.samples})
     named = {"program": "base", "label": "base", "seed": 0, "dtype": options.dtype, "settings": settings, "epochs": []}
-    results.add(named | {"held_out": measured, "machine": machine()})
+    results.add(named | {"held_out": {"0": found["measured"][0]}, "machine": machine()})
 
 
 def groups(records):
@@ -175,18 +180,24 @@ def epoch_table(grouped):
 
 
 def held_out_table(grouped):
-    """`(header, rows)` of the trained models, measured by one code."""
+    """`(header, rows)` of the models after each epoch that was measured, by one code."""
     rows = []
     for key, records in grouped.items():
         label, dtype, _ = key
-        others = counterpart(key, grouped) if label != "TRL" else None
-        row = []
-        for name in HELD_OUT.values():
-            values, theirs = ([each["held_out"].get(name) for each in runs] for runs in (records, others or []))
-            row += [cell(values), *([distance(values, theirs)] if name in COMPARED else [])]
-        rows.append((label, dtype, len(records), *row))
+        others = (counterpart(key, grouped) if label != "TRL" else None) or []
+        for epoch in sorted({epoch for record in records for epoch in record["held_out"]}):
+            row, measured = [], [measures_after(epoch, runs) for runs in (records, others)]
+            for name in HELD_OUT.values():
+                values, theirs = ([each.get(name) for each in runs] for runs in measured)
+                row += [cell(values), *([distance(values, theirs)] if name in COMPARED else [])]
+            rows.append((label, dtype, len(measured[0]), epoch, *row))
     heads = (head for head, name in HELD_OUT.items() for head in ((head, "from TRL") if name in COMPARED else (head,)))
-    return ("run", "dtype", "seeds", *heads), rows
+    return ("run", "dtype", "seeds", "epoch", *heads), rows
+
+
+def measures_after(epoch, records):
+    """What `held_out.py` found of the runs whose adapters were measured after an epoch, "0" for the base model."""
+    return [record["held_out"][epoch] for record in records if epoch in record["held_out"]]
 
 
 def print_table(header, rows):

@@ -1,9 +1,9 @@
-"""What a trained adapter, ours or PEFT's, does to held-out pairs and to the length of sampled responses.
+"""What trained adapters, ours or PEFT's, do to held-out pairs and to the length of sampled responses.
 
-    PYTHONPATH=. python benchmarks/held_out.py '{"model": FOLDER, "data": FOLDER, "adapters": FOLDER, "samples": 64}'
+    PYTHONPATH=. python benchmarks/held_out.py '{"model": FOLDER, "data": FOLDER, "adapters": [FOLDER], "samples": 64}'
 
-Prints a JSON object; see `measure`. Both programs' adapters are measured by the same code, with the model's own logps.
-A spec with `cast` writes the model in another dtype into the folder `to` instead.
+Prints a JSON object with the list `measured`; see `measure`. Both programs' adapters are measured by the same code,
+with the model's own logps. A spec with `cast` writes the model in another dtype into the folder `to` instead.
 """
 
 import json
@@ -64,9 +64,7 @@ def flat_adapters(model):
 
 
 def load_policy(model, adapters):
-    """`(model, tokenizer)` with trained adapters of either kind, or the base model where `adapters` is None."""
-    if adapters is None:
-        return load(model)
+    """`(model, tokenizer)` with trained adapters of either kind."""
     if (Path(adapters) / "adapter_model.safetensors").exists():
         policy, tokenizer = load(model)
         add_peft_adapters(policy, Path(adapters))
@@ -108,32 +106,35 @@ def sampled_lengths(model, tokenizer, pairs):
 
 
 def measure(model, data, adapters, beta=0.1, samples=0, max_seq_length=1024, split="valid"):
-    """Held-out measures of an adapter.
+    """Held-out measures of the adapters of one run, in the order in which it saved them.
 
     Args:
         model, data: folders.
-        adapters: a folder, or None for the base model.
+        adapters: folders; none for the base model.
         beta: reward per nat.
-        samples: prompts to respond to.
+        samples: prompts that the last of them responds to.
         max_seq_length: as for training.
         split: of the data.
 
     Returns:
-        A dict: with samples `sampled_length`, mean tokens of a response, and `sampled_whole`, the share that ended by
-        itself; with adapters what `by_length` gives.
+        A list of dicts, one for each of the adapters: what `by_length` gives. With samples the last one has
+        `sampled_length`, mean tokens of a response, and `sampled_whole`, the share that ended by itself.
     """
-    policy, tokenizer = load_policy(model, adapters)
+    base, tokenizer = load(model)
     asked = {"loss_type": "dpo", "train": True, "test": split == "test", "max_seq_length": max_seq_length}
     pairs = load_dataset(SimpleNamespace(data=data, **asked), tokenizer)[("train", "valid", "test").index(split)]
     pairs = [pairs[i] for i in range(len(pairs))]
-    found = {}
+    found, policy = [], base
+    if adapters:
+        before = logps(base, pairs)
+    for folder in adapters:
+        policy, _ = load_policy(model, folder)
+        found.append(by_length(beta * (logps(policy, pairs) - before), pairs))
     if samples:
         lengths = sampled_lengths(policy, tokenizer, pairs[:samples])
-        found["sampled_length"] = float(np.mean(lengths))
-        found["sampled_whole"] = float(np.mean([length < MAX_TOKENS for length in lengths]))
-    if adapters is not None:
-        base, _ = load(model)
-        found |= by_length(beta * (logps(policy, pairs) - logps(base, pairs)), pairs)
+        told = {"sampled_length": float(np.mean(lengths))}
+        told["sampled_whole"] = float(np.mean([length < MAX_TOKENS for length in lengths]))
+        found = [*found[:-1], (found[-1] if found else {}) | told]
     return found
 
 
@@ -160,5 +161,5 @@ def by_length(rewards, pairs):
 
 if __name__ == "__main__":
     spec = json.loads(sys.argv[1])
-    result = cast(spec["model"], spec["cast"], spec["to"]) if "cast" in spec else measure(**spec)
+    result = cast(spec["model"], spec["cast"], spec["to"]) if "cast" in spec else {"measured": measure(**spec)}
     print(json.dumps(result))

@@ -25,14 +25,26 @@ from common import HERE, own_environment, print_head, print_row, run_json, say
 from programs import command_line, machine, versions
 from records import Results, cell, mean_and_error
 
-# Name of a run in --runs: what it trains with.
-RUNS = {
+# Name of a run in --runs: what it trains with. The paper's losses and baselines at several strengths, and then every
+# other loss of the table once.
+PAPER = {
     **{f"dpo:{beta}": {"loss": "dpo", "beta": beta} for beta in (0.05, 0.1, 0.5, 1)},
     **{f"ipo:{beta}": {"loss": "ipo", "beta": beta} for beta in (0.1, 0.5)},
     **{f"simpo:{beta}": {"loss": "simpo", "beta": beta} for beta in (2, 10)},
     "sft": {"loss": "likelihood", "alpha": 0.0},
     **{f"unlikelihood:{alpha}": {"loss": "likelihood", "alpha": alpha} for alpha in (0.05, 0.5, 1)},
 }
+FURTHER = {
+    "robust:0.1": {"loss": "robust", "beta": 0.1, "label_smoothing": 0.1},
+    **{f"{loss}:0.1": {"loss": loss, "beta": 0.1} for loss in ("hinge", "exo_pair", "nca_pair", "bco_pair")},
+    # Its margins are means of tokens, as simpo's are.
+    "sigmoid_norm:2": {"loss": "sigmoid_norm", "beta": 2},
+    **{f"{loss}:0.1": {"loss": loss, "beta": 0.1} for loss in ("sppo_hard", "apo_zero", "apo_down")},
+    "discopop:0.1": {"loss": "discopop", "beta": 0.1, "discopop_tau": 0.2},
+    **{f"{loss}:0.1": {"loss": loss, "beta": 0.1} for loss in ("aot", "aot_unpaired", "dpop", "orpo", "cpo", "kto")},
+    "dpo+sft:0.1": {"loss": ["dpo", "sft"], "beta": 0.1},
+}
+RUNS = PAPER | FURTHER
 SETTINGS = {
     "cpu": {
         "sampling": {"prompts": 64, "held_out": 24, "continuations": 4, "tokens": 20, "batch": 32},
@@ -43,9 +55,9 @@ SETTINGS = {
     },
     "gpu": {
         "sampling": {"prompts": 800, "held_out": 256, "continuations": 4, "tokens": 48, "batch": 256},
-        "training": {"steps": 300, "every": 50, "batch_size": 8, "learning_rate": 2e-5},
+        "training": {"steps": 300, "every": 50, "batch_size": 8, "learning_rate": 5e-5},
         "evaluation": {"tokens": 48, "batch": 256, "kl_batch": 32},
-        "runs": ",".join(RUNS),
+        "runs": ",".join(PAPER),
         "seeds": "0,1,2",
     },
 }
@@ -70,7 +82,7 @@ def known_run(name):
 
 
 def run_names(text):
-    names = text.split(",")
+    names = list(FURTHER) if text == "further" else text.split(",")
     for name in names:
         known_run(name)
     return names
@@ -151,18 +163,27 @@ def score_and_error(points):
     return score, points[0]["score_error"] if error is None else error
 
 
-def print_points(runs):
-    print_head("run", "step", "seeds", "KL, nats", "score", "tokens")
+def points_table(runs):
+    """`(header, rows)`: a row a run, with KL in nats and mean score at each step but the first."""
+    steps = sorted({point["iteration"] for records in runs.values() for r in records for point in r["points"]})[1:]
+    rows = []
     for label, records in runs.items():
-        for points in zip(*(record["points"] for record in records), strict=False):
-            kl, length = (cell([point[name] for point in points]) for name in ("kl", "length"))
-            score, error = score_and_error(points)
-            print_row(label, points[0]["iteration"], len(points), kl, f"{score:.4f} ± {error:.4f}", length)
+        cells = []
+        for step in steps:
+            points = [point for record in records for point in record["points"] if point["iteration"] == step]
+            if points:
+                score, error = score_and_error(points)
+                kl = statistics.fmean(point["kl"] for point in points)
+                cells.append(f"{kl:.1f}: {score:+.3f} ± {error:.3f}")
+            else:
+                cells.append("-")
+        rows.append((label, len(records), *cells))
+    return ("run", "seeds", *(f"step {step}" for step in steps)), rows
 
 
-def print_scores_at(runs, divergences):
-    print()
-    print_head("run", *(f"score at {kl:g} nats" for kl in divergences), "highest KL", "score there")
+def scores_table(runs, divergences):
+    """`(header, rows)`: a row a run, with its score where it comes to some KL, and at its largest."""
+    rows = []
     for label, records in runs.items():
         cells = []
         for kl in divergences:
@@ -170,7 +191,8 @@ def print_scores_at(runs, divergences):
             reached = [score for score in scores if score is not None]
             cells.append(cell(reached) + (f" ({len(reached)} of {len(scores)})" if len(reached) < len(scores) else ""))
         far = [max(record["points"], key=lambda point: point["kl"]) for record in records]
-        print_row(label, *cells, *(cell([point[name] for point in far]) for name in ("kl", "score")))
+        rows.append((label, *cells, *(cell([point[name] for point in far]) for name in ("kl", "score"))))
+    return ("run", *(f"score at {kl:g} nats" for kl in divergences), "highest KL", "score there"), rows
 
 
 def draw(runs, path):
@@ -214,7 +236,9 @@ def options_of(arguments=None):
     parser.add_argument("--out", required=True, help="JSON file that the runs are added to")
     parser.add_argument("--pairs", help="JSON file of the sampled pairs; by default --out with .pairs.json at its end")
     parser.add_argument("--setting", choices=SETTINGS, default="cpu")
-    parser.add_argument("--runs", type=run_names, help="by comma, some of " + ", ".join(RUNS))
+    parser.add_argument(
+        "--runs", type=run_names, help=f"by comma, some of {', '.join(RUNS)}; further: the losses that the paper lacks"
+    )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], help="by comma")
     parser.add_argument("--steps", type=int, help="instead of the setting's")
     parser.add_argument("--every", type=int, help="steps from one point to the next")
@@ -243,8 +267,11 @@ def main():
         make_pairs(options, setting)
         complete = run_all(options, setting, results)
     runs = runs_of(results.records)
-    print_points(runs)
-    print_scores_at(runs, options.at)
+    for header, rows in (points_table(runs), scores_table(runs, options.at)):
+        print_head(*header)
+        for row in rows:
+            print_row(*row)
+        print()
     if options.picture:
         draw(runs, options.picture)
     if not complete:

@@ -25,6 +25,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm import load
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import Pair
+from mlx_lm.tuner.preference.pairs import mismatched, single
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
 # A prompt is one of each: somebody saw something, and then the words before the opinion.
@@ -212,6 +213,9 @@ def train_run(model, pairs, run, seed, steps, every, batch_size, learning_rate, 
     policy, tokenizer = load(model)
     reference, _ = load(model)
     dataset = [Pair(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in data["pairs"]]
+    if run["loss"] == "kto":
+        longest = max(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in dataset)
+        dataset = mismatched([one for pair in dataset for one in single(pair)], longest, "pairs")
     mx.random.seed(seed)
     np.random.seed(seed)
     policy.freeze()

@@ -14,6 +14,7 @@ from pathlib import Path
 from common import SHAPES
 from compare_learning import epoch_table, groups, held_out_table
 from macs import parameters
+from sentiment import points_table, runs_of, scores_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -328,29 +329,20 @@ def gradients_table():
 
 
 def sentiment_table():
-    """Score against KL from the reference, a row for each point."""
-    rows = [
-        (
-            record["label"],
-            record["seed"],
-            point["iteration"],
-            f"{point['kl']:.2f}",
-            f"{point['score']:+.3f} ± {point['score_error']:.3f}",
-        )
-        for found in files("sentiment_*.json").values()
-        for record in found
-        for point in record["points"]
-    ]
-    commands = {
-        record.get("command", "python benchmarks/sentiment.py"): None
-        for found in files("sentiment_*.json").values()
-        for record in found
-    }
-    return (
-        markdown_table(("run", "seed", "step", "KL, nats", "score"), rows)
-        + "\n\n"
-        + "; ".join(f"`{c}`" for c in commands)
-    )
+    """Score against KL from the reference, for each file: a row a run, with its steps and with its score at some KL."""
+    parts = []
+    for name, records in files("sentiment_*.json").items():
+        runs = runs_of(records)
+        commands = dict.fromkeys(record.get("command", "python benchmarks/sentiment.py") for record in records)
+        parts += [
+            f"`{name}`, KL in nats and the mean score after some steps:",
+            markdown_table(*points_table(runs)),
+            "The score where the frontier first comes to a KL:",
+            markdown_table(*scores_table(runs, (2, 5, 10))),
+            "\n".join(f"- `{command}`" for command in commands)
+            + f"\n\n{records[0].get('machine', records[0].get('device'))}.",
+        ]
+    return "\n\n".join(parts)
 
 
 def learning_table():

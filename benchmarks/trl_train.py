@@ -51,10 +51,14 @@ class TimedTrainer(DPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Tells the seconds of every fifty steps, validations left out, and the figures of each validation."""
+    """Tells the seconds of every fifty steps, validations left out, and the figures of each validation.
 
-    def __init__(self):
-        self.tic, self.seconds, self.steps = None, 0.0, 0
+    Args:
+        keep: whether to save the adapters at each validation, into a folder named after the step.
+    """
+
+    def __init__(self, keep):
+        self.tic, self.seconds, self.steps, self.keep = None, 0.0, 0, keep
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.tic is None:
@@ -76,6 +80,8 @@ class Clock(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         tell("validation", iteration=state.global_step, seconds=metrics["eval_runtime"], **figures_of(metrics))
+        if self.keep:
+            kwargs["model"].save_pretrained(f"{args.output_dir}/{state.global_step:07d}")
 
 
 def figures_of(metrics):
@@ -150,6 +156,7 @@ def main():
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--scale", type=float, default=20.0, help="alpha / rank")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="save the adapters at each validation too")
     parser.add_argument("--liger", action="store_true", help="with Liger's kernels")
     options = parser.parse_args()
     tell("imported", started=STARTED)
@@ -172,7 +179,7 @@ def main():
         eval_dataset=valid_set,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[Clock()],
+        callbacks=[Clock(options.keep)],
     )
     trainer.train()
     trainer.save_model(options.output)
