@@ -197,57 +197,26 @@ DATA_OPTIONS = (
     _data("chosen_feature", "chosen", str, "Key of a row's preferred response"),
     _data("rejected_feature", "rejected", str, "Key of a row's rejected response"),
     _data(
-        "use_chat_template",
-        True,
-        bool,
-        "Put rows into the tokenizer's chat template, where it has one; false trains strings as they stand",
+        "use_chat_template", True, bool, "Use the tokenizer's chat template, if any; false trains strings as they stand"
     ),
     _data(
-        "score",
-        "assistant",
-        str,
-        "Which turns of a response are scored: the model's own, or also those of users and tools within it",
-        choices=("assistant", "all"),
+        "score", "assistant", str, "Score the model's own turns, or users' and tools' too", choices=("assistant", "all")
     ),
-    _data(
-        "score_difference",
-        None,
-        str,
-        "What a row's score_chosen - score_rejected becomes; by default nothing",
-        choices=("margin", "weight"),
-    ),
+    _data("score_difference", None, str, "What to make of score_chosen - score_rejected", choices=("margin", "weight")),
     _data("score_scale", 1.0, float, "Factor of that difference", above=0),
+    _data("min_score_difference", None, float, "Leave out rows whose score_chosen - score_rejected is below this"),
     _data(
-        "min_score_difference",
-        None,
-        float,
-        "Leave out rows whose score_chosen is not above score_rejected by this much; by default none",
-    ),
-    _data(
-        "valid_share",
-        None,
-        float,
-        "Share of the training rows to validate on instead of training, where there is no validation set",
-        above=0,
-        below=1,
+        "valid_share", None, float, "Share of training rows to validate on, without a validation set", above=0, below=1
     ),
 )
 
 _reference = partial(Option, group="reference")
 REFERENCE_OPTIONS = (
     _reference(
-        "reference_model",
-        None,
-        str,
-        "Folder or Hugging Face repo of the reference policy; by default it is the model as training finds it",
-        keep=True,
+        "reference_model", None, str, "Folder or hub repo of the reference; not set, the model as it begins", keep=True
     ),
     _reference(
-        "reference_batch_size",
-        None,
-        int,
-        "Pairs a batch in the reference pass; by default as many as memory is ample for",
-        low=1,
+        "reference_batch_size", None, int, "Pairs a batch of the reference pass; by default what memory allows", low=1
     ),
     _reference(
         "reference_cache",
@@ -257,30 +226,16 @@ REFERENCE_OPTIONS = (
         "cache folder",
     ),
     _reference(
-        "reference_cache_size",
-        256.0,
-        float,
-        "Megabytes that the folder may hold; the entries used longest ago go first",
-        low=0,
+        "reference_cache_size", 256.0, float, "Megabytes that it may hold; the entries used longest ago go first", low=0
     ),
 )
 
 _step = partial(Option, group="step")
 STEP_OPTIONS = (
     _step(
-        "use_rslora",
-        False,
-        bool,
-        "Multiply LoRA's scale by the square root of its rank, so that a larger rank does not act less (rsLoRA)",
+        "use_rslora", False, bool, "Multiply LoRA's scale by its rank's square root: rank does not weaken it (rsLoRA)"
     ),
-    _step(
-        "lora_plus_ratio",
-        None,
-        float,
-        "Factor of the learning rate of LoRA's second matrices (LoRA+); not set, 1",
-        above=0,
-        keep=True,
-    ),
+    _step("lora_plus_ratio", None, float, "Factor of lora_b's learning rate (LoRA+); not set, 1", above=0, keep=True),
     _step(
         "router_aux_loss_coef",
         None,
@@ -293,26 +248,12 @@ STEP_OPTIONS = (
     _step(
         "share_prompt", True, bool, "Compute a prompt once for both its responses, where the model allows it", keep=True
     ),
+    _step("compile", None, bool, "Compile the step for each shape of a batch; by default on a GPU only"),
     _step(
-        "compile",
-        None,
-        bool,
-        "Compile the step for batches of a shape that comes often; by default on a GPU only, where it is faster",
+        "group_by_length", True, bool, "Put pairs of like length together; each epoch draws anew either way", keep=True
     ),
     _step(
-        "group_by_length",
-        True,
-        bool,
-        "Make batches of pairs of like length, which leaves little to pad; each epoch draws them anew either way",
-        keep=True,
-    ),
-    _step(
-        "max_grad_norm",
-        None,
-        float,
-        "Clip the gradient to this norm before each update; by default it is not clipped",
-        above=0,
-        keep=True,
+        "max_grad_norm", None, float, "Clip the gradient of each update to this norm; not set, none", above=0, keep=True
     ),
 )
 
@@ -336,11 +277,7 @@ SAVE_OPTIONS = (
         keep=True,
     ),
     _save(
-        "early_stop",
-        None,
-        int,
-        "End the run after so many validations without a gain, by save_best's figure or else eval_loss; not set, never",
-        low=1,
+        "early_stop", None, int, "End after so many validations without a gain, by save_best or else eval_loss", low=1
     ),
     _save(
         "on_nonfinite",
@@ -354,36 +291,18 @@ SAVE_OPTIONS = (
 
 _test = partial(Option, group="test")
 TEST_OPTIONS = (
-    _test(
-        "check",
-        False,
-        bool,
-        "A dry run: print what a run would read and which memory it would take, and whether anything would stop it",
-    ),
+    _test("check", False, bool, "A dry run: print what a run would read, the memory it takes, and what would stop it"),
     _test("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1),
+    _test("predictions", None, str, "File of JSON lines for each tested pair's logps, rewards and line; not set, none"),
     _test(
-        "predictions",
-        None,
-        str,
-        "File to write each tested pair's logps, rewards and line to, as JSON lines; not set, none",
-    ),
-    _test(
-        "compare",
-        None,
-        str,
-        "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
-        many=True,
+        "compare", None, str, "Test two adapters, each a folder, file or none, and say whether they differ", many=True
     ),
 )
 
 _watch = partial(Option, group="watch")
 WATCH_OPTIONS = (
     _watch(
-        "sample_prompts",
-        0,
-        int,
-        "Answer so many prompts of the validation set, greedily, before training and at each validation",
-        low=0,
+        "sample_prompts", 0, int, "Validation prompts to answer, greedily, before training and at validations", low=0
     ),
 )
 
@@ -401,14 +320,7 @@ UPSTREAM_OPTIONS = (
         str,
         "folder that the run writes to and goes on from; with test alone, a folder or file of adapters, or none",
     ),
-    Option(
-        "fine_tune_type",
-        "lora",
-        str,
-        "LoRA, DoRA, or the weights themselves",
-        choices=("lora", "dora", "full"),
-        keep=True,
-    ),
+    Option("fine_tune_type", "lora", str, "LoRA, DoRA, or the weights", choices=("lora", "dora", "full"), keep=True),
     Option("num_layers", 16, int, "train the last so many layers; -1 takes all", low=-1),
     Option(
         "lora_parameters",
@@ -440,21 +352,10 @@ UPSTREAM_OPTIONS = (
         keep=True,
     ),
     Option(
-        "seed",
-        0,
-        int,
-        "of the adapters' initial values, the order of the batches, and dropout",
-        low=0,
-        high=2**32 - 1,
-        keep=True,
+        "seed", 0, int, "of adapters' first values, the order of batches, and dropout", low=0, high=2**32 - 1, keep=True
     ),
     Option(
-        "max_seq_length",
-        2048,
-        int,
-        "tokens of a prompt with its longer response; what is longer is cut",
-        low=2,
-        keep=True,
+        "max_seq_length", 2048, int, "tokens of a prompt with its longer response; the rest is cut", low=2, keep=True
     ),
     Option("grad_checkpoint", False, bool, "compute each layer again in the backward pass: less memory, more time"),
     Option(
