@@ -35,7 +35,6 @@ from .tuner.preference.check import (
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
-from .tuner.preference.closing import print_closing
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
@@ -58,6 +57,7 @@ from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
 from .tuner.preference.objective import describe_losses, loss_of
 from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, Unset, is_preference, size
+from .tuner.preference.outcome import print_closing
 from .tuner.preference.reference import reference_of
 from .tuner.preference.run import check_and_digest, train_preference
 from .tuner.preference.scores import compared, described, score, write_predictions

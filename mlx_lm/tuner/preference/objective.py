@@ -411,7 +411,7 @@ def _checked_weights(loss_weights, names):
     weights = weights if isinstance(weights, list) else [weights]
     if len(weights) != len(names):
         raise ConfigError(
-            f"loss_weights has {_count(weights, 'value')}, but loss_type has {_count(names, 'name')}: give one each."
+            f"loss_weights is {weights}, but loss_type has {', '.join(names)}: give one for each, {len(names)} in all."
         )
     if not any(weights):
         raise ConfigError(f"loss_weights is {weights}; one of them must be above 0.")
@@ -496,7 +496,3 @@ def _refuse_clashes(values, losses):
         )
     if values["reference_update_steps"] is not None and values["beta"] == 0:
         raise ConfigError("reference_update_steps is set, but beta 0 leaves the reference out; remove one of the two.")
-
-
-def _count(values, noun):
-    return f"{len(values)} {noun}" + "s" * (len(values) != 1)

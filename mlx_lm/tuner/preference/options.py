@@ -30,10 +30,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message):
-        message = printable(str(message))
-        if len(message) > LONGEST_MESSAGE:
-            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[5 - LONGEST_MESSAGE // 2 :]}"
-        super().__init__(message)
+        super().__init__(shortened(printable(str(message)), LONGEST_MESSAGE))
 
 
 def printable(text):
@@ -41,10 +38,15 @@ def printable(text):
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def shown(value, size=60):
+def shortened(text, size):
+    """A text of at most `size` characters, the middle of a longer one left out."""
+    half = (size - 5) // 2
+    return text if len(text) <= size else f"{text[:half]} ... {text[-half:]}"
+
+
+def shown(value):
     """A value as Python writes it on one line, its middle left out where it is long."""
-    text = repr(value)
-    return text if len(text) <= size else f"{text[: size // 2]} ... {text[-size // 2 :]}"
+    return shortened(repr(value), 65)
 
 
 @dataclass(frozen=True)
