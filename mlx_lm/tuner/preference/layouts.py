@@ -68,22 +68,24 @@ def _alpaca_prompt(row):
     return [*spoken, {"role": "user", "content": asked}]
 
 
-def _alpaca(row):
-    return {"prompt": _alpaca_prompt(row), "chosen": row["chosen"], "rejected": row["rejected"]}
+def _comparison(name, keys, first_wins, reads=()):
+    """The `Layout` of two responses, of which a verdict names the better.
 
-
-def _two(first, second, first_wins, prompt="prompt"):
-    """A reader of two responses of which a verdict names the better; `first_wins` gives true, false, or None."""
+    Args:
+        keys: of the prompt, where there is one, of both responses, and of the verdict.
+        first_wins: takes a row and the verdict's key; gives true, false, or None where neither is better.
+    """
+    *prompt, first, second, verdict = keys
 
     def read(row):
-        wins = first_wins(row)
+        wins = first_wins(row, verdict)
         if wins is None:
             raise UselessRow(SAME)
         better, worse = (first, second) if wins else (second, first)
-        asked = prompt(row) if callable(prompt) else row.get(prompt)
+        asked = _alpaca_prompt(row) if prompt == ["instruction"] else row[prompt[0]] if prompt else None
         return {"prompt": asked, "chosen": row[better], "rejected": row[worse]}
 
-    return read
+    return Layout(name, keys, read, reads)
 
 
 def _number(row, key):
@@ -98,12 +100,13 @@ def _number(row, key):
     return value
 
 
-def _below_zero(key):
-    return lambda row: None if _number(row, key) == 0 else _number(row, key) < 0
+def _below_zero(row, key):
+    value = _number(row, key)
+    return None if value == 0 else value < 0
 
 
-def _one_of(key, first, second):
-    def wins(row):
+def _one_of(first, second):
+    def wins(row, key):
         value = row[key] if isinstance(row[key], str) else _number(row, key)
         if value in (first, second):
             return value == first
@@ -114,39 +117,18 @@ def _one_of(key, first, second):
     return wins
 
 
+ALPACA = ("instruction", "input", "history")
 LAYOUTS = (
     Layout("OpenAI's preference format", ("input", "preferred_output", "non_preferred_output"), _openai),
-    Layout("Alpaca pairs", ("instruction", "chosen", "rejected"), _alpaca, ("input", "history")),
-    Layout(
-        "Alpaca comparisons",
-        ("instruction", "output_1", "output_2", "preference"),
-        _two("output_1", "output_2", _one_of("preference", 1, 2), _alpaca_prompt),
-        ("input",),
+    _comparison("Alpaca comparisons", ("instruction", "output_1", "output_2", "preference"), _one_of(1, 2), ALPACA),
+    _comparison("HelpSteer2 preferences", ("prompt", "response_1", "response_2", "preference_strength"), _below_zero),
+    _comparison("HelpSteer3 preferences", ("context", "response1", "response2", "overall_preference"), _below_zero),
+    _comparison("SHP comparisons", ("history", "human_ref_A", "human_ref_B", "labels"), _one_of(1, 0)),
+    _comparison(
+        "PKU-SafeRLHF comparisons", ("prompt", "response_0", "response_1", "better_response_id"), _one_of(0, 1)
     ),
-    Layout(
-        "HelpSteer2 preferences",
-        ("prompt", "response_1", "response_2", "preference_strength"),
-        _two("response_1", "response_2", _below_zero("preference_strength")),
-    ),
-    Layout(
-        "HelpSteer3 preferences",
-        ("context", "response1", "response2", "overall_preference"),
-        _two("response1", "response2", _below_zero("overall_preference"), "context"),
-    ),
-    Layout(
-        "SHP comparisons",
-        ("history", "human_ref_A", "human_ref_B", "labels"),
-        _two("human_ref_A", "human_ref_B", _one_of("labels", 1, 0), "history"),
-    ),
-    Layout(
-        "PKU-SafeRLHF comparisons",
-        ("prompt", "response_0", "response_1", "better_response_id"),
-        _two("response_0", "response_1", _one_of("better_response_id", 0, 1)),
-    ),
-    Layout(
-        "Chatbot Arena conversations",
-        ("conversation_a", "conversation_b", "winner"),
-        _two("conversation_a", "conversation_b", _one_of("winner", "model_a", "model_b")),
+    _comparison(
+        "Chatbot Arena conversations", ("conversation_a", "conversation_b", "winner"), _one_of("model_a", "model_b")
     ),
 )
 PLAIN = "prompt, chosen, rejected"
@@ -182,9 +164,8 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
     if prompt is not None or row.get("prompt") is not None or _whole(row.get(chosen)) and _whole(row.get(rejected)):
         key = prompt or "prompt"
         return {"prompt": row.get(key)}, PLAIN if row.get(key) is not None else IMPLICIT, (key,)
-    alpaca = next(layout for layout in LAYOUTS if layout.read is _alpaca)
     if isinstance(row.get("instruction"), str):
-        return {"prompt": _alpaca_prompt(row)}, alpaca.name, ("instruction", *alpaca.reads)
+        return {"prompt": _alpaca_prompt(row)}, "Alpaca pairs", ALPACA
     key = next((key for key in PROMPTS if row.get(key)), None)
     if key is None:
         return {"prompt": None}, IMPLICIT, ()
