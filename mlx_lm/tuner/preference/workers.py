@@ -79,10 +79,7 @@ def confirm():
 
 
 def refuse_different_workers(settings):
-    """Check that all workers are to do the same.
-
-    Args:
-        settings: values by name; those of files of a worker's own are not compared.
+    """Check that all workers are to do the same; of `settings`, files of a worker's own are not compared.
 
     Raises:
         ConfigError: on every worker, where one has other settings; the sentence names what differs.
