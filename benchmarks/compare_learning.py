@@ -181,7 +181,8 @@ def epoch_table(grouped):
             row = []
             for name in FIGURES:
                 values = [record["epochs"][epoch][name] for record in records]
-                theirs = [record["epochs"][epoch][name] for record in others] if others else []
+                # Before the first step there is rounding alone.
+                theirs = [record["epochs"][epoch][name] for record in others] if others and epoch else []
                 row += [cell(values), distance(values, theirs)]
             rows.append((label, dtype, len(records), epoch, *row))
     return ("run", "dtype", "seeds", "epoch", *(head for name in FIGURES for head in (name, "from TRL"))), rows

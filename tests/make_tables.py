@@ -83,7 +83,7 @@ def options_table(options):
         (
             f"`{option.name}`",
             "not set" if option.default is None else f"`{str(option.default).lower()}`",
-            option.range + (", or a list" if option.many else ""),
+            option.range + (", or a list" if option.many and not option.allowed else ""),
             option.help,
         )
         for option in options
@@ -159,8 +159,8 @@ def modules_table():
 
 ORDER = """__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches
 logps attention layers recurrent chunk_products pieces adapters routing objective reference reference_cache step run
-workers dry_run evaluation scores divergence report screen metrics outcome answers curves page card health closing
-checkpoint load"""
+workers dry_run evaluation scores divergence report screen metrics outcome answers curves page card health checkpoint
+load"""
 
 
 def _place(name):

@@ -6,7 +6,7 @@ import pytest
 from tiny import short_run, some_pairs, tiny_llama
 
 from mlx_lm.tuner.preference.batches import make_batch
-from mlx_lm.tuner.preference.evaluation import as_means, correlation, mean_figures, means_of, pair_figures
+from mlx_lm.tuner.preference.evaluation import as_means, correlation, means_of, pair_figures
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.reference import Reference
@@ -51,7 +51,7 @@ def test_logits_entropy_and_hits_are_those_of_plain_logits(scored, head):
         assert figures["mean_token_accuracy"][i] == pytest.approx(chosen[2].mean())
         assert (figures["lengths/chosen"][i], figures["lengths/rejected"][i]) == (len(chosen[0]), len(rejected[0]))
     # Over all pairs they are means over tokens, not over pairs.
-    found = mean_figures(objective, PAIRS, ROWS, logps, 4)
+    found = means_of(pair_figures(objective, PAIRS, ROWS, logps, 4))
     entropies = np.concatenate([side[1] for pair in expected for side in pair])
     assert found["entropy"] == pytest.approx(entropies.mean(), abs=1e-4)
     hits = np.concatenate([chosen[2] for chosen, _ in expected])

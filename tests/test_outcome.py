@@ -26,10 +26,10 @@ import mlx_lm.lora
 from mlx_lm import load
 from mlx_lm.tuner.preference.answers import MOST_TOKENS
 from mlx_lm.tuner.preference.card import MARK, write_card
-from mlx_lm.tuner.preference.closing import next_commands
 from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.outcome import next_commands
 from mlx_lm.tuner.preference.run import make_room
 
 EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"

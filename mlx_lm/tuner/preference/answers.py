@@ -1,7 +1,4 @@
-"""What a policy answers: greedy generation for held-out prompts, on the screen, in `samples.jsonl` and to services.
-
-Upstream has no module of this name.
-"""
+"""What a policy answers: greedy generation for held-out prompts, on the screen, in `samples.jsonl` and to services."""
 
 from rich import box
 from rich.table import Table
@@ -38,17 +35,7 @@ def texts_of(tokenizer, pair):
 
 
 def answers(model, tokenizer, prompts, advance=lambda count: None):
-    """The model's greedy answers.
-
-    Args:
-        model: an mlx-lm model; it answers without dropout.
-        tokenizer: its tokenizer.
-        prompts: lists of token ids.
-        advance: called with 1 after each answer.
-
-    Returns:
-        A list of texts.
-    """
+    """The model's greedy answers, without dropout, to prompts of token ids; `advance` takes how many more are there."""
     # Imported where it is needed: most runs generate nothing.
     from ...generate import generate
 

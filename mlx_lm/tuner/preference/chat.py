@@ -1,7 +1,7 @@
 """A conversation as the text that its model reads and writes, by way of the chat template.
 
-Upstream has no module of this name. The prompt is what the model is given to generate from; each response stands behind
-it as the model would write it there.
+The prompt is what the model is given to generate from; each response stands behind it as the model would write it
+there.
 """
 
 import os
@@ -35,13 +35,7 @@ class Texts(NamedTuple):
 
 
 class ChatTexts:
-    """Turns conversations into texts.
-
-    Args:
-        template: the tokenizer's `Template`.
-        thinking: the tags of its reasoning, `Thinking`.
-        score: "assistant" or "all", as `PairEncoder` has it.
-    """
+    """Turns conversations into texts; `score` is "assistant" or "all", as `PairEncoder` has it."""
 
     def __init__(self, template, thinking, score):
         self.template, self.thinking, self.score = template, thinking, score

@@ -10,9 +10,13 @@ from .batches import PLAIN
 from .checkpoint import REMEDY
 from .divergence import validation_kl
 from .evaluation import as_means, means_of, pair_figures
+from .memory import held_memory, peak_memory
 from .options import ConfigError
 from .step import SHARES
 from .workers import confirm
+
+# Updates left out in a row, after which a run does not go on.
+MOST_LOST = 10
 
 
 class Window:
@@ -45,35 +49,39 @@ class Reporter:
     """Reports on a run's training and validation.
 
     Args:
-        ui: a `RunUI`.
-        callback: a `TrainingCallback`, or None.
-        further: names of an `Objective`'s figures besides FIGURES.
         check: called with a window's losses, norms and first iteration; raises where a run must not go on. None where
             steps that are not finite are left out.
+        further: names of an `Objective`'s figures besides FIGURES.
     """
 
     def __init__(self, ui, callback, check, further=()):
         self.ui, self.callback, self.check, self.further = ui, callback, check, further
+        self._lost = 0
 
-    def training(self, window, progress, learning_rate, peak_memory):
+    def training(self, window, progress, learning_rate):
         """Report on the steps since the last report.
 
         Raises:
-            ConfigError: a loss or a gradient is not finite, or in every step.
+            ConfigError: a loss or a gradient is not finite; where that is left out, in MOST_LOST updates in a row.
         """
         sums, norms = window.figures()
         if self.check is not None:
             self.check(sums[:, 0], norms, progress.iteration - len(sums) + 1)
+        lost = [not np.isfinite(norm) for norm in norms if norm is not None]
+        progress.skipped += sum(lost)
+        for skipped in lost:
+            self._lost = self._lost + 1 if skipped else 0
+        if self._lost >= MOST_LOST:
+            raise ConfigError(
+                f"the loss or the gradient was not finite in the last {self._lost} updates, up to iteration "
+                f"{progress.iteration}. {REMEDY}"
+            )
         sound = np.isfinite(sums).all(axis=1)
-        progress.skipped += sum(norm is not None and not np.isfinite(norm) for norm in norms)
-        if not sound.any():
-            raise ConfigError(f"no step of the {len(sums)} up to iteration {progress.iteration} is finite. {REMEDY}")
-        figures, pairs, trained = as_means(sums[sound].sum(axis=0), self.further)
+        figures, pairs, trained = as_means((sums[sound] if sound.any() else sums).sum(axis=0), self.further)
         progress.trained_tokens += int(trained)
         speed, seconds = trained / window.seconds, window.seconds
-        self.ui.report_train(
-            progress.iteration, figures, learning_rate, speed, progress.trained_tokens, peak_memory, progress.skipped
-        )
+        peak, trained_tokens = peak_memory() / 1e9, progress.trained_tokens
+        self.ui.report_train(progress.iteration, figures, learning_rate, speed, trained_tokens, peak, progress.skipped)
         if self.callback is None:
             return
         processed, padding = window.tokens
@@ -86,7 +94,7 @@ class Reporter:
         report |= {"learning_rate": learning_rate, "iterations_per_second": len(sums) / seconds}
         report |= {"pairs_per_second": pairs / seconds, "tokens_per_second": speed}
         report |= {"trained_tokens": progress.trained_tokens, "padding_share": padding / processed}
-        self.callback.on_train_loss_report(report | {"peak_memory": peak_memory})
+        self.callback.on_train_loss_report(report | {"peak_memory": peak, "held_memory": held_memory() / 1e9})
 
     def check_window(self, window, progress):
         """Check the steps since the last report before they are saved; raises as `training`."""

@@ -1,7 +1,7 @@
 """Preference rows: every accepted form of a row read as one prompt with two responses, before any token is made.
 
-Upstream has no module of this name. Layouts are known by their keys in `layouts.py`, messages checked in `messages.py`,
-tokens made in `tokens.py`, files and hub data sets read in `datasets.py`.
+Layouts are known by their keys in `layouts.py`, messages checked in `messages.py`, tokens made in `tokens.py`, files
+and hub data sets read in `datasets.py`.
 """
 
 import itertools
@@ -98,7 +98,9 @@ class RowReader:
             self._side(row, laid, *names) for names in (("chosen", self.chosen), ("rejected", self.rejected))
         )
         prompt = self._prompt(row, laid)
-        system, tools_ = _text(row, system_key), tools(laid.get("tools", row.get("tools")))
+        if not isinstance(system := row.get(system_key), str | None):
+            raise ConfigError(f"{system_key} is {kind(system)}; it must be a string.")
+        tools_ = tools(laid.get("tools", row.get("tools")))
         kwargs = {**self.template_kwargs, **template_kwargs(row.get("chat_template_kwargs"))}
         margin, weight = self._numbers(row, scores)
         if chosen == rejected and self.chosen != self.rejected:
@@ -184,7 +186,8 @@ class RowReader:
             self._refuse_without_prompt(row)
         if prompt is None or (isinstance(prompt, str) and both_lists and _repeats(chosen) and _repeats(rejected)):
             shared = self._shared_messages(chosen, rejected, form)
-            if prompt is not None and not _mentions(chosen[:shared], prompt):
+            contents = [message["content"].strip() for message in chosen[:shared]]
+            if prompt is not None and not any(text and (text in prompt or prompt.strip() in text) for text in contents):
                 raise ConfigError(f"the messages that {self.chosen} and {self.rejected} share do not hold the prompt.")
             prompt = chosen[:shared]
             return prompt, *(_response(side[shared:], key, form) for key, side in zip(keys, sides, strict=True)), form
@@ -321,11 +324,6 @@ def _repeats(messages):
     return bool(messages) and messages[0]["role"] in NOT_THE_MODEL
 
 
-def _mentions(messages, prompt):
-    contents = [message["content"].strip() for message in messages]
-    return any(content and (content in prompt or prompt.strip() in content) for content in contents)
-
-
 def _continuation(side, prompt, key):
     """The messages that follow the prompt in one side of a row."""
     if isinstance(side, str):
@@ -370,13 +368,6 @@ def _with_system(prompt, system):
             return prompt
         raise ConfigError("system is given, but the prompt begins with another system message; keep one of them.")
     return [{"role": "system", "content": system}, *prompt]
-
-
-def _text(row, key):
-    value = row.get(key)
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{key} is {kind(value)}; it must be a string.")
-    return value
 
 
 def template_kwargs(kwargs):

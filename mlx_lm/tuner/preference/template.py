@@ -1,7 +1,7 @@
 """A chat template asked for the text of messages, and checked: what it leaves out of a row is told, not lost.
 
-Upstream has no module of this name. Whether a template writes something is found by changing that thing and looking
-whether the text changes, so that no template has to be known.
+Whether a template writes something is found by changing that thing and looking whether the text changes, so that no
+template has to be known.
 """
 
 import json
@@ -44,11 +44,7 @@ def limited(seconds):
 
 
 class Template:
-    """The chat template of a tokenizer.
-
-    Args:
-        tokenizer: `mlx_lm.tokenizer_utils.TokenizerWrapper`, or a transformers tokenizer.
-    """
+    """The chat template of a tokenizer, mlx-lm's or one of transformers."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -90,8 +86,7 @@ class Template:
         if not conversation.tools and not any(m.get("tool_calls") or m["role"] == "tool" for m in every):
             return conversation
         first_lost = refused = None
-        for form in (_as_served, _as_strings):
-            tried = _changed(conversation, form)
+        for tried in (conversation, _changed(conversation, _as_strings)):
             try:
                 lost = self._lost(tried)
             except ConfigError as error:
@@ -186,10 +181,6 @@ def _renamed(message, key):
         return message
     rest = {name: value for name, value in message.items() if name != "reasoning_content"}
     return {**rest, key: message["reasoning_content"]}
-
-
-def _as_served(message):
-    return message
 
 
 def _as_strings(message):
