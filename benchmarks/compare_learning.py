@@ -89,7 +89,12 @@ def train(program, seed, options):
         # The last save is the trained model itself.
         ends = [min(n * training.steps_per_eval, training.iters) for n in range(1, options.epochs + 1)]
         adapters = [f"{folder}/adapters/{iteration:07d}" for iteration in ends]
-        spec = {"model": options.model, "data": options.data, "adapters": adapters, "beta": options.beta}
+        spec = {
+            "model": options.measured_with or options.model,
+            "data": options.data,
+            "adapters": adapters,
+            "beta": options.beta,
+        }
         spec |= {"samples": options.samples, "max_seq_length": options.max_seq_length}
         found = held_out(spec, options.timeout)
         if "error" in found:
@@ -102,6 +107,7 @@ def train(program, seed, options):
         "dtype": options.dtype,
         "settings": settings | ({"set": options.set} if program == "ours" and options.set else {}),
         "epochs": [{name: report[key] for name, key in FIGURES.items()} for report in validations],
+        "measured_in": stored_dtype(options.measured_with),
         "held_out": {str(epoch): measured for epoch, measured in enumerate(found["measured"], 1)},
         "seconds": seconds,
         "machine": machine(),
@@ -131,11 +137,13 @@ def run_all(options, results):
 
 def add_base(options, results):
     """The length of the base model's responses, where it is not known yet."""
-    settings = {"model": Path(options.model).name, "samples": options.samples}
+    model = options.measured_with
+    settings = {"model": Path(model).name, "samples": options.samples}
     if any(record["label"] == "base" and record["settings"] == settings for record in results.records):
         return
-    found = held_out({"model": options.model, "data": options.data, "adapters": [], "samples": options.samples})
-    named = {"program": "base", "label": "base", "seed": 0, "dtype": options.dtype, "settings": settings, "epochs": []}
+    found = held_out({"model": model, "data": options.data, "adapters": [], "samples": options.samples})
+    named = {"program": "base", "label": "base", "seed": 0, "settings": settings, "epochs": []}
+    named |= {"dtype": stored_dtype(model)}
     results.add(named | {"held_out": {"0": found["measured"][0]}, "machine": machine()})
 
 
@@ -173,7 +181,8 @@ def epoch_table(grouped):
             row = []
             for name in FIGURES:
                 values = [record["epochs"][epoch][name] for record in records]
-                theirs = [record["epochs"][epoch][name] for record in others] if others else []
+                # Before the first step there is rounding alone.
+                theirs = [record["epochs"][epoch][name] for record in others] if others and epoch else []
                 row += [cell(values), distance(values, theirs)]
             rows.append((label, dtype, len(records), epoch, *row))
     return ("run", "dtype", "seeds", "epoch", *(head for name in FIGURES for head in (name, "from TRL"))), rows
@@ -185,19 +194,24 @@ def held_out_table(grouped):
     for key, records in grouped.items():
         label, dtype, _ = key
         others = (counterpart(key, grouped) if label != "TRL" else None) or []
-        for epoch in sorted({epoch for record in records for epoch in record["held_out"]}):
-            row, measured = [], [measures_after(epoch, runs) for runs in (records, others)]
+        for dtype_of, epoch in sorted({(measured_in(r), epoch) for r in records for epoch in r["held_out"]}):
+            row, measured = [], [measures(dtype_of, epoch, runs) for runs in (records, others)]
             for name in HELD_OUT.values():
                 values, theirs = ([each.get(name) for each in runs] for runs in measured)
                 row += [cell(values), *([distance(values, theirs)] if name in COMPARED else [])]
-            rows.append((label, dtype, len(measured[0]), epoch, *row))
+            rows.append((label, dtype, dtype_of, len(measured[0]), epoch, *row))
     heads = (head for head, name in HELD_OUT.items() for head in ((head, "from TRL") if name in COMPARED else (head,)))
-    return ("run", "dtype", "seeds", "epoch", *heads), rows
+    return ("run", "trained in", "measured in", "seeds", "epoch", *heads), rows
 
 
-def measures_after(epoch, records):
-    """What `held_out.py` found of the runs whose adapters were measured after an epoch, "0" for the base model."""
-    return [record["held_out"][epoch] for record in records if epoch in record["held_out"]]
+def measured_in(record):
+    """The dtype of the model that `held_out.py` put the adapters on."""
+    return record.get("measured_in", record["dtype"])
+
+
+def measures(dtype, epoch, records):
+    """What `held_out.py` found of the runs so measured after an epoch, "0" for the base model."""
+    return [r["held_out"][epoch] for r in records if measured_in(r) == dtype and epoch in r["held_out"]]
 
 
 def print_table(header, rows):
@@ -252,6 +266,9 @@ def options_of(arguments=None):
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--schedule", choices=("constant", "linear"), default="linear")
     parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument(
+        "--measured-with", help="the model folder, in another dtype perhaps, that the one code has; --model by default"
+    )
     parser.add_argument("--samples", type=int, default=0, help="validation prompts to respond to")
     parser.add_argument("--limit", type=int, help="take only so many training pairs, and a quarter for validation")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -264,18 +281,25 @@ def options_of(arguments=None):
     return options
 
 
+def stored_dtype(model):
+    """The dtype that a model folder's configuration names."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    return config.get("dtype") or config.get("torch_dtype") or "as stored"
+
+
 def prepare(options, folder):
-    """Cast the model and shorten the data, where that is asked for."""
+    """Cast the model and shorten the data, where that is asked for; say with which model adapters are measured."""
     if options.limit is not None:
         options.data = limited_data(options.data, f"{folder}/data", options.limit)
     if options.dtype is None:
-        config = json.loads((Path(options.model) / "config.json").read_text())
-        options.dtype = config.get("dtype") or config.get("torch_dtype") or "as stored"
+        options.dtype = stored_dtype(options.model)
+        options.measured_with = options.measured_with or options.model
         return
     made = held_out({"model": options.model, "cast": options.dtype, "to": f"{folder}/model"})
     if "error" in made:
         sys.exit(f"the model cannot be cast to {options.dtype}: {made['error']}")
     options.model = made["model"]
+    options.measured_with = options.measured_with or options.model
 
 
 def main():

@@ -247,10 +247,11 @@ class GpuMemory:
 
 
 def query_gpu(name):
-    """What nvidia-smi says of the first GPU, or None where there is none."""
+    """What nvidia-smi says of the first GPU that CUDA may use, or None where there is none."""
     if shutil.which("nvidia-smi") is None:
         return None
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={name}", "--format=csv,noheader,nounits"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = ["nvidia-smi", f"--id={first}", f"--query-gpu={name}", "--format=csv,noheader,nounits"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
 

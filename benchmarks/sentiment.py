@@ -55,8 +55,8 @@ SETTINGS = {
     },
     "gpu": {
         "sampling": {"prompts": 800, "held_out": 256, "continuations": 4, "tokens": 48, "batch": 256},
-        "training": {"steps": 300, "every": 50, "batch_size": 8, "learning_rate": 5e-5},
-        "evaluation": {"tokens": 48, "batch": 256, "kl_batch": 32},
+        "training": {"steps": 300, "every": 50, "batch_size": 8, "learning_rate": 2e-5},
+        "evaluation": {"tokens": 48, "batch": 256, "kl_batch": 16},
         "runs": ",".join(PAPER),
         "seeds": "0,1,2",
     },

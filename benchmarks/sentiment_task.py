@@ -23,10 +23,13 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lm import load
+from mlx_lm._backend import set_cuda_for_training
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference.pairs import mismatched, single
 from mlx_lm.tuner.trainer import TrainingArgs, train
+
+CACHE_BYTES = 2**30
 
 # A prompt is one of each: somebody saw something, and then the words before the opinion.
 WHO = ("I watched", "We saw", "Last night I finally saw", "My sister made me watch", "I had been waiting for",
@@ -248,5 +251,8 @@ def train_run(model, pairs, run, seed, steps, every, batch_size, learning_rate, 
 WORK = {"pairs": make_pairs, "train": train_run}
 
 if __name__ == "__main__":
+    # As the command has it; and several of these share a GPU.
+    set_cuda_for_training()
+    mx.set_cache_limit(CACHE_BYTES)
     asked = json.loads(sys.argv[1])
     print("\n" + json.dumps(WORK[asked.pop("work")](**asked)), flush=True)

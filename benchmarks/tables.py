@@ -346,19 +346,19 @@ def sentiment_table():
 
 
 def learning_table():
-    """Runs of several seeds against TRL's: held-out figures by epoch, and those of the trained models by one code."""
-    records = [record for found in files("learning_*.json").values() for record in found]
-    grouped = groups(records)
-    commands = dict.fromkeys(record["command"] for record in records if "command" in record)
-    return "\n\n".join(
-        (
-            "As each program says:",
+    """For each file, runs of several seeds against TRL's: what each program says, and what one code says of both."""
+    parts = []
+    for name, records in files("learning_*.json").items():
+        grouped = groups(records)
+        commands = dict.fromkeys(record["command"] for record in records if "command" in record)
+        parts += [
+            f"`{name}`, as each program says:",
             markdown_table(*epoch_table(grouped)),
-            "The trained models, measured by one code:",
+            f"`{name}`, the adapters after an epoch, measured by one code:",
             markdown_table(*held_out_table(grouped)),
             "\n".join(f"- `{command}`" for command in commands) + f"\n\n{records[0]['machine']}.",
-        )
-    )
+        ]
+    return "\n\n".join(parts)
 
 
 REGIONS = {

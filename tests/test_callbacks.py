@@ -30,7 +30,14 @@ FIGURES = {
 CORRELATION = "rewards/length_correlation"  # where margins vary
 # What only validations have.
 MORE = {"kl", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
-SPEED = {"iterations_per_second", "pairs_per_second", "tokens_per_second", "trained_tokens", "peak_memory"}
+SPEED = {
+    "iterations_per_second",
+    "pairs_per_second",
+    "tokens_per_second",
+    "trained_tokens",
+    "peak_memory",
+    "held_memory",
+}
 
 
 class Listener:

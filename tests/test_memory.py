@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_lm.tuner.preference import memory as module
-from mlx_lm.tuner.preference.memory import MOST_HELD, SLACK, bounded_memory, peak_memory, trim_cache
+from mlx_lm.tuner.preference.memory import MOST_HELD, SLACK, bounded_memory, held_memory, peak_memory, trim_cache
 
 MEGABYTE = 2**20
 
@@ -101,3 +101,13 @@ def test_what_is_kept_for_later_arrays_is_given_back_where_it_is_much(held, kept
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
     trim_cache()
     assert (not cleared) == kept
+
+
+def test_the_most_that_was_held_is_kept_after_it_was_given_back(monkeypatch):
+    monkeypatch.setattr(module, "_most_held", 0)
+    monkeypatch.setattr(module, "_earlier_peak", 0)
+    mx.reset_peak_memory()
+    mx.eval(mx.zeros(2**22, mx.uint8))
+    held = mx.get_active_memory() + mx.get_cache_memory()
+    trim_cache(1)
+    assert held_memory() == max(held, mx.get_peak_memory()) > mx.get_active_memory() + mx.get_cache_memory()

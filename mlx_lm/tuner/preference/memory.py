@@ -18,11 +18,18 @@ MOST_HELD = 1.3
 
 # The most that arrays took before MLX's own count was begun anew.
 _earlier_peak = 0
+# The most that arrays and what MLX keeps for later ones took after a step or a validation's batch.
+_most_held = 0
 
 
 def peak_memory():
     """The most bytes that MLX's arrays have taken."""
     return max(_earlier_peak, mx.get_peak_memory())
+
+
+def held_memory():
+    """The most bytes that MLX's arrays and its cache together have taken, as far as `trim_cache` saw."""
+    return max(_most_held, peak_memory())
 
 
 def begin_peak_anew():
@@ -75,9 +82,12 @@ def trim_cache(threshold=0):
     On CUDA all of it: arrays of one shape of batch fit no other, and what is freed in the midst of a step can be used
     again only after the device has caught up, so that the process came to hold twice what its arrays took.
     """
+    global _most_held
+    held = mx.get_active_memory() + mx.get_cache_memory()
+    _most_held = max(_most_held, held)
     if threshold:
         much = mx.get_cache_memory() > threshold
     else:
-        much = on_cuda() or mx.get_active_memory() + mx.get_cache_memory() > MOST_HELD * mx.get_peak_memory()
+        much = on_cuda() or held > MOST_HELD * mx.get_peak_memory()
     if much:
         mx.clear_cache()

@@ -10,6 +10,7 @@ from .batches import PLAIN
 from .checkpoint import REMEDY
 from .divergence import validation_kl
 from .evaluation import as_means, means_of, pair_figures
+from .memory import held_memory, peak_memory
 from .options import ConfigError
 from .step import SHARES
 from .workers import confirm
@@ -53,7 +54,7 @@ class Reporter:
     def __init__(self, ui, callback, check, further=()):
         self.ui, self.callback, self.check, self.further = ui, callback, check, further
 
-    def training(self, window, progress, learning_rate, peak_memory):
+    def training(self, window, progress, learning_rate):
         """Report on the steps since the last report.
 
         Raises:
@@ -69,9 +70,8 @@ class Reporter:
         figures, pairs, trained = as_means(sums[sound].sum(axis=0), self.further)
         progress.trained_tokens += int(trained)
         speed, seconds = trained / window.seconds, window.seconds
-        self.ui.report_train(
-            progress.iteration, figures, learning_rate, speed, progress.trained_tokens, peak_memory, progress.skipped
-        )
+        peak, trained_tokens = peak_memory() / 1e9, progress.trained_tokens
+        self.ui.report_train(progress.iteration, figures, learning_rate, speed, trained_tokens, peak, progress.skipped)
         if self.callback is None:
             return
         processed, padding = window.tokens
@@ -84,7 +84,7 @@ class Reporter:
         report |= {"learning_rate": learning_rate, "iterations_per_second": len(sums) / seconds}
         report |= {"pairs_per_second": pairs / seconds, "tokens_per_second": speed}
         report |= {"trained_tokens": progress.trained_tokens, "padding_share": padding / processed}
-        self.callback.on_train_loss_report(report | {"peak_memory": peak_memory})
+        self.callback.on_train_loss_report(report | {"peak_memory": peak, "held_memory": held_memory() / 1e9})
 
     def check_window(self, window, progress):
         """Check the steps since the last report before they are saved; raises as `training`."""

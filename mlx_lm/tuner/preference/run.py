@@ -35,7 +35,7 @@ from .files import locked, move_aside, remove_leftovers
 from .intercept import parameters_in
 from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
-from .memory import bounded_memory, peak_memory, trim_cache
+from .memory import bounded_memory, trim_cache
 from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import ConfigError
@@ -187,7 +187,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         window.seconds += time.perf_counter() - tic
         report.ui.advance()
         if due.report:
-            report.training(window, progress, step.optimizer.learning_rate.item(), peak_memory() / 1e9)
+            report.training(window, progress, step.optimizer.learning_rate.item())
             window = Window()
         if due.validate:
             validate()
