@@ -167,7 +167,7 @@ def _spoken(prompt, response):
     """All messages of a side, a response that goes on from the prompt's last message put together with it."""
     if prompt[-1]["role"] != "assistant" or not response or response[0]["role"] != "assistant":
         return [*prompt, *response]
-    joined = {**prompt[-1], **response[0], "content": (prompt[-1]["content"] or "") + (response[0]["content"] or "")}
+    joined = {**prompt[-1], **response[0], "content": prompt[-1]["content"] + response[0]["content"]}
     return [*prompt[:-1], joined, *response[1:]]
 
 
