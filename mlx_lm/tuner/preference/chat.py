@@ -7,8 +7,9 @@ there.
 import os
 from typing import NamedTuple
 
+from .messages import REASONING
 from .options import ConfigError
-from .template import REASONING, STAND_IN
+from .template import STAND_IN
 
 EARLIER_REASONING = "the chat template leaves the reasoning of earlier turns out"
 EMPTY_THOUGHT = "a response without reasoning closes at once the thought that the generation prompt opens"

@@ -10,14 +10,13 @@ import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 
+from .messages import REASONING
 from .options import ConfigError
 
 # Stands in for a text, to see where the chat template writes it.
 STAND_IN = "\u241fresponse\u241f"
 # A row's text may take so many seconds of a processor, and may be so much longer than what it is made of.
 SECONDS, MEGABYTE, MOST_TIMES = 2, 10**6, 10
-# The keys by which templates know reasoning; rows bring it in the first.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @contextmanager
