@@ -91,10 +91,12 @@ def rate_text():
     """The embedded example's run with a learning rate that is too high."""
     (row,) = result("example_rate")["rows"]
     settings, before, after = row["settings"], row["before"], row["after"]
+    words = row["answer"].split()
+    answer = " ".join(words[:6]) + (" ..." if len(words) > 6 else "")
     return paragraph(
         f"On the embedded example with `--learning-rate {settings['learning_rate']:g} --iters {settings['iters']}` the "
         f"validation's rewards go from 0 to {after['chosen']:+.1f} and {after['rejected']:+.1f}, its loss from "
-        f'{before["loss"]:.2f} to {after["loss"]:.2f}, and the model answers "{row["prompt"]}" with "{row["answer"]}" '
+        f'{before["loss"]:.2f} to {after["loss"]:.2f}, and the model answers "{row["prompt"]}" with "{answer}" '
         "(`benchmarks/example.py rate`)."
     )
 
@@ -108,6 +110,27 @@ def discopop_text():
     return paragraph(
         f"On the embedded example its accuracy on the validation pairs is, from 0.5, {taus} "
         "(`benchmarks/example.py discopop`)."
+    )
+
+
+def soak_text():
+    """What disturbed runs and drawn files came to."""
+    long, whole = result("soak"), result("soak_whole_run")
+    if long["failures"] or whole["failures"]:
+        raise ValueError("a disturbed run has ended otherwise: mend that, not the text")
+    stops = sum(long[name] for name in ("SIGTERM", "SIGINT", "SIGHUP"))
+    rows, configs = result("fuzz_rows"), result("fuzz_configs")
+    return paragraph(
+        "`benchmarks/soak.py` disturbs the example's run in a restart loop with `resume: auto` until it is done. In "
+        f"{long['minutes']:.0f} minutes (seed {long['seed']}, two busy cores, so that many signals came while the "
+        f"command was still starting) it was killed {long['SIGKILL']} times, stopped by SIGTERM, SIGINT or SIGHUP "
+        f"{stops} times, ran out of disk {long['full disk']} times and found a flipped bit in its newest checkpoint "
+        f"{long['flipped bit']} times; all {long['runs compared']} runs ended with the weights, optimizer and best "
+        "adapters of the run that nothing disturbed (`benchmarks/results/soak.json`). So did "
+        f"{whole['runs compared']} runs in {whole['minutes']:.0f} minutes, disturbed {whole['disturbed']} times at any "
+        f"time within a run (seed {whole['seed']}). `benchmarks/fuzz.py` hands over what no well-meaning file holds: "
+        f"of {rows['rows']['tried']:,} drawn files of rows (seed {rows['seed']}) and {configs['configs']['tried']:,} "
+        f"configurations (seed {configs['seed']}) each was read or refused in one sentence, none with a traceback."
     )
 
 
@@ -365,6 +388,7 @@ REGIONS = {
     "example": (README, example_text),
     "rate": (MANUAL, rate_text),
     "discopop": (MANUAL, discopop_text),
+    "soak": (MANUAL, soak_text),
     "macs": (MANUAL, macs_table),
     "results": (BENCHMARKS, results_table),
     "memory": (BENCHMARKS, memory_table),

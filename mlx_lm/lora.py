@@ -108,7 +108,7 @@ def build_parser():
         action=FromTrl,
         loader=yaml_loader,
         metavar="FILE",
-        help="Print the configuration of TRL's DPOConfig in FILE (YAML or JSON) in this command's words, and end.",
+        help="Print TRL's DPOConfig or KTOConfig in FILE (YAML or JSON) in this command's words, and end.",
     )
     return parser
 

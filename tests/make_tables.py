@@ -83,7 +83,7 @@ def options_table(options):
         (
             f"`{option.name}`",
             "not set" if option.default is None else f"`{str(option.default).lower()}`",
-            option.range + (", or a list" if option.many else ""),
+            option.range + (", or a list" if option.many and not option.allowed else ""),
             option.help,
         )
         for option in options

@@ -15,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
+from mlx_lm.tuner.preference import report
 from mlx_lm.tuner.preference.checkpoint import (
     STATE_FILE,
     Progress,
@@ -29,6 +30,7 @@ from mlx_lm.tuner.preference.checkpoint import (
 )
 from mlx_lm.tuner.preference.files import replace_file, replace_files
 from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.outcome import Outcome
 from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.preference.reference import ReferenceLogps
 from mlx_lm.tuner.preference.step import Step
@@ -348,6 +350,18 @@ class TestLeftOut:
         with pytest.raises(ConfigError, match="0 of the training data has a weight of 1e.38: that is the likely cause"):
             trained(tmp_path, iters=6, compile=compiled)
 
+    @pytest.mark.parametrize("every", [1, 12])
+    def test_a_run_without_a_finite_update_ends(self, every, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(report, "MOST_LOST", 4)
+        heavy = [pair._replace(weight=1e38) for pair in pairs()]
+        monkeypatch.setattr(sys.modules[__name__], "pairs", lambda *_, **__: heavy)
+        options = {"steps_per_report": every, "on_nonfinite": "skip"}
+        assert "model." in " ".join(trained(tmp_path, iters=3, **options)), "some lost updates end no run"
+        last = 4 if every == 1 else 6
+        with pytest.raises(ConfigError, match=f"in the last {last} updates, up to iteration {last}"):
+            trained(tmp_path / "more", iters=6, **options)
+        assert "7e+37" in (out := capsys.readouterr().out) and not re.search(r"\d{10}", out), "a loss of 38 digits"
+
 
 class TestEarlierStates:
     def test_so_many_are_kept_and_the_newest_sound_one_is_taken(self, tmp_path, capsys):
@@ -477,12 +491,16 @@ class TestBest:
         kept = mx.load(str(tmp_path / "best" / "adapters.safetensors"))
         assert all(mx.array_equal(kept[name], expected[name]).item() for name in expected)
 
-    def test_a_run_ends_early_and_resumes_exactly(self, tmp_path, capsys):
+    def test_a_run_ends_early_and_resumes_exactly(self, tmp_path, capsys, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(Outcome, "draw", lambda outcome, ended=False: drawn.append(ended))
         options = self.OPTIONS | {"rate": 0.05, "save_best": "eval_loss", "early_stop": 2}
         options |= {"iters": 20, "steps_per_save": 1}
         whole = trained(tmp_path / "whole", **options)
         reached = metrics(tmp_path / "whole")[-1]["iteration"]
         assert 1 < reached < 20
+        validations = [line for line in metrics(tmp_path / "whole") if "eval_loss" in line]
+        assert drawn == [False] * (len(validations) - 2) + [True], "none of the start, and one of the end"
         assert f"Ended after iteration {reached}: 2 validations without a gain." in capsys.readouterr().out
         with pytest.raises(Stopped):
             trained(tmp_path / "parted", stop=reached, **options)

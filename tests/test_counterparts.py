@@ -28,11 +28,11 @@ from mlx_lm.tuner.preference.options import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "trl_config.json").read_text())
-THEIRS = {name for part in ("DPOConfig", "ModelConfig", "ScriptArguments", "DatasetMixtureConfig", "LoraConfig")
-          for name in GOLDEN[part]}  # fmt: skip
+PARTS = ("DPOConfig", "KTOConfig", "ModelConfig", "ScriptArguments", "DatasetMixtureConfig", "LoraConfig")
+THEIRS = {name for part in PARTS for name in GOLDEN[part]}
 # Arguments of the trainer, and keys of older releases.
 BESIDES = {"ref_model", "ref_model_name_or_path", "warmup_ratio", "max_prompt_length", "max_completion_length"}
-BESIDES |= {"torch_dtype"}
+BESIDES |= {"torch_dtype", "loraplus_lr_ratio"}
 DEFAULTS_HERE = mlx_lm.lora.CONFIG_DEFAULTS
 
 
@@ -60,6 +60,8 @@ EXAMPLES = {
         {"f_alpha_divergence_coef": 0.7},
     ),
     "discopop_tau": ({"loss_type": ["discopop"], "discopop_tau": 0.2}, {"loss_type": "discopop", "discopop_tau": 0.2}),
+    "desirable_weight": ({"desirable_weight": 1.5}, {"loss_type": "kto", "desirable_weight": 1.5}),
+    "undesirable_weight": ({"loss_type": "kto", "undesirable_weight": 0.5}, {"undesirable_weight": 0.5}),
     "label_smoothing": ({"loss_type": "robust", "label_smoothing": 0.1}, {"label_smoothing": 0.1}),
     "learning_rate": ({"learning_rate": "5e-7"}, {"learning_rate": 5e-7}),
     "per_device_train_batch_size": ({"per_device_train_batch_size": 2}, {"batch_size": 2}),
@@ -136,6 +138,8 @@ EXAMPLES = {
     "use_dora": (PEFT | {"use_dora": True}, {"fine_tune_type": "dora"}),
     "lora_r": (PEFT | {"lora_r": 32}, {"lora_parameters": {"rank": 32, "scale": 1.0, "dropout": 0.0}}),
     "lora_alpha": (PEFT | {"lora_alpha": 8}, {"lora_parameters.scale": 0.5}),
+    "use_rslora": (PEFT | {"use_rslora": True}, {"use_rslora": True, "lora_parameters.scale": 2.0}),
+    "loraplus_lr_ratio": (PEFT | {"loraplus_lr_ratio": 16}, {"lora_plus_ratio": 16}),
     "lora_dropout": (PEFT | {"lora_dropout": 0.1, "disable_dropout": False}, {"lora_parameters.dropout": 0.1}),
     "lora_target_modules": (
         PEFT | {"lora_target_modules": ["q_proj", "down_proj", "fc1"]},
@@ -162,6 +166,8 @@ def test_every_key_of_the_tables_is_the_programs_and_its_counterpart_this_comman
 
 def test_defaults_are_trls():
     assert DEFAULTS == {name: GOLDEN["DPOConfig"][name] for name in DEFAULTS}
+    both = set(DEFAULTS) & set(GOLDEN["KTOConfig"]) - {"loss_type"}
+    assert {name: GOLDEN["KTOConfig"][name] for name in both} == {name: DEFAULTS[name] for name in both}
     assert MODEL_DEFAULTS == {name: GOLDEN["ModelConfig"][name] for name in MODEL_DEFAULTS}
 
 
@@ -197,12 +203,14 @@ def test_a_file_without_keys_has_trls_defaults():
     ]
 
 
-def test_each_key_without_a_counterpart_is_named_in_a_comment():
-    """A whole DPOConfig, as TRL writes it."""
-    _, comments = config_of(GOLDEN["DPOConfig"] | {"run_name": "a\nb", "hub_token": "secret"})
+@pytest.mark.parametrize(("kind", "loss"), [("DPOConfig", "sigmoid"), ("KTOConfig", "kto")])
+def test_each_key_without_a_counterpart_is_named_in_a_comment(kind, loss):
+    """A whole file, as TRL writes it."""
+    args, comments = config_of(GOLDEN[kind] | {"run_name": "a\nb", "hub_token": "secret"})
+    assert args.loss_type == loss and f"a {kind} of TRL" in comments[0]
     told = "\n".join(comments)
     read = set(EXAMPLES) | {"disable_dropout", "save_strategy", "resume_from_checkpoint"}
-    for name in set(GOLDEN["DPOConfig"]) - read:
+    for name in set(GOLDEN[kind]) - read:
         assert name in told, name
     assert "secret" not in told
     assert "bf16: the model runs" not in told and "bf16: the model runs" in "\n".join(config_of({"bf16": True})[1])
@@ -239,6 +247,8 @@ def refused(**parameters):
 # What a row tells beyond the names, where this code says it; a row's first key stands for it.
 CLAIMS = {
     "loss_type": lambda: LOSSES["sigmoid"] is LOSSES["dpo"],
+    "desirable_weight": lambda: set(GOLDEN["KTOConfig"]) - set(GOLDEN["DPOConfig"])
+    == {"desirable_weight", "undesirable_weight"} <= set(LOSSES["kto"].options),
     "beta": lambda: refused(loss_type="dpo", discopop_tau=0.2),
     "label_smoothing": lambda: "label_smoothing" in LOSSES["dpo"].options,
     "weight_decay": lambda: inspect.signature(optimizers.AdamW).parameters["weight_decay"].default == 0.01
@@ -307,6 +317,7 @@ def test_the_flag_prints_the_file_and_ends(tmp_path):
     [
         ("- a", "holds a list"),
         ("loss_type: [sigmoyd]", r"loss_type has 'sigmoyd' \(did you mean sigmoid\?\)"),
+        ("loss_type: apo_zero_unpaired", "of single responses kto is the loss here"),
         ("max_steps: many", "a type that TRL does not take"),
         ("save_steps: .inf", "a type that TRL does not take"),
         ("datasets: x", "datasets is 'x'; it must be a list"),

@@ -141,6 +141,26 @@ def test_links_and_named_files_lead_somewhere(name):
         assert (ROOT / path).exists(), path
 
 
+def test_the_examples_file_names_every_key_and_what_it_suggests_passes_the_check():
+    text = (ROOT / "mlx_lm" / "examples" / "lora_config.yaml").read_text()
+    flags = {
+        "check",
+        "steps",
+        "predictions",
+        "compare",
+        "mask_prompt",
+    }  # of single commands, and one that nothing reads
+    keys = {option.name for option in LOSS_OPTIONS + RUN_OPTIONS} | set(mlx_lm.lora.CONFIG_DEFAULTS) - {"config"}
+    assert not [key for key in keys - flags if not re.search(rf"\b{key}\b", text)]
+    for line in re.findall(r"^# (\w+: .*)$", text, re.M):
+        key = line.partition(":")[0]
+        assert key in keys, key
+        if key not in ("lr_schedule", "resume", "resume_adapter_file"):
+            needed = {"score_scale": "score_difference: margin", "reference_mixup_alpha": "reference_update_steps: 9"}
+            kept = text.replace("\niters: 100\n", "\n") if key == "epochs" else text
+            check_config(config_of(f"{kept}\n{needed.get(key, '')}\n{line}"))
+
+
 def test_yaml_examples_pass_the_check_and_hold_no_unread_key(capsys):
     examples = blocks(MANUAL, "yaml")
     assert len(examples) >= 4
@@ -169,6 +189,32 @@ def short_run(path, folder, **changes):
     fixed |= {} if config.loss_type == "sft" else {"reference_cache": "none"}
     mlx_lm.lora.run(SimpleNamespace(**vars(config) | fixed | changes))
     return folder / "adapters"
+
+
+def test_settings_that_the_text_names_pass_the_check():
+    keys = {option.name for option in LOSS_OPTIONS + RUN_OPTIONS} | set(mlx_lm.lora.CONFIG_DEFAULTS)
+    needed = {"reference_mixup_alpha": "reference_update_steps: 9", "beta": "loss_type: [dpo, sft]"}
+    named = {line for line in re.findall(r"`(\w+: [^`]+)`", README + MANUAL) if line.partition(":")[0] in keys}
+    named = {line for line in named if not re.search(r" N$|FOLDER|owner/", line)}
+    assert len(named) > 25
+    for line in named - {"resume: true"}:
+        check_config(config_of(f"train: true\nloss_type: dpo\n{needed.get(line.partition(':')[0], '')}\n{line}"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "loss_type: kto\nlora_plus_ratio: 16\nuse_rslora: true",
+        "loss_type: [dpo, sft]\nreference_update_steps: 1\nreference_mixup_alpha: 0.6",
+    ],
+)
+def test_settings_that_the_text_names_train(settings, tmp_path):
+    assert all(f"`{line}`" in MANUAL for line in settings.splitlines() if "update" not in line)
+    path = tmp_path / "config.yaml"
+    path.write_text(f"train: true\n{settings}")
+    saved = json.loads((short_run(path, tmp_path, iters=3) / "adapter_config.json").read_text())
+    kto = "kto" in settings
+    assert saved["lora_parameters"]["scale"] == pytest.approx(20 * 8**0.5 if kto else 20)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ def command(*flags, folder, data=EXAMPLES / "preferences"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*map(str, given), *SETTINGS, "--reference-cache", "none", *flags])
         patch.setattr(memory, "_earlier_peak", 0)
-        patch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
+        for module in ("outcome", "dry_run"):
+            patch.setattr(f"mlx_lm.tuner.preference.{module}.plot_metrics", lambda folder: None)
         try:
             mlx_lm.lora.main()
         except SystemExit as stop:
@@ -70,13 +71,25 @@ def test_the_memory_of_a_real_model_is_within_a_fifth_of_the_runs(tmp_path, caps
 
 def test_what_it_tells(tmp_path, capsys):
     assert command("--check", "--steps", "2", "--epochs", "0.5", "--iters", "50", folder=tmp_path) == 2
-    assert command("--check", "--steps", "2", "--batch-size", "8", folder=tmp_path) == 0
+    flags = "--batch-size 8 --sample-prompts 3 --reference-update-steps 4".split()
+    assert command("--check", "--steps", "2", *flags, folder=tmp_path) == 0
     out = capsys.readouterr().out
     assert re.search(r"^  train +400 +0 +0 +0$", out, re.M) and re.search(r"^  valid +80 ", out, re.M)
     assert "12 iterations of 8 pairs are 0.24 epochs and 12 updates" in out
     steps, each, seconds = re.search(r"(\d+) steps of ([\d.]+) s +([\d.]+) s$", out, re.M).groups()
     assert steps == "12" and float(seconds) == pytest.approx(12 * float(each), abs=0.06)
-    assert re.search(r"2 validations of [\d.]+ s ", out)
+    parts = re.findall(r"^  (.*?) +([\d.]+) s$", out[out.index("time by 2 steps") :], re.M)
+    assert [re.sub(r"[\d.]+ s$", "T", name) for name, _ in parts] == [
+        "12 steps of T",
+        "2 validations of T",
+        "2 times 3 answers of T",
+        "reference, where none of it is kept",
+        "exchanges of the reference, 2",  # after the fourth and the eighth update: none follows the last
+        "pictures, 1",
+        "in all, but for loading, saving, test",
+    ]
+    *times, total = (float(time) for _, time in parts)
+    assert sum(times) == pytest.approx(total, abs=0.3) and total < 60
     assert "rows are read as prompt, chosen, rejected" in out and "Nothing that can be told" in out
     assert command("--steps", "2", folder=tmp_path) == 2
     assert list(tmp_path.iterdir()) == []

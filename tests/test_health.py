@@ -68,6 +68,12 @@ def test_a_detector_is_set_off(tmp_path, name):
     assert len([sentence for sentence in said if WORDS[name] in sentence]) == 1
 
 
+def test_small_margins_from_a_reference_that_follows_the_policy_are_no_standstill(tmp_path):
+    _, validations = run(tmp_path, **SICK["unmoved"])
+    assert WORDS["unmoved"] in " ".join(health(validations, DPO))
+    assert health(validations, preference_loss("dpo", beta=0.1, reference_update_steps=2)) == []
+
+
 @pytest.mark.parametrize(
     "chosen, rejected, logps, warned",
     [

@@ -83,3 +83,14 @@ def test_other_data_are_refused(tmp_path):
     statuses, told = ended(started(tmp_path, SHORT, SHORT | {"data": str(tmp_path / "rows.jsonl")}))
     assert statuses == [2, 2] and len(sum(told, [])) == 1
     assert "were given different the training data, the validation data; start" in sum(told, [])[0]
+
+
+def test_the_first_one_does_not_wait_for_ever_for_others_that_do_not_come(tmp_path):
+    """MLX keeps Python from running meanwhile."""
+    (tmp_path / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    code = "from mlx_lm.tuner.preference import workers; workers.WAITING = 0.5; workers.find_others()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment |= {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "Waiting for the other workers to be started, 0 minutes at most.\n"

@@ -30,12 +30,12 @@ def main():
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     if find_spec("trl"):
         from peft import LoraConfig
-        from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
+        from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, ScriptArguments
 
         found["versions"] = found.get("versions", {}) | {
             name: version(name) for name in ("trl", "peft", "transformers")
         }
-        classes = (DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig, LoraConfig)
+        classes = (DPOConfig, KTOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig, LoraConfig)
         found |= {cls.__name__: fields(cls) for cls in classes}
     if find_spec("mlx_lm_lora"):
         from mlx_lm_lora.train import CONFIG_DEFAULTS, build_parser

@@ -30,6 +30,9 @@ _SAME = "beta loss_weights ld_alpha use_weighting f_divergence_type f_alpha_dive
 TRL = (
     Counterpart("loss_type", "loss_type", "`sigmoid` is `dpo`, and both names are read"),
     Counterpart(_SAME, _SAME, "what the loss does not read is refused here, ignored there"),
+    Counterpart(
+        "desirable_weight undesirable_weight", "desirable_weight undesirable_weight", "of a KTOConfig, with `kto`"
+    ),
     Counterpart("label_smoothing", "label_smoothing", "smooths `dpo` too, which TRL 1.16 does not"),
     Counterpart("learning_rate", "learning_rate"),
     Counterpart("per_device_train_batch_size", "batch_size", "pairs over all workers; there those of one device"),
@@ -78,6 +81,8 @@ TRL = (
     Counterpart("model_name_or_path", "model"),
     Counterpart("use_peft use_dora", "fine_tune_type", "`lora` by default; there all weights are trained"),
     Counterpart("lora_r lora_alpha lora_dropout r", "lora_parameters", "`scale` is `lora_alpha / r`"),
+    Counterpart("use_rslora", "use_rslora"),
+    Counterpart("loraplus_lr_ratio", "lora_plus_ratio", "an argument of PEFT's `create_loraplus_optimizer`"),
     Counterpart(
         "lora_target_modules target_modules", "lora_parameters", "`keys` are paths in a block: `self_attn.q_proj`"
     ),

@@ -4,16 +4,21 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from ...cli_ui import rprint
+from .answers import answers
 from .batches import filled, make_batch, pair_lengths, plan, reference_rows
+from .curves import plot_metrics
+from .divergence import VALIDATED_PAIRS
 from .intercept import evaluating
 from .layers import checkpointed_layers
 from .memory import begin_peak_anew, bounded_memory, peak_memory, trim_cache
+from .metrics import METRICS_FILE, add_lines
 from .options import ConfigError
 from .reference import ample_tokens, device_memory
 
@@ -151,39 +156,56 @@ def run_step(step, schedule, iteration, args):
 
 
 def score_largest(objective, reference, logps, schedule, args):
-    """Score the largest batches of the reference pass and of a validation; returns the seconds that a token takes."""
+    """Score the largest batches of a validation and of the reference pass.
+
+    Returns:
+        The seconds that a token takes in each of the two, the latter 0 without a reference.
+    """
 
     def validate(batch):
         losses, figures = objective.each(batch, reference_rows(None, batch.counts), by_token=True)
         return mx.stack([losses, *figures])
 
     validated = logps.val_dataset, logps.val_rows
-    tried = [(objective.scorer, validate, *validated, args.batch_size if objective.loss.reads_batch else None)]
-    if reference is not None:
-        visited = logps.dataset, schedule.visited(1, args.iters)
-        tried += [
-            (reference.scorer, reference.score, *rows, args.reference_batch_size) for rows in (visited, validated)
-        ]
-    seconds = 0.0
-    for scorer, evaluate, dataset, rows, size in tried:
-        if not len(rows):
-            continue
-        lengths = lengths_of(dataset, rows)
-        most = ample_tokens(scorer, int(lengths.sum(axis=1).max()))
-        places = max(
-            plan(lengths, size) if size else filled(lengths, most, scorer.arrangement),
-            key=lambda places: lengths[places].sum(),
-        )
-        with evaluating(scorer.model):
-            batch, processed, _ = make_batch([dataset[int(rows[place])] for place in places], scorer.arrangement)
-            timed = []
-            for _ in range(2 if args.steps else 1):  # the first one comes late where kernels have to be made
-                tic = time.perf_counter()
-                mx.eval(evaluate(batch))
-                timed.append(time.perf_counter() - tic)
-            seconds = min(timed) / processed
-            trim_cache()
-    return seconds
+    size = args.batch_size if objective.loss.reads_batch else None
+    validation = time_largest(objective.scorer, validate, [validated], size, args.steps)
+    if reference is None:
+        return validation, 0.0
+    visited = logps.dataset, schedule.visited(1, args.iters)
+    size = args.reference_batch_size
+    return validation, time_largest(reference.scorer, reference.score, [visited, validated], size, args.steps)
+
+
+def time_largest(scorer, evaluate, sets, size, again):
+    """Evaluate the largest of the batches in which some rows are scored.
+
+    Args:
+        scorer, evaluate: a `Scorer`, and what is computed of a batch.
+        sets: each a data set and its rows that are scored.
+        size: pairs in a batch, None for what memory is ample for.
+        again: whether to take the time of a second evaluation on a GPU, whose first one may have kernels to make.
+
+    Returns:
+        The seconds that a token takes, 0 where there is no row.
+    """
+    batches = []
+    for dataset, rows in sets:
+        if len(rows):
+            lengths = lengths_of(dataset, rows)
+            most = ample_tokens(scorer, int(lengths.sum(axis=1).max()))
+            for places in plan(lengths, size) if size else filled(lengths, most, scorer.arrangement):
+                batches.append((lengths[places].sum(), dataset, rows[places]))
+    if not batches:
+        return 0.0
+    _, dataset, rows = max(batches, key=lambda batch: batch[0])
+    with evaluating(scorer.model):
+        batch, processed, _ = make_batch([dataset[int(row)] for row in rows], scorer.arrangement)
+        for _ in range(2 if again and mx.default_device() == mx.gpu else 1):
+            tic = time.perf_counter()
+            mx.eval(evaluate(batch))
+            seconds = time.perf_counter() - tic
+        trim_cache()
+    return seconds / processed
 
 
 def lengths_of(dataset, rows):
@@ -224,15 +246,47 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
     for i in usual:
         mx.eval(run_step(step, schedule, int(i) + 1, args))
     seconds = (time.perf_counter() - tic) / len(usual) * tokens.mean() / tokens[usual].mean()
-    valid = lengths_of(logps.val_dataset, logps.val_rows).sum() * scoring
-    validations = 1 + -(-args.iters // args.steps_per_eval)
     parts = {f"{args.iters} steps of {seconds:.3f} s": args.iters * seconds}
-    if len(logps.val_rows):
-        parts[f"{validations} validations of {valid:.3f} s"] = validations * valid
+    validation, reference = scoring
+    lengths = lengths_of(logps.val_dataset, logps.val_rows).sum(axis=1)
+    referenced = lengths.sum() * reference
+    count = 1 + -(-args.iters // args.steps_per_eval)
+    if len(lengths):
+        # The KL runs the policy and the reference over some pairs.
+        each = lengths.sum() * validation + 2 * min(VALIDATED_PAIRS, len(lengths)) * lengths.mean() * reference
+        parts[f"{count} validations of {each:.3f} s"] = count * each
+        if args.sample_prompts:
+            each = args.sample_prompts * time_answer(objective.scorer.model, logps)
+            parts[f"{count} times {args.sample_prompts} answers of {each:.3f} s"] = count * each
     if objective.loss.needs_reference:
-        visited = lengths_of(logps.dataset, schedule.visited(1, args.iters)).sum() * scoring
-        parts["reference, where none of it is kept"] = visited + valid
-    parts["in all"] = sum(parts.values())
+        visited = lengths_of(logps.dataset, schedule.visited(1, args.iters)).sum() * reference
+        parts["reference, where none of it is kept"] = visited + referenced
+        if every := args.reference_update_steps:
+            exchanges = (-(-args.iters // args.grad_accumulation_steps) - 1) // every
+            again = every * args.grad_accumulation_steps * tokens.mean() * reference + referenced
+            parts[f"exchanges of the reference, {exchanges}"] = exchanges * again
+    drawn, (first, other) = count - 1 if len(lengths) else 1, time_pictures()
+    parts[f"pictures, {drawn}"] = first + (drawn - 1) * other
+    parts["in all, but for loading, saving, test"] = sum(parts.values())
     rprint(f"\ntime by {len(usual)} steps")
     for name, total in parts.items():
         rprint(f"  {name:38} {total:8.1f} s" if total < 120 else f"  {name:38} {total / 60:8.1f} min")
+
+
+def time_answer(model, logps):
+    """The seconds of an answer to the first validation prompt."""
+    tic = time.perf_counter()
+    answers(model, logps.val_dataset.tokenizer, [logps.val_dataset[int(logps.val_rows[0])].prompt])
+    return time.perf_counter() - tic
+
+
+def time_pictures():
+    """The seconds of a run's first picture, for which matplotlib is loaded, and of another one."""
+    times = []
+    with TemporaryDirectory() as folder:
+        add_lines(Path(folder) / METRICS_FILE, [{"iteration": 0, "eval_loss": 0.0}])
+        for _ in range(2):
+            tic = time.perf_counter()
+            plot_metrics(folder)
+            times.append(time.perf_counter() - tic)
+    return times

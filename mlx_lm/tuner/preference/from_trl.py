@@ -1,6 +1,6 @@
-"""A configuration of TRL's DPOConfig in this project's words.
+"""A configuration of TRL's DPOConfig or KTOConfig in this project's words.
 
-Read are DPOConfig's keys, and those of `trl dpo`'s other classes: of the data set, the model and PEFT. What a file does
+Read are their keys, and those of `trl dpo`'s other classes: of the data set, the model and PEFT. What a file does
 not say has TRL's default, not mlx-lm's, so that the two runs are alike.
 """
 
@@ -44,6 +44,9 @@ DEFAULTS = {
 }
 # ModelConfig's, which count where a file names a model.
 MODEL_DEFAULTS = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+# What a KTOConfig alone has; its other defaults here are DPOConfig's.
+KTO_WEIGHTS = ("desirable_weight", "undesirable_weight")
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
 # Layers that PEFT names by their last word, by their path in a block of most of mlx-lm's models.
 PATHS = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 PATHS |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
@@ -51,7 +54,7 @@ BEST = {"loss": "eval_loss", "rewards/accuracies": "accuracy", "rewards/margins"
 UNBOUNDED = 2**20  # tokens
 NOTHING = (None, False, "", [], {}, "no", "none")
 AS_THEY_ARE = ("beta", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "discopop_tau")
-AS_THEY_ARE += ("f_divergence_type", "f_alpha_divergence_coef")
+AS_THEY_ARE += ("f_divergence_type", "f_alpha_divergence_coef", *KTO_WEIGHTS)
 
 
 class _Translation:
@@ -88,17 +91,18 @@ def translate(given, name):
     """The text of a configuration file, with a comment for each key that has no counterpart.
 
     Args:
-        given: the keys and values of a DPOConfig.
+        given: the keys and values of a DPOConfig, or of a KTOConfig, which its weights or its loss tell.
         name: what to call its file.
 
     Raises:
         ConfigError: a value is of another type than TRL's, or a loss is not known.
     """
     made = _Translation(given)
-    made.note(f"{name}, a DPOConfig of TRL, in the words of mlx_lm.lora.")
+    kto = any(key in given for key in KTO_WEIGHTS) or given.get("loss_type") in KTO_LOSSES
+    made.note(f"{name}, a {'KTO' if kto else 'DPO'}Config of TRL, in the words of mlx_lm.lora.")
     _model_and_data(made)
     made.put("train", True)
-    _loss(made)
+    _loss(made, ["kto"] if kto else DEFAULTS["loss_type"])
     _adapters(made)
     updates = _length(made)
     _optimizer(made, updates)
@@ -131,10 +135,14 @@ def _entry(entry, test_split):
     return {"path": entry["path"], "train_split": entry.get("split") or "train", "valid_split": test_split, **config}
 
 
-def _loss(made):
-    names = made.take("loss_type")
+def _loss(made, default):
+    names = made.take("loss_type") if "loss_type" in made.given else default
     names = [names] if isinstance(names, str) else names
     for name in names:
+        if name == "apo_zero_unpaired":
+            raise ConfigError(
+                "loss_type is apo_zero_unpaired; of single responses kto is the loss here, of pairs apo_zero."
+            )
         if name not in LOSSES:
             raise ConfigError(f"loss_type has {name!r}{nearest(name, LOSSES)}, which is no loss here.")
     made.put("loss_type", names[0] if len(names) == 1 else names, "loss_type")
@@ -183,6 +191,10 @@ def _adapters(made):
     if modules != ["all-linear"]:
         parameters["keys"] = [PATHS.get(module, module) for module in modules]
     made.put("lora_parameters", parameters)
+    if made.take("use_rslora"):
+        made.put("use_rslora", True)
+    if (ratio := made.take("loraplus_lr_ratio")) is not None:
+        made.put("lora_plus_ratio", ratio)
 
 
 def _length(made):

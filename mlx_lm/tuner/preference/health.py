@@ -23,7 +23,9 @@ def health(validations, loss):
     first, *_, last = sound if len(sound) > 1 else sound * 2
     found = [displaced(first, last, loss)]
     if last is not first:
-        found += [exploding(sound), unmoved(first, last), overfitted(sound), length_bias(last)]
+        found += [exploding(sound), overfitted(sound), length_bias(last)]
+        # Margins from a reference that follows the policy stay small.
+        found += [] if loss.parameters.get("reference_update_steps") else [unmoved(first, last)]
     return [sentence for sentence in (*found, too_few(last)) if sentence]
 
 
@@ -116,5 +118,5 @@ def too_few(last):
         needed = math.ceil(1.05 * needed) + 1
     return (
         f"{count} pairs say little: the accuracy of {share:.2f} is between {low:.2f} and {high:.2f} (95 %). Some "
-        f"{needed} would tell it to within {WIDEST}: val_batches: -1 takes all there are, valid_share holds more back."
+        f"{needed} would narrow that to {WIDEST}: val_batches: -1 takes all there are, valid_share holds more back."
     )

@@ -297,7 +297,12 @@ TEST_OPTIONS = (
     _test("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1),
     _test("predictions", None, str, "File of JSON lines for each tested pair's logps, rewards and line; not set, none"),
     _test(
-        "compare", None, str, "Test two adapters, each a folder, file or none, and say whether they differ", many=True
+        "compare",
+        None,
+        str,
+        "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
+        many=True,
+        allowed="a list of two",
     ),
 )
 

@@ -15,6 +15,9 @@ from .options import ConfigError
 from .step import SHARES
 from .workers import confirm
 
+# Updates left out in a row, after which a run does not go on.
+MOST_LOST = 10
+
 
 class Window:
     """The steps since the last report.
@@ -53,21 +56,28 @@ class Reporter:
 
     def __init__(self, ui, callback, check, further=()):
         self.ui, self.callback, self.check, self.further = ui, callback, check, further
+        self._lost = 0
 
     def training(self, window, progress, learning_rate):
         """Report on the steps since the last report.
 
         Raises:
-            ConfigError: a loss or a gradient is not finite, or in every step.
+            ConfigError: a loss or a gradient is not finite; where that is left out, in MOST_LOST updates in a row.
         """
         sums, norms = window.figures()
         if self.check is not None:
             self.check(sums[:, 0], norms, progress.iteration - len(sums) + 1)
+        lost = [not np.isfinite(norm) for norm in norms if norm is not None]
+        progress.skipped += sum(lost)
+        for skipped in lost:
+            self._lost = self._lost + 1 if skipped else 0
+        if self._lost >= MOST_LOST:
+            raise ConfigError(
+                f"the loss or the gradient was not finite in the last {self._lost} updates, up to iteration "
+                f"{progress.iteration}. {REMEDY}"
+            )
         sound = np.isfinite(sums).all(axis=1)
-        progress.skipped += sum(norm is not None and not np.isfinite(norm) for norm in norms)
-        if not sound.any():
-            raise ConfigError(f"no step of the {len(sums)} up to iteration {progress.iteration} is finite. {REMEDY}")
-        figures, pairs, trained = as_means(sums[sound].sum(axis=0), self.further)
+        figures, pairs, trained = as_means((sums[sound] if sound.any() else sums).sum(axis=0), self.further)
         progress.trained_tokens += int(trained)
         speed, seconds = trained / window.seconds, window.seconds
         peak, trained_tokens = peak_memory() / 1e9, progress.trained_tokens

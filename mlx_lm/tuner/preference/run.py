@@ -163,7 +163,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
     if progress.iteration == 0:
         validate()
     step.model.train()
-    while progress.iteration < args.iters and not (args.early_stop and progress.without_gain >= args.early_stop):
+    while progress.iteration < args.iters and not _has_stalled(progress, args):
         tic = time.perf_counter()
         batch, reference, tokens = upcoming or schedule.batch(progress.iteration + 1, logps.train)
         progress.iteration += 1
@@ -245,10 +245,16 @@ def _validate(objective, logps, progress, args, report, config, outcome):
     if not len(logps.val_rows):
         return
     figures, found = report.validation(progress.iteration, objective, logps, args.batch_size)
+    if args.save_best or args.early_stop:
+        _keep_best(objective.scorer.model, figures, progress, args, config)
     if outcome is not None:
-        outcome.validated(progress.iteration, found, last=progress.iteration == args.iters)
-    if not (args.save_best or args.early_stop):
-        return
+        outcome.validated(
+            progress.iteration, found, last=progress.iteration == args.iters or _has_stalled(progress, args)
+        )
+
+
+def _keep_best(model, figures, progress, args, config):
+    """Keep the adapters where the validation's figures are the best so far; count where they are not."""
     name, sign = BEST[args.save_best or "eval_loss"]
     gained = np.isfinite(figures[name]) and (progress.best is None or sign * figures[name] > sign * progress.best)
     progress.without_gain = 0 if gained else progress.without_gain + 1
@@ -257,12 +263,17 @@ def _validate(objective, logps, progress, args, report, config, outcome):
         progress.best, progress.best_iteration = figures[name], progress.iteration
         if args.save_best and progress.iteration > 0 and mx.distributed.init().rank() == 0:
             adapter_file = Path(args.adapter_file)
-            save_adapters(objective.scorer.model, adapter_file.parent / BEST_FOLDER / adapter_file.name, config=config)
+            save_adapters(model, adapter_file.parent / BEST_FOLDER / adapter_file.name, config=config)
+
+
+def _has_stalled(progress, args):
+    """Whether the last validations, `early_stop` of them, were without a gain."""
+    return bool(args.early_stop) and progress.without_gain >= args.early_stop
 
 
 def _tell_best(folder, progress, args):
     """Name the best adapters, and why a run ended early."""
-    if args.early_stop and progress.without_gain >= args.early_stop:
+    if _has_stalled(progress, args):
         rprint(f"Ended after iteration {progress.iteration}: {progress.without_gain} validations without a gain.")
     if args.save_best and progress.best_iteration > 0:
         place = folder / BEST_FOLDER

@@ -5,6 +5,7 @@ worker, over which nothing is sent while all is well: the system closes it where
 a machine is gone. So it costs nothing in a step, and does not depend on the backend.
 """
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ import numpy as np
 from .options import ConfigError
 
 GRACE = 2.0  # seconds in which a worker may come to an error of its own, after another one has ended
+WAITING = 600.0  # seconds for all to be started
 PATIENCE = 60.0  # seconds for finding each other, once all have started
 SHOW_CURSOR = "\x1b[?25h\n"
 NOT_BEGUN = "a worker ended, or has not answered, before the run began, and this one ends too"
@@ -111,16 +113,22 @@ def find_others():
         ConfigError: they cannot be found.
     """
     global _several
-    if os.environ.get("MLX_RANK") == "0":
-        print("Waiting for the other workers to be started.", file=sys.stderr)
-    # MLX waits for them without looking at what Python has to do: Ctrl-C has to end it by itself.
+    # MLX waits for them without looking at what Python has to do: Ctrl-C has to end it by itself, and where they do not
+    # come, because one has died already, a thread that does without Python.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    nowhere = open(os.devnull, "w")
+    if (rank := os.environ.get("MLX_RANK")) is not None:
+        faulthandler.dump_traceback_later(WAITING, exit=True, file=nowhere)
+    if rank == "0":
+        print(f"Waiting for the other workers to be started, {WAITING / 60:.0f} minutes at most.", file=sys.stderr)
     try:
         _several = mx.distributed.init().size() > 1
     except (RuntimeError, ValueError) as error:
         told = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"the other workers cannot be found ({told}); start all, with one list of hosts.") from error
     finally:
+        faulthandler.cancel_dump_traceback_later()
+        nowhere.close()
         signal.signal(signal.SIGINT, handler)
 
 
