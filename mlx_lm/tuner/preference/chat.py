@@ -183,14 +183,12 @@ class ChatTexts:
 
     def _lost_in_response(self, response, text):
         """What the template leaves out of a response by its own rules, as notes."""
-        notes = set()
         for message in response:
             thought = self.thinking.thought(message["content"])
-            if thought and thought.text not in text:
-                notes.add(CLOSED_REASONING)
-            if any(message[key].strip() not in text for key in REASONING if key in message):
-                notes.add(CLOSED_REASONING)
-        return notes
+            reasoning = [message[key].strip() for key in REASONING if key in message]
+            if any(part not in text for part in [*reasoning, *([thought.text] if thought else [])]):
+                return {CLOSED_REASONING}
+        return set()
 
     def _continued(self, conversation):
         """Texts of a row whose prompt ends with the beginning of the response's first message."""
