@@ -6,6 +6,7 @@ from rich.text import Text
 
 from ...cli_ui import make_console
 from .intercept import evaluating
+from .options import shortened
 
 # Tokens of an answer at most, and letters of it that are printed.
 MOST_TOKENS, MOST_LETTERS = 128, 400
@@ -60,4 +61,4 @@ def print_side_by_side(before, now):
 
 def _cut(text):
     text = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text.strip())
-    return text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " ..."
+    return shortened(text, MOST_LETTERS)

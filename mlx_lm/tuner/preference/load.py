@@ -172,9 +172,9 @@ def check_trainable(model):
         )
 
 
-def is_none(adapter_path):
-    """Whether a path names no adapters, so that the model itself is meant."""
-    return adapter_path in (None, "", "none", "None")
+def is_none(path):
+    """Whether a path names nothing: no adapters but the model itself, or no cache."""
+    return path in (None, "", "none", "None")
 
 
 def read_adapter_config(adapter_path):

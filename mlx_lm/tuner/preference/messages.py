@@ -19,7 +19,8 @@ OTHER_ROLES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
 CALLS = "function_call"
 # Keys of a message that are read; LORA.md names them.
 KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call_id")
-REASONING = ("reasoning_content", "reasoning", "thinking")
+# The keys by which rows and templates know reasoning; a message that is read has the first.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 MOST_DIGITS = 300
 LOOKS_LIKE_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")

@@ -28,7 +28,7 @@ class Loss:
             another f-divergence may stand in for the reverse KL.
         reads_margins: whether it has a pair's logit, which a margin lowers.
         sorts_batch: its values belong to quantiles of the batch, not to pairs.
-        reads_batch: a pair's value depends on the other pairs of its batch.
+        reads_batch: a pair's value depends on the other pairs of its batch, though they are not sorted.
         is_likelihood: it is the chosen response's likelihood and has no logratio: it goes with any other
             loss and its settings.
         unpaired: it reads single responses with labels, not pairs, and goes with no other loss.
@@ -114,20 +114,8 @@ TABLE = (
     Loss("apo_zero", "1 - sigma(rc) + sigma(rr)", "2408.06266"),
     Loss("apo_down", "sigma(rc) + 1 - sigma(h)", "2408.06266", reads_margins=True),
     Loss("discopop", "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)", "2406.08414", **PAIR),
-    Loss(
-        "aot",
-        "dpo between sorted policy gaps and sorted reference gaps",
-        "2406.05882",
-        sorts_batch=True,
-        reads_batch=True,
-    ),
-    Loss(
-        "aot_unpaired",
-        "dpo between sorted chosen and sorted rejected logratios",
-        "2406.05882",
-        sorts_batch=True,
-        reads_batch=True,
-    ),
+    Loss("aot", "dpo between sorted policy gaps and sorted reference gaps", "2406.05882", sorts_batch=True),
+    Loss("aot_unpaired", "dpo between sorted chosen and sorted rejected logratios", "2406.05882", sorts_batch=True),
     Loss(
         "sft",
         "in a list: mean NLL of the chosen tokens",
@@ -165,7 +153,6 @@ TABLE = (
         "w sigma(beta kl - r) if desirable, w sigma(r - beta kl) if not; r = beta x logratio, w its kind's weight",
         "2402.01306",
         unpaired=True,
-        reads_batch=True,
     ),
 )
 
@@ -328,8 +315,8 @@ class PreferenceLoss:
         self.reads_wpo = parameters.get("use_weighting", False)
         self.reads_margins = any(loss.reads_margins for loss in self._losses)
         self.sorts_batch = any(loss.sorts_batch for loss in self._losses)
-        self.reads_batch = any(loss.reads_batch for loss in self._losses)
         self.unpaired = any(loss.unpaired for loss in self._losses)
+        self.reads_batch = self.sorts_batch or self.unpaired or any(loss.reads_batch for loss in self._losses)
         self.ld_alpha = parameters.get("ld_alpha")
 
     def __call__(self, pairs, wpo_weights=None):

@@ -103,8 +103,10 @@ def print_closing(args, epochs):
 
 
 def _told(line):
-    figures = (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
-    told = (f"{name} {line[f'eval_{key}']:.3f}" for name, key in figures if line.get(f"eval_{key}") is not None)
+    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    found = {name: line[f"eval_{key}"] for key, name in names.items() if line.get(f"eval_{key}") is not None}
+    # What rounds to 0 has no sign.
+    told = (f"{name} {round(value, 3) + 0.0:.3f}" for name, value in found.items())
     return f"{', '.join(told)} (iteration {line['iteration']})"
 
 

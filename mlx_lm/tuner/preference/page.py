@@ -12,6 +12,7 @@ import jinja2
 from .answers import responses_of, texts_of
 from .files import replace_file
 from .nonfinite import places_of
+from .options import shortened
 
 PAGE_FILE, TEMPLATE = "report.html", "report.html"
 # Pairs on a page, and letters of a text: a browser sorts so many at once.
@@ -43,10 +44,7 @@ def table_rows(dataset, rows, tokenizer):
         elif (prompt, rejected, chosen) in seen:
             note = f"{seen[prompt, rejected, chosen]} says the reverse"
         seen.setdefault((prompt, chosen, rejected), place)
-        texts = texts_of(tokenizer, pair)
-        cut = {
-            name: text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " ..." for name, text in texts.items()
-        }
+        cut = {name: shortened(text, MOST_LETTERS) for name, text in texts_of(tokenizer, pair).items()}
         found.append({"place": place, "note": note} | cut)
     return found
 

@@ -8,7 +8,7 @@ from mlx.utils import tree_map
 
 from .batches import filled, make_batch, pair_lengths, plan
 from .intercept import evaluating
-from .load import check_same_tokens, load_named
+from .load import check_same_tokens, is_none, load_named
 from .logps import Scorer
 from .memory import bounded_memory
 from .options import ConfigError
@@ -113,7 +113,7 @@ def reference_of(scorer, args, tokenizer=None, trust_remote_code=False):
     cache = args.reference_cache
     if cache is None:
         cache = default_cache_folder()
-    elif cache in ("none", "None", ""):
+    elif is_none(cache):
         cache = None
     if args.reference_model is not None:
         model, other = load_named("reference_model", args.reference_model, trust_remote_code)

@@ -92,7 +92,7 @@ class RowReader:
         laid, layout, keys = recognised(row, self.prompt, self.chosen, self.rejected)
         system_key = next((key for key in SYSTEM if row.get(key)), "system")
         read = {*keys, self.chosen, self.rejected, *READ, system_key}
-        scores = self._scores(row, read)
+        difference = self._score_difference(row, read)
         self.unread.update(dict.fromkeys(key for key in row if key not in read and row[key] is not None))
         chosen, rejected = (
             self._side(row, laid, *names) for names in (("chosen", self.chosen), ("rejected", self.rejected))
@@ -102,7 +102,7 @@ class RowReader:
             raise ConfigError(f"{system_key} is {kind(system)}; it must be a string.")
         tools_ = tools(laid.get("tools", row.get("tools")))
         kwargs = {**self.template_kwargs, **template_kwargs(row.get("chat_template_kwargs"))}
-        margin, weight = self._numbers(row, scores)
+        margin, weight = self._numbers(row, difference)
         if chosen == rejected and self.chosen != self.rejected:
             raise UselessRow(EQUAL)
         if self.chat:
@@ -280,29 +280,28 @@ class RowReader:
             )
         return shared
 
-    def _scores(self, row, read):
-        """The scores of chosen and rejected, None for each that there is not; `read` gets their keys."""
+    def _score_difference(self, row, read):
+        """The chosen response's score less the rejected one's, None where nothing reads it; `read` gets their keys."""
+        if self.score_difference is None and self.min_score_difference is None:
+            return None
         scores = []
         for names in (CHOSEN_SCORES, REJECTED_SCORES):
             key = next((name for name in names if row.get(name) is not None), None)
-            wanted = self.score_difference is not None or self.min_score_difference is not None
-            if wanted and key is None:
+            if key is None:
                 raise ConfigError(
                     f"the row has no {names[0]}, which score_difference and min_score_difference need; its keys are "
                     f"{', '.join(map(str, row))}."
                 )
-            scores.append(_number(row, key, 0.0) if wanted else None)
-            if wanted:
-                read.add(key)
-        return scores
+            scores.append(_number(row, key, 0.0))
+            read.add(key)
+        return scores[0] - scores[1]
 
-    def _numbers(self, row, scores):
+    def _numbers(self, row, difference):
         margin, weight = _number(row, "margin", 0.0), _number(row, "weight", 1.0)
         if weight < 0:
             raise ConfigError(f"weight is {weight:g}; it must not be negative.")
-        if scores[0] is None:
+        if difference is None:
             return margin, weight
-        difference = scores[0] - scores[1]
         if self.min_score_difference is not None and difference < self.min_score_difference:
             raise UselessRow(SCORED_ALIKE)
         if self.score_difference == "margin":

@@ -10,14 +10,13 @@ import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 
+from .messages import REASONING
 from .options import ConfigError
 
 # Stands in for a text, to see where the chat template writes it.
 STAND_IN = "\u241fresponse\u241f"
 # A row's text may take so many seconds of a processor, and may be so much longer than what it is made of.
 SECONDS, MEGABYTE, MOST_TIMES = 2, 10**6, 10
-# The keys by which templates know reasoning; rows bring it in the first.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @contextmanager
@@ -167,7 +166,7 @@ def _spoken(prompt, response):
     """All messages of a side, a response that goes on from the prompt's last message put together with it."""
     if prompt[-1]["role"] != "assistant" or not response or response[0]["role"] != "assistant":
         return [*prompt, *response]
-    joined = {**prompt[-1], **response[0], "content": (prompt[-1]["content"] or "") + (response[0]["content"] or "")}
+    joined = {**prompt[-1], **response[0], "content": prompt[-1]["content"] + response[0]["content"]}
     return [*prompt[:-1], joined, *response[1:]]
 
 
