@@ -4,6 +4,7 @@ Most cases run the command within this process, which takes a tenth of a second;
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -863,3 +864,17 @@ class TestProcesses:
         done = command("--resume", iters=reached + 2, save_every=1, steps_per_report=1000)
         assert done.status == 0, done
         assert int(mx.load(str(state), return_metadata=True)[1]["iteration"]) == reached + 2
+
+
+@pytest.mark.parametrize("number, told", [(errno.ENOSPC, True), (errno.EPIPE, True), (errno.EIO, False)])
+def test_output_that_cannot_be_written_is_told_in_a_sentence(number, told, monkeypatch, capsys):
+    def full():
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(mlx_lm.lora, "_upstream_main", full)
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora"])
+    with pytest.raises(SystemExit if told else OSError) as stop:
+        mlx_lm.lora.main()
+    assert not told or stop.value.code == 2
+    sentence = f"error: what is printed cannot be written ({os.strerror(number)}).\n"
+    assert capsys.readouterr().err == (sentence if told else "")

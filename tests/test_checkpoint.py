@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +22,7 @@ from mlx_lm.tuner.preference.checkpoint import (
     Progress,
     _write_state,
     check_adapter,
+    find_state,
     read_state,
     refuse_non_finite,
     restore_run,
@@ -29,6 +31,7 @@ from mlx_lm.tuner.preference.checkpoint import (
     starting_point,
 )
 from mlx_lm.tuner.preference.files import replace_file, replace_files
+from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import Outcome
 from mlx_lm.tuner.preference.pairs import Pair
@@ -152,10 +155,16 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(name, tmp_path):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    expected = trained(whole, **CASES[name])
-    # Saved after iteration 3, stopped in 5: two iterations are lost and taken again.
-    with pytest.raises(Stopped):
-        trained(parted, stop=5, **CASES[name])
+    expected = trained(whole, keep_checkpoints=3, **CASES[name])
+    # What a run leaves that saved after iteration 3 and was stopped in 5: two iterations are lost and taken again.
+    parted.mkdir()
+    for file, there in (
+        (STATE_FILE, f"0000003_{STATE_FILE}"),
+        ("adapters.safetensors", "0000003_adapters.safetensors"),
+    ):
+        (parted / file).write_bytes((whole / there).read_bytes())
+    lines = [line for line in metrics(whole) if line["iteration"] <= 5]
+    (parted / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     before = mx.load(str(parted / "adapters.safetensors"))
     found = trained(parted, resume=True, **CASES[name])
     assert found.keys() == expected.keys()
@@ -350,6 +359,14 @@ class TestLeftOut:
         with pytest.raises(ConfigError, match="0 of the training data has a weight of 1e.38: that is the likely cause"):
             trained(tmp_path, iters=6, compile=compiled)
 
+    def test_a_row_that_an_earlier_step_took_is_named(self):
+        """A finite gradient, whose square in Adam's moments is not: only the next step's loss shows it."""
+        rows = {1: np.array([0, 1]), 2: np.array([2, 3])}
+        heavy = [pair._replace(weight=1e38 if i == 1 else 1.0) for i, pair in enumerate(pairs(4))]
+        schedule = SimpleNamespace(rows=rows.get, pairs=heavy)
+        with pytest.raises(ConfigError, match="iteration 2, on the pairs row 2, 3; .* row 1 has a weight of 1e.38"):
+            refuse_non_finite_steps([0.7, np.nan], [None, None], 1, schedule, "row {}".format)
+
     @pytest.mark.parametrize("every", [1, 12])
     def test_a_run_without_a_finite_update_ends(self, every, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(report, "MOST_LOST", 4)
@@ -386,7 +403,7 @@ class TestEarlierStates:
         for place in [*draw(8, len(content), 100), len(content) - 1]:
             flip_a_bit(tmp_path / STATE_FILE, place, content)
             with pytest.raises(ConfigError, match="is damaged or no checkpoint"):
-                trained(tmp_path, iters=3, resume=True)
+                find_state(tmp_path, None, {}, 3)
 
     @pytest.mark.parametrize("part", ["random", "optimizer.model.layers.0", "gradient.", "pairs", "optimizer.step"])
     def test_a_state_with_a_part_missing_is_told(self, part, tmp_path):

@@ -324,6 +324,8 @@ def test_the_flag_prints_the_file_and_ends(tmp_path):
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_translated_is_refused(tmp_path, monkeypatch, text, told):
+    with pytest.raises(ConfigError, match="from_trl is .*none.yaml', which cannot be read"):
+        mlx_lm.lora.build_parser().parse_args(["--from-trl", str(tmp_path / "none.yaml")])
     (tmp_path / "dpo.yaml").write_text(text)
     with pytest.raises(ConfigError, match=told):
         mlx_lm.lora.build_parser().parse_args(["--from-trl", str(tmp_path / "dpo.yaml")])

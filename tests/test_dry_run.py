@@ -37,16 +37,26 @@ def command(*flags, folder, data=EXAMPLES / "preferences"):
     return 0
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A folder with some of the example's rows."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 48), ("valid", 8), ("test", 8)):
+        lines = (EXAMPLES / "preferences" / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:count]))
+    return folder
+
+
 def number(pattern, text):
     return float(re.search(pattern, text)[1])
 
 
 @pytest.mark.parametrize("flags", [(), ("--grad-accumulation-steps", "2", "--grad-checkpoint"), ("--no-share-prompt",)])
-def test_the_memory_is_within_a_fifth_of_the_runs(tmp_path, capsys, flags):
-    assert command("--check", *flags, folder=tmp_path) == 0
+def test_the_memory_is_within_a_fifth_of_the_runs(tmp_path, capsys, few, flags):
+    assert command("--check", *flags, folder=tmp_path, data=few) == 0
     told = number(r"in all +([\d.]+) of", capsys.readouterr().out)
     assert not (tmp_path / "a").exists()
-    assert command(*flags, folder=tmp_path) == 0
+    assert command(*flags, folder=tmp_path, data=few) == 0
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert told == pytest.approx(max(line["peak_memory"] for line in lines if "peak_memory" in line), rel=0.2)
 
@@ -96,29 +106,35 @@ def test_what_it_tells(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch):
+def test_the_time_of_a_run_without_validations(tmp_path, capsys, few):
+    assert command("--check", "--steps", "1", "--val-batches", "0", folder=tmp_path, data=few) == 0
+    out = capsys.readouterr().out
+    assert "12 steps of" in out and "validations" not in out and "pictures, 1 " in out
+
+
+def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch, few):
     rows = tmp_path / "data"
     rows.mkdir()
     (rows / "train.jsonl").write_text('{"prompt": "Why?", "chosen": "So."}\n')
     assert command("--check", folder=tmp_path, data=rows) == 2
     assert "train.jsonl:1: rejected is missing" in capsys.readouterr().err
-    assert command("--check", "--resume", folder=tmp_path) == 2
-    assert command("--check", "--save-best", "margin", "--val-batches", "0", folder=tmp_path) == 2
-    assert command("--check", "--report-to", "wandb,wand", folder=tmp_path) == 2
+    assert command("--check", "--resume", folder=tmp_path, data=few) == 2
+    assert command("--check", "--save-best", "margin", "--val-batches", "0", folder=tmp_path, data=few) == 2
+    assert command("--check", "--report-to", "wandb,wand", folder=tmp_path, data=few) == 2
     assert "wand is none of wandb, swanlab, tensorboard" in capsys.readouterr().err
-    assert command("--check", "--loss-type", "sft", folder=tmp_path) == 2
+    assert command("--check", "--loss-type", "sft", folder=tmp_path, data=few) == 2
     assert "dry run of preference training" in capsys.readouterr().err
     monkeypatch.setattr(dry_run, "device_memory", lambda: 2e6)
-    assert command("--check", folder=tmp_path) == 2
+    assert command("--check", folder=tmp_path, data=few) == 2
     assert "seems to need 0.0 GB, and the device has 0.0; a smaller batch_size" in capsys.readouterr().err
 
 
-def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, capsys, monkeypatch):
+def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, capsys, monkeypatch, few):
     """In proportion to tokens: of a step of gigabytes too, whose bytes are no number of 32 bits."""
     told, peak = [], mx.get_peak_memory
     monkeypatch.setattr(mx, "get_peak_memory", lambda: peak() + 3 * 10**9)
     monkeypatch.setattr(dry_run, "refuse_too_large", lambda resting, needed: told.append((resting, needed)))
-    assert command("--check", folder=tmp_path) == 0
+    assert command("--check", folder=tmp_path, data=few) == 0
     assert told[0][0] < 1e8 and 3e9 < told[0][1] < 3e10
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import short_run, some_pairs, tiny_llama
 
-from mlx_lm.tuner.preference.health import displaced, health
+from mlx_lm.tuner.preference.health import collapsed, health
 from mlx_lm.tuner.preference.objective import preference_loss
 
 PAIRS = some_pairs(48, response=(4, 8))
@@ -86,7 +86,10 @@ def test_small_margins_from_a_reference_that_follows_the_policy_are_no_standstil
 def test_both_responses_have_to_be_far_below_the_reference(chosen, rejected, logps, warned):
     figures = {"rewards/chosen": chosen, "rewards/rejected": rejected, "logps/chosen": logps}
     line = {f"eval_{name}": value for name, value in figures.items()} | {"eval_rewards/margins": chosen - rejected}
-    assert ("than to the reference" in (displaced(line, line, DPO) or "")) == warned
+    assert ("than to the reference" in (collapsed(line, DPO) or "")) == warned
+    # Of a model that writes no sense nothing else is said, such as that few pairs say little of it.
+    line |= {"eval_loss": 0.6, "eval_rewards/accuracies": 0.7, "eval_pairs": 10, "iteration": 1}
+    assert len(health([line], DPO)) == 1 and ("than to the reference" in health([line], DPO)[0]) == warned
 
 
 def test_one_validation_tells_nothing_of_a_change():

@@ -133,6 +133,6 @@ def test_a_second_signal_ends_at_once_and_handlers_are_given_back():
             assert stop.value.status == 143
         # Outside of steps there is nothing to finish.
         with pytest.raises(Interrupted):
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
     assert signal.getsignal(signal.SIGTERM) is before and REQUEST.number is None

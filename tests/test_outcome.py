@@ -26,7 +26,7 @@ import mlx_lm.lora
 from mlx_lm import load
 from mlx_lm.tuner.preference.answers import MOST_TOKENS
 from mlx_lm.tuner.preference.card import MARK, write_card
-from mlx_lm.tuner.preference.metrics import read_metrics
+from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import next_commands, print_closing
@@ -213,6 +213,7 @@ def test_a_card_tells_the_hub_what_it_is(run, tmp_path):
     assert card.data.base_model is None and MODEL not in card.content  # a folder of this machine
     last = read_metrics(run.folder / "metrics.jsonl")[-1]
     assert f"{last['eval_loss']:.3f} |" in card.content and "| beta | 0.5 |" in card.content
+    assert "None" not in card.content
     config = run.config | {"model": "someone/some-model", "hf_dataset": [{"path": "someone/pairs"}]}
     assert write_card(tmp_path, config, preference_loss(["dpo", "sft"]), [])
     data = ModelCard.load(tmp_path / "README.md").data
@@ -266,3 +267,12 @@ def test_the_last_panel_has_no_sign_before_a_zero(tmp_path, capsys):
     args = SimpleNamespace(adapter_path=tmp_path, save_best=None, model="m", trust_remote_code=False, iters=1)
     print_closing(args, None)
     assert "loss 0.693, accuracy 0.500, margin 0.000 (iteration 0)" in capsys.readouterr().out
+
+
+def test_the_best_validation_is_the_one_that_save_best_asks_for():
+    figures = [(0.5, 0.9, 0.3), (0.4, 0.8, 0.6), (0.45, 0.7, 0.7)]
+    names = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    lines = [dict(zip(names, row, strict=True)) for row in figures] + [{"eval_loss": None}]
+    for by, place in ((None, 1), ("eval_loss", 1), ("accuracy", 0), ("margin", 2)):
+        assert best_of(lines, by) == (lines[place], lines[2]), by
+    assert best_of([], "margin") == (None, None)

@@ -169,9 +169,12 @@ def test_the_layout_is_told_once_with_the_first_row(tmp_path, capsys):
     load(tmp_path)
     said = capsys.readouterr().out
     assert said == (
-        f"{tmp_path}/train.jsonl: rows are read as question, chosen, rejected; not read: id; first prompt "
-        r"'<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n'; first chosen 'It is Lima.<|im_end|>\n'; "
-        r"first rejected 'Paris. Paris. Paris. Paris. P ... s. Paris. Paris. <|im_end|>\n'."
+        f"{tmp_path}/train.jsonl: rows are read as question, chosen, rejected; not read: id; the first one:\n"
+        r"  prompt     '<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n'"
+        "\n"
+        r"  chosen     'It is Lima.<|im_end|>\n'"
+        "\n"
+        r"  rejected   'Paris. Paris. Paris. Paris. P ... s. Paris. Paris. <|im_end|>\n'"
         "\n"
     )
 

@@ -55,7 +55,7 @@ def short_run(model, pairs, folder, optimizer=None, valid=None, callback=None, r
     given = {"loss_type": "dpo", "batch_size": 4, "iters": 4, "steps_per_report": 1, "reference_cache": "none"}
     args = TrainingArgs(**{**given, "adapter_file": Path(folder) / "adapters.safetensors", **options})
     optimizer = optim.Adam(1e-3) if optimizer is None else optimizer
-    with mock.patch("mlx_lm.tuner.preference.outcome.plot_metrics", return_value=None):  # test_curves draws one
+    with mock.patch("mlx_lm.tuner.preference.outcome.plot_metrics", return_value=None):  # test_dpo draws one
         train(model, optimizer, pairs, valid, args, training_callback=callback, reference=reference)
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]

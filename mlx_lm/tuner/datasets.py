@@ -63,7 +63,7 @@ def load_dataset(args, tokenizer):
             args = SimpleNamespace(**{**vars(args), "data": str(path)})
     splits = _upstream.load_dataset(args, tokenizer)
     if shown := next((split for split in splits if len(split)), None):
-        rprint(f"{shown.name}: {shown.layout}.")
+        rprint(f"{shown.name}: {shown.layout}")
     return splits
 
 

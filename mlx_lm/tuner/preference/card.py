@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from .files import replace_file
-from .page import SUMMARY, best_of, summary
+from .metrics import best_of
+from .page import SUMMARY, summary
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by the training, which writes it anew; take this line out to keep what you write. -->"
@@ -70,9 +71,11 @@ def _body(folder, config, loss, validations, kind):
     if kind != "full":
         parameters |= {name: value for name, value in (config.get("lora_parameters") or {}).items() if name != "keys"}
     for name, value in parameters.items():
-        yield f"| {name} | {value} |"
-    if table := summary(validations, {key: SUMMARY[key] for key in FIGURES}):
-        count = best_of(validations)[1].get("eval_pairs")
+        if value is not None:
+            yield f"| {name} | {value} |"
+    by = config.get("save_best")
+    if table := summary(validations, {key: SUMMARY[key] for key in FIGURES}, by):
+        count = best_of(validations, by)[1].get("eval_pairs")
         yield ""
         yield f"Figures of {count} held-out pairs:" if count else "Figures of held-out pairs:"
         yield ""

@@ -38,8 +38,10 @@ SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
 _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
 
 
-def check_file(path, loader):
+def check_file(path, loader, given_as="config"):
     """Check that a configuration file holds keys with values, and warn of a key that it gives twice.
+
+    `given_as` is the option that named it.
 
     Raises:
         ConfigError: it cannot be read, is not YAML, or holds something else.
@@ -47,7 +49,8 @@ def check_file(path, loader):
     try:
         node = yaml.compose(Path(path).read_text(encoding="utf-8"), loader)
     except OSError as error:
-        raise ConfigError(f"config is {str(path)!r}, which cannot be read ({error.strerror}); give a file.") from error
+        told = f"{given_as} is {str(path)!r}, which cannot be read ({error.strerror})"
+        raise ConfigError(f"{told}; give a file.") from error
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()).replace('"<unicode string>"', str(path))
         raise ConfigError(f"the configuration file {path} is not YAML: {reason}.") from error

@@ -209,7 +209,7 @@ def time_largest(scorer, evaluate, sets, size, again):
 
 def lengths_of(dataset, rows):
     """Tokens of prompt, chosen and rejected of some rows, `(n, 3)`."""
-    return np.array([pair_lengths(dataset[int(row)]) for row in rows])
+    return np.array([pair_lengths(dataset[int(row)]) for row in rows]).reshape(-1, 3)
 
 
 def refuse_too_large(resting, needed):

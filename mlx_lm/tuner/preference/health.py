@@ -21,7 +21,9 @@ def health(validations, loss):
     if not sound:
         return []
     first, *_, last = sound if len(sound) > 1 else sound * 2
-    found = [displaced(first, last, loss)]
+    if sentence := collapsed(last, loss):
+        return [sentence]  # what else is seen follows from that
+    found = [displaced(first, last)]
     if last is not first:
         found += [exploding(sound), overfitted(sound), length_bias(last)]
         # Margins from a reference that follows the policy stay small.
@@ -34,17 +36,24 @@ def change(first, last, name):
     return last[f"eval_{name}"] - first[f"eval_{name}"]
 
 
-def displaced(first, last, loss):
+def collapsed(last, loss):
+    """Both responses far below the reference: a margin may be left, but hardly a model of text."""
+    if not loss.needs_reference:
+        return None
+    logps = last["eval_logps/chosen"]
+    logratios = [last[f"eval_rewards/{name}"] / loss.parameters["beta"] for name in ("chosen", "rejected")]
+    if not (max(logratios) < DISPLACED and logps < DISPLACED_TIMES * (logps - logratios[0])):
+        return None
+    return (
+        f"The chosen responses are {-logratios[0]:.0f} nats less likely than to the reference, the rejected "
+        f"ones {-logratios[1]:.0f}: the margin may be good, but the model may write no sense any more. Look at "
+        "what it generates. A lower learning_rate, a larger beta, or sft beside the loss holds it."
+    )
+
+
+def displaced(first, last):
     """Likelihood displacement: the chosen responses lose more than the margin gains (2410.08847)."""
-    chosen, logps = last["eval_rewards/chosen"], last["eval_logps/chosen"]
-    if loss.needs_reference:
-        logratios = [last[f"eval_rewards/{name}"] / loss.parameters["beta"] for name in ("chosen", "rejected")]
-        if max(logratios) < DISPLACED and logps < DISPLACED_TIMES * (logps - logratios[0]):
-            return (
-                f"The chosen responses are {-logratios[0]:.0f} nats less likely than to the reference, the rejected "
-                f"ones {-logratios[1]:.0f}: the margin may be good, but the model may write no sense any more. Look at "
-                "what it generates. A lower learning_rate, a larger beta, or sft beside the loss holds it."
-            )
+    chosen = last["eval_rewards/chosen"]
     fall, gain = -change(first, last, "rewards/chosen"), change(first, last, "rewards/margins")
     # Less than a nat is what a batch more or less does.
     if change(first, last, "logps/chosen") < -1 and fall > max(gain, 0):

@@ -7,6 +7,8 @@ from pathlib import Path
 from .files import replace_file
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+# The figure of each value of save_best, and the sign that makes more of it better.
+BEST = {"eval_loss": ("loss", -1), "accuracy": ("rewards/accuracies", 1), "margin": ("rewards/margins", 1)}
 
 
 def begin_lines(path, iteration):
@@ -31,6 +33,19 @@ def finite(line):
 def read_validations(folder):
     """The lines of a run's validations, of its parts before a resume too."""
     return [line for line in read_metrics(Path(folder) / METRICS_FILE) if "eval_loss" in line]
+
+
+def best_of(validations, by=None):
+    """The best validation and the last one, None where there is none.
+
+    Args:
+        validations: lines of `metrics.jsonl`.
+        by: a value of save_best, or None for the loss.
+    """
+    name, sign = BEST[by or "eval_loss"]
+    sound = [line for line in validations if isinstance(line.get(f"eval_{name}"), (int, float))]
+    best = max(sound, key=lambda line: sign * line[f"eval_{name}"], default=None)
+    return best, sound[-1] if sound else None
 
 
 def read_metrics(path):

@@ -87,10 +87,12 @@ def refuse_non_finite_steps(losses, norms, first, schedule, where):
         what = "the gradient" if np.isfinite(loss) else f"the loss is {loss:g}"
         what += f" at iteration {iteration}" if not np.isfinite(loss) else f" is not finite at iteration {iteration}"
         rows = schedule.rows(iteration).tolist()
+        # A step may leave weights or moments that only the next one shows not to be finite.
+        before = [row for earlier in range(first, iteration) for row in schedule.rows(earlier).tolist()]
         places = listed([where(row) for row in rows[:4]]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
         raise ConfigError(
             f"{what}, on the pairs {places}; the adapters saved before stay as they are. "
-            f"{_cause(schedule, rows, where)}"
+            f"{_cause(schedule, before + rows, where)}"
         )
 
 

@@ -13,9 +13,9 @@ from .checkpoint import BEST_FOLDER
 from .curves import PLOT_FILE, plot_metrics
 from .health import health
 from .interruption import given_command
-from .metrics import SAMPLES_FILE, add_lines, begin_lines, read_metrics, read_validations
+from .metrics import SAMPLES_FILE, add_lines, begin_lines, best_of, read_metrics, read_validations
 from .nonfinite import places_of
-from .page import PAGE_FILE, best_of, table_rows, write_page
+from .page import PAGE_FILE, table_rows, write_page
 
 
 class Outcome:
@@ -85,7 +85,7 @@ def print_closing(args, epochs):
     if mx.distributed.init().rank() != 0:
         return
     folder, console = Path(args.adapter_path), make_console()
-    best, last = best_of(read_validations(folder))
+    best, last = best_of(read_validations(folder), args.save_best)
     rows = []
     if last is not None:
         rows += [("best validation", _told(best)), ("last validation", _told(last))]

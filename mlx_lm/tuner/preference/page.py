@@ -5,12 +5,14 @@ The page is made by Jinja2, which escapes whatever stands in rows and settings.
 
 import base64
 import json
+from functools import cache
 from pathlib import Path
 
 import jinja2
 
 from .answers import responses_of, texts_of
 from .files import replace_file
+from .metrics import best_of
 from .nonfinite import places_of
 from .options import shortened
 
@@ -68,16 +70,13 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
             )
         pairs.append(row | of_pair)
     pairs.sort(key=lambda pair: pair["rewards_margins"])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    text = environment.get_template(TEMPLATE).render(
+    text = _template().render(
         title=Path(folder).resolve().name,
         settings={
             name: value if isinstance(value, str) else json.dumps(value, default=str)
             for name, value in settings.items()
         },
-        summary=summary(validations, SUMMARY),
+        summary=summary(validations, SUMMARY, settings.get("save_best")),
         health=health,
         answers=_answers(samples),
         picture=base64.b64encode(Path(picture).read_bytes()).decode() if picture else None,
@@ -89,16 +88,15 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
     replace_file(Path(folder) / PAGE_FILE, lambda file: file.write(text.encode(errors="replace")))
 
 
-def best_of(validations):
-    """The validation of the lowest loss, and the last one; None where there is none."""
-    sound = [line for line in validations if isinstance(line.get("eval_loss"), (int, float))]
-    best = min(sound, key=lambda line: line["eval_loss"], default=None)
-    return best, sound[-1] if sound else None
+@cache
+def _template():
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(TEMPLATE)
 
 
-def summary(validations, names):
+def summary(validations, names, by):
     """Rows of a table: a head, then the name of each figure that there is, in the first, best and last validation."""
-    best, last = best_of(validations)
+    best, last = best_of(validations, by)
     if last is None:
         return []
     lines = {"first": validations[0], "best": best, "last": last}

@@ -126,7 +126,7 @@ class PreferenceDataset:
         self._report(len(rows))
         if unpaired:
             self._pairs = mismatched(self._pairs, max_seq_length, name)
-        self.layout = "; ".join(filter(None, (self._layouts(), self.layout)))
+        self.layout = self._layouts() + (f"; the first one:\n{self.layout}" if self.layout else "")
         del self._encoder, self._reader
 
     def __len__(self):
@@ -230,11 +230,10 @@ class PreferenceDataset:
         return "rows are read as " + " and ".join(names) + unread
 
     def _described(self, texts):
-        """What the rows are read as, with the first one's texts shortened."""
+        """A row's texts, shortened, a line each."""
         parts = [texts.prompt, *(text[len(os.path.commonprefix([texts.prompt, text])) :] for text in texts[1:3])]
         names = ("prompt", "completion") if texts.chosen == texts.rejected else ("prompt", "chosen", "rejected")
-        named = zip(names, parts, strict=False)
-        return "; first ".join(["", *(f"{name} {shown(text)}" for name, text in named)]).lstrip("; ")
+        return "\n".join(f"  {name:10} {shown(text)}" for name, text in zip(names, parts, strict=False))
 
     def _leave_out(self, number, why):
         count, first = self._useless.get(why, (0, number))

@@ -36,6 +36,7 @@ from .intercept import parameters_in
 from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
 from .memory import bounded_memory, trim_cache
+from .metrics import BEST
 from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import ConfigError
@@ -47,9 +48,6 @@ from .report import Reporter, Window, say_fallbacks
 from .screen import RunUI
 from .step import Step
 from .workers import confirm, refuse_different_workers
-
-# The figure of each value of save_best, and the sign that makes more of it better.
-BEST = {"eval_loss": ("loss", -1), "accuracy": ("rewards/accuracies", 1), "margin": ("rewards/margins", 1)}
 
 
 def train_preference(
