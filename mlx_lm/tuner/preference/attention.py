@@ -17,17 +17,14 @@ from ...models.base import create_causal_mask
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
 CUDA_TILE = 128
 # Where there is none, a query's scores are kept for each key. With so many keys a head's dimension they are more than
-# what it takes to compute them again, which is done for BLOCK_SCORES at a time.
+# what it takes to compute them again, which is done for so many scores at a time.
 KEYS_A_DIMENSION = 4
+BLOCK_SCORES = 2**23
 
 
 def on_cuda():
     """Whether the default device is a GPU of NVIDIA's."""
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
-
-
-# A block takes some thirty kernels, which cost more than eight million scores do: CUDA gets few blocks.
-BLOCK_SCORES = 2**26 if on_cuda() else 2**23
 
 
 class Part(NamedTuple):
