@@ -150,7 +150,7 @@ TABLE = (
     ),
     Loss(
         "kto",
-        "w sigma(beta kl - r) if desirable, w sigma(r - beta kl) if not; r = beta x logratio, w its kind's weight",
+        "w sigma(beta kl - r) if desirable, else w sigma(r - beta kl)",
         "2402.01306",
         unpaired=True,
     ),
@@ -160,8 +160,8 @@ ALIASES = {"sigmoid": "dpo"}
 
 # What the letters of the descriptions mean.
 LETTERS = (
-    "Here rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, a gap is chosen minus "
-    "rejected, a mean is over a response's tokens, and eps is label_smoothing."
+    "Here rc and rr are beta x chosen and beta x rejected logratio, r is a single response's, h = rc - rr - margin, a "
+    "gap is chosen minus rejected, a mean is over a response's tokens, and eps is label_smoothing."
 )
 
 LOSSES = {loss.name: loss for loss in TABLE}
@@ -228,8 +228,10 @@ def names_of(loss):
 
 def describe_losses():
     """The losses for `--help`: a line each with what a pair loses and the paper."""
-    lines = [f"  {', '.join(names_of(loss)):14}{loss.description}; arXiv {loss.source}" for loss in TABLE]
-    return "\n".join(["values of --loss-type, and what a pair loses:", *lines, *textwrap.wrap(LETTERS, 100)])
+    lines = [f"  {', '.join(names_of(loss)):14}{loss.description}; {loss.source}" for loss in TABLE]
+    # argparse sets them in by two columns.
+    head = "values of --loss-type, what a pair loses, and where on arXiv the paper is:"
+    return "\n".join([head, *lines, *textwrap.wrap(LETTERS, 98)])
 
 
 DEFAULTS = {option.name: option.default for option in OPTIONS if option.name not in ("loss_type", "loss_weights")}
