@@ -196,7 +196,10 @@ def scores_table(runs, divergences):
 
 
 def draw(runs, path):
-    """The frontiers: the means over the seeds, with the standard error of the score, joined in the order of steps."""
+    """The frontiers: the means over the seeds, with the standard error of the score, joined in the order of steps.
+
+    KL is drawn by its logarithm, so that the point before the first step is a line: the reference's own score.
+    """
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(map(kind_of, runs)))
@@ -205,7 +208,7 @@ def draw(runs, path):
     markers = "osD^vPX*"
     for label, records in runs.items():
         place = [other for other in runs if kind_of(other) == kind_of(label)].index(label)
-        steps = list(zip(*(record["points"] for record in records), strict=False))
+        _, *steps = zip(*(record["points"] for record in records), strict=False)
         kl = [statistics.fmean(point["kl"] for point in points) for points in steps]
         scores = [score_and_error(points) for points in steps]
         axes.errorbar(
@@ -219,6 +222,9 @@ def draw(runs, path):
             markersize=4,
             label=label,
         )
+    before = [record["points"][0]["score"] for records in runs.values() for record in records]
+    axes.axhline(statistics.fmean(before), color="grey", linestyle=":", label="reference")
+    axes.set_xscale("log")
     axes.set_xlabel("KL of sampled sequences from the reference, nats")
     axes.set_ylabel("mean score")
     axes.grid(alpha=0.3)

@@ -351,6 +351,20 @@ def gradients_table():
     return markdown_table(header, rows) + "\n\n" + "\n".join(made)
 
 
+def gpus_table():
+    """One run on one GPU and on several: losses of every ten steps, and pairs a second after the first ten."""
+    parts = []
+    for found in files("gpus_*.json").values():
+        header = ("GPUs", *(f"loss, step {step}" for step in found["steps"]), "pairs a second", "peak GB of each")
+        rows = []
+        for row in found["rows"]:
+            speed = row["pairs_per_second"][1:]
+            told = f"{statistics.fmean(speed):.0f} ({min(speed):.0f} to {max(speed):.0f})"
+            rows.append((row["gpus"], *(f"{loss:.4f}" for loss in row["losses"]), told, f"{row['peak_gb']:.1f}"))
+        parts += [markdown_table(header, rows), f"{settings_cell(found['settings'])}; {made_by(found)}"]
+    return "\n\n".join(parts)
+
+
 def sentiment_table():
     """Score against KL from the reference, for each file: a row a run, with its steps and with its score at some KL."""
     parts = []
@@ -397,6 +411,7 @@ REGIONS = {
     "pieces": (BENCHMARKS, pieces_table),
     "gradients": (BENCHMARKS, gradients_table),
     "scaling": (BENCHMARKS, scaling_table),
+    "gpus": (BENCHMARKS, gpus_table),
     "recurrent": (BENCHMARKS, recurrent_table),
     "relatives": (BENCHMARKS, relatives_table),
     "learning": (BENCHMARKS, learning_table),

@@ -66,9 +66,6 @@ def run_upstream(namespace, needs=()):
 def stand_aside(namespace):
     """Make the calling package upstream's: its code, its modules, nothing of the overlay.
 
-    Args:
-        namespace: the `globals()` of the overlay's package.
-
     Raises:
         UpstreamError: mlx-lm is not installed.
     """

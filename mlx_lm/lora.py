@@ -36,10 +36,9 @@ from .tuner.preference.check import (
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
-from .tuner.preference.closing import print_closing
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
-from .tuner.preference.evaluation import evaluated_rows
+from .tuner.preference.evaluation import evaluated_rows, objective_of
 from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
 from .tuner.preference.load import (
@@ -59,10 +58,10 @@ from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
 from .tuner.preference.objective import describe_losses, loss_of
 from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, Unset, is_preference, size
+from .tuner.preference.outcome import print_closing
 from .tuner.preference.reference import reference_of
 from .tuner.preference.run import check_and_digest, train_preference
 from .tuner.preference.scores import compared, described, score, write_predictions
-from .tuner.preference.step import Objective
 
 _upstream_build_parser = build_parser
 _upstream_train_model, _upstream_evaluate_model = train_model, evaluate_model
@@ -89,6 +88,9 @@ def build_parser():
         for option in OPTIONS:
             if option.group == key:
                 group.add_argument(option.flag, **option.argument())
+                if option.words:
+                    flag = option.flag.replace("--", "--no-", 1)
+                    group.add_argument(flag, dest=option.name, action="store_false", default=None, help="The reverse.")
     group = parser.add_argument_group(UPSTREAM_GROUP)
     for action in upstreams:
         parser._optionals._group_actions.remove(action)
@@ -113,12 +115,7 @@ def build_parser():
 
 
 def training_args(args, adapter_file):
-    """`TrainingArgs` of a run's configuration.
-
-    Args:
-        args: the run's configuration, a namespace with CONFIG_DEFAULTS' keys.
-        adapter_file: path of `adapters.safetensors`.
-    """
+    """`TrainingArgs` of a run's configuration."""
     known = {field.name: getattr(args, field.name) for field in fields(TrainingArgs) if hasattr(args, field.name)}
     return TrainingArgs(**known | {"steps_per_save": args.save_every, "adapter_file": adapter_file})
 
@@ -162,7 +159,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
             check_trainable(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
-        objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
+        objective = objective_of(model, args, loss)
         reference = None
         if loss.needs_reference:
             reference = _reference(command, objective.scorer, tokenizer, [train_dataset, val_dataset, test_set])
@@ -239,11 +236,7 @@ def evaluate_model(args, model, test_set, objective=None, reference=None, base=N
 
 
 def run(args, training_callback=None):
-    """Run what a configuration asks for.
-
-    Args:
-        args: a namespace with CONFIG_DEFAULTS' keys.
-        training_callback: receives the reports, after those that `report_to` names.
+    """Run what a configuration, a namespace with CONFIG_DEFAULTS' keys, asks for.
 
     Raises:
         ConfigError: a user's mistake; nothing saved before is touched.
@@ -400,8 +393,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
         logps = _test_logps(reference, test_set, args)
     if config:
         load_trained(model, args.adapter_path)
-    objective = Objective(Scorer(model, args.share_prompt), loss, args.router_aux_loss_coef)
-    return objective, logps, None if scorer.model is model else scorer
+    return objective_of(model, args, loss), logps, None if scorer.model is model else scorer
 
 
 def main():

@@ -301,7 +301,7 @@ class TestValues:
             ({"loss_type": "dop"}, r"loss_type is 'dop' \(did you mean dpop\?\); it must be a name, one of dpo"),
             ({"loss_type": "DPO"}, r"loss_type is 'DPO' \(did you mean dpo\?\)"),
             ({"loss_type": []}, "loss_type is an empty list; give at least one value"),
-            ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "loss_weights has 1 value, but loss_type has 2"),
+            ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "loss_weights is .1.0., but loss_type has dpo, sft"),
             ({"beta": -1}, "beta is -1; it must be a number, >= 0"),
             ({"beta": float("nan")}, "beta is nan; it must be a number, >= 0"),
             ({"beta": float("inf")}, "beta is inf; it must be finite and >= 0"),

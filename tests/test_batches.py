@@ -26,7 +26,7 @@ from mlx_lm.tuner.preference.batches import (
     plan,
     shape_of,
 )
-from mlx_lm.tuner.preference.evaluation import mean_figures
+from mlx_lm.tuner.preference.evaluation import means_of, pair_figures
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import FIGURES, Objective
@@ -372,7 +372,7 @@ def test_evaluation_scores_each_pair_once(rows, size):
     objective = Objective(Scorer(model), preference_loss("dpo", beta=1.0))
     logps = np.random.default_rng(0).normal(size=(rows, 2, 2)).astype(np.float32) - 30
     progress = []
-    figures = mean_figures(objective, pairs, np.arange(rows), logps, size, progress.append)
+    figures = means_of(pair_figures(objective, pairs, np.arange(rows), logps, size, progress.append))
     chosen, rejected = np.split(one_at_a_time(model, pairs), 2) - logps[:, :, 0].T
     assert figures["loss"] == pytest.approx(np.logaddexp(0, rejected - chosen).mean(), abs=1e-4)
     assert figures["rewards/chosen"] == pytest.approx(chosen.mean(), abs=1e-4)

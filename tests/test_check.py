@@ -260,7 +260,10 @@ class TestCheck:
             ({"name": "cosine_decay", "arguments": [1e-4, 10, 0, 5]}, "which cannot be followed"),
             ({"name": "cosine_decay", "arguments": [1e-4, 10], "warmup": "x"}, "which cannot be followed"),
             ({"name": "cosine_decay", "arguments": [1e-4, 10], "warmup": -3}, "which cannot be followed"),
-            ({"name": "cosine_decay", "arguments": [1e-4, 10], "warmup_int": 1}, "lr_schedule has warmup_int; give"),
+            (
+                {"name": "cosine_decay", "arguments": [1e-4, 10], "warmup_int": 1},
+                "warmup_int .did you mean warmup_init",
+            ),
             ({"name": "cosine_decay", "arguments": [-1e-4, 10]}, "a learning rate of -0.0001 at update 0"),
             ({"name": "linear_schedule", "arguments": [1e-4, -1e-4, 10]}, "a learning rate of -0.0001 at update 500"),
             ({"name": "exponential_decay", "arguments": [1e-4, 10.0]}, "a learning rate of inf at update 500"),

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -135,6 +136,16 @@ def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, capsys, 
     monkeypatch.setattr(dry_run, "refuse_too_large", lambda resting, needed: told.append((resting, needed)))
     assert command("--check", folder=tmp_path, data=few) == 0
     assert told[0][0] < 1e8 and 3e9 < told[0][1] < 3e10
+
+
+def test_validations_are_as_large_as_those_of_a_run_that_balances_experts(monkeypatch):
+    """Whose figures belong to a batch, whatever the loss."""
+    monkeypatch.setattr(dry_run, "time_largest", lambda scorer, evaluate, sets, size, again: size)
+    loss, rows = SimpleNamespace(reads_batch=False), SimpleNamespace(val_dataset=[], val_rows=[])
+    args = SimpleNamespace(batch_size=4, steps=None)
+    for reads_batch, size in ((True, 4), (False, None)):
+        objective = SimpleNamespace(scorer=None, loss=loss, reads_batch=reads_batch)
+        assert dry_run.score_largest(objective, None, rows, None, args) == (size, 0.0)
 
 
 def test_a_test_alone_is_checked_too(tmp_path, capsys):

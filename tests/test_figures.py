@@ -6,11 +6,12 @@ import pytest
 from tiny import short_run, some_pairs, tiny_llama
 
 from mlx_lm.tuner.preference.batches import make_batch
-from mlx_lm.tuner.preference.evaluation import as_means, correlation, mean_figures, means_of, pair_figures
+from mlx_lm.tuner.preference.evaluation import as_means, correlation, means_of, pair_figures
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.tuner.preference.step import CORRELATION, Objective
+from mlx_lm.utils import token_logps
 
 PAIRS = some_pairs(6, seed=3)
 ROWS = np.arange(len(PAIRS))
@@ -51,13 +52,30 @@ def test_logits_entropy_and_hits_are_those_of_plain_logits(scored, head):
         assert figures["mean_token_accuracy"][i] == pytest.approx(chosen[2].mean())
         assert (figures["lengths/chosen"][i], figures["lengths/rejected"][i]) == (len(chosen[0]), len(rejected[0]))
     # Over all pairs they are means over tokens, not over pairs.
-    found = mean_figures(objective, PAIRS, ROWS, logps, 4)
+    found = means_of(pair_figures(objective, PAIRS, ROWS, logps, 4))
     entropies = np.concatenate([side[1] for pair in expected for side in pair])
     assert found["entropy"] == pytest.approx(entropies.mean(), abs=1e-4)
     hits = np.concatenate([chosen[2] for chosen, _ in expected])
     assert found["mean_token_accuracy"] == pytest.approx(hits.mean())
     assert found["logits/chosen"] == pytest.approx(np.concatenate([pair[0][0] for pair in expected]).mean(), abs=1e-4)
     assert found["logits/chosen"] != pytest.approx(figures["logits/chosen"].mean(), abs=1e-4)
+
+
+def test_ld_alpha_weighs_the_tokens_beyond_the_shorter_response(scored):
+    objective, reference, _ = scored
+    loss = preference_loss("dpo", ld_alpha=0.25)
+    figures = pair_figures(Objective(objective.scorer, loss), PAIRS, ROWS, reference, 4)
+    for i, pair in enumerate(PAIRS):
+        shorter = min(len(pair.chosen), len(pair.rejected))
+        for side, (total, common) in zip(("chosen", "rejected"), reference[i], strict=True):
+            response = getattr(pair, side)
+            logits = objective.scorer.model(mx.array([(pair.prompt + response)[:-1]]))[0, len(pair.prompt) - 1 :]
+            logps = np.array(token_logps(logits, mx.array(response)))
+            expected = logps[:shorter].sum() + 0.25 * logps[shorter:].sum()
+            assert figures[f"logps/{side}"][i] == pytest.approx(expected, abs=1e-3)
+            logratio = expected - (common + 0.25 * (total - common))
+            assert figures[f"rewards/{side}"][i] == pytest.approx(0.1 * logratio, abs=1e-3)
+    assert len({len(pair.chosen) - len(pair.rejected) for pair in PAIRS}) > 1
 
 
 def test_the_correlation_of_lengths_is_pearsons(scored):

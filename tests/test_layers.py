@@ -17,6 +17,7 @@ from mlx_lm.tuner.preference.attention import RowCache
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS
 from mlx_lm.tuner.preference.intercept import drawing_from, evaluating, intercepted, parameters_in, recomputed
 from mlx_lm.tuner.preference.layers import (
+    DepthwiseConv1d,
     LeanLoRALinear,
     UnpackedEmbedding,
     UnpackedLinear,
@@ -77,6 +78,36 @@ def test_a_lean_lora_layer_keeps_dropout_and_trains_its_base_where_that_is_not_f
     with lean_layers(layer):
         assert mx.allclose(base(layer)[1]["linear"]["weight"], expected, atol=1e-5)
     assert mx.abs(expected).max().item() > 0.1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("taps", "length"), [(4, 11), (4, 4), (1, 3)])
+def test_a_depthwise_convolution_is_upstreams(taps, length, bias):
+    layer, x = nn.Conv1d(6, 6, taps, groups=6, bias=bias), mx.random.normal((2, length, 6))
+    expected = outputs_and_gradients(layer, x)
+    with lean_layers(layer):
+        assert type(layer) is DepthwiseConv1d
+        found = outputs_and_gradients(layer, x)
+    assert type(layer) is nn.Conv1d and len(found) == 3 + bias
+    assert all(mx.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_depthwise_convolution_in_half_precision_is_rounded_once():
+    layer, x = nn.Conv1d(8, 8, 4, groups=8, bias=False), mx.random.normal((1, 200, 8)).astype(mx.bfloat16)
+    layer.set_dtype(mx.bfloat16)
+    half = x.astype(mx.float32), layer.weight.astype(mx.float32)
+    with lean_layers(layer):
+        out, (slope, own) = mx.vjp(lambda x, w: layer.update({"weight": w})(x), [x, layer.weight], [x[:, 3:]])
+    expected, slopes = mx.vjp(lambda x, w: mx.conv1d(x, w, groups=8), half, [half[0][:, 3:]])
+    for found, exact in zip([*out, slope, own], [*expected, *slopes], strict=True):
+        assert found.dtype == mx.bfloat16 and mx.allclose(found, exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"groups": 3}, {"padding": 1}, {"stride": 2}, {"dilation": 2}, {"groups": 1}])
+def test_other_convolutions_are_left_alone(options):
+    layer = nn.Conv1d(6, 6, 3, **{"groups": 6} | options)
+    with lean_layers(layer):
+        assert type(layer) is nn.Conv1d
 
 
 def test_gradients_of_adapters_do_not_wait_for_those_of_other_layers():

@@ -54,8 +54,11 @@ def test_system_and_further_keys_of_layouts():
     given = {"input": {"messages": [system, USER], "tools": [{"name": "look"}]}}
     read = RowReader()(LAYOUTS["OpenAI"] | given)
     assert (read.prompt, read.tools) == ([system, USER], [{"name": "look"}])
-    alpaca = LAYOUTS["Alpaca"] | {"instruction": "Name it.", "input": "A planet", "history": [["Hi", "Ho"]]}
-    assert [message["content"] for message in RowReader()(alpaca).prompt] == ["Hi", "Ho", "Name it.\nA planet"]
+    asked = {"instruction": "Name it.", "input": "A planet", "history": [["Hi", "Ho"]]}
+    for responses in (LAYOUTS["Alpaca"], {"output_1": "Mars.", "output_2": "No.", "preference": 1}):
+        reader = RowReader()
+        told = [message["content"] for message in reader(responses | asked).prompt]
+        assert told == ["Hi", "Ho", "Name it.\nA planet"] and not reader.unread
 
 
 def test_a_key_that_is_named_comes_before_a_layout():

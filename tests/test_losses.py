@@ -61,13 +61,14 @@ def trl_loss(case):
     lengths = mx.concatenate([chosen_lengths, rejected_lengths])
     # TRL takes the whole list as given, also a single sft.
     loss = preference_loss(case["loss_type"], case["loss_weights"], **parameters)
-    weights = mx.ones_like(policy)
-    if loss.ld_alpha is not None:
-        shared = mx.minimum(chosen_lengths, rejected_lengths)
-        weights = losses.ld_token_weights(mx.arange(policy.shape[1]), mx.concatenate([shared, shared]), loss.ld_alpha)
+    shared = mx.minimum(chosen_lengths, rejected_lengths)
+    common = mx.arange(policy.shape[1]) < mx.concatenate([shared, shared])[:, None]
+
+    def weighed(rows):
+        return losses.ld_weighed(rows.sum(axis=1), (rows * common).sum(axis=1), loss.ld_alpha)
 
     def make(policy, reference_rows):
-        policy_chosen, policy_rejected = mx.split((policy * weights).sum(axis=1), 2)
+        policy_chosen, policy_rejected = mx.split(weighed(policy), 2)
         reference_chosen, reference_rejected = mx.split(reference_rows, 2)
         nll = -mx.split(policy.sum(axis=1), 2)[0]
         rows = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
@@ -78,7 +79,7 @@ def trl_loss(case):
         wpo = losses.wpo_weights(*aligned, chosen_lengths, rejected_lengths) if loss.reads_wpo else None
         return mx.mean(loss(make(policy, reference_rows), wpo))
 
-    reference_rows = (reference * weights).sum(axis=1)
+    reference_rows = weighed(reference)
     value, (tokens, rows) = mx.value_and_grad(mean_loss, argnums=(0, 1))(policy, reference_rows)
     last = mx.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     rewards = [mx.mean(reward).item() for reward in loss.rewards(make(policy, reference_rows))]
@@ -405,11 +406,6 @@ def test_wpo_weights_multiply_each_pair_and_carry_no_gradient():
         loss(make_pairs())
 
 
-def test_ld_alpha_weighs_the_tokens_beyond_the_shorter_response():
-    weights = losses.ld_token_weights(mx.arange(4), mx.array([2, 4]), 0.25)
-    np.testing.assert_array_equal(weights, [[1, 1, 0.25, 0.25], [1, 1, 1, 1]])
-
-
 def test_a_compiled_loss_is_the_eager_one():
     loss = preference_loss(["discopop", "aot", "sft"])
     compiled = mx.compile(lambda *fields: loss(PairLogps(*fields)))
@@ -432,8 +428,8 @@ def test_fields_of_different_lengths_are_refused_with_both_shapes():
         (["dpo", "sigmoid"], {}, "loss_type has sigmoid after dpo, the same loss"),
         ([], {}, "loss_type is an empty list"),
         ("sft", {}, "loss_type is sft, which is upstream's training"),
-        (["dpo", "sft"], {"loss_weights": [1.0]}, "loss_weights has 1 value, but loss_type has 2 names"),
-        (["dpo", "sft"], {"loss_weights": 0.5}, "loss_weights has 1 value, but loss_type has 2 names"),
+        (["dpo", "sft"], {"loss_weights": [1.0]}, "loss_weights is .1.0., but loss_type has dpo, sft"),
+        (["dpo", "sft"], {"loss_weights": 0.5}, "loss_weights is .0.5., but loss_type has dpo, sft"),
         (["dpo", "sft"], {"loss_weights": [0, 0]}, "one of them must be above 0"),
         (["dpo", "sft"], {"loss_weights": [1, -1]}, "loss_weights is -1"),
         ("dpo", {"loss_weights": float("inf")}, "loss_weights is inf; it must be finite and >= 0"),

@@ -135,7 +135,7 @@ class TestCommandLine:
         assert "Up to 50 % of memory; 1 by default." in " ".join(parser.format_help().split())
 
 
-NUMBER = Option("rate", 0.1, float, "", low=0, high=0.5, open=("high",))
+NUMBER = Option("rate", 0.1, float, "", low=0, below=0.5)
 COUNT = Option("steps", 1, int, "", low=1)
 FLAG = Option("share", True, bool, "")
 NAME = Option("kind", "a", str, "", choices=("adam", "adamw"))

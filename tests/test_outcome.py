@@ -26,10 +26,10 @@ import mlx_lm.lora
 from mlx_lm import load
 from mlx_lm.tuner.preference.answers import MOST_TOKENS
 from mlx_lm.tuner.preference.card import MARK, write_card
-from mlx_lm.tuner.preference.closing import next_commands
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.outcome import next_commands, print_closing
 from mlx_lm.tuner.preference.run import make_room
 
 EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"
@@ -259,6 +259,14 @@ def test_a_new_run_moves_an_earlier_ones_card_aside(tmp_path, text, stays):
     make_room(tmp_path, None)
     assert (tmp_path / "README.md").exists() == stays
     assert (tmp_path / "earlier-1" / "README.md").exists() != stays
+
+
+def test_the_last_panel_has_no_sign_before_a_zero(tmp_path, capsys):
+    line = {"iteration": 0, "eval_loss": 0.6931, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": -1e-5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    args = SimpleNamespace(adapter_path=tmp_path, save_best=None, model="m", trust_remote_code=False, iters=1)
+    print_closing(args, None)
+    assert "loss 0.693, accuracy 0.500, margin 0.000 (iteration 0)" in capsys.readouterr().out
 
 
 def test_the_best_validation_is_the_one_that_save_best_asks_for():

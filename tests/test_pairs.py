@@ -34,7 +34,7 @@ def test_truncation_is_counted_and_said_once(capsys):
     rows += [{"prompt": "123", "chosen": "1234567", "rejected": "92345678"}]
     dataset = PreferenceDataset(rows, tokenizer, max_seq_length=8, name="digits")
     assert [dataset.lengths(i) for i in range(5)] == [(4, 2, 4)] * 4 + [(1, 7, 7)]
-    assert [dataset.itemlen(i) for i in range(5)] == [8] * 5
+    assert [prompt + max(sides) for prompt, *sides in map(dataset.lengths, range(5))] == [8] * 5
     assert tokenizer.decode(dataset[3].prompt) == "6789"
     assert tokenizer.decode(dataset[4].prompt) == "3"
     assert tokenizer.decode(dataset[4].chosen) == "1234567"

@@ -24,7 +24,7 @@ from mlx_lm.tuner.preference import reference as module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch, plan
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.reference import Reference, ample_tokens
+from mlx_lm.tuner.preference.reference import Reference, ample_tokens, batches_of
 from mlx_lm.tuner.preference.reference_cache import ROW_BYTES, Cache, checksum, fingerprint, row_key
 from mlx_lm.utils import get_batched_logps
 
@@ -121,12 +121,12 @@ def test_batches_are_as_large_as_memory_is_ample_for(monkeypatch):
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch):
     pairs = some_pairs(200, prompt=(5, 60), response=(1, 60))
-    reference = Reference(Scorer(tiny_llama()))
-    reference.scorer.arrangement = arrangement
+    scorer = Scorer(tiny_llama())
+    scorer.arrangement = arrangement
     lengths = np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     monkeypatch.setattr(module, "ample_tokens", lambda *_: 1200)
-    batches = reference._batches(lengths)
+    batches = batches_of(scorer, pairs, range(200))
     assert sorted(row for rows in batches for row in rows) == list(range(200))
     if arrangement == PACKED:
         sizes = [lengths[rows].sum() for rows in batches]
@@ -134,17 +134,19 @@ def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch)
         sizes = [2 * len(rows) * totals[rows].max() for rows in batches]
     assert max(sizes) <= 1200 and np.mean(sizes[:-1]) > 900
     monkeypatch.setattr(module, "ample_tokens", lambda *_: 50)  # less than the longest pair: alone, but not left out
-    assert max(map(len, reference._batches(lengths))) < 6
-    assert sorted(row for rows in reference._batches(lengths) for row in rows) == list(range(200))
-    reference.batch_size = 7
-    assert [rows.tolist() for rows in reference._batches(lengths)] == [rows.tolist() for rows in plan(lengths, 7)]
+    batches = batches_of(scorer, pairs, range(200))
+    assert max(map(len, batches)) < 6
+    assert sorted(row for rows in batches for row in rows) == list(range(200))
+    assert [rows.tolist() for rows in batches_of(scorer, pairs, range(200), 7)] == [
+        rows.tolist() for rows in plan(lengths, 7)
+    ]
 
 
 def test_large_batches_waste_little():
     pairs = some_pairs(300, prompt=(20, 120), response=(5, 120))
-    reference = Reference(Scorer(tiny_llama()))
-    reference.scorer.arrangement = PLAIN  # a packed row has none
-    batches = reference._batches(np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]))
+    scorer = Scorer(tiny_llama())
+    scorer.arrangement = PLAIN  # a packed row has none
+    batches = batches_of(scorer, pairs, range(300))
     assert len(batches) < 15
     counts = [make_batch([pairs[row] for row in rows], PLAIN)[1:] for rows in batches]
     processed, padding = np.sum(counts, axis=0)

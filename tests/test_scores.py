@@ -10,7 +10,7 @@ import pytest
 from tiny import some_pairs, tiny_llama
 
 from mlx_lm.tuner.preference.divergence import mean_kl, token_kl
-from mlx_lm.tuner.preference.evaluation import mean_figures, without_adapters
+from mlx_lm.tuner.preference.evaluation import means_of, pair_figures, without_adapters
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.scores import (
@@ -91,7 +91,7 @@ def scores():
     args = SimpleNamespace(batch_size=2, test_batches=-1, resume_adapter_file=None, reference_model=None)
     logps = np.random.default_rng(0).normal(-30, 9, (5, 2, 2)).astype(np.float32)
     found = score(objective, pairs, args, logps)
-    means = mean_figures(objective, pairs, np.arange(5), logps, 2)
+    means = means_of(pair_figures(objective, pairs, np.arange(5), logps, 2))
     return found, logps, means
 
 

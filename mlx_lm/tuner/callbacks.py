@@ -80,13 +80,7 @@ class MetricsFile(_WritingCallback):
 
 
 def send_samples(callback, iteration, lines):
-    """Send a validation's answers to the services that show tables.
-
-    Args:
-        callback: a `TrainingCallback` and those that it wraps, or None.
-        iteration: of the validation.
-        lines: lines of `samples.jsonl`.
-    """
+    """Send a validation's answers, lines of `samples.jsonl`, to the services that show tables."""
     rows = [[line[name] for name in COLUMNS] for line in lines]
     while callback is not None:
         if isinstance(callback, WandBCallback):

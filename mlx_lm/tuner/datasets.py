@@ -26,16 +26,7 @@ _upstream = SimpleNamespace(**{name: globals()[name] for name in LOADERS})
 # What a row's origin hands down to the data set made of it.
 ROW_KEYS = ("use_chat_template", "score", "score_difference", "score_scale", "min_score_difference")
 DATA_KEYS = (*FEATURES, "chat_template_kwargs", "max_seq_length", *ROW_KEYS, "loss_type")
-ENTRY_KEYS = (
-    *FEATURES,
-    *ROW_KEYS,
-    "chat_template_kwargs",
-    "path",
-    "config",
-    "train_split",
-    "valid_split",
-    "test_split",
-)
+ENTRY_KEYS = (*FEATURES, *ROW_KEYS, "chat_template_kwargs", "path", "config", *(f"{split}_split" for split in SPLITS))
 
 
 def prefers(config):

@@ -36,7 +36,7 @@ class PairLogps(NamedTuple):
 
     Attributes:
         policy_chosen, policy_rejected: (B,) float32, nats, summed over response tokens; where ld_alpha
-            is set, weighted by `ld_token_weights`.
+            is set, `ld_weighed`.
         reference_chosen, reference_rejected: the same of the reference; zeros where it is not needed.
         chosen_lengths, rejected_lengths: (B,) response tokens.
         chosen_nll: (B,) float32, nats: minus the sum of the policy's chosen logps, never weighted.
@@ -153,20 +153,18 @@ def with_f_divergence(pairs, f_divergence_type, f_alpha_divergence_coef):
     )
 
 
-def ld_token_weights(positions, shared_lengths, ld_alpha):
-    """LD-DPO's weights of tokens: 1 up to the shorter response's length, ld_alpha beyond it.
+def ld_weighed(total, common, ld_alpha):
+    """LD-DPO's logps of policy or reference: tokens beyond the shorter response's length count ld_alpha.
 
     Args:
-        positions: (..., T) int, 0 at a response's first token.
-        shared_lengths: (...) int, tokens of the shorter response of the pair.
-        ld_alpha: 0 drops the tail, 1 leaves every token as it is.
+        total: (...) float32, nats, summed over a response's tokens.
+        common: the same over as many of them as the pair's shorter response has.
+        ld_alpha: 0 drops the others, 1 or None leaves them as they are.
 
     Returns:
-        (..., T) float32 factors for the logps of policy and reference.
-
-    Source: arXiv 2409.06411.
+        (...) float32. Source: arXiv 2409.06411.
     """
-    return mx.where(positions < mx.expand_dims(shared_lengths, -1), 1.0, ld_alpha)
+    return total if ld_alpha is None else common + ld_alpha * (total - common)
 
 
 def wpo_weights(chosen_aligned, rejected_aligned, chosen_lengths, rejected_lengths):

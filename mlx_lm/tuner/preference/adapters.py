@@ -1,7 +1,4 @@
-"""Variants of LoRA's training: how large an adapter's scale and its second matrix's learning rate are.
-
-Upstream has no module of this name.
-"""
+"""Variants of LoRA's training: how large an adapter's scale and its second matrix's learning rate are."""
 
 import copy
 import math

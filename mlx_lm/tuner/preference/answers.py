@@ -1,7 +1,4 @@
-"""What a policy answers: greedy generation for held-out prompts, on the screen, in `samples.jsonl` and to services.
-
-Upstream has no module of this name.
-"""
+"""What a policy answers: greedy generation for held-out prompts, on the screen, in `samples.jsonl` and to services."""
 
 from rich import box
 from rich.table import Table
@@ -9,6 +6,7 @@ from rich.text import Text
 
 from ...cli_ui import make_console
 from .intercept import evaluating
+from .options import shortened
 
 # Tokens of an answer at most, and letters of it that are printed.
 MOST_TOKENS, MOST_LETTERS = 128, 400
@@ -38,17 +36,7 @@ def texts_of(tokenizer, pair):
 
 
 def answers(model, tokenizer, prompts, advance=lambda count: None):
-    """The model's greedy answers.
-
-    Args:
-        model: an mlx-lm model; it answers without dropout.
-        tokenizer: its tokenizer.
-        prompts: lists of token ids.
-        advance: called with 1 after each answer.
-
-    Returns:
-        A list of texts.
-    """
+    """The model's greedy answers, without dropout, to prompts of token ids; `advance` takes how many more are there."""
     # Imported where it is needed: most runs generate nothing.
     from ...generate import generate
 
@@ -73,4 +61,4 @@ def print_side_by_side(before, now):
 
 def _cut(text):
     text = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text.strip())
-    return text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " ..."
+    return shortened(text, MOST_LETTERS)

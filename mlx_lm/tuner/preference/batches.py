@@ -84,10 +84,6 @@ def multiple():
     return CUDA_TILE if on_cuda() else 32
 
 
-def round_up(number, to):
-    return -(-number // to) * to
-
-
 def pair_lengths(pair):
     """Tokens of prompt, chosen and rejected."""
     return [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
@@ -105,7 +101,7 @@ def shape_of(lengths, arrangement, to=None):
     # A response's last token predicts nothing.
     tokens = int(lengths.sum()) - 2 * len(lengths) if arrangement == PACKED else 0
     width = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()) - 1
-    return Shape(*(round_up(number, to) for number in (tokens, width, int(lengths[:, 1:].sum()))))
+    return Shape(*(-(-number // to) * to for number in (tokens, width, int(lengths[:, 1:].sum()))))
 
 
 def ladder(shapes, size, most=MOST_SHAPES):
@@ -124,7 +120,8 @@ def ladder(shapes, size, most=MOST_SHAPES):
     if len(own) > MOST_CANDIDATES:
         own = np.array([part.max(axis=0) for part in np.array_split(own, MOST_CANDIDATES)])
     counts = np.zeros(len(own), int)
-    places = [_first_place(own, shape) for shape in shapes]
+    # The first of the sorted shapes that holds each.
+    places = [int(np.argmax((own >= np.array(shape)).all(axis=1))) for shape in shapes]
     np.add.at(counts, places, 1)
     count, most = len(own), min(most, len(own))
     # costs[k, n]: the least work of the n smallest in k groups, the last of which begins at cuts[k, n].
@@ -143,11 +140,6 @@ def ladder(shapes, size, most=MOST_SHAPES):
         chosen[start:stop] = [Shape(*own[start:stop].max(axis=0).astype(int).tolist())] * (stop - start)
         stop = start
     return [chosen[place] for place in places]
-
-
-def _first_place(own, shape):
-    """The first of the sorted shapes `own` `(n, 3)` that holds `shape`."""
-    return int(np.argmax((own >= np.array(shape)).all(axis=1)))
 
 
 def _work(shapes, size):

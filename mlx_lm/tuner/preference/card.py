@@ -1,13 +1,11 @@
-"""A model card beside the adapters: `README.md` with the Hub's metadata, so that uploading the folder shares them.
-
-Upstream has no module of this name.
-"""
+"""A model card beside the adapters: `README.md` with the Hub's metadata, so that uploading the folder shares them."""
 
 import re
 from pathlib import Path
 
 from .files import replace_file
 from .metrics import best_of
+from .page import SUMMARY, summary
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by the training, which writes it anew; take this line out to keep what you write. -->"
@@ -21,12 +19,7 @@ SETTINGS = (
     "optimizer",
     "seed",
 )
-FIGURES = {
-    "loss": "loss",
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "margin",
-    "kl": "KL from the reference (nats a token)",
-}
+FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "kl")
 
 
 def has_card(folder):
@@ -36,17 +29,7 @@ def has_card(folder):
 
 
 def write_card(folder, config, loss, validations):
-    """Write the card, unless there is a README.md that the training has not written.
-
-    Args:
-        folder: the run's, a `Path`.
-        config: contents of `adapter_config.json`.
-        loss: the `PreferenceLoss`.
-        validations: lines of `metrics.jsonl`.
-
-    Returns:
-        Whether it was written.
-    """
+    """Write the card, unless there is a README.md that the training has not written; returns whether it was."""
     # Imported where it is needed: it takes a while.
     from huggingface_hub import ModelCardData
 
@@ -74,10 +57,8 @@ def _body(folder, config, loss, validations, kind):
     yield f"# {folder.resolve().name}"
     yield ""
     what = "Weights" if kind == "full" else f"{ {'lora': 'LoRA', 'dora': 'DoRA'}.get(kind, kind) } adapters"
-    yield (
-        f"{what} for `{model}`, trained on the preferences of {' and '.join(map(_quoted, _data_sets(config)))} with "
-        f"the loss {names}, by mlx-lm with DPO."
-    )
+    data = " and ".join(f"`{name}`" for name in _data_sets(config))
+    yield f"{what} for `{model}`, trained on the preferences of {data} with the loss {names}, by mlx-lm with DPO."
     yield ""
     yield "```shell"
     yield f'mlx_lm.generate --model {model} --adapter-path . --prompt "Hello"'
@@ -92,20 +73,14 @@ def _body(folder, config, loss, validations, kind):
     for name, value in parameters.items():
         if value is not None:
             yield f"| {name} | {value} |"
-    best, last = best_of(validations, config.get("save_best"))
-    if last is not None:
-        lines = (validations[0], best, last)
-        count = last.get("eval_pairs")
+    by = config.get("save_best")
+    if table := summary(validations, {key: SUMMARY[key] for key in FIGURES}, by):
+        count = best_of(validations, by)[1].get("eval_pairs")
         yield ""
         yield f"Figures of {count} held-out pairs:" if count else "Figures of held-out pairs:"
         yield ""
-        yield f"| | before | best (iteration {best['iteration']}) | last (iteration {last['iteration']}) |"
-        yield "| --- | --- | --- | --- |"
-        for key, name in FIGURES.items():
-            values = [line.get(f"eval_{key}") for line in lines]
-            if any(value is not None for value in values):
-                cells = ("" if value is None else f"{value:.3f}" for value in values)
-                yield f"| {name} | {' | '.join(cells)} |"
+        table.insert(1, ["---"] * 4)
+        yield from (f"| {' | '.join(row)} |" for row in table)
 
 
 def _data_sets(config):
@@ -122,7 +97,3 @@ def shared_name(name):
 
 def _on_hub(name):
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _quoted(name):
-    return f"`{name}`"

@@ -1,14 +1,15 @@
 """A conversation as the text that its model reads and writes, by way of the chat template.
 
-Upstream has no module of this name. The prompt is what the model is given to generate from; each response stands behind
-it as the model would write it there.
+The prompt is what the model is given to generate from; each response stands behind it as the model would write it
+there.
 """
 
 import os
 from typing import NamedTuple
 
+from .messages import REASONING
 from .options import ConfigError
-from .template import REASONING, STAND_IN
+from .template import STAND_IN
 
 EARLIER_REASONING = "the chat template leaves the reasoning of earlier turns out"
 EMPTY_THOUGHT = "a response without reasoning closes at once the thought that the generation prompt opens"
@@ -35,13 +36,7 @@ class Texts(NamedTuple):
 
 
 class ChatTexts:
-    """Turns conversations into texts.
-
-    Args:
-        template: the tokenizer's `Template`.
-        thinking: the tags of its reasoning, `Thinking`.
-        score: "assistant" or "all", as `PairEncoder` has it.
-    """
+    """Turns conversations into texts; `score` is "assistant" or "all", as `PairEncoder` has it."""
 
     def __init__(self, template, thinking, score):
         self.template, self.thinking, self.score = template, thinking, score
@@ -109,7 +104,7 @@ class ChatTexts:
             response = [self._with_thought(response[0]), *response[1:]]
         whole = self.template.render(conversation, conversation.prompt + response)
         shared = len(os.path.commonprefix([prompt, whole]))
-        content = (response[0]["content"] or "").strip()
+        content = response[0]["content"].strip()
         thought = self.thinking.thought(content)
         if thought:
             # Templates drop the reasoning of turns that are over; here the turn is what the model is to write.
@@ -143,12 +138,12 @@ class ChatTexts:
                 "content, or take a model that thinks."
             )
         rest = {name: value for name, value in message.items() if name != "reasoning_content"}
-        return {**rest, "content": self.thinking.joined(message["reasoning_content"], message["content"] or "")}
+        return {**rest, "content": self.thinking.joined(message["reasoning_content"], message["content"])}
 
     def _without_thought(self, message):
         """A response without its reasoning, which a prompt whose thought is over leaves no place for."""
         rest = {name: value for name, value in message.items() if name not in REASONING}
-        thought = self.thinking.thought(rest["content"] or "")
+        thought = self.thinking.thought(rest["content"])
         if thought:
             rest["content"] = rest["content"].rpartition(self.thinking.end)[2].lstrip() if thought.closed else ""
         return rest
@@ -172,7 +167,7 @@ class ChatTexts:
         """What the template leaves out of the prompt by its own rules, as notes; what it loses is an error."""
         messages = conversation.prompt
         for i, message in enumerate(messages):
-            content = (message["content"] or "").strip()
+            content = message["content"].strip()
             if content and content not in text:
                 thought = self.thinking.thought(content)
                 answer = content.rpartition(self.thinking.end)[2].strip() if thought else content
@@ -188,24 +183,22 @@ class ChatTexts:
 
     def _lost_in_response(self, response, text):
         """What the template leaves out of a response by its own rules, as notes."""
-        notes = set()
         for message in response:
-            thought = self.thinking.thought(message["content"] or "")
-            if thought and thought.text not in text:
-                notes.add(CLOSED_REASONING)
-            if any(message[key].strip() not in text for key in REASONING if key in message):
-                notes.add(CLOSED_REASONING)
-        return notes
+            thought = self.thinking.thought(message["content"])
+            reasoning = [message[key].strip() for key in REASONING if key in message]
+            if any(part not in text for part in [*reasoning, *([thought.text] if thought else [])]):
+                return {CLOSED_REASONING}
+        return set()
 
     def _continued(self, conversation):
         """Texts of a row whose prompt ends with the beginning of the response's first message."""
         *before, begun = conversation.prompt
-        lead = begun["content"] or ""
+        lead = begun["content"]
         if not before or not lead.strip() or begun.get("tool_calls"):
             raise ConfigError("the prompt ends with an assistant message that no response can go on from.")
         prompts, wholes = set(), []
         for first, *rest in (conversation.chosen, conversation.rejected):
-            first = {**begun, **first, "content": lead + (first["content"] or "")}
+            first = {**begun, **first, "content": lead + first["content"]}
             head, _ = self._around(conversation, before, [first, *rest])
             wholes.append(self.template.render(conversation, [*before, first, *rest]))
             kept = [head + text for text in (lead, lead.lstrip()) if wholes[-1].startswith(head + text)]

@@ -25,8 +25,8 @@ DEFAULTS = {option.name: None for option in LOSS_OPTIONS} | {option.name: option
 
 LORA_PARAMETERS = (
     Option("lora_parameters.rank", None, int, "", low=1),
-    Option("lora_parameters.scale", None, float, "", low=0, open=("low",)),
-    Option("lora_parameters.dropout", None, float, "", low=0, high=1, open=("high",)),
+    Option("lora_parameters.scale", None, float, "", above=0),
+    Option("lora_parameters.dropout", None, float, "", low=0, below=1),
 )
 PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_model", "reference_cache", "predictions")
 
@@ -41,10 +41,7 @@ _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "ada
 def check_file(path, loader, given_as="config"):
     """Check that a configuration file holds keys with values, and warn of a key that it gives twice.
 
-    Args:
-        path: the file.
-        loader: the YAML loader that will read it.
-        given_as: the option that named it.
+    `given_as` is the option that named it.
 
     Raises:
         ConfigError: it cannot be read, is not YAML, or holds something else.
@@ -232,6 +229,14 @@ def _check_folder(folder):
         raise ConfigError(f"adapter_path is {str(folder)!r}, but nothing can be written in {place}; give another one.")
 
 
+def _check_keys(name, value, known, form, hints=()):
+    """Check that a value is a dict of `known` keys; `form` says what it holds, `hints` what unknown ones are here."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} is {shown(value)}; {form}.")
+    for key in sorted(set(value) - set(known), key=str):
+        raise ConfigError(f"{name} has {key}{dict(hints).get(key, nearest(key, known))}; {form}.")
+
+
 def check_lora(parameters):
     """Check `lora_parameters`.
 
@@ -239,12 +244,8 @@ def check_lora(parameters):
         ConfigError: a key is unknown or missing, or a value is out of range.
     """
     form = "it holds rank, scale, dropout and, if wanted, keys"
-    if not isinstance(parameters, dict):
-        raise ConfigError(f"lora_parameters is {shown(parameters)}; {form}.")
-    unknown = sorted(set(parameters) - {"rank", "scale", "dropout", "keys"}, key=str)
-    if unknown:
-        told = " (mlx-lm's scale is alpha / rank)" if unknown[0] == "alpha" else ""
-        raise ConfigError(f"lora_parameters has {unknown[0]}{told}; {form}.")
+    hints = {"alpha": " (mlx-lm's scale is alpha / rank)"}
+    _check_keys("lora_parameters", parameters, ("rank", "scale", "dropout", "keys"), form, hints)
     for option in LORA_PARAMETERS:
         key = option.name.rpartition(".")[2]
         if parameters.get(key) is None:
@@ -258,7 +259,8 @@ def check_lora(parameters):
 
 def _check_schedule(schedule, updates):
     form = "give name, arguments and, if wanted, warmup and warmup_init"
-    if not isinstance(schedule, dict) or not {"name", "arguments"} <= set(schedule):
+    _check_keys("lr_schedule", schedule, ("name", "arguments", "warmup", "warmup_init"), form)
+    if not {"name", "arguments"} <= set(schedule):
         raise ConfigError(f"lr_schedule is {shown(schedule)}; {form}.")
     names = [name for name, value in vars(optimizers.schedulers).items() if inspect.isfunction(value)]
     names.remove("join_schedules")  # it takes schedules, which warmup makes it do
@@ -267,9 +269,6 @@ def _check_schedule(schedule, updates):
             f"lr_schedule's name is {shown(schedule['name'])}{nearest(schedule['name'], names)}; "
             f"it must be one of {', '.join(sorted(names))}."
         )
-    unknown = sorted(set(schedule) - {"name", "arguments", "warmup", "warmup_init"}, key=str)
-    if unknown:
-        raise ConfigError(f"lr_schedule has {unknown[0]}; {form}.")
     function = inspect.signature(getattr(optimizers.schedulers, schedule["name"]))
     takes = f"{schedule['name']} takes a list of {', '.join(function.parameters)}"
     try:
@@ -288,11 +287,8 @@ def _check_schedule(schedule, updates):
 def _checked_optimizers(configs):
     """`optimizer_config`, each optimizer's own settings a dict."""
     form = "it holds the settings of an optimizer below its name, such as adamw: {weight_decay: 0.01}"
-    if not isinstance(configs, dict):
-        raise ConfigError(f"optimizer_config is {shown(configs)}; {form}.")
+    _check_keys("optimizer_config", configs, _CLASSES, form)
     for name, config in configs.items():
-        if name not in _CLASSES:
-            raise ConfigError(f"optimizer_config has {name}{nearest(name, _CLASSES)}; {form}.")
         if not isinstance(config, (dict, type(None))):
             raise ConfigError(f"optimizer_config's {name} is {shown(config)}; {form}.")
     return {name: config or {} for name, config in configs.items()}
@@ -301,12 +297,7 @@ def _checked_optimizers(configs):
 def _try_optimizer(name, config):
     make = getattr(optimizers, _CLASSES[name])
     allowed = set(inspect.signature(make).parameters) - {"learning_rate"}
-    unknown = sorted(set(config) - allowed, key=str)
-    if unknown:
-        raise ConfigError(
-            f"optimizer_config's {name} has {unknown[0]}{nearest(unknown[0], allowed)}; "
-            f"it takes {', '.join(sorted(allowed))}."
-        )
+    _check_keys(f"optimizer_config's {name}", config, allowed, f"it takes {', '.join(sorted(allowed))}")
     try:
         ones = {"weight": mx.ones((2, 2))}
         updated = make(learning_rate=1e-3, **config).apply_gradients(ones, ones)

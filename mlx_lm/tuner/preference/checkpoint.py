@@ -47,14 +47,7 @@ class Progress:
 
 
 def kept_settings(args, loss, config, model):
-    """What a resumed run must have as it was begun: options declared so, the loss, and what it began with.
-
-    Args:
-        args: `TrainingArgs`.
-        loss: the `PreferenceLoss`.
-        config: the command's configuration, from which optimizer and adapters were made, or None.
-        model: as it is before training.
-    """
+    """What a resumed run must have as it was begun: options declared so, the loss, and the model before training."""
     names = [option.name for option in UPSTREAM_OPTIONS + RUN_OPTIONS if option.keep]
     settings = {name: getattr(args, name, (config or {}).get(name)) for name in names} | loss.parameters
     settings |= {"loss_type": list(loss.names), "loss_weights": loss.weights}
@@ -64,11 +57,7 @@ def kept_settings(args, loss, config, model):
 def save_adapters(model, adapter_file, iteration=None, config=None):
     """Write the trainable weights, and a numbered copy where `iteration` is given, as a file and as a folder.
 
-    Args:
-        model: its trainable parameters are saved.
-        adapter_file: path of `adapters.safetensors`.
-        iteration: updates so far, for the numbered copy's name.
-        config: contents of `adapter_config.json` beside it, or None to leave that file as it is.
+    Without a `config` the `adapter_config.json` that is there stays as it is.
 
     Returns:
         The path of the numbered copy, or None.
@@ -110,17 +99,8 @@ def refuse_non_finite(tree, iteration):
 def save_run(step, logps, progress, settings, args, config, numbered=False):
     """Write the adapters, and a state with all that going on needs; the states before it are kept as `args` say.
 
-    Args:
-        step: the `Step`.
-        logps: the `ReferenceLogps`, which TR-DPO changes.
-        progress: the `Progress`.
-        settings: what has to be the same for the run to go on; any JSON.
-        args: `TrainingArgs`.
-        config: contents of `adapter_config.json`, or None to leave that file as it is.
-        numbered: whether to write a numbered copy of the adapters too.
-
     Returns:
-        The path of the numbered copy, or None.
+        The path of the numbered copy of the adapters, or None.
 
     Raises:
         ConfigError: a weight is not finite; nothing is written.

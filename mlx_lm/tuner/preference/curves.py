@@ -1,7 +1,4 @@
-"""Pictures of runs: one run's curves in `training.png`, and several runs in one picture with what differs between them.
-
-Upstream has no module of this name.
-"""
+"""Pictures of runs: the curves of one in `training.png`, and those of several with what differs between them."""
 
 import argparse
 import json
@@ -52,9 +49,6 @@ def plot_metrics(folder):
 
 def plot_runs(folders):
     """Draw several runs' curves into one picture, `comparison.png` in the first one's folder.
-
-    Args:
-        folders: the runs' `adapter_path`s; the legend says what differs in their `adapter_config.json`.
 
     Returns:
         The path of the plot, or None where matplotlib is missing. With one folder, what `plot_metrics` returns.

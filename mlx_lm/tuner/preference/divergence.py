@@ -5,12 +5,12 @@ from contextlib import nullcontext
 import mlx.core as mx
 import numpy as np
 
-from .batches import filled, make_batch, pair_lengths
+from .batches import make_batch
 from .evaluation import without_adapters
 from .intercept import evaluating
 from .logps import CHUNK_LOGITS, tolerance
 from .memory import bounded_memory
-from .reference import ample_tokens
+from .reference import batches_of
 
 # Both models run over these pairs, so that there are no more of them than a mean needs.
 MOST_PAIRS = 64
@@ -19,23 +19,19 @@ VALIDATED_PAIRS = 16
 
 
 def mean_kl(policy, reference, dataset, rows, most=None):
-    """The mean KL of the policy from the reference at the response tokens of a data set's rows, or of some of them.
+    """The mean KL of the policy from the reference at the response tokens of rows, at most `most`, evenly from all.
 
     Args:
         policy: a `Scorer`.
         reference: a `Scorer`, or None for the policy without its adapters.
-        dataset: gives a `Pair` for a row number.
-        rows: the row numbers.
-        most: pairs that are taken, evenly from all rows; MOST_PAIRS by default.
 
     Returns:
         `(nats a token, pairs)`, or None where the reference is not at hand.
     """
     rows = np.asarray(rows)[np.unique(np.linspace(0, len(rows) - 1, most or MOST_PAIRS).astype(int))]
-    lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
     total, count = 0.0, 0
     with evaluating(policy.model), bounded_memory() as evaluate:
-        for places in filled(lengths, ample_tokens(policy, int(lengths.sum(axis=1).max())), policy.arrangement):
+        for places in batches_of(policy, dataset, rows):
             pairs = [dataset[int(rows[place])] for place in places]
             values = token_kl(policy, reference, pairs, evaluate)
             if values is None:
@@ -79,12 +75,7 @@ def log_probabilities(scorer, states):
 
 
 def validation_kl(objective, logps):
-    """The KL at a validation, on a few pairs; None where the reference is not the policy without its adapters.
-
-    Args:
-        objective: an `Objective`.
-        logps: `ReferenceLogps`, which tell what the reference is.
-    """
+    """The KL at a validation, on a few pairs; None where the reference is not the policy without its adapters."""
     if logps.valid is None:
         return None
     scorer, pair = objective.scorer, logps.val_dataset[int(logps.val_rows[0])]

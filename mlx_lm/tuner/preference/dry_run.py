@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ...cli_ui import rprint
 from .answers import answers
-from .batches import filled, make_batch, pair_lengths, plan, reference_rows
+from .batches import make_batch, pair_lengths, reference_rows
 from .curves import plot_metrics
 from .divergence import VALIDATED_PAIRS
 from .intercept import evaluating
@@ -20,7 +20,7 @@ from .layers import checkpointed_layers
 from .memory import begin_peak_anew, bounded_memory, peak_memory, trim_cache
 from .metrics import METRICS_FILE, add_lines
 from .options import ConfigError
-from .reference import ample_tokens, device_memory
+from .reference import batches_of, device_memory
 
 QUANTILES = {"least": 0, "10 %": 0.1, "50 %": 0.5, "90 %": 0.9, "most": 1}
 SHOWN_PAIRS = 2
@@ -167,7 +167,7 @@ def score_largest(objective, reference, logps, schedule, args):
         return mx.stack([losses, *figures])
 
     validated = logps.val_dataset, logps.val_rows
-    size = args.batch_size if objective.loss.reads_batch else None
+    size = args.batch_size if objective.reads_batch else None
     validation = time_largest(objective.scorer, validate, [validated], size, args.steps)
     if reference is None:
         return validation, 0.0
@@ -192,8 +192,7 @@ def time_largest(scorer, evaluate, sets, size, again):
     for dataset, rows in sets:
         if len(rows):
             lengths = lengths_of(dataset, rows)
-            most = ample_tokens(scorer, int(lengths.sum(axis=1).max()))
-            for places in plan(lengths, size) if size else filled(lengths, most, scorer.arrangement):
+            for places in batches_of(scorer, dataset, rows, size):
                 batches.append((lengths[places].sum(), dataset, rows[places]))
     if not batches:
         return 0.0

@@ -7,23 +7,23 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
-from .batches import emptied, filled, make_batch, pair_lengths, plan, reference_rows
+from .batches import emptied, make_batch, reference_rows
 from .intercept import evaluating
 from .logps import Scorer
 from .memory import bounded_memory
 from .objective import loss_of
 from .options import ConfigError
-from .reference import Reference, ample_tokens, reference_of
+from .reference import Reference, batches_of, reference_of
 from .step import CORRELATION, DESIRABLE, FIGURES, MOMENTS, SHARES, TOKEN_FIGURES, Objective
 
 
-def objective_of(model, args):
-    """The `Objective` of a model and the loss that `args`, a namespace with the options, ask for.
+def objective_of(model, args, loss=None):
+    """The `Objective` of a model and the loss that `args`, a namespace with the options, ask for, or that one.
 
     Raises:
         ConfigError: a value is out of range, or the options exclude each other.
     """
-    return Objective(Scorer(model, args.share_prompt), loss_of(args), args.router_aux_loss_coef)
+    return Objective(Scorer(model, args.share_prompt), loss or loss_of(args), args.router_aux_loss_coef)
 
 
 def unwrapped(dataset):
@@ -54,7 +54,7 @@ def evaluate_preference(objective, dataset, args, batch_size, num_batches, refer
         for _ in range(-(-done // batch_size) - -(-before // batch_size)):
             progress_callback()
 
-    return mean_figures(objective, dataset, rows, reference, batch_size, progress_callback and advance)
+    return means_of(pair_figures(objective, dataset, rows, reference, batch_size, progress_callback and advance))
 
 
 def reference_logps(objective, dataset, args, rows, reference=None):
@@ -95,16 +95,8 @@ def without_adapters(model):
             model.update_modules(tree_unflatten(adapted))
 
 
-def mean_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
-    """`means_of` the figures of `rows` of `dataset`, whose reference logps are `reference` `(n, 2, 2)`."""
-    return means_of(pair_figures(objective, dataset, rows, reference, batch_size, progress_callback))
-
-
 def means_of(figures):
-    """What pairs come to together.
-
-    Args:
-        figures: what `pair_figures` returns.
+    """What pairs come to together, of the figures that `pair_figures` returns.
 
     Returns:
         A dict of means: of FIGURES over pairs, of TOKEN_FIGURES over tokens, as TRL has them; and the correlation of
@@ -151,18 +143,12 @@ def correlation(means, margins, differences, products):
 
 
 def pair_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
-    """As `mean_figures`, pair by pair: for each of FIGURES and TOKEN_FIGURES `(n,)` float64, one value a row."""
+    """For each of FIGURES and TOKEN_FIGURES `(n,)` float64, a value for each of `rows`, with their reference logps."""
     world = mx.distributed.init()
-    lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
     names, scorer = FIGURES + TOKEN_FIGURES + objective.further, objective.scorer
     found = np.zeros((len(names), len(rows)))
-    if objective.reads_batch:
-        batches = plan(lengths, batch_size)
-    else:
-        # A pair's loss is its own, so that batches may be as large as memory is ample for.
-        batches = filled(
-            lengths, world.size() * ample_tokens(scorer, int(lengths.sum(axis=1).max())), scorer.arrangement
-        )
+    # Where a pair's loss is its own, batches may be as large as memory is ample for.
+    batches = batches_of(scorer, dataset, rows, batch_size if objective.reads_batch else None, world.size())
     with evaluating(scorer.model), bounded_memory() as evaluate:
         for places in batches:
             here = places[world.rank() :: world.size()]

@@ -26,11 +26,7 @@ def replace_file(path, write):
 
 
 def replace_files(*files):
-    """Put several new files in their places, none before all are complete.
-
-    Args:
-        files: `(path, write)` pairs, as for `replace_file`.
-    """
+    """Put several new files, `(path, write)` as for `replace_file`, in their places, none before all are complete."""
     written = []
     try:
         for path, write in files:
@@ -95,11 +91,7 @@ def locked(folder):
 
 
 def move_aside(folder, patterns):
-    """Move the files of an earlier run into a new folder beside them.
-
-    Args:
-        folder: what holds them.
-        patterns: of their names.
+    """Move an earlier run's files, whose names have one of some patterns, into a new folder beside them.
 
     Returns:
         The new folder, `earlier-1` or the first number that is free; None where there was nothing to move.

@@ -1,7 +1,4 @@
-"""Whether a run is healthy, in words: each detector reads the validations' figures and names a setting to try.
-
-Upstream has no module of this name.
-"""
+"""Whether a run is healthy, in words: each detector reads the validations' figures and names a setting to try."""
 
 import math
 
@@ -18,15 +15,7 @@ READ = ("loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "accuraci
 
 
 def health(validations, loss):
-    """What is wrong with a run, by its validations.
-
-    Args:
-        validations: their lines of `metrics.jsonl`, in order.
-        loss: the `PreferenceLoss`.
-
-    Returns:
-        A list of sentences, empty where nothing is wrong that shows.
-    """
+    """What is wrong with a run, in sentences, by the lines of its validations in `metrics.jsonl`."""
     # What was not finite is None there, and so is a side of which single responses had none.
     sound = [line for line in validations if all(isinstance(line.get(f"eval_{name}"), (int, float)) for name in READ)]
     if not sound:

@@ -46,7 +46,7 @@ class Request:
 
     @contextmanager
     def at_steps(self):
-        """Within the context, a first signal waits until `raise_if_asked`."""
+        """Within the context, a first signal waits for the step's end."""
         self.number, self.patient = None, True
         try:
             yield self

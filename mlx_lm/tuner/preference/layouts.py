@@ -1,6 +1,6 @@
 """The ways in which public data sets lay out a preference, each read as `prompt`, `chosen` and `rejected`.
 
-Upstream has no module of this name. A layout is known by its keys; what the values hold is read in `rows.py`.
+A layout is known by its keys; what the values hold is read in `rows.py`.
 """
 
 import json
@@ -13,17 +13,8 @@ from .options import ConfigError, shown
 
 SAME = "whose responses are rated equal"
 # Keys that hold a prompt where there is no `prompt`, the likeliest first.
-PROMPTS = (
-    "question",
-    "instruction",
-    "query",
-    "input",
-    "conversations",
-    "conversation",
-    "messages",
-    "context",
-    "problem",
-)
+PROMPTS = ("question", "instruction", "query", "input", "conversations", "conversation", "messages", "context")
+PROMPTS += ("problem",)
 ANSWERS = ("assistant", *(name for name, role in OTHER_ROLES.items() if role == "assistant"))
 CHOSEN_SCORES = ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "rating_chosen")
 REJECTED_SCORES = ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected")
@@ -48,9 +39,6 @@ class Layout:
     keys: tuple
     read: Callable
     reads: tuple = ()
-
-    def fits(self, row):
-        return all(row.get(key) is not None for key in self.keys)
 
 
 def _openai(row):
@@ -80,22 +68,24 @@ def _alpaca_prompt(row):
     return [*spoken, {"role": "user", "content": asked}]
 
 
-def _alpaca(row):
-    return {"prompt": _alpaca_prompt(row), "chosen": row["chosen"], "rejected": row["rejected"]}
+def _comparison(name, keys, first_wins, reads=()):
+    """The `Layout` of two responses, of which a verdict names the better.
 
-
-def _two(first, second, first_wins, prompt="prompt"):
-    """A reader of two responses of which a verdict names the better; `first_wins` gives true, false, or None."""
+    Args:
+        keys: of the prompt, where there is one, of both responses, and of the verdict.
+        first_wins: takes a row and the verdict's key; gives true, false, or None where neither is better.
+    """
+    *prompt, first, second, verdict = keys
 
     def read(row):
-        wins = first_wins(row)
+        wins = first_wins(row, verdict)
         if wins is None:
             raise UselessRow(SAME)
         better, worse = (first, second) if wins else (second, first)
-        asked = prompt(row) if callable(prompt) else row.get(prompt)
+        asked = _alpaca_prompt(row) if prompt == ["instruction"] else row[prompt[0]] if prompt else None
         return {"prompt": asked, "chosen": row[better], "rejected": row[worse]}
 
-    return read
+    return Layout(name, keys, read, reads)
 
 
 def _number(row, key):
@@ -110,12 +100,13 @@ def _number(row, key):
     return value
 
 
-def _below_zero(key):
-    return lambda row: None if _number(row, key) == 0 else _number(row, key) < 0
+def _below_zero(row, key):
+    value = _number(row, key)
+    return None if value == 0 else value < 0
 
 
-def _one_of(key, first, second):
-    def wins(row):
+def _one_of(first, second):
+    def wins(row, key):
         value = row[key] if isinstance(row[key], str) else _number(row, key)
         if value in (first, second):
             return value == first
@@ -126,44 +117,18 @@ def _one_of(key, first, second):
     return wins
 
 
-def _scores(row):
-    """SHP's A is better where its label is 1."""
-    return _one_of("labels", 1, 0)(row)
-
-
+ALPACA = ("instruction", "input", "history")
 LAYOUTS = (
     Layout("OpenAI's preference format", ("input", "preferred_output", "non_preferred_output"), _openai),
-    Layout("Alpaca pairs", ("instruction", "chosen", "rejected"), _alpaca, ("input", "history")),
-    Layout(
-        "Alpaca comparisons",
-        ("instruction", "output_1", "output_2", "preference"),
-        _two("output_1", "output_2", _one_of("preference", 1, 2), _alpaca_prompt),
-        ("input",),
+    _comparison("Alpaca comparisons", ("instruction", "output_1", "output_2", "preference"), _one_of(1, 2), ALPACA),
+    _comparison("HelpSteer2 preferences", ("prompt", "response_1", "response_2", "preference_strength"), _below_zero),
+    _comparison("HelpSteer3 preferences", ("context", "response1", "response2", "overall_preference"), _below_zero),
+    _comparison("SHP comparisons", ("history", "human_ref_A", "human_ref_B", "labels"), _one_of(1, 0)),
+    _comparison(
+        "PKU-SafeRLHF comparisons", ("prompt", "response_0", "response_1", "better_response_id"), _one_of(0, 1)
     ),
-    Layout(
-        "HelpSteer2 preferences",
-        ("prompt", "response_1", "response_2", "preference_strength"),
-        _two("response_1", "response_2", _below_zero("preference_strength")),
-    ),
-    Layout(
-        "HelpSteer3 preferences",
-        ("context", "response1", "response2", "overall_preference"),
-        _two("response1", "response2", _below_zero("overall_preference"), "context"),
-    ),
-    Layout(
-        "SHP comparisons",
-        ("history", "human_ref_A", "human_ref_B", "labels"),
-        _two("human_ref_A", "human_ref_B", _scores, "history"),
-    ),
-    Layout(
-        "PKU-SafeRLHF comparisons",
-        ("prompt", "response_0", "response_1", "better_response_id"),
-        _two("response_0", "response_1", _one_of("better_response_id", 0, 1)),
-    ),
-    Layout(
-        "Chatbot Arena conversations",
-        ("conversation_a", "conversation_b", "winner"),
-        _two("conversation_a", "conversation_b", _one_of("winner", "model_a", "model_b")),
+    _comparison(
+        "Chatbot Arena conversations", ("conversation_a", "conversation_b", "winner"), _one_of("model_a", "model_b")
     ),
 )
 PLAIN = "prompt, chosen, rejected"
@@ -182,11 +147,7 @@ NO_PAIRS = (
 
 
 def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
-    """A row laid out as `prompt`, `chosen` and `rejected`.
-
-    Args:
-        row: an object.
-        prompt, chosen, rejected: the keys that the configuration names; a prompt key of None is found.
+    """A row laid out as `prompt`, `chosen` and `rejected`, the keys that the configuration names; None is found.
 
     Returns:
         `(row, name, reads)`: the row with those three keys (`prompt` None where the responses hold it), what its layout
@@ -194,19 +155,25 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
     """
     if row.get(chosen) is None and row.get(rejected) is None and (chosen, rejected) == ("chosen", "rejected"):
         for layout in LAYOUTS:
-            if layout.fits(row):
+            if _holds(row, layout.keys):
                 return layout.read(row), layout.name, (*layout.keys, *layout.reads)
-        return _refused(row)
+        for keys, what in NO_PAIRS:
+            if _holds(row, keys):
+                raise ConfigError(f"chosen is missing; the row's keys are {', '.join(map(str, row))}: {what}.")
+        return {}, PLAIN, ()
     if prompt is not None or row.get("prompt") is not None or _whole(row.get(chosen)) and _whole(row.get(rejected)):
         key = prompt or "prompt"
         return {"prompt": row.get(key)}, PLAIN if row.get(key) is not None else IMPLICIT, (key,)
-    alpaca = next(layout for layout in LAYOUTS if layout.read is _alpaca)
     if isinstance(row.get("instruction"), str):
-        return {"prompt": _alpaca_prompt(row)}, alpaca.name, ("instruction", *alpaca.reads)
+        return {"prompt": _alpaca_prompt(row)}, "Alpaca pairs", ALPACA
     key = next((key for key in PROMPTS if row.get(key)), None)
     if key is None:
         return {"prompt": None}, IMPLICIT, ()
     return {"prompt": _asked(row[key], key, chosen)}, f"{key}, {chosen}, {rejected}", (key,)
+
+
+def _holds(row, keys):
+    return all(row.get(key) is not None for key in keys)
 
 
 def _asked(value, key, chosen):
@@ -229,24 +196,13 @@ def _whole(value):
     return role in ("system", "developer", "user", "human", "prompter")
 
 
-def _refused(row):
-    for keys, what in NO_PAIRS:
-        if all(row.get(key) is not None for key in keys):
-            raise ConfigError(f"chosen is missing; the row's keys are {', '.join(map(str, row))}: {what}.")
-    return {}, PLAIN, ()
-
-
 def is_kto(row):
     """Whether a row holds one completion that is labelled good or bad."""
     return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and "chosen" not in row
 
 
 def paired(rows, name, where):
-    """Rows of one labelled completion each, put together by their prompts.
-
-    Args:
-        rows: objects with `prompt`, `completion` and `label`.
-        name, where: what to call the rows, and what gives the place of row number i, for errors.
+    """Rows of one labelled completion each, put together by their prompts; `name` and `where` are for errors.
 
     Returns:
         `(rows, numbers)`: rows with `chosen` and `rejected`, and the number of the row that each chosen stands in.

@@ -1,7 +1,4 @@
-"""Loading the models and adapters that a configuration names, with every failure told in one sentence.
-
-Upstream has no module of this name.
-"""
+"""Loading the models and adapters that a configuration names, with every failure told in one sentence."""
 
 import json
 import os
@@ -35,11 +32,6 @@ def load_named(key, name, trust_remote_code=False):
 
     On a Linux CPU a half-precision model comes in float32: MLX's half-precision products are ten times slower
     there, and more on long sequences.
-
-    Args:
-        key: the configuration's key, for errors.
-        name: a folder, or a repo of the Hugging Face hub.
-        trust_remote_code: whether code that comes with the model or its tokenizer may run.
 
     Raises:
         ConfigError: whatever is wrong with the folder or the repo.
@@ -87,12 +79,7 @@ def _told(error):
 
 
 def check_tokens(model, datasets, key):
-    """Check that a model knows every token of the data, and warn where pairs are longer than it was made for.
-
-    Args:
-        model: an mlx-lm model.
-        datasets: sequences of `Pair`s.
-        key: the configuration's key that names the model.
+    """Check that the model that `key` names knows every token of the data; warn of pairs longer than it was made for.
 
     Raises:
         ConfigError: a token id is beyond the model's vocabulary: MLX would read some other memory there.
@@ -116,11 +103,7 @@ def check_tokens(model, datasets, key):
 
 
 def check_same_tokens(tokenizer, other, name):
-    """Check that a reference model reads tokens as the policy does.
-
-    Args:
-        tokenizer, other: the policy's tokenizer and the reference model's.
-        name: the reference model's name, for errors.
+    """Check that a reference model's tokenizer reads tokens as the policy's does.
 
     Raises:
         ConfigError: a text has other token ids in `other`.
@@ -189,9 +172,9 @@ def check_trainable(model):
         )
 
 
-def is_none(adapter_path):
-    """Whether a path names no adapters, so that the model itself is meant."""
-    return adapter_path in (None, "", "none", "None")
+def is_none(path):
+    """Whether a path names nothing: no adapters but the model itself, or no cache."""
+    return path in (None, "", "none", "None")
 
 
 def read_adapter_config(adapter_path):
@@ -230,8 +213,7 @@ def read_adapter_config(adapter_path):
 def adopt_loss(args):
     """Give a test without training the loss that the adapters were trained with, as far as `args` name no other.
 
-    Args:
-        args: a namespace with every key, before its check; the options of the loss are changed in place.
+    The options of the loss are changed in place, before their check.
     """
     path = args.compare[0] if isinstance(args.compare, list) and args.compare else args.adapter_path
     if (args.train and not args.compare) or not (args.test or args.compare) or not isinstance(path, str):
@@ -253,13 +235,7 @@ def adopt_loss(args):
 
 
 def tell_other_loss(path, config, loss):
-    """Say so where adapters were trained with another loss than a test's, or with other parameters.
-
-    Args:
-        path: of the adapters.
-        config: of their training.
-        loss: the test's `PreferenceLoss`.
-    """
+    """Say so where the adapters at `path`, trained with `config`, are tested with another loss or other parameters."""
     trained = _names(config.get("loss_type"))
     told = [f"loss_type {', '.join(map(str, trained))}"] if trained not in ([None], _names(list(loss.names))) else []
     told += [f"{name} {config[name]}" for name, own in loss.parameters.items() if config.get(name) not in (None, own)]
@@ -273,11 +249,7 @@ def _names(loss_type):
 
 
 def refuse_other_start(given, start):
-    """Check that a test without training is not told to start from an adapter.
-
-    Args:
-        given: the `resume_adapter_file` of the test's configuration, or None.
-        start: that of the training, which its reference holds, or None.
+    """Check that a test without training is not told to start from another adapter than the training's `start`.
 
     Raises:
         ConfigError: the training started from none.

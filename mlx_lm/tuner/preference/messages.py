@@ -1,7 +1,6 @@
 """One message, or a list of them, brought to the form that chat templates read.
 
-Upstream has no module of this name. Roles and shapes here are those that public data sets hold; how a row as a whole is
-laid out is read in `layouts.py`.
+Roles and shapes here are those that public data sets hold; how a row as a whole is laid out is read in `layouts.py`.
 """
 
 import ast
@@ -13,27 +12,15 @@ from .options import ConfigError, nearest, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # Other names of the four roles, in lower case.
-OTHER_ROLES = {
-    "developer": "system",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "ai": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-}
+OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user"}
+OTHER_ROLES |= dict.fromkeys(("gpt", "model", "bot", "chatbot", "ai", "chatgpt", "bing", "bard"), "assistant")
+OTHER_ROLES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
 # ShareGPT's role of a message whose text is a tool call.
 CALLS = "function_call"
 # Keys of a message that are read; LORA.md names them.
 KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call_id")
-REASONING = ("reasoning_content", "reasoning", "thinking")
+# The keys by which rows and templates know reasoning; a message that is read has the first.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 MOST_DIGITS = 300
 LOOKS_LIKE_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
@@ -54,11 +41,7 @@ def _whole(digits):
 
 
 def messages(value, key):
-    """A list of checked messages.
-
-    Args:
-        value: a list of messages, or one message.
-        key: where it stands, for errors.
+    """A list of checked messages, of one or of one message alone; `key` is where they stand.
 
     Raises:
         ConfigError: something in it is no message that can be trained on.
@@ -85,7 +68,8 @@ def message(value, key):
     value["role"] = _role(value.get("role"), key)
     value["content"] = _content(value.get("content"), key)
     if value["role"] == CALLS:
-        value |= {"role": "assistant", "content": "", "tool_calls": _calls_in(value["content"], key)}
+        found = _json(value["content"] or "", f"{key}'s tool call")
+        value |= {"role": "assistant", "content": "", "tool_calls": found if isinstance(found, list) else [found]}
     if calls := value.pop("function_call", None):
         value.setdefault("tool_calls", [calls])
     if "tool_calls" in value:
@@ -188,11 +172,6 @@ def _content(content, key):
     if content is not None and not isinstance(content, str):
         raise ConfigError(f"{key}.content is {kind(content)}; it must be a string.")
     return content
-
-
-def _calls_in(text, key):
-    found = _json(text or "", f"{key}'s tool call")
-    return found if isinstance(found, list) else [found]
 
 
 def _calls(calls, key):

@@ -1,7 +1,4 @@
-"""The files of a run that grow by a JSON object a line: reports in `metrics.jsonl`, answers in `samples.jsonl`.
-
-Upstream has no module of this name.
-"""
+"""The files of a run that grow by a JSON object a line: reports in `metrics.jsonl`, answers in `samples.jsonl`."""
 
 import json
 import math
@@ -15,12 +12,7 @@ BEST = {"eval_loss": ("loss", -1), "accuracy": ("rewards/accuracies", 1), "margi
 
 
 def begin_lines(path, iteration):
-    """Begin a file of lines, or go on with it.
-
-    Args:
-        path: the file.
-        iteration: the step that a resumed run starts from, or 0; later lines of the interrupted run are dropped.
-    """
+    """Begin a file of lines, or go on after an iteration: later lines of the interrupted run are dropped."""
     kept = [line for line in read_metrics(path) if line["iteration"] <= iteration] if iteration else []
     replace_file(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
 

@@ -5,37 +5,13 @@ Checks, help and documents come from the table. To add a loss, write its functio
 
 import inspect
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import mlx.core as mx
 
-from ..losses import (
-    PairLogps,
-    aot,
-    aot_unpaired,
-    apo_down,
-    apo_zero,
-    bco_pair,
-    cpo,
-    discopop,
-    dpo,
-    dpop,
-    exo_pair,
-    hinge,
-    ipo,
-    kto,
-    mean_logps,
-    nca_pair,
-    orpo,
-    robust,
-    sft,
-    sigmoid_norm,
-    simpo,
-    sppo_hard,
-    with_f_divergence,
-)
+from .. import losses as formulas
+from ..losses import PairLogps, mean_logps, with_f_divergence
 from .options import ConfigError, Option, nearest
 
 
@@ -44,8 +20,7 @@ class Loss:
     """One row of the table of losses.
 
     Attributes:
-        name: the value of loss_type.
-        function: takes a `PairLogps` and its parameters as keywords, returns (B,).
+        name: the value of loss_type, and of the function in `losses.py`.
         description: what a pair loses, in the words of `losses.py`.
         source: the arXiv number of the paper.
         needs_reference: whether it reads the reference logps.
@@ -53,7 +28,7 @@ class Loss:
             another f-divergence may stand in for the reverse KL.
         reads_margins: whether it has a pair's logit, which a margin lowers.
         sorts_batch: its values belong to quantiles of the batch, not to pairs.
-        reads_batch: a pair's value depends on the other pairs of its batch.
+        reads_batch: a pair's value depends on the other pairs of its batch, though they are not sorted.
         is_likelihood: it is the chosen response's likelihood and has no logratio: it goes with any other
             loss and its settings.
         unpaired: it reads single responses with labels, not pairs, and goes with no other loss.
@@ -63,7 +38,6 @@ class Loss:
     """
 
     name: str
-    function: Callable
     description: str
     source: str
     needs_reference: bool = True
@@ -76,6 +50,11 @@ class Loss:
     mean_rewards: bool = False
     defaults: dict = field(default_factory=dict)
     lowest: dict = field(default_factory=dict)
+
+    @property
+    def function(self):
+        """What takes a `PairLogps` and its parameters as keywords, and returns (B,)."""
+        return getattr(formulas, self.name)
 
     @cached_property
     def parameters(self):
@@ -111,61 +90,43 @@ PAIR = {"f_divergence": True, "reads_margins": True}
 REFERENCE_FREE = {"needs_reference": False, "reads_margins": True}
 
 TABLE = (
-    Loss("dpo", dpo, "-(1 - eps) log sigma(h) - eps log sigma(-h)", "2305.18290", **PAIR),
-    Loss("robust", robust, "(-(1 - eps) log sigma(h) + eps log sigma(-h)) / (1 - 2 eps)", "2403.00409", **PAIR),
-    Loss("hinge", hinge, "max(0, 1 - h)", "2305.10425", **PAIR),
-    Loss("ipo", ipo, "(mean logratio gap - (1/2 + margin) / beta)^2", "2310.12036", **PAIR, lowest=SMALLEST_DIVISOR),
-    Loss("sigmoid_norm", sigmoid_norm, "-log sigma(beta x mean logratio gap - margin)", "2405.14734", **PAIR),
+    Loss("dpo", "-(1 - eps) log sigma(h) - eps log sigma(-h)", "2305.18290", **PAIR),
+    Loss("robust", "(-(1 - eps) log sigma(h) + eps log sigma(-h)) / (1 - 2 eps)", "2403.00409", **PAIR),
+    Loss("hinge", "max(0, 1 - h)", "2305.10425", **PAIR),
+    Loss("ipo", "(mean logratio gap - (1/2 + margin) / beta)^2", "2310.12036", **PAIR, lowest=SMALLEST_DIVISOR),
+    Loss("sigmoid_norm", "-log sigma(beta x mean logratio gap - margin)", "2405.14734", **PAIR),
     Loss(
         "exo_pair",
-        exo_pair,
         "KL of (sigma(h), sigma(-h)) from (1 - eps, eps)",
         "2402.00856",
         **PAIR,
         defaults={"label_smoothing": 1e-3},
         lowest={"label_smoothing": 1e-12},
     ),
-    Loss("nca_pair", nca_pair, "-log sigma(rc) - 1/2 log sigma(-rc) - 1/2 log sigma(-rr)", "2402.05369"),
-    Loss("bco_pair", bco_pair, "-log sigma(rc) - log sigma(-rr)", "2404.04656"),
+    Loss("nca_pair", "-log sigma(rc) - 1/2 log sigma(-rc) - 1/2 log sigma(-rr)", "2402.05369"),
+    Loss("bco_pair", "-log sigma(rc) - log sigma(-rr)", "2404.04656"),
     Loss(
         "sppo_hard",
-        sppo_hard,
         "(chosen logratio - 1/(2 beta))^2 + (rejected logratio + 1/(2 beta))^2",
         "2405.00675",
         lowest=SMALLEST_DIVISOR,
     ),
-    Loss("apo_zero", apo_zero, "1 - sigma(rc) + sigma(rr)", "2408.06266"),
-    Loss("apo_down", apo_down, "sigma(rc) + 1 - sigma(h)", "2408.06266", reads_margins=True),
-    Loss("discopop", discopop, "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)", "2406.08414", **PAIR),
-    Loss(
-        "aot",
-        aot,
-        "dpo between sorted policy gaps and sorted reference gaps",
-        "2406.05882",
-        sorts_batch=True,
-        reads_batch=True,
-    ),
-    Loss(
-        "aot_unpaired",
-        aot_unpaired,
-        "dpo between sorted chosen and sorted rejected logratios",
-        "2406.05882",
-        sorts_batch=True,
-        reads_batch=True,
-    ),
+    Loss("apo_zero", "1 - sigma(rc) + sigma(rr)", "2408.06266"),
+    Loss("apo_down", "sigma(rc) + 1 - sigma(h)", "2408.06266", reads_margins=True),
+    Loss("discopop", "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)", "2406.08414", **PAIR),
+    Loss("aot", "dpo between sorted policy gaps and sorted reference gaps", "2406.05882", sorts_batch=True),
+    Loss("aot_unpaired", "dpo between sorted chosen and sorted rejected logratios", "2406.05882", sorts_batch=True),
     Loss(
         "sft",
-        sft,
         "in a list: mean NLL of the chosen tokens",
         "2411.10442",
         needs_reference=False,
         is_likelihood=True,
         reads_batch=True,
     ),
-    Loss("dpop", dpop, "dpo with h - beta x lambda x max(0, -chosen logratio)", "2402.13228", reads_margins=True),
+    Loss("dpop", "dpo with h - beta x lambda x max(0, -chosen logratio)", "2402.13228", reads_margins=True),
     Loss(
         "simpo",
-        simpo,
         "dpo's with h = beta x mean logp gap - gamma - margin",
         "2405.14734",
         **REFERENCE_FREE,
@@ -174,7 +135,6 @@ TABLE = (
     ),
     Loss(
         "orpo",
-        orpo,
         "sft - beta x log sigma(log odds gap - margin)",
         "2403.07691",
         **REFERENCE_FREE,
@@ -183,7 +143,6 @@ TABLE = (
     ),
     Loss(
         "cpo",
-        cpo,
         "dpo's with h = beta x logp gap - margin, + alpha x sft",
         "2401.08417",
         **REFERENCE_FREE,
@@ -191,11 +150,9 @@ TABLE = (
     ),
     Loss(
         "kto",
-        kto,
         "w sigma(beta kl - r) if desirable, else w sigma(r - beta kl)",
         "2402.01306",
         unpaired=True,
-        reads_batch=True,
     ),
 )
 
@@ -224,15 +181,7 @@ OPTIONS = (
     ),
     _option("loss_weights", None, float, "a factor for each loss of the list, 1 each by default", low=0, many=True),
     _option("beta", 0.1, float, "reward per nat of logratio; 0 leaves the reference out", low=0),
-    _option(
-        "label_smoothing",
-        0.0,
-        float,
-        "eps, the share of pairs taken as wrongly labelled",
-        low=0,
-        high=0.5,
-        open=("high",),
-    ),
+    _option("label_smoothing", 0.0, float, "eps, the share of pairs taken as wrongly labelled", low=0, below=0.5),
     _option(
         "f_divergence_type",
         "reverse_kl",
@@ -264,9 +213,8 @@ OPTIONS = (
         None,
         float,
         "the policy's share in the reference that is taken then, the rest being the one before; not set, all of it",
-        low=0,
+        above=0,
         high=1,
-        open=("low",),
     ),
 )
 
@@ -369,8 +317,8 @@ class PreferenceLoss:
         self.reads_wpo = parameters.get("use_weighting", False)
         self.reads_margins = any(loss.reads_margins for loss in self._losses)
         self.sorts_batch = any(loss.sorts_batch for loss in self._losses)
-        self.reads_batch = any(loss.reads_batch for loss in self._losses)
         self.unpaired = any(loss.unpaired for loss in self._losses)
+        self.reads_batch = self.sorts_batch or self.unpaired or any(loss.reads_batch for loss in self._losses)
         self.ld_alpha = parameters.get("ld_alpha")
 
     def __call__(self, pairs, wpo_weights=None):
@@ -452,7 +400,7 @@ def _checked_weights(loss_weights, names):
     weights = weights if isinstance(weights, list) else [weights]
     if len(weights) != len(names):
         raise ConfigError(
-            f"loss_weights has {_count(weights, 'value')}, but loss_type has {_count(names, 'name')}: give one each."
+            f"loss_weights is {weights}, but loss_type has {', '.join(names)}: give one for each, {len(names)} in all."
         )
     if not any(weights):
         raise ConfigError(f"loss_weights is {weights}; one of them must be above 0.")
@@ -537,7 +485,3 @@ def _refuse_clashes(values, losses):
         )
     if values["reference_update_steps"] is not None and values["beta"] == 0:
         raise ConfigError("reference_update_steps is set, but beta 0 leaves the reference out; remove one of the two.")
-
-
-def _count(values, noun):
-    return f"{len(values)} {noun}" + "s" * (len(values) != 1)

@@ -5,7 +5,7 @@ The options of the losses stand with the table of losses in `objective.py`.
 
 import argparse
 import difflib
-import math
+import operator
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +14,13 @@ from functools import partial
 from typing import Any
 
 LONGEST_MESSAGE = 400
+# The bounds of a number, how they are written, and what holds for a number that they allow.
+BOUNDS = {
+    "low": (">=", operator.ge),
+    "above": (">", operator.gt),
+    "high": ("<=", operator.le),
+    "below": ("<", operator.lt),
+}
 
 
 class ConfigError(ValueError):
@@ -23,10 +30,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message):
-        message = printable(str(message))
-        if len(message) > LONGEST_MESSAGE:
-            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[5 - LONGEST_MESSAGE // 2 :]}"
-        super().__init__(message)
+        super().__init__(shortened(printable(str(message)), LONGEST_MESSAGE))
 
 
 def printable(text):
@@ -34,10 +38,15 @@ def printable(text):
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def shown(value, size=60):
+def shortened(text, size):
+    """A text of at most `size` characters, the middle of a longer one left out."""
+    half = (size - 5) // 2
+    return text if len(text) <= size else f"{text[:half]} ... {text[-half:]}"
+
+
+def shown(value):
     """A value as Python writes it on one line, its middle left out where it is long."""
-    text = repr(value)
-    return text if len(text) <= size else f"{text[: size // 2]} ... {text[-size // 2 :]}"
+    return shortened(repr(value), 65)
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ class Option:
         kind: the type of a value: float, int, bool or str; dict where a check of its own looks at the value; or a
             function that makes the value of what is given.
         help: one sentence without a full stop, for `--help` and LORA.md.
-        low, high: the bounds of a number, None where there is none.
-        open: which bounds are outside the range: any of "low", "high".
+        low, high: the least and the largest number allowed, None where there is none.
+        above, below: likewise, bounds that are not allowed themselves.
         choices: the only values allowed, where there are few.
         words: names allowed in place of a value of `kind`.
         many: whether a list of values is allowed too.
@@ -66,7 +75,8 @@ class Option:
     help: str
     low: float | None = None
     high: float | None = None
-    open: tuple = ()
+    above: float | None = None
+    below: float | None = None
     choices: tuple = ()
     words: tuple = ()
     many: bool = False
@@ -86,9 +96,10 @@ class Option:
         if self.default is not None:
             told += f"; {str(self.default).lower() if self.kind is bool else self.default} by default"
         told = told.replace("%", "%%") + "."
+        if self.words:
+            return {"nargs": "?", "const": True, "choices": self.words, "default": None, "help": told}
         if self.kind is bool:
-            action = partial(_Switch, words=self.words) if self.words else argparse.BooleanOptionalAction
-            return {"action": action, "default": None, "help": told}
+            return {"action": argparse.BooleanOptionalAction, "default": None, "help": told}
         shape = {"nargs": "+"} if self.many else {}
         return {"type": self.kind, "default": None, "metavar": self.kind.__name__.upper(), "help": told} | shape
 
@@ -97,12 +108,9 @@ class Option:
         """The allowed values in words, or an empty string where all are."""
         if self.allowed or self.choices:
             return self.allowed or "one of " + ", ".join(self.choices)
-        low = None if self.low is None else f"{'>' if 'low' in self.open else '>='} {self._told(self.low)}"
-        high = None if self.high is None else f"{'<' if 'high' in self.open else '<='} {self._told(self.high)}"
-        return " and ".join(bound for bound in (low, high) if bound)
-
-    def _told(self, bound):
-        return f"{bound:g}" if self.kind is float else str(bound)
+        bounds = ((sign, getattr(self, name)) for name, (sign, _) in BOUNDS.items())
+        form = "g" if self.kind is float else "d"
+        return " and ".join(f"{sign} {bound:{form}}" for sign, bound in bounds if bound is not None)
 
     def check(self, value):
         """`value` as this option's type.
@@ -134,11 +142,10 @@ class Option:
         if self.choices and value not in self.choices:
             raise ConfigError(f"{self.name} is {shown(value)}{nearest(value, self.choices)}; it must be {expected}.")
         if self.kind in (float, int):
-            too_low = self.low is not None and (value < self.low or ("low" in self.open and value == self.low))
-            too_high = self.high is not None and (value > self.high or ("high" in self.open and value == self.high))
-            if too_low or too_high or value != value:
+            bounds = ((holds, getattr(self, name)) for name, (_, holds) in BOUNDS.items())
+            if value != value or not all(bound is None or holds(value, bound) for holds, bound in bounds):
                 raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
-            if abs(value) == math.inf or (self.kind is float and abs(value) > LARGEST):
+            if self.kind is float and abs(value) > sys.float_info.max:
                 raise ConfigError(
                     f"{self.name} is {shown(value)}; it must be finite{self.range and ' and ' + self.range}."
                 )
@@ -147,20 +154,6 @@ class Option:
 
 class Unset(int):
     """A number that stands where nobody gave one, told from the same number given."""
-
-
-class _Switch(argparse.Action):
-    """`--flag`, `--no-flag`, and `--flag WORD` for the words of an option that takes some."""
-
-    def __init__(self, option_strings, dest, words, **options):
-        flags = [*option_strings, "--no-" + option_strings[0].removeprefix("--")]
-        super().__init__(flags, dest, nargs="?", choices=words, metavar="|".join(words), **options)
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        off = option_string.startswith("--no-")
-        if off and value is not None:
-            parser.error(f"argument {option_string}: ignored explicit argument {value!r}")
-        setattr(namespace, self.dest, value or not off)
 
 
 # The options' groups, in the order of `--help` and LORA.md.
@@ -175,7 +168,6 @@ GROUPS = {
 }
 UPSTREAM_GROUP = "Run (mlx-lm's own keys)"
 
-LARGEST = sys.float_info.max
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
 
 
@@ -201,233 +193,123 @@ def nearest(word, known):
 
 
 # Options of a preference run besides those of its loss, which stand with the losses in `losses.py`.
+_data = partial(Option, group="data")
 DATA_OPTIONS = (
-    Option("prompt_feature", "prompt", str, "Key of a row's prompt", group="data"),
-    Option("chosen_feature", "chosen", str, "Key of a row's preferred response", group="data"),
-    Option("rejected_feature", "rejected", str, "Key of a row's rejected response", group="data"),
-    Option(
-        "use_chat_template",
-        True,
-        bool,
-        "Put rows into the tokenizer's chat template, where it has one; false trains strings as they stand",
-        group="data",
+    _data("prompt_feature", "prompt", str, "Key of a row's prompt"),
+    _data("chosen_feature", "chosen", str, "Key of a row's preferred response"),
+    _data("rejected_feature", "rejected", str, "Key of a row's rejected response"),
+    _data(
+        "use_chat_template", True, bool, "Use the tokenizer's chat template, if any; false trains strings as they stand"
     ),
-    Option(
-        "score",
-        "assistant",
-        str,
-        "Which turns of a response are scored: the model's own, or also those of users and tools within it",
-        choices=("assistant", "all"),
-        group="data",
+    _data(
+        "score", "assistant", str, "Score the model's own turns, or users' and tools' too", choices=("assistant", "all")
     ),
-    Option(
-        "score_difference",
-        None,
-        str,
-        "What a row's score_chosen - score_rejected becomes; by default nothing",
-        choices=("margin", "weight"),
-        group="data",
-    ),
-    Option("score_scale", 1.0, float, "Factor of that difference", low=0, open=("low",), group="data"),
-    Option(
-        "min_score_difference",
-        None,
-        float,
-        "Leave out rows whose score_chosen is not above score_rejected by this much; by default none",
-        group="data",
-    ),
-    Option(
-        "valid_share",
-        None,
-        float,
-        "Share of the training rows to validate on instead of training, where there is no validation set",
-        low=0,
-        high=1,
-        open=("low", "high"),
-        group="data",
+    _data("score_difference", None, str, "What to make of score_chosen - score_rejected", choices=("margin", "weight")),
+    _data("score_scale", 1.0, float, "Factor of that difference", above=0),
+    _data("min_score_difference", None, float, "Leave out rows whose score_chosen - score_rejected is below this"),
+    _data(
+        "valid_share", None, float, "Share of training rows to validate on, without a validation set", above=0, below=1
     ),
 )
 
+_reference = partial(Option, group="reference")
 REFERENCE_OPTIONS = (
-    Option(
-        "reference_model",
-        None,
-        str,
-        "Folder or Hugging Face repo of the reference policy; by default it is the model as training finds it",
-        group="reference",
-        keep=True,
+    _reference(
+        "reference_model", None, str, "Folder or hub repo of the reference; not set, the model as it begins", keep=True
     ),
-    Option(
-        "reference_batch_size",
-        None,
-        int,
-        "Pairs a batch in the reference pass; by default as many as memory is ample for",
-        low=1,
-        group="reference",
+    _reference(
+        "reference_batch_size", None, int, "Pairs a batch of the reference pass; by default what memory allows", low=1
     ),
-    Option(
+    _reference(
         "reference_cache",
         None,
         str,
         "Folder that keeps reference logps between runs, or none; by default mlx_lm/reference_logps in the user's "
         "cache folder",
-        group="reference",
     ),
-    Option(
-        "reference_cache_size",
-        256.0,
-        float,
-        "Megabytes that the folder may hold; the entries used longest ago go first",
-        low=0,
-        group="reference",
+    _reference(
+        "reference_cache_size", 256.0, float, "Megabytes that it may hold; the entries used longest ago go first", low=0
     ),
 )
 
+_step = partial(Option, group="step")
 STEP_OPTIONS = (
-    Option(
-        "use_rslora",
-        False,
-        bool,
-        "Multiply LoRA's scale by the square root of its rank, so that a larger rank does not act less (rsLoRA)",
-        group="step",
+    _step(
+        "use_rslora", False, bool, "Multiply LoRA's scale by its rank's square root: rank does not weaken it (rsLoRA)"
     ),
-    Option(
-        "lora_plus_ratio",
-        None,
-        float,
-        "Factor of the learning rate of LoRA's second matrices (LoRA+); not set, 1",
-        low=0,
-        open=("low",),
-        group="step",
-        keep=True,
-    ),
-    Option(
+    _step("lora_plus_ratio", None, float, "Factor of lora_b's learning rate (LoRA+); not set, 1", above=0, keep=True),
+    _step(
         "router_aux_loss_coef",
         None,
         float,
         "Factor of the loss that keeps a mixture's experts evenly used; 0 reports their shares only; not set, neither",
         low=0,
-        group="step",
         keep=True,
     ),
-    Option(
-        "epochs",
-        None,
-        float,
-        "Train on all pairs so many times, in place of iters",
-        low=0,
-        open=("low",),
-        group="step",
+    _step("epochs", None, float, "Train on all pairs so many times, in place of iters", above=0),
+    _step(
+        "share_prompt", True, bool, "Compute a prompt once for both its responses, where the model allows it", keep=True
     ),
-    Option(
-        "share_prompt",
-        True,
-        bool,
-        "Compute a prompt once for both its responses, where the model allows it",
-        group="step",
-        keep=True,
+    _step("compile", None, bool, "Compile the step for each shape of a batch; by default on a GPU only"),
+    _step(
+        "group_by_length", True, bool, "Put pairs of like length together; each epoch draws anew either way", keep=True
     ),
-    Option(
-        "compile",
-        None,
-        bool,
-        "Compile the step for batches of a shape that comes often; by default on a GPU only, where it is faster",
-        group="step",
-    ),
-    Option(
-        "group_by_length",
-        True,
-        bool,
-        "Make batches of pairs of like length, which leaves little to pad; each epoch draws them anew either way",
-        group="step",
-        keep=True,
-    ),
-    Option(
-        "max_grad_norm",
-        None,
-        float,
-        "Clip the gradient to this norm before each update; by default it is not clipped",
-        low=0,
-        open=("low",),
-        group="step",
-        keep=True,
+    _step(
+        "max_grad_norm", None, float, "Clip the gradient of each update to this norm; not set, none", above=0, keep=True
     ),
 )
 
+_save = partial(Option, group="save")
 SAVE_OPTIONS = (
-    Option(
+    _save(
         "resume",
         False,
         bool,
         "Go on from the last checkpoint in adapter_path, as if the run had not been interrupted; auto does so where "
         "there is one and starts anew where there is none",
         words=("auto",),
-        group="save",
     ),
-    Option("keep_checkpoints", 2, int, "Complete states kept to go on from, the newest ones", low=1, group="save"),
-    Option(
+    _save("keep_checkpoints", 2, int, "Complete states kept to go on from, the newest ones", low=1),
+    _save(
         "save_best",
         None,
         str,
         "Keep the adapters of the best validation in adapter_path/best, by this figure; not set, none",
         choices=("eval_loss", "accuracy", "margin"),
-        group="save",
         keep=True,
     ),
-    Option(
-        "early_stop",
-        None,
-        int,
-        "End the run after so many validations without a gain, by save_best's figure or else eval_loss; not set, never",
-        low=1,
-        group="save",
+    _save(
+        "early_stop", None, int, "End after so many validations without a gain, by save_best or else eval_loss", low=1
     ),
-    Option(
+    _save(
         "on_nonfinite",
         "stop",
         str,
         "What an update does whose loss or gradient is not finite: end the run, or leave that update out",
         choices=("stop", "skip"),
-        group="save",
         keep=True,
     ),
 )
 
+_test = partial(Option, group="test")
 TEST_OPTIONS = (
-    Option(
-        "check",
-        False,
-        bool,
-        "A dry run: print what a run would read and which memory it would take, and whether anything would stop it",
-        group="test",
-    ),
-    Option("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1, group="test"),
-    Option(
-        "predictions",
-        None,
-        str,
-        "File to write each tested pair's logps, rewards and line to, as JSON lines; not set, none",
-        group="test",
-    ),
-    Option(
+    _test("check", False, bool, "A dry run: print what a run would read, the memory it takes, and what would stop it"),
+    _test("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1),
+    _test("predictions", None, str, "File of JSON lines for each tested pair's logps, rewards and line; not set, none"),
+    _test(
         "compare",
         None,
         str,
         "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
         many=True,
         allowed="a list of two",
-        group="test",
     ),
 )
 
+_watch = partial(Option, group="watch")
 WATCH_OPTIONS = (
-    Option(
-        "sample_prompts",
-        0,
-        int,
-        "Answer so many prompts of the validation set, greedily, before training and at each validation",
-        low=0,
-        group="watch",
+    _watch(
+        "sample_prompts", 0, int, "Validation prompts to answer, greedily, before training and at validations", low=0
     ),
 )
 
@@ -445,14 +327,7 @@ UPSTREAM_OPTIONS = (
         str,
         "folder that the run writes to and goes on from; with test alone, a folder or file of adapters, or none",
     ),
-    Option(
-        "fine_tune_type",
-        "lora",
-        str,
-        "LoRA, DoRA, or the weights themselves",
-        choices=("lora", "dora", "full"),
-        keep=True,
-    ),
+    Option("fine_tune_type", "lora", str, "LoRA, DoRA, or the weights", choices=("lora", "dora", "full"), keep=True),
     Option("num_layers", 16, int, "train the last so many layers; -1 takes all", low=-1),
     Option(
         "lora_parameters",
@@ -484,21 +359,10 @@ UPSTREAM_OPTIONS = (
         keep=True,
     ),
     Option(
-        "seed",
-        0,
-        int,
-        "of the adapters' initial values, the order of the batches, and dropout",
-        low=0,
-        high=2**32 - 1,
-        keep=True,
+        "seed", 0, int, "of adapters' first values, the order of batches, and dropout", low=0, high=2**32 - 1, keep=True
     ),
     Option(
-        "max_seq_length",
-        2048,
-        int,
-        "tokens of a prompt with its longer response; what is longer is cut",
-        low=2,
-        keep=True,
+        "max_seq_length", 2048, int, "tokens of a prompt with its longer response; the rest is cut", low=2, keep=True
     ),
     Option("grad_checkpoint", False, bool, "compute each layer again in the backward pass: less memory, more time"),
     Option(

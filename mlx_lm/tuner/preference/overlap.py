@@ -1,7 +1,4 @@
-"""What a prompt and its responses share as text: where two texts part, and whether responses repeat their prompt.
-
-Upstream has no module of this name.
-"""
+"""What a prompt and its responses share as text: where two texts part, and whether responses repeat their prompt."""
 
 import os
 import re

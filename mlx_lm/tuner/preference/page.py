@@ -1,6 +1,6 @@
 """A page of a run: `report.html`, one file that needs no server and no network.
 
-Upstream has no module of this name. The page is made by Jinja2, which escapes whatever stands in rows and settings.
+The page is made by Jinja2, which escapes whatever stands in rows and settings.
 """
 
 import base64
@@ -14,6 +14,7 @@ from .answers import responses_of, texts_of
 from .files import replace_file
 from .metrics import best_of
 from .nonfinite import places_of
+from .options import shortened
 
 PAGE_FILE, TEMPLATE = "report.html", "report.html"
 # Pairs on a page, and letters of a text: a browser sorts so many at once.
@@ -31,15 +32,9 @@ SUMMARY = {
 
 
 def table_rows(dataset, rows, tokenizer):
-    """What a page says of pairs whatever the policy: place, texts, and whether another says the same or the reverse.
+    """What a page says of the first MOST_PAIRS rows, whatever the policy, as dicts.
 
-    Args:
-        dataset: gives a `Pair` for a row number.
-        rows: the row numbers; the first MOST_PAIRS of them are taken.
-        tokenizer: makes texts of tokens, or None.
-
-    Returns:
-        A list of dicts.
+    Place, texts, and whether another pair says the same or the reverse.
     """
     where, seen, found = places_of(dataset), {}, []
     for row in map(int, rows[:MOST_PAIRS]):
@@ -51,10 +46,7 @@ def table_rows(dataset, rows, tokenizer):
         elif (prompt, rejected, chosen) in seen:
             note = f"{seen[prompt, rejected, chosen]} says the reverse"
         seen.setdefault((prompt, chosen, rejected), place)
-        texts = texts_of(tokenizer, pair)
-        cut = {
-            name: text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " ..." for name, text in texts.items()
-        }
+        cut = {name: shortened(text, MOST_LETTERS) for name, text in texts_of(tokenizer, pair).items()}
         found.append({"place": place, "note": note} | cut)
     return found
 
@@ -63,15 +55,10 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
     """Write the page.
 
     Args:
-        folder: the run's.
-        settings: the configuration, a dict.
-        validations: lines of `metrics.jsonl`.
-        health: sentences.
-        samples: lines of `samples.jsonl`.
+        validations, samples: lines of `metrics.jsonl` and `samples.jsonl`.
         picture: path of the curves, or None.
-        iteration: of the validation that the table shows.
+        iteration, figures: of the validation that the table shows, and what `pair_figures` returned of it.
         rows: what `table_rows` returned.
-        figures: what `pair_figures` returned.
         reference: the reference's logps `(n, 2, 2)`, or None.
     """
     pairs = []
@@ -89,7 +76,7 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
             name: value if isinstance(value, str) else json.dumps(value, default=str)
             for name, value in settings.items()
         },
-        summary=_summary(validations, settings.get("save_best")),
+        summary=summary(validations, SUMMARY, settings.get("save_best")),
         health=health,
         answers=_answers(samples),
         picture=base64.b64encode(Path(picture).read_bytes()).decode() if picture else None,
@@ -107,23 +94,18 @@ def _template():
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(TEMPLATE)
 
 
-def _summary(validations, by):
-    """Rows of a table: a name, and its figure in the first, the best and the last validation."""
+def summary(validations, names, by):
+    """Rows of a table: a head, then the name of each figure that there is, in the first, best and last validation."""
     best, last = best_of(validations, by)
     if last is None:
         return []
     lines = {"first": validations[0], "best": best, "last": last}
-    head = ("", *(f"{name} (iteration {line['iteration']})" for name, line in lines.items()))
-    rows = [
-        (name, *(_number(line.get(f"eval_{key}")) for line in lines.values()))
-        for key, name in SUMMARY.items()
-        if any(f"eval_{key}" in line for line in lines.values())
-    ]
-    return [head, *rows]
-
-
-def _number(value):
-    return "" if value is None else f"{round(value, 3) + 0.0:.3f}"
+    table = [("", *(f"{name} (iteration {line['iteration']})" for name, line in lines.items()))]
+    for key, name in names.items():
+        values = [line.get(f"eval_{key}") for line in lines.values()]
+        if any(value is not None for value in values):
+            table.append((name, *("" if value is None else f"{round(value, 3) + 0.0:.3f}" for value in values)))
+    return table
 
 
 def _answers(samples):

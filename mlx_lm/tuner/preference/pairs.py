@@ -1,7 +1,6 @@
 """Preference rows as pairs of token sequences: what training and evaluation take their batches from.
 
-Upstream has no module of this name. Rows are read in `rows.py` and tokenized in `tokens.py`; `datasets.py` loads
-them.
+Rows are read in `rows.py` and tokenized in `tokens.py`; `datasets.py` loads them.
 """
 
 import os
@@ -159,11 +158,6 @@ class PreferenceDataset:
         """Tokens of the prompt, the chosen and the rejected response of a pair."""
         return tuple(len(tokens) for tokens in self._pairs[idx][:3])
 
-    def itemlen(self, idx):
-        """Tokens of the longer of a pair's two sequences."""
-        prompt, chosen, rejected = self.lengths(idx)
-        return prompt + max(chosen, rejected)
-
     @classmethod
     def joined(cls, datasets):
         """One data set of the pairs of several, in their order."""
@@ -282,11 +276,7 @@ def within(unscored, responses):
 
 
 def truncate(prompt, chosen, rejected, max_seq_length):
-    """A pair's tokens cut to a length: the prompt from its left, then the responses from their right.
-
-    Args:
-        prompt, chosen, rejected: lists of token ids, none of them empty.
-        max_seq_length: what prompt and either response may have together, at least 2.
+    """A pair's tokens cut to a length, at least 2: the prompt from its left, then the responses from their right.
 
     Returns:
         `(prompt, chosen, rejected)`, none of them empty; one prompt for both responses.
@@ -309,11 +299,6 @@ def single(pair, label=None):
 
 def mismatched(pairs, max_seq_length, name):
     """Single responses, each with one to another prompt in `rejected`: one of like length, whatever the batches are.
-
-    Args:
-        pairs: `Pair`s with labels.
-        max_seq_length: what the other response is cut to, together with the prompt.
-        name: what to call the data set.
 
     Raises:
         ConfigError: there is one prompt only.

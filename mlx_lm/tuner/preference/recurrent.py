@@ -9,22 +9,30 @@ Within a chunk that starts with S, and with d_ij the product of the gates after 
 
     u_i = beta_i (v_i - S (d_i0 k_i) - sum_{j<i} ((d_ij k_i) . k_j) u_j)
 
-is a triangular system (I + M) U = B V - B K S^T, solved once for the values and once for the keys before the states
-are known. The states then follow from chunk to chunk, and all outputs from them. Products of gates are exponentials
-of sums of their logarithms over just the tokens in question: no quotient of products, which overflows, and no
-difference of long sums, which loses digits.
+is a triangular system (I + M) U = B V - B K S^T, with k_i decayed from the start in K. Its inverse T gives all
+updates, T B V - T B K S^T: what a chunk does to its state is one product, and so are the outputs. With K' the keys
+decayed to the chunk's end, Q the queries decayed from its start, P the decayed products q_i . k_j,
+
+    S' = S (diag(a) - (T B K)^T K') + (T B V)^T K',    O = (Q - P T B K) S^T + P T B V
+
+All but S is known for all chunks at once. What is left to do for one chunk after another is one product each, and
+one in the backward pass, where the gradient of S' goes through the same matrices transposed. The matrix in brackets is
+the product of its tokens' diag(a) (I - beta k k^T), none of which makes a vector longer where |k| <= 1 and
+0 <= beta <= 2: products over many chunks do not grow, nor do errors. Products of gates are exponentials of sums of
+their logarithms over just the tokens in question: no quotient of products, which overflows, and no difference of long
+sums, which loses digits.
 
 Sources: arXiv 2406.06484 (the delta rule in parallel), 2412.06464 (its gate), 2510.26692 (a gate for each channel).
 """
 
 import sys
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ...models import gated_delta
+from .chunk_products import decayed_products, decayed_products_by_channel, inverse_of
 from .pieces import recurrences_in_pieces
 
 # Tokens a chunk, a power of two. Products of a chunk's tokens with each other grow with it, and the number of
@@ -32,6 +40,9 @@ from .pieces import recurrences_in_pieces
 CHUNK = 64
 # Tokens, times heads and sequences, whose chunks are in memory at a time. A GPU works on many at once.
 TOKENS_AT_ONCE = {mx.DeviceType.cpu: 2**12, mx.DeviceType.gpu: 2**17}
+# Whether the backward pass finds each chunk's inverse again, C numbers a token and head, or computes it again: a GPU
+# starts 16 kernels for it, a CPU has less memory.
+KEEPS_INVERSES = {mx.DeviceType.cpu: False, mx.DeviceType.gpu: True}
 
 
 @contextmanager
@@ -58,7 +69,8 @@ def uses_gated_delta(model):
 def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=None):
     """The gated delta rule over a sequence, as mlx-lm's loop computes it, with gradients for all but the mask.
 
-    Sums are in float32 whatever the dtype. The backward pass keeps the inputs and a state a chunk.
+    Sums are in float32 whatever the dtype. The backward pass keeps the inputs, and of each chunk a state and what
+    `KEEPS_INVERSES` says.
 
     Args:
         queries, keys: `(B, T, Hk, Dk)`; keys of a norm of at most 1, or the rule itself grows without bound.
@@ -79,51 +91,57 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
     state = state.astype(mx.float32).reshape(batch, key_heads, -1, value_width, key_width)
     gates = log_gates if log_gates.ndim == 4 else log_gates[..., None]
     arrays = queries, keys, values, gates.astype(mx.float32), betas[..., None]
-    at_once = CHUNK * max(1, TOKENS_AT_ONCE[mx.default_device().type] // (CHUNK * batch * value_heads))
+    device = mx.default_device().type
+    at_once = CHUNK * max(1, TOKENS_AT_ONCE[device] // (CHUNK * batch * value_heads))
     starts_of_parts = range(0, length, at_once)
 
     def in_parts(x):
         # Not by mx.split: MLX's compiler fails where it finds the same split in both passes.
         return [x[:, start : start + at_once] for start in starts_of_parts]
 
-    kept = [1.0] * len(starts_of_parts) if mask is None else in_parts(mask[:, :, None, None])
+    kept = [None] * len(starts_of_parts) if mask is None else in_parts(mask[:, :, None, None])
 
     @mx.custom_function
     def run(state, *arrays):
-        outputs, states = [], []
+        outputs, all_states, inverses = [], [], []
         for *part, part_kept in zip(*map(in_parts, arrays), kept, strict=True):
-            chunks = _prepare(*part, part_kept)
-            starts, state = _states(chunks, state)
-            out = chunks.queries @ starts.swapaxes(-1, -2) + chunks.scores @ _updates(chunks, starts)
-            outputs.append(_as_sequence(out, part[2].shape).astype(queries.dtype))
-            states.append(starts)
-        return mx.concatenate(outputs, axis=1), state, mx.concatenate(states)
+            chunks, inverse = _prepare(*part, part_kept)
+            states, state, read, own = _run(chunks, state)
+            outputs.append(_as_sequence(read, own, part[2]))
+            all_states.append(states)
+            inverses += [inverse] if KEEPS_INVERSES[device] else []
+        return _joined(outputs), state, *all_states, *inverses
 
     @run.vjp
     def backward(inputs, cotangents, outputs):
-        (_, *arrays), (output_slope, slope, _), (*_, states) = inputs, cotangents, outputs
-        counts = [-(-part.shape[1] // CHUNK) for part in in_parts(output_slope)]
-        states = mx.split(states, list(accumulate(counts))[:-1])
-        parts = list(zip(*map(in_parts, (*arrays, output_slope)), kept, states, strict=True))
+        (_, *arrays), (output_slope, slope, *_), (_, _, *to_keep) = inputs, cotangents, outputs
+        states, inverses = to_keep[: len(kept)], to_keep[len(kept) :] or [None] * len(kept)
+        parts = zip(*map(in_parts, (*arrays, output_slope)), kept, states, inverses, strict=True)
         slopes = []
-        for *part, out_slope, part_kept, starts in reversed(parts):
-            slope, *part_slopes = _part_slopes(part, part_kept, starts, out_slope, slope)
+        for *part, out_slope, part_kept, states, inverse in reversed(list(parts)):
+            slope, *part_slopes = _part_slopes(part, part_kept, states, inverse, out_slope, slope)
             # Left for later, they would keep what they are made of.
             slope = mx.depends([slope], part_slopes)[0]
             slopes.append(part_slopes)
-        return slope, *(mx.concatenate(parts[::-1], axis=1) for parts in zip(*slopes, strict=True))
+        return slope, *(_joined(parts[::-1]) for parts in zip(*slopes, strict=True))
 
-    outputs, last, _ = run(state, *arrays)
+    outputs, last, *_ = run(state, *arrays)
     return outputs, last.reshape(batch, value_heads, value_width, key_width)
 
 
-def _part_slopes(arrays, kept, states, output_slope, last_slope):
+def _joined(parts):
+    """Parts of sequences `(B, T, ...)` as one."""
+    return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _part_slopes(arrays, kept, states, inverse, output_slope, last_slope):
     """The gradients of the state before a part of a sequence and of each of its arrays.
 
     Args:
         arrays: queries, keys, values, gates and betas, each `(B, T, heads, width)`.
-        kept: `(B, T, 1, 1)`, or 1.0, as for `_prepare`.
+        kept: `(B, T, 1, 1)`, or None, as for `_prepare`.
         states: `(N, B, Hk, R, Dv, Dk)`, before each chunk.
+        inverse: what `_prepare` gave in the forward pass, or None.
         output_slope, last_slope: the gradients of the outputs `(B, T, Hv, Dv)` and of the state after the part.
     """
     # Without waiting for the gradient, all layers could prepare again before the first of them is done with.
@@ -139,31 +157,37 @@ def _part_slopes(arrays, kept, states, output_slope, last_slope):
         return _slopes(_Chunks(*inputs[1:]), states, output_slope, last_slope)
 
     def all_that_follows(state, *arrays):
-        return what_follows(state, *_prepare(*arrays, kept))
+        return what_follows(state, *_prepare(*arrays, kept, inverse)[0])
 
-    return mx.vjp(all_that_follows, [states[0], *arrays], [mx.zeros(())])[1]
+    return mx.vjp(all_that_follows, [states[:1].squeeze(0), *arrays], [mx.zeros(())])[1]
 
 
 class _Chunks(NamedTuple):
-    """What the chunks of a sequence are for the states, float32.
+    """What the chunks of a sequence are before the states are known, float32.
 
     Leading axes N, B, Hk and R: chunks, sequences, key heads, value heads a key head; C tokens a chunk.
 
     Attributes:
-        queries: `(..., C, Dk)`, decayed from the chunk's start to each token.
-        keys: `(..., C, Dk)`, decayed from each token to the chunk's end; zeros where the mask is False.
-        scores: `(..., C, C)`, of each query and the keys up to its own, decayed from key to query.
-        values: `(..., C, Dv)`, the updates u of a chunk that starts without a state.
-        reads: `(..., C, Dk)`; the updates are less by these times the state.
+        queries: `(..., C, Dk)`, Q.
+        scores: `(..., C, C)`, P.
+        solve: `(..., C, C)`, T B.
+        values: `(..., C, Dv)`, V.
+        early: `(..., C, Dk)`, K.
+        late: `(..., C, Dk)`, K', zeros where the mask is False.
         decays: `(..., 1, 1 or Dk)`, of the state over the whole chunk.
     """
 
     queries: mx.array
-    keys: mx.array
     scores: mx.array
+    solve: mx.array
     values: mx.array
-    reads: mx.array
+    early: mx.array
+    late: mx.array
     decays: mx.array
+
+    def updates(self):
+        """T B V and T B K, `(..., C, Dv)` and `(..., C, Dk)`: a chunk's updates are the first less the second S^T."""
+        return self.solve @ self.values, self.solve @ self.early
 
 
 def _in_chunks(x, key_heads):
@@ -171,136 +195,89 @@ def _in_chunks(x, key_heads):
     batch, length, heads, width = x.shape
     chunk = min(CHUNK, 1 << (length - 1).bit_length())
     key_heads = min(key_heads, heads)  # a mask is one for all heads
-    x = mx.pad(x.astype(mx.float32), [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
-    return x.reshape(batch, -1, chunk, key_heads, heads // key_heads, width).transpose(1, 0, 3, 4, 2, 5)
+    if length % chunk:
+        x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
+    x = x.reshape(batch, -1, chunk, key_heads, heads // key_heads, width).transpose(1, 0, 3, 4, 2, 5)
+    # Once, and not anew for each product that it is in.
+    return mx.contiguous(x).astype(mx.float32)
 
 
-def _as_sequence(x, shape):
-    """`x` `(N, B, Hk, R, C, D)` as `shape`, `(B, T, Hk R, D)`."""
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
+def _as_sequence(x, y, like):
+    """The sum of `x` and `y` `(N, B, Hk, R, C, D)` in the shape `(B, T, Hk R, D)` and dtype of `like`."""
+    # Turned around before they are added: one kernel does both.
+    x, y = (x.transpose(1, 0, 4, 2, 3, 5) for x in (x, y))
+    return (x + y).astype(like.dtype).reshape(len(like), -1, *like.shape[2:])[:, : like.shape[1]]
 
 
-def _prepare(queries, keys, values, log_gates, betas, kept):
-    """`_Chunks` of a part of a sequence.
+def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
+    """`(_Chunks, inverse)` of a part of a sequence.
 
     Args:
         queries, keys, values, log_gates, betas: `(B, T, heads, width)`, as for `gated_delta_rule`; a width of 1 for
             betas, and for gates that all channels share.
-        kept: `(B, T, 1, 1)`, False for a token that sees its own gate and update and that no other token sees, or 1.0.
+        kept: `(B, T, 1, 1)`, False for a token that sees its own gate and update and that no other token sees, or None.
+        inverse: that of I + M, or None where it is not known.
     """
     key_heads = keys.shape[2]
     arrays = queries, keys, values, log_gates, betas
     queries, keys, values, log_gates, betas = (_in_chunks(x, key_heads) for x in arrays)
-    kept = kept if isinstance(kept, float) else _in_chunks(kept, key_heads)
-    passed, seen = log_gates * kept, keys * kept
-    own = log_gates - passed
-    before = mx.exp(mx.cumsum(passed, axis=-2) + own)
+    passed, seen, own = log_gates, keys, 0.0
+    if kept is not None:
+        kept = _in_chunks(kept, key_heads)
+        passed, seen = log_gates * kept, keys * kept
+        own = log_gates - passed
+    # Of all channels: one sum over them does for the gradients of both products.
+    before = mx.broadcast_to(mx.exp(mx.cumsum(passed, axis=-2) + own), (*betas.shape[:-1], keys.shape[-1]))
     after = mx.exp(mx.cumsum(passed, axis=-2, reverse=True, inclusive=False))
-    product = _decayed_products if log_gates.shape[-1] == 1 else _decayed_products_by_channel
-    key_scores, query_scores = product((keys, queries), seen, passed, own)
-    diagonal = mx.eye(keys.shape[-2], dtype=mx.bool_)
-    scores = mx.where(diagonal, (queries * keys).sum(-1, keepdims=True), query_scores)
-    solved = _solve(betas * key_scores, betas * mx.concatenate([values, before * keys], axis=-1))
-    width = values.shape[-1]
-    return _Chunks(
+    products = decayed_products if log_gates.shape[-1] == 1 else decayed_products_by_channel
+    key_scores, scores = products(keys, queries, kept, passed, own)
+    inverse = inverse_of(betas * key_scores, inverse)
+    chunks = _Chunks(
         queries=before * queries,
-        keys=after * seen,
         scores=scores,
-        values=solved[..., :width],
-        reads=solved[..., width:],
+        solve=inverse * betas.swapaxes(-1, -2),
+        values=values,
+        early=before * keys,
+        late=after * seen,
         decays=mx.exp(passed.sum(-2, keepdims=True)),
     )
+    return chunks, mx.stop_gradient(inverse)
 
 
-def _decayed_products(rows, keys, passed, own):
-    """For each array of rows, `(..., C, C)`: d_ij x_i . k_j for tokens j before i, 0 elsewhere; one gate a token.
+def _run(chunks, state):
+    """The states of a sequence of chunks, and its outputs in two parts.
 
     Args:
-        rows: a sequence of `(..., C, Dk)`.
-        keys: `(..., C, Dk)`.
-        passed, own: `(..., C, 1)`: a gate's logarithm for the tokens after its own, and what is added for its own.
+        state: `(..., Dv, Dk)`, before the first chunk.
+
+    Returns:
+        `(states, last, read, own)`: the state `(N, ..., Dv, Dk)` before each chunk, and the one after the last; what
+        the outputs `(N, ..., C, Dv)` are of the states, and what they are without one.
     """
-    order = mx.arange(keys.shape[-2])
-    earlier = order[:, None] > order  # (C, C)
-    sums = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2) + own
-    decays = mx.where(earlier, mx.exp(sums), 0.0)
-    return [decays * (x @ keys.swapaxes(-1, -2)) for x in rows]
+    updates, reads = chunks.updates()
+    turns, additions = (x.swapaxes(-1, -2) @ chunks.late for x in (reads, updates))
+    queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
+    states, last = _one_after_another(state, chunks.decays, turns, additions)
+    return states, last, queries @ states.swapaxes(-1, -2), chunks.scores @ updates
 
 
-def _decayed_products_by_channel(rows, keys, passed, own):
-    """The same for a gate a channel, `passed` and `own` `(..., C, Dk)`.
+def _one_after_another(state, decays, turns, additions, backwards=False):
+    """The states with which each of N chunks begins, `(N, ..., Dv, Dk)`, and the one with which the last ends.
 
-    In a block of 2 s tokens the gates between one of the first s and one of the last s are a factor of each, so that
-    one product does for all of these; s doubles from 1.
+    A chunk makes `decays * S - S @ turns + additions` of a state S.
+
+    Args:
+        state: `(..., Dv, Dk)`, with which the first chunk begins, or with `backwards` the last.
+        decays, turns, additions: `(N, ..., 1, 1 or Dk)`, `(N, ..., Dk, Dk)` and `(N, ..., Dv, Dk)`.
+        backwards: whether to go from the last chunk to the first.
     """
-    rows = mx.stack(rows)
-    inner = mx.zeros((*mx.broadcast_shapes(rows.shape[:-1], passed.shape[:-1]), 1, 1))  # (2, ..., C / s, s, s)
-    size = 1
-    while size < keys.shape[-2]:
-        gates = _halves(passed, size)
-        until = mx.exp(mx.cumsum(gates[..., 1, :, :], axis=-2) + _halves(own, size)[..., 1, :, :])
-        after = mx.exp(mx.cumsum(gates[..., 0, :, :], axis=-2, reverse=True, inclusive=False))
-        early = after * _halves(keys, size)[..., 0, :, :]
-        across = (until * _halves(rows, size)[..., 1, :, :]) @ early.swapaxes(-1, -2)  # (2, ..., P, s, s)
-        upper = mx.concatenate([inner[..., 0::2, :, :], mx.zeros_like(across)], axis=-1)
-        inner = mx.concatenate([upper, mx.concatenate([across, inner[..., 1::2, :, :]], axis=-1)], axis=-2)
-        size *= 2
-    return inner[..., 0, :, :]
-
-
-def _halves(x, size):
-    """`x` `(..., C, D)` as `(..., C / (2 size), 2, size, D)`."""
-    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
-
-
-@mx.custom_function
-def _solve_with_inverse(lower, right):
-    inverse = _inverse(lower)
-    return inverse @ right, inverse
-
-
-@_solve_with_inverse.vjp
-def _solve_slopes(_, cotangents, outputs):
-    (slope, _), (solution, inverse) = cotangents, outputs
-    right_slope = inverse.swapaxes(-1, -2) @ slope
-    return -right_slope @ solution.swapaxes(-1, -2), right_slope
-
-
-def _solve(lower, right):
-    """x of (I + M) x = `right`, `(..., C, D)`, for M = `lower`, `(..., C, C)`, zero on and above its diagonal."""
-    return _solve_with_inverse(lower, right)[0]
-
-
-def _inverse(lower):
-    """The inverse of I + `lower`, block by block.
-
-    With inverses E and F of two blocks on the diagonal and M between them, the block between is -F M E: no more than
-    what the inverse holds. A series of powers of M, whose terms cancel, would lose all digits where keys repeat.
-    """
-    order = mx.arange(lower.shape[-1])
-    inverse = mx.eye(lower.shape[-1])
-    size = 1
-    while size < lower.shape[-1]:
-        joined = (order[:, None] // size != order // size) & (order[:, None] // (2 * size) == order // (2 * size))
-        between = mx.where(joined, lower, 0.0)
-        inverse = inverse - (between if size == 1 else inverse @ between @ inverse)
-        size *= 2
-    return mx.broadcast_to(inverse, lower.shape)
-
-
-def _updates(chunks, states):
-    """The updates u `(N, ..., C, Dv)` of chunks that start with `states`."""
-    return chunks.values - chunks.reads @ states.swapaxes(-1, -2)
-
-
-def _states(chunks, state):
-    """`(states, last)`: the state `(N, ..., Dv, Dk)` before each chunk, and the one after the last."""
-    states = []
-    for n in range(len(chunks.decays)):
+    state, states, direction = state[None], [], -1 if backwards else 1
+    for n in range(len(turns))[::direction]:
         states.append(state)
-        updates = mx.addmm(chunks.values[n], chunks.reads[n], state.swapaxes(-1, -2), alpha=-1.0)
-        state = mx.addmm(state * chunks.decays[n], updates.swapaxes(-1, -2), chunks.keys[n])
-    return mx.stack(states), state
+        decay, turn, addition = (x[n : n + 1] for x in (decays, turns, additions))
+        # The decay is apart from the product, which a GPU computes with fewer digits.
+        state = mx.addmm(decay * state + addition, state, turn, alpha=-1.0)
+    return mx.concatenate(states[::direction]), state.squeeze(0)
 
 
 def _slopes(chunks, states, output_slope, last_slope):
@@ -308,27 +285,29 @@ def _slopes(chunks, states, output_slope, last_slope):
 
     Args:
         states: `(N, ..., Dv, Dk)`, before each chunk.
-        output_slope: `(N, ..., C, Dv)`, the gradient of the outputs, which are
-            `queries @ states^T + scores @ updates`.
+        output_slope: `(N, ..., C, Dv)`.
         last_slope: `(..., Dv, Dk)`, of the state after the last chunk.
     """
-    updates = _updates(chunks, states)
-    own_updates = chunks.scores.swapaxes(-1, -2) @ output_slope
-    own_states = output_slope.swapaxes(-1, -2) @ chunks.queries
-    slope, slopes, update_slopes = last_slope, [], []
-    for n in reversed(range(len(states))):
-        slopes.append(slope)
-        update_slopes.append(mx.addmm(own_updates[n], chunks.keys[n], slope.swapaxes(-1, -2)))
-        through = mx.addmm(own_states[n], update_slopes[-1].swapaxes(-1, -2), chunks.reads[n], alpha=-1.0)
-        slope = through + slope * chunks.decays[n]
-    slopes, update_slopes = mx.stack(slopes[::-1]), mx.stack(update_slopes[::-1])
-    decay_axes = (-2, -1) if chunks.decays.shape[-1] == 1 else -2
+    (updates, reads), late = chunks.updates(), chunks.late
+    transposed_scores, transposed_solve = (x.swapaxes(-1, -2) for x in (chunks.scores, chunks.solve))
+    queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
+    # From the last state to the first; of each the gradient of the outputs, and what the state after it passes on.
+    own, turns = output_slope.swapaxes(-1, -2) @ queries, late.swapaxes(-1, -2) @ reads
+    slopes, first = _one_after_another(last_slope, chunks.decays, turns, own, backwards=True)
+    query_slopes = output_slope @ states
+    turns = states.swapaxes(-1, -2) @ slopes  # the negative of their gradient; its diagonal is that of the decays
+    decays = turns.flatten(-2)[..., None, :: turns.shape[-1] + 1]
+    if chunks.decays.shape[-1] == 1:
+        decays = decays.sum(-1, keepdims=True)
+    of_updates = mx.addmm(late @ slopes.swapaxes(-1, -2), transposed_scores, output_slope)
+    of_reads = mx.addmm(late @ turns.swapaxes(-1, -2), transposed_scores, query_slopes, alpha=-1.0, beta=-1.0)
     return (
-        slope,
-        output_slope @ states,
-        updates @ slopes,
-        output_slope @ updates.swapaxes(-1, -2),
-        update_slopes,
-        -update_slopes @ states,
-        (slopes * states).sum(decay_axes, keepdims=True),
+        first,
+        query_slopes,
+        mx.addmm(output_slope @ updates.swapaxes(-1, -2), query_slopes, reads.swapaxes(-1, -2), alpha=-1.0),
+        mx.addmm(of_updates @ chunks.values.swapaxes(-1, -2), of_reads, chunks.early.swapaxes(-1, -2)),
+        transposed_solve @ of_updates,
+        transposed_solve @ of_reads,
+        mx.addmm(updates @ slopes, reads, turns, alpha=-1.0),
+        decays,
     )

@@ -8,7 +8,7 @@ from mlx.utils import tree_map
 
 from .batches import filled, make_batch, pair_lengths, plan
 from .intercept import evaluating
-from .load import check_same_tokens, load_named
+from .load import check_same_tokens, is_none, load_named
 from .logps import Scorer
 from .memory import bounded_memory
 from .options import ConfigError
@@ -79,7 +79,9 @@ class Reference:
         """Fill `values` `(n, 4)`, batch by batch."""
         world = mx.distributed.init()
         with evaluating(self.scorer.model), bounded_memory() as evaluate, make_bars(world.rank()) as bars:
-            batches = self._batches(np.array([pair_lengths(dataset[row]) for row in rows]))
+            # Of several workers, each has a batch.
+            share = -(-len(rows) // world.size())
+            batches = batches_of(self.scorer, dataset, rows, self.batch_size, share=share)
             task = bars.add_task(f"reference, {split}" if split else "reference", total=len(rows))
             for turn in range(world.rank(), len(batches), world.size()):
                 places = batches[turn]
@@ -101,31 +103,17 @@ class Reference:
                 "damaged, or too large for their dtype; check what the model generates."
             )
 
-    def _batches(self, lengths):
-        """Rows of like length together: `batch_size` of them, or as many as memory is ample for."""
-        if self.batch_size is not None:
-            return plan(lengths, self.batch_size)
-        most = ample_tokens(self.scorer, int(lengths.sum(axis=1).max()))
-        share = -(-len(lengths) // mx.distributed.init().size())
-        return filled(lengths, most, self.scorer.arrangement, share)
-
 
 def reference_of(scorer, args, tokenizer=None, trust_remote_code=False):
     """The `Reference` that `args` ask for: the policy as it is now, or another model loaded for the purpose.
 
-    Args:
-        scorer: the policy's `Scorer`.
-        args: `TrainingArgs`.
-        tokenizer: the policy's, which `reference_model`'s is compared with, or None.
-        trust_remote_code: as upstream's `load` takes it.
-
     Raises:
-        ConfigError: `reference_model` cannot be loaded, or has another vocabulary.
+        ConfigError: `reference_model` cannot be loaded, or has another vocabulary than the policy's `tokenizer`.
     """
     cache = args.reference_cache
     if cache is None:
         cache = default_cache_folder()
-    elif cache in ("none", "None", ""):
+    elif is_none(cache):
         cache = None
     if args.reference_model is not None:
         model, other = load_named("reference_model", args.reference_model, trust_remote_code)
@@ -153,12 +141,7 @@ class ReferenceLogps:
         self.train = self.valid = self.parameters = None
 
     def mix(self, policy, share):
-        """Move the reference's parameters towards the policy's: TR-DPO's soft update, arXiv 2404.09656, eq. 3.
-
-        Args:
-            policy: its trainable parameters, a tree.
-            share: the policy's, 0 to 1.
-        """
+        """Move the reference's parameters by `share` towards the policy's: TR-DPO's soft update, 2404.09656, eq. 3."""
         self.parameters = tree_map(lambda new, old: share * new + (1 - share) * old, policy, self.parameters)
         mx.eval(self.parameters)
 
@@ -171,13 +154,23 @@ class ReferenceLogps:
             self.valid = reference.logps(self.val_dataset, self.val_rows, "valid")
 
 
-def ample_tokens(scorer, longest):
-    """Tokens in a batch whose activations take a small part of the device's memory.
+def batches_of(scorer, dataset, rows, size=None, workers=1, share=None):
+    """Places in `rows`, pairs of like length together: `size` of them, or as many as memory is ample for.
 
     Args:
         scorer: the `Scorer` that will run them.
-        longest: tokens of the longest row.
+        workers: how many take a batch together.
+        share: pairs in a batch at most, or None.
     """
+    lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
+    if size is not None:
+        return plan(lengths, size)
+    most = workers * ample_tokens(scorer, int(lengths.sum(axis=1).max()))
+    return filled(lengths, most, scorer.arrangement, share)
+
+
+def ample_tokens(scorer, longest):
+    """Tokens in a batch of rows of up to `longest` whose activations take a small part of the device's memory."""
     states = scorer.states(mx.zeros((1, 1), mx.int32))
     width = states.shape[-1]
     # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused

@@ -49,11 +49,9 @@ class Reporter:
     """Reports on a run's training and validation.
 
     Args:
-        ui: a `RunUI`.
-        callback: a `TrainingCallback`, or None.
-        further: names of an `Objective`'s figures besides FIGURES.
         check: called with a window's losses, norms and first iteration; raises where a run must not go on. None where
             steps that are not finite are left out.
+        further: names of an `Objective`'s figures besides FIGURES.
     """
 
     def __init__(self, ui, callback, check, further=()):

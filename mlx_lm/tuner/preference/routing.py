@@ -1,7 +1,7 @@
 """Mixtures of experts: their routers' logits and choices, the load-balancing loss, the share that an expert gets.
 
-Upstream has no module of this name. Source of the loss: arXiv 2101.03961, eq. 4 to 6, over all layers' tokens together
-and for each of k choices, as transformers and TRL compute what `router_aux_loss_coef` multiplies.
+Source of the loss: arXiv 2101.03961, eq. 4 to 6, over all layers' tokens together and for each of k choices, as
+transformers and TRL compute what `router_aux_loss_coef` multiplies.
 """
 
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,7 @@
 """Preference rows: every accepted form of a row read as one prompt with two responses, before any token is made.
 
-Upstream has no module of this name. Layouts are known by their keys in `layouts.py`, messages checked in `messages.py`,
-tokens made in `tokens.py`, files and hub data sets read in `datasets.py`.
+Layouts are known by their keys in `layouts.py`, messages checked in `messages.py`, tokens made in `tokens.py`, files
+and hub data sets read in `datasets.py`.
 """
 
 import itertools
@@ -92,15 +92,17 @@ class RowReader:
         laid, layout, keys = recognised(row, self.prompt, self.chosen, self.rejected)
         system_key = next((key for key in SYSTEM if row.get(key)), "system")
         read = {*keys, self.chosen, self.rejected, *READ, system_key}
-        scores = self._scores(row, read)
+        difference = self._score_difference(row, read)
         self.unread.update(dict.fromkeys(key for key in row if key not in read and row[key] is not None))
         chosen, rejected = (
             self._side(row, laid, *names) for names in (("chosen", self.chosen), ("rejected", self.rejected))
         )
         prompt = self._prompt(row, laid)
-        system, tools_ = _text(row, system_key), tools(laid.get("tools", row.get("tools")))
+        if not isinstance(system := row.get(system_key), str | None):
+            raise ConfigError(f"{system_key} is {kind(system)}; it must be a string.")
+        tools_ = tools(laid.get("tools", row.get("tools")))
         kwargs = {**self.template_kwargs, **template_kwargs(row.get("chat_template_kwargs"))}
-        margin, weight = self._numbers(row, scores)
+        margin, weight = self._numbers(row, difference)
         if chosen == rejected and self.chosen != self.rejected:
             raise UselessRow(EQUAL)
         if self.chat:
@@ -184,7 +186,8 @@ class RowReader:
             self._refuse_without_prompt(row)
         if prompt is None or (isinstance(prompt, str) and both_lists and _repeats(chosen) and _repeats(rejected)):
             shared = self._shared_messages(chosen, rejected, form)
-            if prompt is not None and not _mentions(chosen[:shared], prompt):
+            contents = [message["content"].strip() for message in chosen[:shared]]
+            if prompt is not None and not any(text and (text in prompt or prompt.strip() in text) for text in contents):
                 raise ConfigError(f"the messages that {self.chosen} and {self.rejected} share do not hold the prompt.")
             prompt = chosen[:shared]
             return prompt, *(_response(side[shared:], key, form) for key, side in zip(keys, sides, strict=True)), form
@@ -277,29 +280,28 @@ class RowReader:
             )
         return shared
 
-    def _scores(self, row, read):
-        """The scores of chosen and rejected, None for each that there is not; `read` gets their keys."""
+    def _score_difference(self, row, read):
+        """The chosen response's score less the rejected one's, None where nothing reads it; `read` gets their keys."""
+        if self.score_difference is None and self.min_score_difference is None:
+            return None
         scores = []
         for names in (CHOSEN_SCORES, REJECTED_SCORES):
             key = next((name for name in names if row.get(name) is not None), None)
-            wanted = self.score_difference is not None or self.min_score_difference is not None
-            if wanted and key is None:
+            if key is None:
                 raise ConfigError(
                     f"the row has no {names[0]}, which score_difference and min_score_difference need; its keys are "
                     f"{', '.join(map(str, row))}."
                 )
-            scores.append(_number(row, key, 0.0) if wanted else None)
-            if wanted:
-                read.add(key)
-        return scores
+            scores.append(_number(row, key, 0.0))
+            read.add(key)
+        return scores[0] - scores[1]
 
-    def _numbers(self, row, scores):
+    def _numbers(self, row, difference):
         margin, weight = _number(row, "margin", 0.0), _number(row, "weight", 1.0)
         if weight < 0:
             raise ConfigError(f"weight is {weight:g}; it must not be negative.")
-        if scores[0] is None:
+        if difference is None:
             return margin, weight
-        difference = scores[0] - scores[1]
         if self.min_score_difference is not None and difference < self.min_score_difference:
             raise UselessRow(SCORED_ALIKE)
         if self.score_difference == "margin":
@@ -319,11 +321,6 @@ def _without_name(side):
 def _repeats(messages):
     """Whether a message list is a whole conversation, not a response alone."""
     return bool(messages) and messages[0]["role"] in NOT_THE_MODEL
-
-
-def _mentions(messages, prompt):
-    contents = [message["content"].strip() for message in messages]
-    return any(content and (content in prompt or prompt.strip() in content) for content in contents)
 
 
 def _continuation(side, prompt, key):
@@ -370,13 +367,6 @@ def _with_system(prompt, system):
             return prompt
         raise ConfigError("system is given, but the prompt begins with another system message; keep one of them.")
     return [{"role": "system", "content": system}, *prompt]
-
-
-def _text(row, key):
-    value = row.get(key)
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{key} is {kind(value)}; it must be a string.")
-    return value
 
 
 def template_kwargs(kwargs):

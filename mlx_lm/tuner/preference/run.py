@@ -73,8 +73,8 @@ def train_preference(
             "sample_prompts needs a tokenizer, which a PreferenceDataset has and a list of pairs has not."
         )
     maybe_set_recommended_wired_limit()
-    for line in filter(None, [slow_blas_hint()]):
-        rprint(line)
+    if (hint := slow_blas_hint()) is not None:
+        rprint(hint)
     say_fallbacks(objective.scorer, args.share_prompt)
     folder, first = Path(args.adapter_file).parent, mx.distributed.init().rank() == 0
     # A dry run makes no folder.
@@ -147,16 +147,10 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
 
 
 def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request):
-    """Take the steps that are left.
+    """Take the steps that are left; `progress` is counted on.
 
     Args:
-        step: a `Step`, which changes the model and the optimizer.
-        schedule: a `Schedule`, which gives each iteration's batch.
-        logps: `ReferenceLogps`.
-        progress: `Progress`, counted on.
-        args: `TrainingArgs`.
         evaluate: evaluates a tree of arrays, the first time to find out what memory a step needs.
-        report: a `Reporter`.
         validate: scores the validation pairs, if there are any.
         refresh: makes the policy the reference of the steps to come.
         save: writes adapters and checkpoint.

@@ -46,17 +46,11 @@ class Scores(NamedTuple):
 
 
 def score(objective, dataset, args, reference=None, base=None):
-    """Score the pairs that `args` ask for, each once.
+    """`Scores` of the pairs that `args` ask for, each scored once.
 
     Args:
-        objective: an `Objective`.
-        dataset: a `PreferenceDataset`.
-        args: the run's configuration, with `batch_size` and `test_batches`.
         reference: a `Reference` or its logps of these pairs; by default as `trainer.evaluate`.
         base: the reference's `Scorer`, for the KL; by default the policy without its adapters.
-
-    Returns:
-        `Scores`.
     """
     rows = evaluated_rows(dataset, args.batch_size, args.test_batches)
     reference = reference_logps(objective, dataset, args, rows, reference)
@@ -168,13 +162,7 @@ def _of_one_side(line):
 
 
 def compared(names, scores, loss):
-    """Whether two adapters differ on the pairs that both were tested on, as text.
-
-    Args:
-        names: of the adapters.
-        scores: the `Scores` of both.
-        loss: the `PreferenceLoss` that both were scored with.
-    """
+    """Whether two adapters differ on the pairs that both were tested on with one loss, as text."""
     first, second = (found.figures for found in scores)
     lines = [f"{names[1]} less {names[0]}, pair by pair ({len(scores[0].places)} pairs), with 95 % intervals:"]
     better = {name: [] for name in names}

@@ -1,6 +1,6 @@
 """What a preference run shows on the terminal: bars that say what they are, and a report in a line of 100 columns.
 
-Upstream has no module of this name; its `cli_ui` has the console and the parts.
+Its `cli_ui` has the console and the parts.
 """
 
 from contextlib import contextmanager
@@ -17,11 +17,7 @@ HEADER = (
 
 
 def make_bars(rank):
-    """A `Progress` whose bars have a name of up to 16 letters, their count, and the time gone and left.
-
-    Args:
-        rank: of this worker; only the first one shows them.
-    """
+    """A `Progress`, on the first worker alone, of bars with a name of 16 letters, a count, the time gone and left."""
     muted = "[ui.muted]{}[/ui.muted]".format
     return Progress(
         TextColumn("[bold blue]{task.description:<16}[/bold blue]"),
@@ -66,17 +62,7 @@ class RunUI(TrainUI):
         self._progress.update(self._task, completed=iteration)
 
     def report_train(self, iteration, figures, learning_rate, speed, tokens, memory, skipped=0):
-        """Print a training report.
-
-        Args:
-            iteration: its number.
-            figures: means of FIGURES by name.
-            learning_rate: the optimizer's.
-            speed: tokens a second.
-            tokens: trained so far.
-            memory: the peak so far, GB.
-            skipped: updates left out so far.
-        """
+        """Print a training report: means of FIGURES, tokens a second and so far, the peak memory so far in GB."""
         falls = self._prev_train_loss is None or figures["loss"] <= self._prev_train_loss
         self._prev_train_loss = figures["loss"]
         more = f"{learning_rate:>8.2e}  {speed:>7,.0f}  {tokens / 1000:>6,.1f}k  {memory:>5.2f}"

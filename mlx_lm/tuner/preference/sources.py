@@ -1,6 +1,6 @@
 """Rows from files: which file of a folder holds which split, and the rows of a file of any kind.
 
-Upstream has no module of this name; it reads `train.jsonl`, `valid.jsonl` and `test.jsonl`.
+Itreads `train.jsonl`, `valid.jsonl` and `test.jsonl`.
 """
 
 import csv
@@ -41,34 +41,21 @@ class Rows(NamedTuple):
 
     def taken(self, numbers):
         """Some of the rows."""
-        where = self.where  # alone, so that the rows can be let go of
-        return Rows(Subset(self.rows, numbers), lambda i: where(numbers[i]))
+        rows, where = self  # apart, so that the rows can be let go of
+        return Rows(View(len(numbers), lambda i: rows[numbers[i]]), lambda i: where(numbers[i]))
 
 
-class Subset(Sequence):
-    """The rows of a sequence that have the given numbers."""
+class View(Sequence):
+    """A sequence of so many rows, each made by `read` of its number when it is asked for."""
 
-    def __init__(self, rows, numbers):
-        self.rows, self.numbers = rows, numbers
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getitem__(self, i):
-        return self.rows[self.numbers[i]]
-
-
-class WithoutNone(Sequence):
-    """A hub data set's rows without the empty values that its columns fill up rows with."""
-
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, count, read):
+        self.count, self.read = count, read
 
     def __len__(self):
-        return len(self.data)
+        return self.count
 
     def __getitem__(self, i):
-        return {key: _without_none(value) for key, value in self.data[i].items()}
+        return self.read(i)
 
 
 def files_of(folder, split):
@@ -82,7 +69,8 @@ def files_of(folder, split):
                 return parts
     if split == "train" and folder.is_dir():
         # A folder with one file of rows needs no name for it.
-        paths = [path for path in folder.iterdir() if path.suffix in KINDS and path.stem not in _all_names()]
+        names = {name for names in SPLITS.values() for name in names}
+        paths = [path for path in folder.iterdir() if path.suffix in KINDS and path.stem not in names]
         return paths if len(paths) == 1 else []
     return []
 
@@ -93,11 +81,7 @@ def is_saved(folder):
 
 
 def read_file(path, package):
-    """The `Rows` of a file.
-
-    Args:
-        path: a file whose name's end tells its kind.
-        package: gives the datasets package, which Parquet needs, or raises `ConfigError`.
+    """The `Rows` of a file, whose name's end tells its kind; Parquet needs the datasets package, which `package` gives.
 
     Raises:
         ConfigError: the file cannot be read; the sentence names the line.
@@ -116,8 +100,9 @@ def read_file(path, package):
 
 
 def of_hub(data, name):
-    """The `Rows` of a data set of the datasets package."""
-    return Rows(WithoutNone(data), lambda i: f"{name}, row {i}")
+    """The `Rows` of a data set of the datasets package, without the empty values that its columns fill up rows with."""
+    read = View(len(data), lambda i: {key: _without_none(value) for key, value in data[i].items()})
+    return Rows(read, lambda i: f"{name}, row {i}")
 
 
 def joined(parts):
@@ -131,12 +116,6 @@ def joined(parts):
 
 def held_out(rows, share, seed, prompt=None):
     """Numbers of the rows to train on and of those to validate on; rows of one prompt stay together.
-
-    Args:
-        rows: a sequence of objects.
-        share: the share to validate on, between 0 and 1.
-        seed: of the choice.
-        prompt: the key of the prompt, where it is not a usual one.
 
     Raises:
         ConfigError: a prompt is left for one of the two only.
@@ -163,10 +142,6 @@ def _prompt_of(row, key, i):
     return json.dumps(first[:-1], sort_keys=True, default=str) if isinstance(first, list) and len(first) > 1 else i
 
 
-def _all_names():
-    return {name for names in SPLITS.values() for name in names}
-
-
 def _read_lines(path):
     """JSON lines; blank lines count but hold no row. A file that is one JSON array is read too."""
     rows, lines = [], []
@@ -176,8 +151,9 @@ def _read_lines(path):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                if not rows and text[0] == "[" and (found := _array(path)) is not None:
-                    return Rows(found, lambda i: f"{path}, row {i}")
+                if not rows and text[0] == "[" and isinstance(found := _whole(path), list) and found:
+                    if all(isinstance(row, Mapping) for row in found):
+                        return Rows(found, lambda i: f"{path}, row {i}")
                 rows.append(from_json(text))
                 lines.append(number)
     except UnicodeDecodeError as error:
@@ -188,20 +164,17 @@ def _read_lines(path):
     return Rows(rows, lambda i: f"{path}:{lines[i]}")
 
 
-def _array(path):
-    """The list of objects that a whole file holds as JSON, None where it holds something else."""
+def _whole(path):
+    """What a whole file holds as JSON; None where it is none."""
     try:
-        found = from_json(path.read_text(encoding="utf-8-sig"))
+        return from_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) and found and all(isinstance(row, Mapping) for row in found) else None
 
 
 def _read_json(path):
     """A file of one JSON value: a list of rows, or an object that holds one; else JSON lines."""
-    try:
-        found = from_json(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+    if (found := _whole(path)) is None:
         return _read_lines(path)
     if isinstance(found, Mapping):
         lists = [value for value in found.values() if isinstance(value, list) and value]

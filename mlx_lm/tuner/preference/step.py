@@ -1,7 +1,7 @@
 """The training step of a preference run: logps, loss, gradient, accumulation, update."""
 
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +9,7 @@ from mlx.nn.utils import average_gradients
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
-from ..losses import PairLogps, kl_estimate, wpo_weights
+from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
 from .batches import as_batch
 from .intercept import aside, parameters_in
 from .layers import lean_layers
@@ -144,11 +144,7 @@ class Objective:
         return mx.where(tied, 0.0, mx.sign(margins))
 
     def _pair_logps(self, rows, batch, reference):
-        def weighed(total, common):
-            # LD-DPO: tokens beyond the shorter response's length count ld_alpha.
-            alpha = self.loss.ld_alpha
-            return total if alpha is None else common + alpha * (total - common)
-
+        weighed = partial(ld_weighed, ld_alpha=self.loss.ld_alpha)
         policy_chosen, policy_rejected = mx.split(weighed(rows.total, rows.common), 2)
         if self.loss.needs_reference:
             reference_chosen = weighed(reference[:, 0, 0], reference[:, 0, 1])

@@ -1,7 +1,7 @@
 """A chat template asked for the text of messages, and checked: what it leaves out of a row is told, not lost.
 
-Upstream has no module of this name. Whether a template writes something is found by changing that thing and looking
-whether the text changes, so that no template has to be known.
+Whether a template writes something is found by changing that thing and looking whether the text changes, so that no
+template has to be known.
 """
 
 import json
@@ -10,14 +10,13 @@ import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 
+from .messages import REASONING
 from .options import ConfigError
 
 # Stands in for a text, to see where the chat template writes it.
 STAND_IN = "\u241fresponse\u241f"
 # A row's text may take so many seconds of a processor, and may be so much longer than what it is made of.
 SECONDS, MEGABYTE, MOST_TIMES = 2, 10**6, 10
-# The keys by which templates know reasoning; rows bring it in the first.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @contextmanager
@@ -44,11 +43,7 @@ def limited(seconds):
 
 
 class Template:
-    """The chat template of a tokenizer.
-
-    Args:
-        tokenizer: `mlx_lm.tokenizer_utils.TokenizerWrapper`, or a transformers tokenizer.
-    """
+    """The chat template of a tokenizer, mlx-lm's or one of transformers."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -90,8 +85,7 @@ class Template:
         if not conversation.tools and not any(m.get("tool_calls") or m["role"] == "tool" for m in every):
             return conversation
         first_lost = refused = None
-        for form in (_as_served, _as_strings):
-            tried = _changed(conversation, form)
+        for tried in (conversation, _changed(conversation, _as_strings)):
             try:
                 lost = self._lost(tried)
             except ConfigError as error:
@@ -172,7 +166,7 @@ def _spoken(prompt, response):
     """All messages of a side, a response that goes on from the prompt's last message put together with it."""
     if prompt[-1]["role"] != "assistant" or not response or response[0]["role"] != "assistant":
         return [*prompt, *response]
-    joined = {**prompt[-1], **response[0], "content": (prompt[-1]["content"] or "") + (response[0]["content"] or "")}
+    joined = {**prompt[-1], **response[0], "content": prompt[-1]["content"] + response[0]["content"]}
     return [*prompt[:-1], joined, *response[1:]]
 
 
@@ -186,10 +180,6 @@ def _renamed(message, key):
         return message
     rest = {name: value for name, value in message.items() if name != "reasoning_content"}
     return {**rest, key: message["reasoning_content"]}
-
-
-def _as_served(message):
-    return message
 
 
 def _as_strings(message):

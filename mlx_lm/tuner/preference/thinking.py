@@ -1,8 +1,8 @@
 """Reasoning in a response: where the text has it, and the text that the model would write behind a prompt.
 
-Upstream has no module of this name. Prompts leave a thought unopened, open one, or close an empty one; responses hold a
-whole thought, its end, its beginning (cut off within it), or none. Chat templates get few of these right, because they
-are made for turns that are over.
+Prompts leave a thought unopened, open one, or close an empty one; responses hold a whole thought, its end, its
+beginning (cut off within it), or none. Chat templates get few of these right, because they are made for turns that are
+over.
 """
 
 from typing import NamedTuple
@@ -21,12 +21,7 @@ class Thought(NamedTuple):
 
 
 class Thinking:
-    """The tags of a model's reasoning.
-
-    Args:
-        start, end: the texts that open and close a thought, such as `<think>` and `</think>`; None where the model has
-            none.
-    """
+    """The tags that open and close a model's reasoning, such as `<think>` and `</think>`; None where it has none."""
 
     def __init__(self, start, end):
         self.start, self.end = start, end
@@ -75,9 +70,7 @@ class Thinking:
     def over(self, prompt, rest):
         """What follows a prompt that opens a thought, where the response has none: its end, then the response.
 
-        Args:
-            prompt: a prompt that opens a thought.
-            rest: what the template writes of the response where the thought begins: an empty thought, or none.
+        `rest` is what the template writes of the response where the thought begins: an empty thought, or none.
         """
         block, end, behind = rest.partition(self.end)
         if end and block.strip() == self.start:

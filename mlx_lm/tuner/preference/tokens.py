@@ -1,9 +1,9 @@
 """A preference row as tokens: the prompt once, and the tokens of each response that follow it.
 
-Upstream has no module of this name. What is scored is what the model would write after the generation prompt, with
-the token that ends its turn, once.
+What is scored is what the model would write after the generation prompt, with the token that ends its turn, once.
 """
 
+import os
 from bisect import bisect_left
 
 from transformers import PreTrainedTokenizerBase
@@ -165,7 +165,7 @@ class PairEncoder:
     def _split(self, texts, prompt, chosen, rejected):
         size, sides = len(prompt), (chosen, rejected)
         if texts.disputed:
-            size = min(_common(prompt, side) for side in sides)
+            size = min(len(os.path.commonprefix([prompt, side])) for side in sides)
         responses = [
             side[size:] if side[:size] == prompt[:size] else self._after(prompt, text[len(texts.prompt) :])
             for side, text in zip(sides, texts[1:3], strict=True)
@@ -202,11 +202,3 @@ class PairEncoder:
         if token not in self._blank:
             self._blank[token] = not self._decode([token]).strip()
         return self._blank[token]
-
-
-def _common(first, second):
-    """The number of leading tokens that two sequences share."""
-    return next(
-        (i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
-        min(len(first), len(second)),
-    )

@@ -1,0 +1,111 @@
+"""What the tokens of a chunk are to each other in the gated delta rule, all chunks at once.
+
+Decayed products of keys and queries, and the inverse of the triangular system of a chunk's updates; `recurrent` says
+what they are for.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+
+def decayed_products(keys, queries, kept, passed, own):
+    """`(key scores, scores)` of tokens i and j of a chunk, each `(..., C, C)`, for one gate a token.
+
+    d_ij k_i . k_j for tokens j before i, 0 elsewhere; and d_ij q_i . k_j for these, q_i . k_i on the diagonal.
+
+    Args:
+        keys, queries: `(..., C, Dk)`.
+        kept: `(..., C, 1)`, 0 for a token that others do not see, 1 for the rest, or None.
+        passed, own: `(..., C, 1)`: a gate's logarithm for the tokens after its own, and what is added for its own.
+    """
+    order = np.arange(keys.shape[-2])
+    earlier, seen = (mx.array(x) for x in (order[:, None] > order, order[:, None] >= order))  # (C, C)
+    sums = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2)
+    if kept is not None:
+        # Its own score is a token's whether it is kept or not.
+        sums, seen = mx.where(earlier, sums + own, 0.0), seen & ((kept.swapaxes(-1, -2) > 0) | ~earlier)
+    decays = mx.exp(mx.where(seen, sums, -mx.inf))
+    of_keys, of_queries = _scores(keys, queries)
+    return mx.where(earlier, decays * of_keys, 0.0), decays * of_queries
+
+
+@mx.custom_function
+def _scores(keys, queries):
+    """Products of keys with keys and of queries with keys, each `(..., C, C)`."""
+    later = keys.swapaxes(-1, -2)
+    return keys @ later, queries @ later
+
+
+@_scores.vjp
+def _scores_slopes(arrays, slopes, _):
+    (keys, queries), (of_keys, of_queries) = arrays, slopes
+    both = (of_keys + of_keys.swapaxes(-1, -2)) @ keys
+    return mx.addmm(both, of_queries.swapaxes(-1, -2), queries), of_queries @ keys
+
+
+def decayed_products_by_channel(keys, queries, kept, passed, own):
+    """The same for a gate a channel, `passed` and `own` `(..., C, Dk)`.
+
+    In a block of 2 s tokens the gates between one of the first s and one of the last s are a factor of each, so that
+    one product does for all of these; s doubles from 1.
+    """
+    rows = mx.stack([keys, mx.broadcast_to(queries, keys.shape)])
+    seen = keys if kept is None else keys * kept
+    diagonal = mx.stack([mx.zeros(keys.shape[:-1]), (queries * keys).sum(-1)])
+    inner = mx.broadcast_to(diagonal, (2, *mx.broadcast_shapes(keys.shape[:-1], passed.shape[:-1])))[..., None, None]
+    size = 1  # inner: (2, ..., C / s, s, s)
+    while size < keys.shape[-2]:
+        gates = _halves(passed, size)
+        until = mx.cumsum(gates[..., 1, :, :], axis=-2)
+        if kept is not None:
+            until = until + _halves(own, size)[..., 1, :, :]
+        after = mx.exp(mx.cumsum(gates[..., 0, :, :], axis=-2, reverse=True, inclusive=False))
+        early = after * _halves(seen, size)[..., 0, :, :]
+        across = (mx.exp(until) * _halves(rows, size)[..., 1, :, :]) @ early.swapaxes(-1, -2)  # (2, ..., P, s, s)
+        upper = mx.concatenate([inner[..., 0::2, :, :], mx.zeros_like(across)], axis=-1)
+        inner = mx.concatenate([upper, mx.concatenate([across, inner[..., 1::2, :, :]], axis=-1)], axis=-2)
+        size *= 2
+    return inner[..., 0, :, :]
+
+
+def _halves(x, size):
+    """`x` `(..., C, D)` as `(..., C / (2 size), 2, size, D)`."""
+    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
+
+
+def inverse_of(lower, known=None):
+    """The inverse of I + M for M = `lower`, `(..., C, C)`, zero on and above its diagonal.
+
+    Args:
+        lower: M.
+        known: the inverse, where there is need for its gradient alone.
+    """
+
+    @mx.custom_function
+    def inverse(lower):
+        return _by_blocks(lower) if known is None else known
+
+    @inverse.vjp
+    def backward(_, slope, inverse):
+        transposed = inverse.swapaxes(-1, -2)
+        return transposed @ -slope @ transposed
+
+    return inverse(lower)
+
+
+def _by_blocks(lower):
+    """The inverse of I + `lower`, block by block.
+
+    With inverses E and F of two blocks on the diagonal and M between them, the block between is -F M E: no more than
+    what the inverse holds. A series of powers of M, whose terms cancel, would lose all digits where keys repeat.
+    """
+    order = np.arange(lower.shape[-1])
+    inverse = mx.array(np.eye(lower.shape[-1], dtype=np.float32))
+    size = 1
+    while size < lower.shape[-1]:
+        blocks, pairs = order // size, order // (2 * size)
+        joined = (blocks[:, None] != blocks) & (pairs[:, None] == pairs)
+        between = mx.where(mx.array(joined), lower, 0.0)
+        inverse = inverse - between if size == 1 else mx.addmm(inverse, inverse @ between, inverse, alpha=-1.0)
+        size *= 2
+    return mx.broadcast_to(inverse, lower.shape)
