@@ -14,6 +14,7 @@ from mlx_lm.models import llama
 from mlx_lm.models.base import create_attention_mask, create_causal_mask
 from mlx_lm.tuner.preference import attention as module
 from mlx_lm.tuner.preference import batches as batches_module
+from mlx_lm.tuner.preference import cpu_attention
 from mlx_lm.tuner.preference.attention import (
     KEYS_A_DIMENSION,
     PackedCache,
@@ -242,6 +243,7 @@ def test_attention_in_blocks_is_attention(lengths, mask, monkeypatch):
 
 def test_memory_of_attention_in_blocks_grows_with_its_length(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_SCORES", 2**16)
+    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 2**16)
 
     def peak(function, length):
         gradient = mx.grad(lambda x: function(x, x, x, "causal").sum())(mx.ones((1, 4, length, 8)))
@@ -255,6 +257,24 @@ def test_memory_of_attention_in_blocks_grows_with_its_length(monkeypatch):
 
     assert peak(whole, 1024) > 3.5 * peak(whole, 512)
     assert peak(blocked, 1024) < 2.5 * peak(blocked, 512) < peak(whole, 512) / 2
+
+
+@pytest.mark.parametrize("lengths", [(100, 100), (40, 300), (33, 33), (1, 50), (260, 260)])
+@pytest.mark.parametrize("most", [2**23, 2 * 6 * 40 * 50])
+def test_attention_on_a_cpu_is_attention(lengths, most, monkeypatch):
+    """Six heads, two of keys; with `most` scores a block, blocks of 32 queries or few more."""
+    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", most)
+    queries, keys = lengths
+    shapes = ((2, 6, queries, 8), (2, 2, keys, 8), (2, 2, keys, 5))
+    arrays = [3 * mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)]
+    slope = mx.random.normal((2, 6, queries, 5))
+
+    def both(function):
+        (out,), slopes = mx.vjp(lambda *arrays: function(*arrays, scale=0.4), arrays, [slope])
+        return [out, *slopes]
+
+    expected = both(partial(ATTENTION, mask="causal"))
+    assert max(errors(both(cpu_attention.causal_attention), expected)) < 1e-5
 
 
 @pytest.mark.skipif(module.on_cuda(), reason="half precision is another backward pass there")
@@ -277,6 +297,8 @@ def test_what_is_attended_to_in_blocks(dtype, mask, dimension, in_blocks, monkey
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(dtype)
     found = attention(x, x, x, 0.3, mask)
+    # A CPU has its own way with causal float32.
+    in_blocks = in_blocks and not (mx.default_device() == mx.cpu and dtype == mx.float32 and isinstance(mask, str))
     assert len(taken) == in_blocks
     assert mx.allclose(found, ATTENTION(x, x, x, scale=0.3, mask=mask), atol=1e-5 if dtype == mx.float32 else 2e-2)
     attention(x, x, x, 0.3, "causal", sinks=mx.zeros((2,), dtype))
@@ -381,8 +403,11 @@ def test_gradients_with_attention_in_blocks_are_the_plain_ones(arrangement, chec
     gradient = plain_gradient(model, reference_of(expected))
     monkeypatch.setattr(module, "KEYS_A_DIMENSION", 0)
     monkeypatch.setattr(module, "BLOCK_SCORES", 1)
-    taken, original = [], module._blocked
-    monkeypatch.setattr(module, "_blocked", lambda *args: taken.append(1) or original(*args))
+    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(cpu_attention, "LEAST", 3)
+    taken, name = [], "causal_attention" if mx.default_device() == mx.cpu else "_blocked"
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: taken.append(1) or original(*args))
     found = gradient_of(Scorer(model), reference_of(expected), PAIRS, arrangement, checkpoint)
     assert taken and gradient_error(found, gradient) < 1e-4
 

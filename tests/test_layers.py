@@ -160,7 +160,8 @@ def test_an_activation_that_is_computed_again_keeps_nothing_but_its_inputs():
     expected, whole = gradient()
     with recomputed_activations():
         found, kept = gradient()
-    assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    errors = [mx.linalg.norm(a - b) / mx.linalg.norm(b) for a, b in zip(found, expected, strict=True)]
+    assert max(errors).item() < 1e-4
     assert mx.abs(expected[0]).max().item() > 0.1
     assert kept < 0.8 * whole
 

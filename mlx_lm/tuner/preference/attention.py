@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...models.base import create_causal_mask
+from .cpu_attention import causal_attention
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
 CUDA_TILE = 128
@@ -223,6 +224,8 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     half, narrow = queries.dtype in (mx.float16, mx.bfloat16), max(queries.shape[3], values.shape[3]) <= 128
     if on_cuda() and half and narrow:
         return tokens_first(call(queries, keys, values, mask=mask))
+    if causal and sinks is None and queries.dtype == mx.float32 and mx.default_device() == mx.cpu:
+        return causal_attention(queries, keys, values, scale)
     # Sinks, and masks of numbers, may have gradients of their own.
     plain = sinks is None and (mask is None or causal or mask.dtype == mx.bool_)
     if plain and keys.shape[2] > KEYS_A_DIMENSION * queries.shape[3]:

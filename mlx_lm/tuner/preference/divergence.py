@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 import numpy as np
 
+from ...models.activations import exp_on_cpu
 from .batches import make_batch
 from .evaluation import without_adapters
 from .intercept import evaluating
@@ -53,25 +54,36 @@ def token_kl(policy, reference, pairs, evaluate=mx.eval):
     evaluate([states, reference_states])
     scored = np.flatnonzero(np.array(batches[0].sequences) < 2 * len(pairs))
     values = np.zeros(len(scored), np.float32)
-    # Of both models, and what comes of them: a test takes no more memory than without.
-    size = max(1, CHUNK_LOGITS // 8 // (policy.head.vocabulary if policy.head else states.shape[-1]))
+    # Of both models, and what comes of them: a test takes hardly more memory than without.
+    size = max(1, CHUNK_LOGITS // 2 // (policy.head.vocabulary if policy.head else states.shape[-1]))
     for start in range(0, len(scored), size):
         chunk = mx.array(scored[start : start + size])
-        logps = log_probabilities(policy, states[chunk])
+        logits = _logits(policy, states[chunk])
         with bare(reference.model):
-            reference_logps = log_probabilities(reference, reference_states[chunk])
-        if logps.shape != reference_logps.shape:
+            others = _logits(reference, reference_states[chunk])
+        if logits.shape != others.shape:
             return None  # vocabularies that are filled up otherwise
-        found = (mx.exp(logps) * (logps - reference_logps)).sum(axis=-1)
+        found = kl_of_logits(logits, others)
         evaluate(found)
         values[start : start + size] = np.array(found)
     return values
 
 
-def log_probabilities(scorer, states):
-    """Log-probabilities `(M, V)` float32 of all tokens, of a scorer's response states."""
-    logits = (scorer.head.logits(states) if scorer.head else states).astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+def _logits(scorer, states):
+    """Logits `(M, V)` float32 of a scorer's response states."""
+    return (scorer.head.logits(states) if scorer.head else states).astype(mx.float32)
+
+
+def kl_of_logits(logits, others):
+    """The KL from the distributions of `others` to those of `logits`, both `(M, V)`, with one exponential of each."""
+    exponential = mx.exp if mx.default_device() == mx.gpu else exp_on_cpu
+    tops = [x.max(axis=-1, keepdims=True) for x in (logits, others)]
+    weights, other_weights = (exponential(x - top) for x, top in zip((logits, others), tops, strict=True))
+    totals = [x.sum(axis=-1) for x in (weights, other_weights)]
+    # Minus infinity, by which a model rules tokens out, adds nothing.
+    gaps = mx.where(weights > 0, logits - others, 0.0)
+    normalizers = [top.squeeze(-1) + mx.log(total) for top, total in zip(tops, totals, strict=True)]
+    return (weights * gaps).sum(axis=-1) / totals[0] - normalizers[0] + normalizers[1]
 
 
 def validation_kl(objective, logps):
