@@ -112,6 +112,19 @@ def print_head(*cells):
     print("|" + "---|" * len(cells), flush=True)
 
 
+def print_table(header, rows):
+    """Print a Markdown table."""
+    print_head(*header)
+    for row in rows:
+        print_row(*row)
+
+
+def stored_dtype(model):
+    """The dtype that a model folder's configuration names."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    return config.get("dtype") or config.get("torch_dtype") or "as stored"
+
+
 def say(*words):
     """Print to stderr at once, so that a run that is cut off has said what it knew."""
     print(*words, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import HERE, own_environment, print_head, print_row, run_json, say
+from common import HERE, own_environment, print_table, run_json, say, stored_dtype
 from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
 from records import Results, cell, mean_and_error
 
@@ -89,12 +89,7 @@ def train(program, seed, options):
         # The last save is the trained model itself.
         ends = [min(n * training.steps_per_eval, training.iters) for n in range(1, options.epochs + 1)]
         adapters = [f"{folder}/adapters/{iteration:07d}" for iteration in ends]
-        spec = {
-            "model": options.measured_with or options.model,
-            "data": options.data,
-            "adapters": adapters,
-            "beta": options.beta,
-        }
+        spec = {"model": options.measured_with, "data": options.data, "adapters": adapters, "beta": options.beta}
         spec |= {"samples": options.samples, "max_seq_length": options.max_seq_length}
         found = held_out(spec, options.timeout)
         if "error" in found:
@@ -214,12 +209,6 @@ def measures(dtype, epoch, records):
     return [r["held_out"][epoch] for r in records if measured_in(r) == dtype and epoch in r["held_out"]]
 
 
-def print_table(header, rows):
-    print_head(*header)
-    for row in rows:
-        print_row(*row)
-
-
 def draw(grouped, path):
     """The curves of all groups over the epochs: a line each seed, and the mean with its standard error."""
     from matplotlib.figure import Figure
@@ -279,12 +268,6 @@ def options_of(arguments=None):
     if options.model and not options.data:
         parser.error("--model needs --data")
     return options
-
-
-def stored_dtype(model):
-    """The dtype that a model folder's configuration names."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    return config.get("dtype") or config.get("torch_dtype") or "as stored"
 
 
 def prepare(options, folder):

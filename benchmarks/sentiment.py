@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import HERE, own_environment, print_head, print_row, run_json, say
+from common import HERE, own_environment, print_table, run_json, say, stored_dtype
 from programs import command_line, machine, versions
 from records import Results, cell, mean_and_error
 
@@ -268,15 +268,12 @@ def main():
     if options.model:
         if find_spec("vaderSentiment") is None:
             sys.exit("vaderSentiment scores the texts and is not installed: pip install vaderSentiment.")
-        config = json.loads((Path(options.model) / "config.json").read_text())
-        options.dtype = config.get("dtype") or config.get("torch_dtype") or "as stored"
+        options.dtype = stored_dtype(options.model)
         make_pairs(options, setting)
         complete = run_all(options, setting, results)
     runs = runs_of(results.records)
     for header, rows in (points_table(runs), scores_table(runs, options.at)):
-        print_head(*header)
-        for row in rows:
-            print_row(*row)
+        print_table(header, rows)
         print()
     if options.picture:
         draw(runs, options.picture)

@@ -13,14 +13,13 @@ import mlx.core as mx
 import numpy as np
 
 from ...models.base import create_causal_mask
-from .cpu_attention import causal_attention
+from .cpu_attention import blocks_of, causal_attention
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
 CUDA_TILE = 128
 # Where there is none, a query's scores are kept for each key. With so many keys a head's dimension they are more than
-# what it takes to compute them again, which is done for so many scores at a time.
+# what it takes to compute them again, which is done for a block of queries at a time.
 KEYS_A_DIMENSION = 4
-BLOCK_SCORES = 2**23
 
 
 def on_cuda():
@@ -251,11 +250,8 @@ def _tokens_first_vjp(x, slope, _):
 
 def _blocked(call, queries, keys, values, mask):
     """Attention in blocks of queries, each computed again in the backward pass."""
-    batch, heads, length, _ = queries.shape
-    whole = keys.shape[2]
-    size = max(32, BLOCK_SCORES // (batch * heads * whole))
-    causal = isinstance(mask, str)
-    spans = [(start, min(start + size, length)) for start in range(0, length, size)]
+    length, whole = queries.shape[2], keys.shape[2]
+    causal, spans = isinstance(mask, str), blocks_of(queries, keys)
 
     def block(queries, keys, values, start, stop):
         whole_mask = mask is None or causal or mask.ndim < 2 or mask.shape[-2] == 1

@@ -7,12 +7,19 @@ rows of one product, and what a softmax divides by goes into the smaller arrays.
 
 import mlx.core as mx
 
-from ...models.activations import exp_on_cpu
+from ...models.activations import fast_exp
 
-# A sequence's queries are cut into so many blocks, or into more where a block has too many scores, but into none of
-# fewer queries. More blocks compute less of the upper half, in more and smaller products.
-BLOCKS, LEAST = 8, 32
-BLOCK_SCORES = 2**23
+# More blocks compute less of the upper half, in more and smaller products.
+BLOCKS = 8
+# Scores in a block at most, but for blocks of LEAST queries.
+BLOCK_SCORES, LEAST = 2**23, 32
+
+
+def blocks_of(queries, keys, count=1):
+    """`[(start, stop)]`: the queries `(B, H, Q, D)` in `count` blocks, or in more where these have too many scores."""
+    batch, heads, length, _ = queries.shape
+    size = max(LEAST, min(-(-length // count), BLOCK_SCORES // (batch * heads * keys.shape[2])))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def causal_attention(queries, keys, values, scale):
@@ -28,8 +35,7 @@ def causal_attention(queries, keys, values, scale):
     """
     batch, heads, length, _ = queries.shape
     shared, whole = keys.shape[1:3]
-    size = max(LEAST, min(-(-length // BLOCKS), BLOCK_SCORES // (batch * heads * whole)))
-    spans = [(start, min(start + size, length)) for start in range(0, length, size)]
+    spans = blocks_of(queries, keys, BLOCKS)
     before = whole - length
 
     def rows(x, start, stop):
@@ -55,7 +61,7 @@ def causal_attention(queries, keys, values, scale):
                 scaled = mx.depends([scaled], [outs[-1]])[0]
             scores = exponents(scaled, up_to(keys, stop), start, stop)
             top = scores.max(axis=-1, keepdims=True)
-            weights = exp_on_cpu(scores - top)
+            weights = fast_exp(scores - top)
             total = weights.sum(axis=-1, keepdims=True)
             weights = weights.reshape(batch, shared, -1, weights.shape[-1])
             out = (weights @ up_to(values, stop)).reshape(batch, heads, stop - start, -1)
@@ -78,7 +84,7 @@ def causal_attention(queries, keys, values, scale):
             near = up_to(keys, stop)
             scores = exponents(scaled, near, start, stop)
             tall = (batch, shared, -1, near.shape[2])
-            weights = exp_on_cpu(scores.reshape(tall) - rows(tops, start, stop))
+            weights = fast_exp(scores.reshape(tall) - rows(tops, start, stop))
             slopes = rows(slope, start, stop) @ up_to(values, stop).swapaxes(-1, -2)
             slopes = weights * (slopes - rows(shares, start, stop))
             parts = (

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 import numpy as np
 
-from ...models.activations import exp_on_cpu
+from ...models.activations import fast_exp
 from .batches import make_batch
 from .evaluation import without_adapters
 from .intercept import evaluating
@@ -76,9 +76,8 @@ def _logits(scorer, states):
 
 def kl_of_logits(logits, others):
     """The KL from the distributions of `others` to those of `logits`, both `(M, V)`, with one exponential of each."""
-    exponential = mx.exp if mx.default_device() == mx.gpu else exp_on_cpu
     tops = [x.max(axis=-1, keepdims=True) for x in (logits, others)]
-    weights, other_weights = (exponential(x - top) for x, top in zip((logits, others), tops, strict=True))
+    weights, other_weights = (fast_exp(x - top) for x, top in zip((logits, others), tops, strict=True))
     totals = [x.sum(axis=-1) for x in (weights, other_weights)]
     # Minus infinity, by which a model rules tokens out, adds nothing.
     gaps = mx.where(weights > 0, logits - others, 0.0)

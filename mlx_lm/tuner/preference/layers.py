@@ -64,7 +64,8 @@ def _adapted_product(linear, x, lora_a, lora_b):
 class DepthwiseConv1d(nn.Conv1d):
     """A `Conv1d` of each channel by itself, with few taps: a sum of shifted products, in both passes.
 
-    MLX has no kernel of its own for it in training. A CPU takes nine times as long for a product of matrices a channel.
+    MLX has no kernel of its own for it in training, and a CPU takes several times as long for a product of matrices for
+    each channel.
     """
 
     def __call__(self, x):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ...models.activations import exp_on_cpu
+from ...models.activations import fast_exp
 from ...models.cache import ChunkedKVCache, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from ...utils import token_logps
 from .attention import PackedCache, RowCache, on_cuda
@@ -204,7 +204,7 @@ def logps_and_more(logits, targets, alignment, by_token=False):
     if by_token:
         # One exponential a logit. A model may rule tokens out by minus infinity.
         shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e30)
-        exponentials = mx.exp(shifted) if mx.default_device() == mx.gpu else exp_on_cpu(shifted)
+        exponentials = fast_exp(shifted)
         totals = exponentials.sum(axis=-1)
         own = mx.take_along_axis(shifted, targets[:, None], axis=-1).squeeze(-1)
         logps = own - mx.log(totals)
@@ -399,7 +399,7 @@ def _seeds(logits, column, alignment):
 def _seeds_on_cpu(logits, column, alignment):
     """As `_seeds`, with one exponential a logit in place of two."""
     top = logits.max(axis=-1, keepdims=True)
-    exponentials = exp_on_cpu(logits - top)
+    exponentials = fast_exp(logits - top)
     totals = exponentials.sum(axis=-1, keepdims=True)
     logps = (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1)
     own = mx.take_along_axis(exponentials, column, axis=-1)

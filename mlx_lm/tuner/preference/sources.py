@@ -1,6 +1,6 @@
 """Rows from files: which file of a folder holds which split, and the rows of a file of any kind.
 
-Itreads `train.jsonl`, `valid.jsonl` and `test.jsonl`.
+It reads `train.jsonl`, `valid.jsonl` and `test.jsonl`.
 """
 
 import csv
