@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_lm.tuner.preference import memory as module
-from mlx_lm.tuner.preference.memory import MOST_HELD, SLACK, bounded_memory, held_memory, peak_memory, trim_cache
+from mlx_lm.tuner.preference.memory import EVERY, MOST_HELD, SLACK, bounded_memory, held_memory, peak_memory, trim_cache
 
 MEGABYTE = 2**20
 
@@ -30,7 +30,8 @@ def limits(monkeypatch, usual):
     found, evaluate = [], mx.eval
 
     def watched(work):
-        found.append(limit())
+        if work.shape == ():  # a step's sum, and not what the device is waited for with
+            found.append(limit())
         return evaluate(work)
 
     monkeypatch.setattr(mx, "eval", watched)
@@ -101,6 +102,18 @@ def test_what_is_kept_for_later_arrays_is_given_back_where_it_is_much(held, kept
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
     trim_cache()
     assert (not cleared) == kept
+
+
+def test_on_cuda_it_is_given_back_from_time_to_time_once_the_device_is_done(monkeypatch):
+    monkeypatch.setattr(module, "on_cuda", lambda: True)
+    monkeypatch.setattr(module, "_calls", 0)
+    done = []
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 1e15)
+    monkeypatch.setattr(mx, "eval", lambda *_: done.append("waited"))
+    monkeypatch.setattr(mx, "clear_cache", lambda: done.append(module._calls))
+    for _ in range(2 * EVERY + 1):
+        trim_cache()
+    assert done == ["waited", EVERY, "waited", 2 * EVERY]
 
 
 def test_the_most_that_was_held_is_kept_after_it_was_given_back(monkeypatch):
