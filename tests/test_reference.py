@@ -110,10 +110,11 @@ def test_batches_are_as_large_as_memory_is_ample_for(monkeypatch):
     scorer = Scorer(tiny_llama())
     for memory, tokens in ((2**20, 1024), (2**40, 8192)):
         monkeypatch.setattr(module, "device_memory", lambda memory=memory: memory)
-        assert ample_tokens(scorer, 30) == tokens
+        assert ample_tokens(scorer, 30, 8192) == tokens
     # Width 32 in float32: 32 x (40 x 4 + 12 x 1024 / 64) = 11264 bytes a token, of a twentieth of the memory.
     monkeypatch.setattr(module, "device_memory", lambda: 20 * 11264 * 5000)
-    assert ample_tokens(scorer, 1024) == 5000
+    assert ample_tokens(scorer, 1024, 8192) == 5000
+    assert ample_tokens(scorer, 1024, 1024) == 1024
     monkeypatch.undo()
     assert 2**28 < module.device_memory() < 2**45
 
@@ -142,7 +143,8 @@ def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch)
     ]
 
 
-def test_large_batches_waste_little():
+def test_large_batches_waste_little(monkeypatch):
+    monkeypatch.setattr(module, "ample_tokens", lambda *_: 8192)
     pairs = some_pairs(300, prompt=(20, 120), response=(5, 120))
     scorer = Scorer(tiny_llama())
     scorer.arrangement = PLAIN  # a packed row has none

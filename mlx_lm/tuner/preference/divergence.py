@@ -15,7 +15,7 @@ from .reference import batches_of
 
 # Both models run over these pairs, so that there are no more of them than a mean needs.
 MOST_PAIRS = 64
-# A third of what a validation of 100 pairs takes.
+# At most these at a validation, and of a small one a quarter: both models take as long as some three validations.
 VALIDATED_PAIRS = 16
 
 
@@ -85,6 +85,11 @@ def kl_of_logits(logits, others):
     return (weights * gaps).sum(axis=-1) / totals[0] - normalizers[0] + normalizers[1]
 
 
+def validated_pairs(count):
+    """On how many of a validation's pairs its KL is taken."""
+    return min(VALIDATED_PAIRS, -(-count // 4))
+
+
 def validation_kl(objective, logps):
     """The KL at a validation, on a few pairs; None where the reference is not the policy without its adapters."""
     if logps.valid is None:
@@ -97,5 +102,5 @@ def validation_kl(objective, logps):
     # One pair tells: adapters that training began with, another model, or an exchanged reference give other logps.
     if not np.allclose(found, logps.valid[0, :, 0], rtol=tolerance(scorer.model), atol=1e-2):
         return None
-    kl = mean_kl(scorer, None, logps.val_dataset, logps.val_rows, VALIDATED_PAIRS)
+    kl = mean_kl(scorer, None, logps.val_dataset, logps.val_rows, validated_pairs(len(logps.val_rows)))
     return None if kl is None else kl[0]

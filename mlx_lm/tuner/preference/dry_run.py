@@ -14,7 +14,7 @@ from ...cli_ui import rprint
 from .answers import answers
 from .batches import make_batch, pair_lengths, reference_rows
 from .curves import plot_metrics
-from .divergence import VALIDATED_PAIRS
+from .divergence import validated_pairs
 from .intercept import evaluating
 from .layers import checkpointed_layers
 from .memory import begin_peak_anew, bounded_memory, peak_memory, trim_cache
@@ -252,7 +252,7 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
     count = 1 + -(-args.iters // args.steps_per_eval)
     if len(lengths):
         # The KL runs the policy and the reference over some pairs.
-        each = lengths.sum() * validation + 2 * min(VALIDATED_PAIRS, len(lengths)) * lengths.mean() * reference
+        each = lengths.sum() * validation + 2 * validated_pairs(len(lengths)) * lengths.mean() * reference
         parts[f"{count} validations of {each:.3f} s"] = count * each
         if args.sample_prompts:
             each = args.sample_prompts * time_answer(objective.scorer.model, logps)

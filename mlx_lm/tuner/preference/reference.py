@@ -16,6 +16,10 @@ from .reference_cache import Cache, default_cache_folder, fingerprint, row_key
 from .screen import make_bars
 from .workers import confirm
 
+# Tokens in a batch that is only scored. A CPU, whose caches more would leave, takes half as long again with 4096.
+LEAST_TOKENS = 1024
+MOST_TOKENS = 8192 if mx.default_device() == mx.gpu else LEAST_TOKENS
+
 
 class Reference:
     """The reference policy.
@@ -169,14 +173,17 @@ def batches_of(scorer, dataset, rows, size=None, workers=1, share=None):
     return filled(lengths, most, scorer.arrangement, share)
 
 
-def ample_tokens(scorer, longest):
-    """Tokens in a batch of rows of up to `longest` whose activations take a small part of the device's memory."""
+def ample_tokens(scorer, longest, most=MOST_TOKENS):
+    """Tokens in a batch of rows of up to `longest` whose activations take a small part of the device's memory.
+
+    Between LEAST_TOKENS and `most`.
+    """
     states = scorer.states(mx.zeros((1, 1), mx.int32))
     width = states.shape[-1]
     # A token's activations in a layer: some forty vectors of the model's width, and where attention is not fused
     # three float32 scores for each token before it and each head of 64.
     per_token = width * (40 * states.dtype.size + 3 * 4 * longest / 64)
-    return min(max(int(device_memory() / 20 / per_token), 1024), 8192)
+    return min(max(int(device_memory() / 20 / per_token), LEAST_TOKENS), most)
 
 
 def device_memory():
