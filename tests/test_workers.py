@@ -56,29 +56,6 @@ def test_a_worker_that_is_killed_ends_the_other(tmp_path):
     assert len(told) == 1 and told[0].startswith("error: worker 1 is gone (killed or crashed")
 
 
-WATCHED = """
-import ctypes, socket, sys, time
-from mlx_lm.tuner.preference import workers
-workers.SILENCE = 2.0
-peer, _ = socket.socketpair()
-watch = workers.Watch(3, {0: peer})
-# Called so, C code keeps Python's lock, as MLX does where it waits for a device that waits for a dead worker.
-(ctypes.PyDLL(None).sleep if sys.argv[1] == "locked" else time.sleep)(5)
-watch.part()
-"""
-
-
-@pytest.mark.parametrize("how", ["locked", "free"])
-def test_a_worker_in_which_no_thread_runs_is_ended_from_outside(how):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", WATCHED, how], env=environment, capture_output=True, text=True)
-    told = "error: worker 3 did not answer for 2 seconds"
-    if how == "free":
-        assert (done.returncode, done.stderr) == (0, "")
-    else:
-        assert done.returncode == -signal.SIGKILL and done.stderr.startswith(told)
-
-
 def test_an_error_of_all_is_told_once(tmp_path):
     statuses, told = ended(started(tmp_path, *[SHORT | {"beta": -1.0}] * 2))
     assert statuses == [2, 2]

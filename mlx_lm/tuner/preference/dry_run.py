@@ -135,7 +135,7 @@ def rehearse(step, objective, reference, schedule, logps, args):
             mx.eval(work if iteration % args.steps_per_report == 0 else earlier)
             earlier = work[-1]
             trim_cache(args.clear_cache_threshold)
-        mx.synchronize()
+        mx.eval(work)
         tell_memory(step)
         if args.steps:
             tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)

@@ -80,10 +80,10 @@ def _limit_for(work, growth):
 
 
 def _finish():
-    """Wait for the device as `mx.synchronize` does, but without Python's lock.
+    """Wait for the device, before `mx.clear_cache` does.
 
-    With the lock, which `mx.clear_cache` keeps too while the device is busy, no other thread could end a worker that
-    waits for one which is gone.
+    That one keeps Python's lock meanwhile, so that no other thread could end a worker whose device waits for another
+    one that is gone. `mx.eval` lets go of it.
     """
     mx.eval(mx.zeros(1))
 

@@ -2,8 +2,8 @@
 
 MLX's backends wait for ever for a worker that is gone. Beside their connections each worker has one to the first
 worker, over which nothing is sent while all is well: the system closes it where a process ends, and TCP finds out where
-a machine is gone. So it costs nothing in a step, and does not depend on the backend. A worker that cannot look, because
-MLX waits for the device and lets no other thread run, is ended by a process beside it, `guard.py`.
+a machine is gone. So it costs nothing in a step, and does not depend on the backend. It takes that a thread can run
+while MLX waits for the device, so that training waits in `mx.eval` alone, which lets go of Python's lock.
 """
 
 import faulthandler
@@ -14,12 +14,10 @@ import queue
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -32,7 +30,6 @@ PATIENCE = 60.0  # seconds for finding each other, once all have started
 SHOW_CURSOR = "\x1b[?25h\n"
 NOT_BEGUN = "a worker ended, or has not answered, before the run began, and this one ends too"
 PROBE, LOST = 123_457, "a worker is gone"
-SILENCE = 120.0  # seconds without a sign of life after which a worker is ended from outside
 STATUS = 1  # of a worker that ends because another one did
 # What may differ from worker to worker: files of a machine's own.
 OWN = {"config", "model", "data", "adapter_path", "adapter_file", "resume_adapter_file", "reference_model"}
@@ -240,28 +237,8 @@ class Watch:
         self._told, self._lock, self._answers = set(), threading.Lock(), queue.SimpleQueue()
         self._telling = False
         self._threads = [threading.Thread(target=self._listen, args=item, daemon=True) for item in peers.items()]
-        self._parted, self._guard = threading.Event(), self._guarded()
         for thread in self._threads:
             thread.start()
-        self._life = threading.Thread(target=self._live, daemon=True)
-        self._life.start()
-
-    def _guarded(self):
-        """The process that ends this one where it does not answer."""
-        sentence = (
-            f"error: worker {self.rank} did not answer for {SILENCE:.0f} seconds, as when another one is gone, and was "
-            "ended; files saved before are complete, and resume goes on from the last checkpoint."
-        )
-        script = Path(__file__).with_name("guard.py")
-        command = [sys.executable, "-I", "-S", script, str(os.getpid()), str(SILENCE), sentence]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-
-    def _live(self):
-        """Send the guard signs of life, until the run is over."""
-        with suppress(OSError), self._guard.stdin as signs:
-            while not self._parted.wait(SILENCE / 60):
-                signs.write(b".")
-                signs.flush()
 
     def is_first_to_tell(self, sentence, status):
         """Whether no other worker has told a sentence; they end too."""
@@ -283,9 +260,6 @@ class Watch:
     def part(self):
         """Tell the others that this worker's run is over."""
         self._telling = True
-        self._parted.set()
-        self._life.join()
-        self._guard.wait()
         self._send({"done": True})
         for peer in self.peers.values():
             with suppress(OSError):
