@@ -29,7 +29,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm._backend import set_cuda_for_training
+from mlx_lm._backend import prepare_for_training
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, make_batch, pair_lengths, shape_of
 from mlx_lm.tuner.preference.layers import checkpointed_layers
@@ -207,7 +207,7 @@ def read_arguments():
 
 def main():
     args = read_arguments()
-    set_cuda_for_training()
+    prepare_for_training()
     model, tokenizer = load(args.model)
     if args.dtype:
         model.set_dtype(getattr(mx, args.dtype))

@@ -141,11 +141,13 @@ def run_ours(spec, rows, folder):
     """Train with this repository's loop."""
     import mlx.optimizers as optim
 
+    from mlx_lm._backend import prepare_for_training
     from mlx_lm.tuner.datasets import Pair
     from mlx_lm.tuner.preference.logps import Scorer
     from mlx_lm.tuner.preference.reference import Reference
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
+    prepare_for_training()
     model = load(spec["model"])
     args = TrainingArgs(
         loss_type="dpo",

@@ -16,7 +16,7 @@ from common import SHAPES, llama_config, make_rows  # noqa: F401
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_lm._backend import set_cuda_for_training
+from mlx_lm._backend import prepare_for_training
 from mlx_lm.models import llama
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference.batches import make_batch
@@ -132,7 +132,7 @@ def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, devi
     Returns:
         `measure_step`'s dict with `device`, `flops` a step, the measured `rate` and the `share` of it.
     """
-    set_cuda_for_training()
+    prepare_for_training()
     if device is not None:
         mx.set_default_device(getattr(mx, device))
     on_gpu = mx.default_device() == mx.gpu

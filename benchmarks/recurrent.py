@@ -102,10 +102,10 @@ def measure_step(shape, prompt, response, pairs, recurrence, device, steps=3, wa
     import harness
     import mlx.core as mx
 
-    from mlx_lm._backend import set_cuda_for_training
+    from mlx_lm._backend import prepare_for_training
     from mlx_lm.tuner.preference import recurrent
 
-    set_cuda_for_training()
+    prepare_for_training()
     mx.set_default_device(getattr(mx, device))
     on_gpu = device == "gpu"
     dtype = mx.bfloat16 if on_gpu else mx.float32

@@ -23,7 +23,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lm import load
-from mlx_lm._backend import set_cuda_for_training
+from mlx_lm._backend import prepare_for_training
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference.pairs import mismatched, single
@@ -252,7 +252,7 @@ WORK = {"pairs": make_pairs, "train": train_run}
 
 if __name__ == "__main__":
     # As the command has it; and several of these share a GPU.
-    set_cuda_for_training()
+    prepare_for_training()
     mx.set_cache_limit(CACHE_BYTES)
     asked = json.loads(sys.argv[1])
     print("\n" + json.dumps(WORK[asked.pop("work")](**asked)), flush=True)

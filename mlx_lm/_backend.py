@@ -1,4 +1,4 @@
-"""What MLX's backends read before they start: a fast BLAS on a Linux CPU, and settings of CUDA that suit training.
+"""What MLX's backends need before they start: a fast BLAS on a Linux CPU, and settings that suit training.
 
 MLX's CPU package for Linux is linked against the reference BLAS, some forty times slower in float32 products
 than OpenBLAS or MKL. Symbols loaded first win, so loading one of these before MLX is all it takes.
@@ -26,6 +26,9 @@ CUDA_SETTINGS = {
     "MLX_CUDA_SDPA_CACHE_SIZE": "512",
     "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "512",
 }
+
+# M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h.
+MALLOC_THRESHOLDS = (-1, -3)
 
 
 def is_linux_cpu():
@@ -69,7 +72,14 @@ def slow_blas_hint():
     return LATE.format(found) if found else HINT
 
 
-def set_cuda_for_training():
-    """Put CUDA_SETTINGS into the environment, where MLX reads them at its first computation; what is set stays."""
+def prepare_for_training():
+    """Set what makes training faster, or smaller, before MLX first computes.
+
+    CUDA_SETTINGS go into the environment; what is set there stays. On a Linux CPU the C library is told to keep memory
+    that is given back: MLX asks for each operation's arrays anew, and the system clears every page that it hands out.
+    """
     for name, value in CUDA_SETTINGS.items():
         os.environ.setdefault(name, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if is_linux_cpu() else None
+    for name in MALLOC_THRESHOLDS if mallopt else ():
+        mallopt(name, 2**31 - 1)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from . import _interruption
-from ._backend import set_cuda_for_training, slow_blas_hint
+from ._backend import prepare_for_training, slow_blas_hint
 from ._upstream import rebound, run_upstream
 
 run_upstream(
@@ -249,7 +249,7 @@ def run(args, training_callback=None):
         )
     if preference:
         # First of all: joining and checks compute, and MLX reads these settings at its first computation.
-        set_cuda_for_training()
+        prepare_for_training()
     workers.join(vars(args))
     warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
     if preference:

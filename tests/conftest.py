@@ -7,10 +7,10 @@ import mlx.core as mx
 import pytest
 
 import mlx_lm  # noqa: F401, I001 (first: it chooses the BLAS that MLX multiplies with)
-from mlx_lm._backend import set_cuda_for_training
+from mlx_lm._backend import prepare_for_training
 
 # As a run does, before anything is computed.
-set_cuda_for_training()
+prepare_for_training()
 
 
 # Some tests run the scripts there, which import each other.

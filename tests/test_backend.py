@@ -10,7 +10,7 @@ import pytest
 
 import mlx_lm.lora
 from mlx_lm import _backend
-from mlx_lm._backend import CUDA_SETTINGS, set_cuda_for_training
+from mlx_lm._backend import CUDA_SETTINGS, prepare_for_training
 from mlx_lm.tuner.preference.options import ConfigError
 
 
@@ -69,8 +69,20 @@ def cuda_settings_unset(monkeypatch):
 
 def test_a_cuda_setting_that_is_set_already_stays(cuda_settings_unset, monkeypatch):
     monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
-    set_cuda_for_training()
+    prepare_for_training()
     assert {name: os.environ[name] for name in CUDA_SETTINGS} == CUDA_SETTINGS | {"MLX_USE_CUDA_GRAPHS": "1"}
+
+
+def test_the_c_library_of_a_linux_cpu_is_told_to_keep_memory(cuda_settings_unset, monkeypatch):
+    told = []
+    monkeypatch.setattr(_backend.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *given: told.append(given)))
+    for linux_cpu in (False, True):
+        monkeypatch.setattr(_backend, "is_linux_cpu", lambda linux_cpu=linux_cpu: linux_cpu)
+        prepare_for_training()
+        assert told == ([(-1, 2**31 - 1), (-3, 2**31 - 1)] if linux_cpu else [])
+    # Another C library has no such function.
+    monkeypatch.setattr(_backend.ctypes, "CDLL", lambda _: SimpleNamespace())
+    prepare_for_training()
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "sft"])

@@ -7,7 +7,7 @@ rows of one product, and what a softmax divides by goes into the smaller arrays.
 
 import mlx.core as mx
 
-from ...models.activations import fast_exp
+from ...models.activations import fast_exp, fast_max
 
 # More blocks compute less of the upper half, in more and smaller products.
 BLOCKS = 8
@@ -60,7 +60,7 @@ def causal_attention(queries, keys, values, scale):
                 # Side by side, blocks would all have their scores at once.
                 scaled = mx.depends([scaled], [outs[-1]])[0]
             scores = exponents(scaled, up_to(keys, stop), start, stop)
-            top = scores.max(axis=-1, keepdims=True)
+            top = fast_max(scores)
             weights = fast_exp(scores - top)
             total = weights.sum(axis=-1, keepdims=True)
             weights = weights.reshape(batch, shared, -1, weights.shape[-1])

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 import numpy as np
 
-from ...models.activations import fast_exp
+from ...models.activations import fast_exp, fast_max
 from .batches import make_batch
 from .evaluation import without_adapters
 from .intercept import evaluating
@@ -76,7 +76,7 @@ def _logits(scorer, states):
 
 def kl_of_logits(logits, others):
     """The KL from the distributions of `others` to those of `logits`, both `(M, V)`, with one exponential of each."""
-    tops = [x.max(axis=-1, keepdims=True) for x in (logits, others)]
+    tops = [fast_max(x) for x in (logits, others)]
     weights, other_weights = (fast_exp(x - top) for x, top in zip((logits, others), tops, strict=True))
     totals = [x.sum(axis=-1) for x in (weights, other_weights)]
     # Minus infinity, by which a model rules tokens out, adds nothing.

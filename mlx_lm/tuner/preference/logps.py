@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ...models.activations import fast_exp
+from ...models.activations import fast_exp, fast_max
 from ...models.cache import ChunkedKVCache, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from ...utils import token_logps
 from .attention import PackedCache, RowCache, on_cuda
@@ -203,7 +203,7 @@ def logps_and_more(logits, targets, alignment, by_token=False):
         squares = mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
     if by_token:
         # One exponential a logit. A model may rule tokens out by minus infinity.
-        shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e30)
+        shifted = mx.maximum(logits - fast_max(logits), -1e30)
         exponentials = fast_exp(shifted)
         totals = exponentials.sum(axis=-1)
         own = mx.take_along_axis(shifted, targets[:, None], axis=-1).squeeze(-1)
@@ -364,7 +364,7 @@ class Head:
 
         @logps.vjp
         def backward(primals, cotangents, outputs):
-            return (cotangents[0][:, None] * outputs[-1]).astype(primals.dtype)
+            return (-cotangents[0][:, None] * outputs[-1]).astype(primals.dtype)
 
         return logps(states)
 
@@ -378,7 +378,7 @@ class Head:
 
 
 def _seeds(logits, column, alignment):
-    """Logps of the targets, and their gradients with respect to the logits.
+    """Logps of the targets, and the gradients of these, negative, with respect to the logits.
 
     Args:
         logits: `(N, V)` float32.
@@ -390,7 +390,7 @@ def _seeds(logits, column, alignment):
     """
     normalizers = mx.logsumexp(logits, axis=-1, keepdims=True)
     # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
-    gradient = (mx.arange(logits.shape[-1]) == column) - mx.exp(logits - normalizers)
+    gradient = mx.exp(logits - normalizers) - (mx.arange(logits.shape[-1]) == column)
     logps = (mx.take_along_axis(logits, column, axis=-1) - normalizers).squeeze(-1)
     squares = mx.logsumexp(2 * logits, axis=-1) - 2 * normalizers.squeeze(-1) if alignment else None
     return logps, squares, gradient
@@ -398,12 +398,12 @@ def _seeds(logits, column, alignment):
 
 def _seeds_on_cpu(logits, column, alignment):
     """As `_seeds`, with one exponential a logit in place of two."""
-    top = logits.max(axis=-1, keepdims=True)
+    top = fast_max(logits)
     exponentials = fast_exp(logits - top)
     totals = exponentials.sum(axis=-1, keepdims=True)
     logps = (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1)
     own = mx.take_along_axis(exponentials, column, axis=-1)
-    gradient = mx.put_along_axis(-exponentials, column, totals - own, axis=-1) / totals
+    gradient = mx.put_along_axis(exponentials, column, own - totals, axis=-1) / totals
     squares = None
     if alignment:
         squares = mx.log(mx.square(exponentials).sum(axis=-1)) - 2 * mx.log(totals.squeeze(-1))
