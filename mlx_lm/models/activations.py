@@ -19,7 +19,7 @@ def fast_exp(x):
 
 
 def fast_max(x):
-    """The maximum along the last axis, which stays; by blocks where it has some, since MLX reads a row value by value."""
+    """The maximum along the last axis, which stays; by blocks if it has some, since MLX reads a row value by value."""
     block = min(x.shape[-1] & -x.shape[-1], 512)
     if block >= 32:
         x = x.reshape(*x.shape[:-1], -1, block).max(axis=-2)
