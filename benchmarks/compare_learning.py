@@ -48,6 +48,8 @@ HELD_OUT = {
     "ended by itself": "sampled_whole",
 }
 COMPARED = ("loss", "accuracy", "margin", "chosen_reward")
+# Keys of --set that make another loss than TRL's runs have.
+OF_LOSS = {"loss_type", "ld_alpha"}
 SETTINGS = ("epochs", "batch_size", "max_seq_length", "learning_rate", "schedule", "beta")
 
 
@@ -160,9 +162,11 @@ def distance(ours, theirs):
 
 
 def counterpart(key, grouped):
-    """TRL's runs of the same dtype and settings."""
+    """TRL's runs of the same dtype and settings; None for a loss that those do not have."""
     _, dtype, settings = key
-    settings = {name: value for name, value in json.loads(settings).items() if name != "set"}
+    settings = json.loads(settings)
+    if not OF_LOSS.isdisjoint(settings.pop("set", {})):
+        return None
     return grouped.get(("TRL", dtype, json.dumps(settings, sort_keys=True)))
 
 

@@ -198,10 +198,12 @@ def scores_table(runs, divergences):
 def draw(runs, path):
     """The frontiers: the means over the seeds, with the standard error of the score, joined in the order of steps.
 
-    KL is drawn by its logarithm, so that the point before the first step is a line: the reference's own score.
+    KL is drawn by its logarithm, so that the point before the first step is a line: the reference's own score. Where
+    there are runs of PAPER, those alone are drawn.
     """
     from matplotlib.figure import Figure
 
+    runs = {label: records for label, records in runs.items() if label in PAPER} or runs
     kinds = list(dict.fromkeys(map(kind_of, runs)))
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()

@@ -207,10 +207,10 @@ def macs_table():
 # What a part of a file's name tells of its runs.
 RUN_NOTES = {
     "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
-    "cache_given_back": "`cache_given_back` are runs since MLX's cached memory is given back after each step on CUDA; "
-    "those of the same name without it are from before.",
-    "h200_smollm2`": "Of the GPU's runs `h200_smollm2` alone was without graphs of kernels: in the others the "
-    "command's setting came after MLX had read it.",
+    "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, `h200_smollm2` when "
+    "it was given back after each step.",
+    "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors: "
+    "alone a step took about half as long.",
 }
 
 
@@ -262,13 +262,16 @@ def mlx_lm_lora_table():
         rows = []
         for row in found["rows"]:
             for name, run in row["runs"].items():
-                seconds, peak = (statistics.median(run["cpu_seconds"]), run["peak_gb"])
+                seconds, peak = (statistics.median(run["seconds"]), run["peak_gb"])
                 ours = row["runs"]["ours"]
-                ratios = (seconds / statistics.median(ours["cpu_seconds"]), peak / ours["peak_gb"])
+                ratios = (seconds / statistics.median(ours["seconds"]), peak / ours["peak_gb"])
                 named = {"ours": "here", "ours, each prompt twice": "here, `share_prompt: false`"}.get(name, name)
-                cells = (f"{seconds:.2f}", f"{peak:.2f}", *(f"{ratio:.2f}" for ratio in ratios))
+                processor = statistics.median(run["cpu_seconds"])
+                cells = (f"{x:.2f}" for x in (seconds, processor, peak, *ratios))
                 rows.append((f"{row['prompt']} / {row['response']}", named, *cells))
-        header = ("prompt / response", "program", "processor s a step", "peak GB", "times our time", "times our memory")
+        header = (
+            "prompt / response", "program", "s a step", "processor s", "peak GB", "times our time", "times our memory",
+        )  # fmt: skip
         tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
     return "\n\n".join(tables)
 
@@ -311,11 +314,14 @@ def recurrent_table():
     rows = []
     for row in (row for mode in ("cpu", "gpu") for row in found.get(mode, [])):
         if "ms" in row:
-            above = row["peak_gb"] - row["weights_gb"]
+            kb = row.get("kb_a_token") or 1e6 * (row["peak_gb"] - row["weights_gb"]) / row["tokens"]
             head = (row["recurrence"], f"{row['prompt']} / {row['response']}", row["pairs"], row["device"])
-            cells = (f"{row['ms']:.0f}", f"{row['peak_gb']:.2f}", f"{1e6 * above / row['tokens']:.0f}")
+            cells = (f"{row['ms']:.0f}", f"{row['peak_gb']:.2f}", f"{kb:.0f}", f"{row['share']:.3f}")
             rows.append((*head, *cells))
-    header = ("recurrence", "prompt / response", "pairs", "device", "ms a step", "peak GB", "KB a token above weights")
+    header = (
+        "recurrence", "prompt / response", "pairs", "device", "ms a step", "peak GB", "KB a token above weights",
+        "of the rate of matrix products",
+    )  # fmt: skip
     return markdown_table(header, rows) + "\n\n`python benchmarks/recurrent.py cpu` (or `gpu`)."
 
 
@@ -365,6 +371,22 @@ def gpus_table():
     return "\n\n".join(parts)
 
 
+def cache_table():
+    """Milliseconds a step and memory by how often MLX's cache is given back."""
+    found = result("cache_h200")
+    rows = []
+    for row in found["rows"]:
+        memory = (row["arrays_gb"], row["held_gb"], row["driver_gb"])
+        told = f"{statistics.median(row['ms']):.0f} ({min(row['ms']):.0f} to {max(row['ms']):.0f})"
+        cells = ("-" if x is None else f"{x:.1f}" for x in memory)
+        rows.append((row["model"], row["pairs"], row["gpus"], row["given_back"], told, *cells))
+    header = (
+        "model", "pairs a step", "GPUs", "the cache is given back", "ms a step", "arrays, GB", "with the cache, GB",
+        "by the driver, GB",
+    )  # fmt: skip
+    return markdown_table(header, rows) + "\n\n" + made_by(found)
+
+
 def sentiment_table():
     """Score against KL from the reference, for each file: a row a run, with its steps and with its score at some KL."""
     parts = []
@@ -412,6 +434,7 @@ REGIONS = {
     "gradients": (BENCHMARKS, gradients_table),
     "scaling": (BENCHMARKS, scaling_table),
     "gpus": (BENCHMARKS, gpus_table),
+    "cache": (BENCHMARKS, cache_table),
     "recurrent": (BENCHMARKS, recurrent_table),
     "relatives": (BENCHMARKS, relatives_table),
     "learning": (BENCHMARKS, learning_table),
