@@ -1,12 +1,16 @@
 """Tests marked `device` need a GPU; `--run-device` runs them on whatever device there is."""
 
+import os
 import sys
 from pathlib import Path
 
+# Tests run on all cores already.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import mlx_lm  # noqa: F401, I001 (first: it chooses the BLAS that MLX multiplies with)
 import mlx.core as mx
 import pytest
 
-import mlx_lm  # noqa: F401, I001 (first: it chooses the BLAS that MLX multiplies with)
 from mlx_lm._backend import prepare_for_training
 
 # As a run does, before anything is computed.
