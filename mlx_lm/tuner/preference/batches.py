@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from .attention import CUDA_TILE, Layout, Part, make_layout, on_cuda
-from .options import ConfigError
+from .options import MOST_ITERS, ConfigError
 
 # How a batch is arranged: all its tokens side by side, a prompt's once; or rows with a prompt each.
 ARRANGEMENTS = PACKED, PLAIN = "packed", "plain"
@@ -317,7 +317,7 @@ class Schedule:
         grouped: whether a batch holds pairs of like length.
 
     Raises:
-        ConfigError: the batch size is not a multiple of the number of workers.
+        ConfigError: the batch size is not a multiple of the number of workers, or there are too many steps.
     """
 
     def __init__(self, pairs, batch_size, seed, arrangement, iters=None, grouped=True):
@@ -330,6 +330,8 @@ class Schedule:
         self.rank, self.workers = world.rank(), world.size()
         self.epoch_steps = -(-len(pairs) // batch_size)
         self.iters = iters or self.epoch_steps
+        if self.iters > MOST_ITERS:
+            raise ConfigError(f"epochs and the data ask for more than {MOST_ITERS} steps; lower epochs.")
         # Where shapes are compiled, what is left for the last batch is filled up.
         self._share = batch_size // self.workers if multiple() > 1 else 0
         self._lengths = np.array([pair_lengths(pair) for pair in pairs])

@@ -49,6 +49,10 @@ def shown(value):
     return shortened(repr(value), 65)
 
 
+# Each step's shape is planned before the first one: for these in some minutes.
+MOST_ITERS = 10**7
+
+
 @dataclass(frozen=True)
 class Option:
     """One key of the configuration file, and the command-line flag of the same name.
@@ -338,7 +342,7 @@ UPSTREAM_OPTIONS = (
         keep=True,
     ),
     Option("batch_size", 4, int, "pairs in a batch, over all workers", low=1, keep=True),
-    Option("iters", 1000, int, "batches to train on", low=1),
+    Option("iters", 1000, int, "batches to train on", low=1, high=MOST_ITERS),
     Option("grad_accumulation_steps", 1, int, "batches an update", low=1, keep=True),
     Option("learning_rate", 1e-5, float, "the optimizer's, where there is no lr_schedule", low=0, keep=True),
     Option(
