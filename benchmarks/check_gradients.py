@@ -34,7 +34,6 @@ from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, make_batch, pair_lengths, shape_of
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.memory import trim_cache
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import Objective, Step
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -138,8 +137,8 @@ class Ways:
             with checkpointed_layers(self.model) if checkpoint else nullcontext():
                 _, gradient = step.gradient(batch, reference)
                 mx.eval(gradient)
-            # As a run does: arrays of another arrangement fit none of these.
-            trim_cache()
+            # Arrays of another arrangement fit none of these.
+            mx.clear_cache()
             yield (arrangement, how, checkpoint), gradient
 
 
