@@ -129,8 +129,8 @@ def test_two_workers_do_what_one_does(workers, tmp_path, name):
     expected, validation = short_run(model, pairs, tmp_path, valid=valid, **OPTIONS, **RUNS[name])
     weights = [dict(np.load(folder / place)) for place in (f"{name}.0.npz", f"second/{name}.1.npz")]
     assert largest_difference(weights[0], weights[1]) == 0
-    # Adam makes a step of its rate, 1e-3, of a gradient however small, and the two round it otherwise.
-    assert largest_difference(weights[0], trained(model)) < 5e-5
+    # Adam makes a step of its rate, 1e-3, of a gradient however small, and the two round it otherwise; experts most.
+    assert largest_difference(weights[0], trained(model)) < (5e-5 if name == "experts" else 2e-5)
     assert largest_difference(trained(model), start) > 1e-3
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     assert_like([line for line in lines if "loss" in line], expected, 9)

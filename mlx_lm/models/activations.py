@@ -19,9 +19,9 @@ def fast_exp(x):
 
 
 def fast_max(x):
-    """The maximum along the last axis, which stays; by blocks if it has some, since MLX reads a row value by value."""
+    """The maximum along the last axis, which stays; on a CPU by blocks, since MLX reads a row there value by value."""
     block = min(x.shape[-1] & -x.shape[-1], 512)
-    if block >= 32:
+    if block >= 32 and mx.default_device() != mx.gpu:
         x = x.reshape(*x.shape[:-1], -1, block).max(axis=-2)
     return x.max(axis=-1, keepdims=True)
 

@@ -317,7 +317,7 @@ class Schedule:
         grouped: whether a batch holds pairs of like length.
 
     Raises:
-        ConfigError: the batch size is not a multiple of the number of workers, or there are too many steps.
+        ConfigError: the batch size is not a multiple of the number of workers.
     """
 
     def __init__(self, pairs, batch_size, seed, arrangement, iters=None, grouped=True):
@@ -330,8 +330,6 @@ class Schedule:
         self.rank, self.workers = world.rank(), world.size()
         self.epoch_steps = -(-len(pairs) // batch_size)
         self.iters = iters or self.epoch_steps
-        if self.iters > MOST_ITERS:
-            raise ConfigError(f"epochs and the data ask for more than {MOST_ITERS} steps; lower epochs.")
         # Where shapes are compiled, what is left for the last batch is filled up.
         self._share = batch_size // self.workers if multiple() > 1 else 0
         self._lengths = np.array([pair_lengths(pair) for pair in pairs])
@@ -391,9 +389,16 @@ class Schedule:
 
 
 def iterations(epochs, pairs, batch_size):
-    """Batches that so many rounds through so many pairs take; a part of a round counts too."""
+    """Batches that so many rounds through so many pairs take; a part of a round counts too.
+
+    Raises:
+        ConfigError: there are more than `iters` may be.
+    """
     # Rounded first: 0.1 x 30 is more than 3 in floating point.
-    return max(1, math.ceil(round(epochs * -(-pairs // batch_size), 6)))
+    found = max(1, math.ceil(round(epochs * -(-pairs // batch_size), 6)))
+    if found > MOST_ITERS:
+        raise ConfigError(f"epochs and the data ask for more than {MOST_ITERS} steps; lower epochs.")
+    return found
 
 
 def drawn(by_length, size, bucket, draw):

@@ -80,7 +80,7 @@ def _limit_for(work, growth):
 
 
 def _finish():
-    """Wait for the device, before `mx.clear_cache` does.
+    """Wait for the device, before `mx.clear_cache` does on CUDA.
 
     That one keeps Python's lock meanwhile, so that no other thread could end a worker whose device waits for another
     one that is gone. `mx.eval` lets go of it.
@@ -103,5 +103,6 @@ def trim_cache(threshold=0):
     else:
         much = held > MOST_HELD * mx.get_peak_memory() or (on_cuda() and _calls % EVERY == 0)
     if much:
-        _finish()
+        if on_cuda():
+            _finish()
         mx.clear_cache()
