@@ -210,7 +210,7 @@ RUN_NOTES = {
     "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, `h200_smollm2` when "
     "it was given back after each step.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors: "
-    "alone a step took about half as long.",
+    "the table of MLX's cache has steps of these models with less beside them.",
 }
 
 
