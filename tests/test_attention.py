@@ -25,7 +25,7 @@ from mlx_lm.tuner.preference.attention import (
     make_layout,
     tokens_first,
 )
-from mlx_lm.tuner.preference.batches import PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.batches import PACKED, PLAIN, at_once, make_batch
 from mlx_lm.tuner.preference.logps import Scorer, narrow_windows
 
 ATTENTION = mx.fast.scaled_dot_product_attention
@@ -117,7 +117,7 @@ def test_packed_attention_is_each_sequences_own(widths, mask, sinks):
     arrays = [mx.array(draw(size=(10, heads, 1, 8)), mx.float32) for heads in (4, 2, 2)]
     sinks = mx.array(draw(size=4), mx.float32) if sinks else None
     factors = mx.array(draw(size=(9, 4, 8)), mx.float32)
-    layout = make_layout(10, SEQUENCES, widths)
+    layout = at_once(make_layout(10, SEQUENCES, widths))
     inverses(layout, 10)
     # Of a prompt's tokens both sequences have the output; the first one's is taken.
     first = [np.flatnonzero(np.isin(sequence, np.concatenate([[-1], *SEQUENCES[:i]]), invert=True))
@@ -145,7 +145,7 @@ def test_packed_attention_is_each_sequences_own(widths, mask, sinks):
 
 
 def test_a_packed_cache_tells_positions_and_refuses_masks_and_rows():
-    cache = PackedCache(make_layout(10, SEQUENCES, [(range(4), 0, 4)]))
+    cache = PackedCache(at_once(make_layout(10, SEQUENCES, [(range(4), 0, 4)])))
     assert cache.offset.tolist() == [0, 1, 0, 1, 2, 2, 3, 2, 3, 0]
     assert cache.make_mask(1) == "causal" and cache.make_mask(1, window_size=5) == Window(5)
     one, two = mx.zeros((10, 2, 1, 8)), mx.zeros((5, 2, 2, 8))

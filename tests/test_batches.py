@@ -19,6 +19,7 @@ from mlx_lm.tuner.preference.batches import (
     Schedule,
     Shape,
     as_batch,
+    at_once,
     drawn,
     filled,
     ladder,
@@ -403,3 +404,22 @@ def test_tokens_that_the_model_does_not_write_are_run_but_not_scored(arrangement
     assert scores.total[0].item() == pytest.approx(expected, abs=1e-4)
     assert scores.common[0].item() == pytest.approx(logps[2].item() + logps[3].item(), abs=1e-4)
     assert batch.lengths.tolist() == [4, 2]
+
+
+# From numpy to MLX
+
+
+def test_arrays_come_at_once_as_they_are():
+    draw = np.random.default_rng(0)
+    tree = {
+        "ints": draw.integers(-9, 9, (3, 5)).astype(np.int32),
+        "parts": (draw.normal(size=7).astype(np.float32), draw.random(9) > 0.5),
+        "none": np.zeros((0, 2), np.float32),
+        "one": np.array(3, np.int32),
+        "turned": draw.normal(size=(2, 3)).astype(np.float32).T,
+    }
+    found = at_once(tree)
+    for (name, values), (_, expected) in zip(tree_flatten(found), tree_flatten(tree), strict=True):
+        assert np.array(values).dtype == expected.dtype and values.shape == expected.shape, name
+        assert (np.array(values) == expected).all(), name
+    assert isinstance(found["parts"], tuple)

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from plain_pass import make_pairs
 
 from mlx_lm.tuner.preference.attention import PackedCache, Window, attention, gathered, make_layout, on_cuda
-from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule
+from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, at_once
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
@@ -146,7 +146,7 @@ def test_packed_attention_is_each_sequences_own(dtype, mask):
     draw = np.random.default_rng(0).normal
     arrays = [mx.array(draw(size=(768, heads, 1, 64)), dtype) for heads in (4, 2, 2)]
     slope = mx.array(draw(size=(768, 4, 1, 64)), dtype) * (mx.arange(768) < 659)[:, None, None, None].astype(dtype)
-    cache = PackedCache(make_layout(768, sequences, [(range(4), 0, 384)]))
+    cache = PackedCache(at_once(make_layout(768, sequences, [(range(4), 0, 384)])))
     out, slopes = mx.vjp(lambda *qkv: cache.attend(*qkv, 0.125, mask, None), arrays, [slope])
     mx.eval(out, slopes)
     for sequence in sequences:
@@ -177,6 +177,7 @@ def test_a_compiled_run_is_the_eager_one(dtype):
             sums, norm = step(batch, reference, True)
             mx.eval(sums, norm, step.state())
             losses.append(sums.tolist())
+        step.flat.write()
         return losses, dict(tree_flatten(model.trainable_parameters()))
 
     (expected, eager), (losses, compiled) = run(False), run(True)
@@ -197,7 +198,7 @@ def test_one_seed_gives_one_run():
         for iteration in range(1, 5):
             batch, reference, _ = schedule.batch(iteration, np.full((16, 2, 2), -300, np.float32))
             mx.eval(step(batch, reference, True), step.state())
-        return tree_flatten(model.trainable_parameters())
+        return tree_flatten(step.flat.vectors.parameters())
 
     assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(run(), run(), strict=True))
 

@@ -64,7 +64,7 @@ class Window:
 
 
 def make_layout(length, sequences, widths):
-    """The `Layout` of a packed batch.
+    """The `Layout` of a packed batch, as numpy's arrays.
 
     Args:
         length: N, its tokens, padding included.
@@ -88,11 +88,10 @@ def make_layout(length, sequences, widths):
             new = first + np.flatnonzero(outputs[tokens[first:]] < 0)
             answers[i, new - first] = tokens[new]
             outputs[tokens[new]] = queries_before + i * (width - first) + new - first
-        parts.append(Part(mx.array(keys[:, first:]), mx.array(keys)))
+        parts.append(Part(keys[:, first:], keys))
         answered.append(answers.ravel())
         queries_before, keys_before = queries_before + answers.size, keys_before + keys.size
-    arrays = (outputs, np.concatenate(answered), uses)
-    return Layout(mx.array(places), tuple(parts), *map(mx.array, arrays))
+    return Layout(places, tuple(parts), outputs, np.concatenate(answered), uses)
 
 
 class RowCache:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from .attention import CUDA_TILE, Layout, Part, make_layout, on_cuda
 from .options import MOST_ITERS, ConfigError
@@ -216,21 +217,45 @@ def make_batch(pairs, arrangement, shape=None, size=None):
     scored = [_scored_places(pair, side) for side in (0, 1) for pair in pairs]
     positions, targets, sequences, common = _scored(responses, places, scored, shape.scored)
     batch = Batch(
-        tokens=mx.array(tokens),
+        tokens=tokens,
         layout=layout,
-        positions=mx.array(positions),
-        targets=mx.array(targets),
-        sequences=mx.array(sequences),
-        common=mx.array(common),
-        lengths=mx.array(np.array([len(numbers) for numbers in scored], np.float32)),
-        counts=mx.array(np.array(counts, np.float32)),
-        weights=mx.array(np.array([pair.weight for pair in pairs], np.float32)),
-        margins=mx.array(np.array([pair.margin for pair in pairs], np.float32)),
-        labels=mx.array(np.array([pair.label is not False for pair in pairs], np.float32)),
-        reads=mx.array(reads),
-        ntoks=mx.array(sum(int(count) * _tokens(pair) for count, pair in zip(counts, pairs, strict=True)), mx.int32),
+        positions=positions,
+        targets=targets,
+        sequences=sequences,
+        common=common,
+        lengths=np.array([len(numbers) for numbers in scored], np.float32),
+        counts=np.array(counts, np.float32),
+        weights=np.array([pair.weight for pair in pairs], np.float32),
+        margins=np.array([pair.margin for pair in pairs], np.float32),
+        labels=np.array([pair.label is not False for pair in pairs], np.float32),
+        reads=reads,
+        ntoks=np.array(sum(int(count) * _tokens(pair) for count, pair in zip(counts, pairs, strict=True)), np.int32),
     )
-    return batch, tokens.size, tokens.size - own
+    return at_once(batch), tokens.size, tokens.size - own
+
+
+def at_once(tree):
+    """A tree of numpy's arrays, of 32 bits or booleans, as MLX's: parts of one array.
+
+    On CUDA each array that is made of numpy's is copied to a place of its own while the host waits, and the device
+    waits where that is given back.
+    """
+    words = [_words(values) for _, values in tree_flatten(tree)]
+    whole = mx.array(np.concatenate(words))
+    views = {np.dtype(np.int32): whole, np.dtype(np.float32): whole.view(mx.float32)}
+    views[np.dtype(bool)] = whole.view(mx.bool_)
+    starts = iter(np.cumsum([0, *map(len, words)]).tolist())
+
+    def part(values):
+        return mx.as_strided(views[values.dtype], values.shape, offset=next(starts) * 4 // values.dtype.itemsize)
+
+    return tree_map(part, tree)
+
+
+def _words(values):
+    """An array's values as int32, filled up to 16 bytes, with which kernels begin best."""
+    values = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return np.concatenate([values, np.zeros(-len(values) % 16, np.uint8)]).view(np.int32)
 
 
 def emptied(batch):
