@@ -15,8 +15,9 @@ from .attention import on_cuda
 # What an evaluation may take besides what was seen to be needed, and what may be kept between two, as shares of that.
 SLACK = 1.15
 MOST_HELD = 1.3
-# Calls of `trim_cache` from one giving back on CUDA to the next. After every step it took a third of the speed.
-EVERY = 10
+# Calls of `trim_cache` from one giving back on CUDA to the next. After every step it took a third of the speed, after
+# every tenth a tenth.
+EVERY = 50
 
 # The most that arrays took before MLX's own count was begun anew.
 _earlier_peak = 0
