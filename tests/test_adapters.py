@@ -140,6 +140,7 @@ def test_a_run_is_that_with_a_second_model_in_memory(tmp_path, every):
         logps = Reference(Scorer(reference, share_prompt=False)).logps(pairs, rows)
         sums, _ = step(make_batch([pairs[row] for row in rows], PLAIN)[0], mx.array(logps), True)
         assert lines[i - 1]["loss"] == pytest.approx(sums[0].item() / len(rows), abs=1e-5), i
+        step.flat.write()
         if i % every == 0:
             old, new = reference.trainable_parameters(), policy.trainable_parameters()
             reference.update(tree_map(lambda a, b: (1 - share) * a + share * b, old, new))

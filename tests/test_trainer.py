@@ -165,6 +165,7 @@ def one_update(sizes, optimizer, compiled=False, max_grad_norm=None, loss_type="
         mx.eval(sums, norm, step.state(), step.accumulated)
         start += size
     assert start == len(PAIRS) and step.accumulated is None
+    step.flat.write()
     return trained(model), norm.item()
 
 

@@ -259,7 +259,7 @@ def restore_run(path, step, logps):
         arrays, progress, _ = read_state(path)
         high, low = arrays["random"].tolist()
         state = dict(_part(arrays, "optimizer"))
-        step.optimizer.init(step.model.trainable_parameters())
+        step.optimizer.init(step.flat.vectors.parameters())
         missing = {name for name, _ in tree_flatten(step.optimizer.state)} - set(state)
         if missing and progress.updates > 0:
             raise ValueError(f"it has no {min(missing)} of the optimizer's")
@@ -273,16 +273,17 @@ def restore_run(path, step, logps):
             # Parts of the tree that hold no array have left no trace in the file.
             parts = dict(_part(arrays, "gradient"))
             share = 1 / mx.distributed.init().size()
-            gradient = tree_map_with_path(lambda name, _: parts[name] * share, step.model.trainable_parameters())
+            gradient = tree_map_with_path(lambda name, _: parts[name] * share, step.flat.vectors.parameters())
             step.accumulated = (gradient, arrays["pairs"] * share)
     except (KeyError, TypeError, ValueError) as error:
         told = f"it has no {error.args[0]}" if isinstance(error, KeyError) else first_line(error)
         raise ConfigError(f"{path} lacks a part ({told}); leave resume out to start anew.") from error
     step.model.update(tree_unflatten(_part(arrays, "model")))
+    step.flat.read()
     step.optimizer.state = tree_unflatten(list(state.items()))
     # The state is a key, and a seed becomes the key of its two halves; the state itself takes no assignment.
     mx.random.seed(high << 32 | low)
-    mx.eval(step.model.parameters(), step.optimizer.state)
+    mx.eval(step.model.parameters(), step.state())
     # One that is damaged is never kept.
     progress.saved = progress.iteration if Path(path).name == STATE_FILE else None
     return progress

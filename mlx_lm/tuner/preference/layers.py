@@ -24,7 +24,8 @@ class LeanLoRALinear(LoRALinear):
     """
 
     def __call__(self, x):
-        lora_a, lora_b = self.lora_a.astype(x.dtype), (self.scale * self.lora_b).astype(x.dtype)
+        lora_a, lora_b = self.lora_a, self.lora_b if self.scale == 1.0 else self.scale * self.lora_b
+        lora_a, lora_b = lora_a.astype(x.dtype), lora_b.astype(x.dtype)
         dropped = self.dropout(x)
         if dropped is x and not self.linear.trainable_parameters():
             out = _adapted_product(self.linear, x.reshape(-1, x.shape[-1]), lora_a, lora_b)
@@ -55,7 +56,9 @@ def _adapted_product(linear, x, lora_a, lora_b):
         low_slope = slope @ lora_b.T
         own = [x.T @ low_slope, low.T @ slope]
         slope, low_slope = mx.depends([slope, low_slope], own)
-        _, (passed_on,) = mx.vjp(linear, [x], [slope])
+        # A plain layer's by itself: MLX's would turn its weight around twice.
+        plain = type(linear) is nn.Linear
+        passed_on = slope @ linear.weight if plain else mx.vjp(linear, [x], [slope])[1][0]
         return *own, mx.addmm(passed_on, low_slope, lora_a.T)
 
     return product(lora_a, lora_b, x)[0]

@@ -18,12 +18,10 @@ class SkippingOptimizer:
 
     Args:
         optimizer: MLX's.
-        parameters: what will be updated, a tree.
     """
 
-    def __init__(self, optimizer, parameters):
+    def __init__(self, optimizer):
         self.optimizer = optimizer
-        optimizer.init(parameters)
 
     @property
     def state(self):

@@ -105,7 +105,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     if args.lora_plus_ratio is not None:
         optimizer = lora_plus(optimizer, args.lora_plus_ratio)
     if args.on_nonfinite == "skip":
-        optimizer = SkippingOptimizer(optimizer, model.trainable_parameters())
+        optimizer = SkippingOptimizer(optimizer)
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm)
     if args.check:
         return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args)
@@ -179,7 +179,10 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, logps.train)
         stops = asked_anywhere(request, due.report)
         # The next step is traced while the device works on this one, but no more than that.
-        mx.eval(work if stops or due.refresh or due.report or due.validate or due.save else earlier)
+        is_read = stops or due.refresh or due.report or due.validate or due.save
+        mx.eval(work if is_read else earlier)
+        if is_read:
+            step.flat.write()
         earlier = sums
         trim_cache(args.clear_cache_threshold)
         window.seconds += time.perf_counter() - tic

@@ -4,13 +4,13 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.nn.utils import average_gradients
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
 from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
 from .batches import as_batch
+from .flat import FlatParameters
 from .intercept import aside, parameters_in
 from .layers import lean_layers
 from .routing import experts_of, load_balancing_loss, routed, routers_of
@@ -220,6 +220,10 @@ class Step:
         objective: an `Objective`.
         compiled: whether to compile the step, once for each shape of a batch.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
+
+    Attributes:
+        flat: the `FlatParameters` that are updated; `flat.write` gives the model what they have become.
+        accumulated: `(gradient, number of pairs)` of the batches since the last update, or None.
     """
 
     def __init__(self, model, optimizer, objective, compiled, max_grad_norm=None):
@@ -227,9 +231,11 @@ class Step:
         self.optimizer = optimizer
         self.objective = objective
         self.max_grad_norm = max_grad_norm
-        self._value_and_grad = nn.value_and_grad(model, lambda _, *inputs: objective(*inputs, gradient=True))
+        self.flat = FlatParameters(model, optimizer)
+        if optimizer is not None:
+            optimizer.init(self.flat.vectors.parameters())
         self.compiled = compiled
-        self.accumulated = None  # (gradient, number of pairs) of the batches since the last update
+        self.accumulated = None
 
     def __call__(self, batch, reference, update):
         """Take a batch's gradient, and update the model where `update` is set.
@@ -250,14 +256,16 @@ class Step:
         return sums, (self._compiled_update if self.compiled else self._update)(gradient, pairs)
 
     def gradient(self, batch, reference):
-        """`(sums, gradient)` of a batch: `Objective`'s sums, and the gradient of the loss summed over pairs."""
+        """`(sums, gradient)` of a batch: `Objective`'s sums, and the summed loss's gradient, as `flat` joins it."""
         return (self._compiled_gradient if self.compiled else self._take_gradient)(batch, reference)
 
-    # Compiled when first used: what they change is only then what it will be.
+    # Compiled when first used: what they change is only then what it will be. What is not trained is a constant.
 
     @cached_property
     def _compiled_gradient(self):
-        return mx.compile(self._take_gradient, inputs=[self.model.state, mx.random.state], outputs=[mx.random.state])
+        mx.eval(self.model.parameters())
+        changed = [self.flat.vectors.state, mx.random.state]
+        return mx.compile(self._take_gradient, inputs=changed, outputs=[mx.random.state])
 
     @cached_property
     def _compiled_update(self):
@@ -265,15 +273,20 @@ class Step:
 
     def state(self):
         """All that the step changes."""
-        return [self.model.state, self.optimizer.state, mx.random.state]
+        return [self.flat.vectors.state, self.optimizer.state, mx.random.state]
 
     def _take_gradient(self, batch, reference):
         batch = as_batch(batch)
-        # Around the backward pass too, for layers that it computes again. MLX leaves its tracers in the model.
-        parameters = parameters_in(self.model, self.model.trainable_parameters())
-        with lean_layers(self.model), parameters, self.objective.watching():
-            (_, sums), gradient = self._value_and_grad(self.model, batch, reference)
-        return sums, gradient
+        parameters = self.flat.views(as_multiplied=True)
+
+        def loss(parameters):
+            with parameters_in(self.model, parameters):
+                return self.objective(batch, reference, gradient=True)
+
+        # Around the backward pass too, for layers that it computes again.
+        with lean_layers(self.model), self.flat.as_multiplied(), self.objective.watching():
+            (_, sums), gradient = mx.value_and_grad(loss)(parameters)
+        return sums, self.flat.join(gradient, as_multiplied=True)
 
     def _update(self, gradient, pairs):
         world = mx.distributed.init()
@@ -286,5 +299,5 @@ class Step:
             norm = mx.sqrt(squares) / pairs
         else:
             mean, norm = clip_grad_norm(mean, self.max_grad_norm)
-        self.optimizer.update(self.model, mean)
+        self.optimizer.update(self.flat.vectors, mean)
         return norm

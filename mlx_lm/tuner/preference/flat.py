@@ -1,0 +1,133 @@
+"""The trainable parameters of a model side by side in a few vectors.
+
+LoRA trains hundreds of small matrices. To cast, scale, average and update them one by one took a third of a step's
+kernels, and a GPU waits for whoever launches them: so that is done to all at once.
+"""
+
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..lora import LoRALinear
+from .intercept import exchanged
+
+# Values of the largest parameter that is joined with others: a copy of its gradient must cost little.
+LARGEST = 2**20
+# Optimizers that read and write each value by itself.
+BY_ELEMENT = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad)
+
+
+class Kind(NamedTuple):
+    """What the parameters of one vector have in common.
+
+    Attributes:
+        leaf: "lora_b" or "others", by which LoRA+ tells its learning rates apart.
+        dtype: the parameters'.
+        rounded: the dtype in which their layers multiply, where these do nothing else with them; else None.
+        scale: what they are multiplied by before they are rounded.
+        name: of a parameter that is joined with no other, else "".
+    """
+
+    leaf: str
+    dtype: mx.Dtype
+    rounded: mx.Dtype | None
+    scale: float
+    name: str
+
+
+class FlatParameters:
+    """A model's trainable parameters as vectors, which are an optimizer's parameters in their place.
+
+    Args:
+        model: its trainable parameters are read once, and again by `read`.
+        optimizer: what will update them, or None; unless it is one of BY_ELEMENT, nothing is joined.
+
+    Attributes:
+        vectors: a module whose parameters they are.
+    """
+
+    def __init__(self, model, optimizer=None):
+        self.vectors, self._model = nn.Module(), model
+        self._lora = [module for module in model.modules() if type(module) is LoRALinear and _dtype_of(module)]
+        of_lora = {id(x): module for module in self._lora for x in (module.lora_a, module.lora_b)}
+        joins, kinds = optimizer is None or _is_by_element(optimizer), {}
+        for name, value in tree_flatten(model.trainable_parameters()):
+            leaf = "lora_b" if name.endswith(".lora_b") else "others"
+            module = of_lora.get(id(value))
+            rounded, scale = (_dtype_of(module), module.scale) if module else (None, 1.0)
+            alone = "" if joins and value.size <= LARGEST else name
+            kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
+            kinds.setdefault(kind, []).append((name, value.shape))
+        self._parts = {f"part_{i}": part for i, part in enumerate(kinds.items())}
+        self.read()
+
+    def read(self):
+        """Take the values that the model has, which has views of the vectors then."""
+        for place, vectors in self.join(self._model.trainable_parameters()).items():
+            self.vectors[place] = vectors
+        self.write()
+
+    def write(self):
+        """Give the model the values of the vectors."""
+        self._model.update(self.views())
+
+    def views(self, vectors=None, as_multiplied=False):
+        """The tree of the model's parameters, each a part of a vector and no copy.
+
+        Args:
+            vectors: a tree like that of `vectors`, by default its own.
+            as_multiplied: whether those of LoRA layers are wanted scaled and in the dtype of the products.
+        """
+        vectors, found = vectors or self.vectors, []
+        for place, (kind, parameters) in self._parts.items():
+            vector = vectors[place][kind.leaf]
+            if as_multiplied and kind.rounded is not None:
+                vector = (vector if kind.scale == 1.0 else kind.scale * vector).astype(kind.rounded)
+            start = 0
+            for name, shape in parameters:
+                found.append((name, mx.as_strided(vector, shape, offset=start) if vector.shape != shape else vector))
+                start += found[-1][1].size
+        return tree_unflatten(found)
+
+    def join(self, tree, as_multiplied=False):
+        """The vectors of a tree like the model's.
+
+        Args:
+            tree: values or gradients.
+            as_multiplied: whether it is a gradient with respect to views that were asked for so.
+        """
+        values, vectors = dict(tree_flatten(tree)), {}
+        for place, (kind, parameters) in self._parts.items():
+            parts = [values[name] for name, _ in parameters]
+            vector = parts[0] if kind.name else mx.concatenate([part.reshape(-1) for part in parts])
+            if as_multiplied and kind.rounded is not None:
+                vector = vector.astype(kind.dtype)
+                vector = vector if kind.scale == 1.0 else kind.scale * vector
+            vectors[place] = {kind.leaf: vector}
+        return vectors
+
+    @contextmanager
+    def as_multiplied(self):
+        """Within the context, LoRA layers take their second matrix for one that is scaled already."""
+        with ExitStack() as stack:
+            for module in self._lora:
+                stack.enter_context(exchanged(module, "scale", 1.0))
+            yield
+
+
+def _is_by_element(optimizer):
+    """Whether an optimizer, and all that it is made of, are of BY_ELEMENT."""
+    if type(optimizer) in BY_ELEMENT:
+        return True
+    parts = getattr(optimizer, "optimizers", None) or [getattr(optimizer, "optimizer", None)]
+    return None not in parts and all(map(_is_by_element, parts))
+
+
+def _dtype_of(module):
+    """The dtype in which a LoRA layer multiplies: its weight's, or the scales' of a packed one; None for another."""
+    stored = module.linear.get("scales", module.linear.weight)
+    return stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else None
