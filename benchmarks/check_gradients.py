@@ -92,10 +92,8 @@ def plain_gradient(model, pairs, reference=None):
 
 def products(found, expected):
     """Of two trees of gradients as vectors: their product, and that of each with itself."""
-    pairs = [
-        (x.astype(mx.float32), y.astype(mx.float32))
-        for (_, x), (_, y) in zip(tree_flatten(found), tree_flatten(expected), strict=True)
-    ]
+    found, expected = ({name: x.astype(mx.float32) for name, x in tree_flatten(tree)} for tree in (found, expected))
+    pairs = [(found[name], y) for name, y in expected.items()]
     sums = mx.stack([mx.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()]) for x, y in pairs]).sum(axis=0)
     return sums.tolist()
 

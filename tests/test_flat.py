@@ -45,7 +45,7 @@ def test_the_model_has_views_of_the_vectors(kind):
     before = {name: np.array(value) for name, value in tree_flatten(model.trainable_parameters())}
     flat = FlatParameters(model)
     after = dict(tree_flatten(model.trainable_parameters()))
-    assert after.keys() == before.keys()
+    assert list(after) == list(before)
     assert all(after[name].dtype == mx.float32 and (np.array(after[name]) == before[name]).all() for name in before)
     flat.vectors.update({place: {leaf: 2 * x for leaf, x in part.items()} for place, part in flat.vectors.items()})
     assert all((np.array(after[name]) == before[name]).all() for name in before)
@@ -149,3 +149,19 @@ def test_an_optimizer_that_was_used_before_may_be_used_again(tmp_path):
     optimizer.update(model, model.trainable_parameters())
     lines, _ = short_run(tiny_llama(), PAIRS, tmp_path, optimizer, iters=3)
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_each_parameter_begins_where_products_are_fast_and_what_fills_up_stays_zero(tmp_path):
+    model = tiny_llama(rank=3, moved=True)
+    flat = FlatParameters(model)
+    sizes = [value.size for name, value in tree_flatten(model.trainable_parameters()) if name.endswith("lora_a")]
+    assert any(size % flat_module.ALIGNED for size in sizes)
+    (vector,) = flat.vectors["part_0"].values()
+    assert vector.size == sum(-(-size // flat_module.ALIGNED) * flat_module.ALIGNED for size in sizes)
+    starts = np.cumsum([0, *(-(-size // flat_module.ALIGNED) * flat_module.ALIGNED for size in sizes)])
+    step = Step(model, optim.AdamW(1e-2), Objective(Scorer(model), preference_loss("dpo")), compiled=False)
+    for _ in range(2):
+        step(make_batch(PAIRS, PACKED)[0], mx.zeros((6, 2, 2)), True)
+    (vector,) = step.flat.vectors["part_0"].values()
+    gaps = [np.array(vector[start + size : stop]) for start, size, stop in zip(starts, sizes, starts[1:], strict=False)]
+    assert sum(map(len, gaps)) > 0 and not np.concatenate(gaps).any()

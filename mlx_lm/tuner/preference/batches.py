@@ -253,9 +253,9 @@ def at_once(tree):
 
 
 def _words(values):
-    """An array's values as int32, filled up to 16 bytes, with which kernels begin best."""
+    """An array's values as int32, filled up to 256 bytes, with which kernels begin best."""
     values = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return np.concatenate([values, np.zeros(-len(values) % 16, np.uint8)]).view(np.int32)
+    return np.concatenate([values, np.zeros(-len(values) % 256, np.uint8)]).view(np.int32)
 
 
 def emptied(batch):

@@ -15,6 +15,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..lora import LoRALinear
 from .intercept import exchanged
 
+# Values from one parameter's start to the next are a multiple of this: CUDA's products take arrays to begin at one of
+# 256 bytes. Zeros fill up, whose gradients are zeros.
+ALIGNED = 128
 # Values of the largest parameter that is joined with others: a copy of its gradient must cost little.
 LARGEST = 2**20
 # Optimizers that read and write each value by itself.
@@ -51,7 +54,7 @@ class FlatParameters:
     """
 
     def __init__(self, model, optimizer=None):
-        self.vectors, self._model = nn.Module(), model
+        self.vectors, self._model, self._names = nn.Module(), model, []
         self._lora = [module for module in model.modules() if type(module) is LoRALinear and _dtype_of(module)]
         of_lora = {id(x): module for module in self._lora for x in (module.lora_a, module.lora_b)}
         joins, kinds = optimizer is None or _is_by_element(optimizer), {}
@@ -62,6 +65,7 @@ class FlatParameters:
             alone = "" if joins and value.size <= LARGEST else name
             kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
             kinds.setdefault(kind, []).append((name, value.shape))
+            self._names.append(name)
         self._parts = {f"part_{i}": part for i, part in enumerate(kinds.items())}
         self.read()
 
@@ -82,16 +86,16 @@ class FlatParameters:
             vectors: a tree like that of `vectors`, by default its own.
             as_multiplied: whether those of LoRA layers are wanted scaled and in the dtype of the products.
         """
-        vectors, found = vectors or self.vectors, []
+        vectors, found = vectors or self.vectors, {}
         for place, (kind, parameters) in self._parts.items():
             vector = vectors[place][kind.leaf]
             if as_multiplied and kind.rounded is not None:
                 vector = (vector if kind.scale == 1.0 else kind.scale * vector).astype(kind.rounded)
             start = 0
             for name, shape in parameters:
-                found.append((name, mx.as_strided(vector, shape, offset=start) if vector.shape != shape else vector))
-                start += found[-1][1].size
-        return tree_unflatten(found)
+                found[name] = vector if kind.name else mx.as_strided(vector, shape, offset=start)
+                start += found[name].size + -found[name].size % ALIGNED
+        return tree_unflatten([(name, found[name]) for name in self._names])
 
     def join(self, tree, as_multiplied=False):
         """The vectors of a tree like the model's.
@@ -103,7 +107,7 @@ class FlatParameters:
         values, vectors = dict(tree_flatten(tree)), {}
         for place, (kind, parameters) in self._parts.items():
             parts = [values[name] for name, _ in parameters]
-            vector = parts[0] if kind.name else mx.concatenate([part.reshape(-1) for part in parts])
+            vector = parts[0] if kind.name else _side_by_side(parts)
             if as_multiplied and kind.rounded is not None:
                 vector = vector.astype(kind.dtype)
                 vector = vector if kind.scale == 1.0 else kind.scale * vector
@@ -117,6 +121,15 @@ class FlatParameters:
             for module in self._lora:
                 stack.enter_context(exchanged(module, "scale", 1.0))
             yield
+
+
+def _side_by_side(arrays):
+    """A vector of all values, each array's from a multiple of ALIGNED on."""
+    parts = []
+    for array in arrays:
+        gap = -array.size % ALIGNED
+        parts += [array.reshape(-1), mx.zeros(gap, array.dtype)] if gap else [array.reshape(-1)]
+    return mx.concatenate(parts)
 
 
 def _is_by_element(optimizer):
