@@ -207,10 +207,10 @@ def macs_table():
 # What a part of a file's name tells of its runs.
 RUN_NOTES = {
     "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
-    "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, `h200_smollm2` when "
-    "it was given back after each step.",
-    "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors: "
-    "the table of MLX's cache has steps of these models with less beside them.",
+    "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
+    "`h200_smollm2_before` when it was given back after each step, and all but `h200_1b` and `h200_smollm2` when each "
+    "parameter was updated by itself. TRL's run beside `h200_smollm2` was cut off.",
+    "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 
 
@@ -387,6 +387,23 @@ def cache_table():
     return markdown_table(header, rows) + "\n\n" + made_by(found)
 
 
+def vectors_table():
+    """Milliseconds a step with each parameter updated by itself, and with all as vectors."""
+    found = result("vectors_h200")
+    rows = []
+    for row in found["rows"]:
+        times = (
+            f"{statistics.median(ms):.0f} ({min(ms):.0f} to {max(ms):.0f})"
+            for ms in (row["one_by_one_ms"], row["as_vectors_ms"])
+        )
+        rows.append((row["model"], row["pairs"], f"{row['kernels']:,}", f"{row['device_ms']:.0f}", *times))
+    header = (
+        "model", "pairs a step", "kernels a step, one by one", "of these on the device, ms", "ms a step, one by one",
+        "as vectors",
+    )  # fmt: skip
+    return markdown_table(header, rows) + "\n\n" + made_by(found)
+
+
 def sentiment_table():
     """Score against KL from the reference, for each file: a row a run, with its steps and with its score at some KL."""
     parts = []
@@ -435,6 +452,7 @@ REGIONS = {
     "scaling": (BENCHMARKS, scaling_table),
     "gpus": (BENCHMARKS, gpus_table),
     "cache": (BENCHMARKS, cache_table),
+    "vectors": (BENCHMARKS, vectors_table),
     "recurrent": (BENCHMARKS, recurrent_table),
     "relatives": (BENCHMARKS, relatives_table),
     "learning": (BENCHMARKS, learning_table),
