@@ -159,7 +159,7 @@ def modules_table():
 
 ORDER = """__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches
 logps attention cpu_attention layers recurrent chunk_products pieces adapters routing objective reference
-reference_cache step run workers dry_run evaluation scores divergence report screen metrics outcome answers
+reference_cache flat step run workers dry_run evaluation scores divergence report screen metrics outcome answers
 curves page card health checkpoint load"""
 
 
