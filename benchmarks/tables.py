@@ -208,8 +208,8 @@ def macs_table():
 RUN_NOTES = {
     "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
     "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
-    "`h200_smollm2_before` when it was given back after each step, and all but `h200_1b` and `h200_smollm2` when each "
-    "parameter was updated by itself. TRL's run beside `h200_smollm2` was cut off.",
+    "`h200_smollm2_before` when it was given back after each step, and all but `cpu`, `h200_1b` and `h200_smollm2` "
+    "when each parameter was updated by itself. TRL's run beside `h200_smollm2` was cut off.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 
