@@ -1,6 +1,6 @@
 """The trainable parameters of a model side by side in a few vectors.
 
-LoRA trains hundreds of small matrices. To cast, scale, average and update them one by one took a third of a step's
+LoRA trains hundreds of small matrices. To cast, scale, average and update them one by one took three in ten of a step's
 kernels, and a GPU waits for whoever launches them: so that is done to all at once.
 """
 
