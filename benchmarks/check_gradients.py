@@ -93,6 +93,8 @@ def plain_gradient(model, pairs, reference=None):
 def products(found, expected):
     """Of two trees of gradients as vectors: their product, and that of each with itself."""
     found, expected = ({name: x.astype(mx.float32) for name, x in tree_flatten(tree)} for tree in (found, expected))
+    if found.keys() != expected.keys():
+        raise ValueError(f"gradients of other parameters: {sorted(found.keys() ^ expected.keys())}")
     pairs = [(found[name], y) for name, y in expected.items()]
     sums = mx.stack([mx.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()]) for x, y in pairs]).sum(axis=0)
     return sums.tolist()

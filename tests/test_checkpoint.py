@@ -189,7 +189,7 @@ def test_the_runs_above_have_what_they_are_named_for(tmp_path):
     middle = mx.load(str(tmp_path / "accumulation" / STATE_FILE))
     # Iteration 3 begins an accumulation of two: 2 pairs of a gradient that is not zero.
     assert middle["pairs"].item() == 2
-    assert max(mx.abs(middle[key]).max().item() for key in middle if key.startswith("gradient.")) > 0
+    assert mx.abs(middle["gradient.part_1.lora_b"]).max().item() > 0
     updated = trained(tmp_path / "reference", reference_update_steps=2)
     assert "logps.reference" in updated and "logps.reference" not in plain
 
@@ -305,7 +305,6 @@ def test_resume_without_a_checkpoint_is_told(tmp_path):
 def test_the_random_state_is_that_of_the_saved_run(tmp_path):
     model, _ = load_model(GOLDEN)
     step = Step(model, optimizers.Adam(learning_rate=0.1), None, compiled=False)
-    step.optimizer.init(step.flat.vectors.parameters())
     args, logps = TrainingArgs(adapter_file=tmp_path / "adapters.safetensors"), ReferenceLogps([], [], [])
     mx.random.seed(2**40 + 12345)
     mx.random.normal((3,))

@@ -151,7 +151,7 @@ def test_an_optimizer_that_was_used_before_may_be_used_again(tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_each_parameter_begins_where_products_are_fast_and_what_fills_up_stays_zero(tmp_path):
+def test_each_parameter_begins_where_products_are_fast_and_what_fills_up_stays_zero():
     model = tiny_llama(rank=3, moved=True)
     flat = FlatParameters(model)
     sizes = [value.size for name, value in tree_flatten(model.trainable_parameters()) if name.endswith("lora_a")]

@@ -16,6 +16,8 @@ ARRANGEMENTS = PACKED, PLAIN = "packed", "plain"
 MOST_SHAPES = 8
 # So many batches' worth of pairs of like length are shuffled among themselves in each epoch.
 BUCKET = 8
+# Bytes from one array's start to the next where several are parts of one: CUDA's products take arrays to begin so.
+ALIGNMENT = 256
 # Of more different shapes than these, neighbours are taken together before the best few are looked for.
 MOST_CANDIDATES = 256
 
@@ -253,9 +255,9 @@ def at_once(tree):
 
 
 def _words(values):
-    """An array's values as int32, filled up to 256 bytes, with which kernels begin best."""
+    """An array's values as int32, filled up to a multiple of ALIGNMENT."""
     values = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return np.concatenate([values, np.zeros(-len(values) % 256, np.uint8)]).view(np.int32)
+    return np.concatenate([values, np.zeros(-len(values) % ALIGNMENT, np.uint8)]).view(np.int32)
 
 
 def emptied(batch):

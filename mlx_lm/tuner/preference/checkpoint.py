@@ -259,7 +259,6 @@ def restore_run(path, step, logps):
         arrays, progress, _ = read_state(path)
         high, low = arrays["random"].tolist()
         state = dict(_part(arrays, "optimizer"))
-        step.optimizer.init(step.flat.vectors.parameters())
         missing = {name for name, _ in tree_flatten(step.optimizer.state)} - set(state)
         if missing and progress.updates > 0:
             raise ValueError(f"it has no {min(missing)} of the optimizer's")

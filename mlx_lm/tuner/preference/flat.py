@@ -13,11 +13,12 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..lora import LoRALinear
+from .batches import ALIGNMENT
 from .intercept import exchanged
 
-# Values from one parameter's start to the next are a multiple of this: CUDA's products take arrays to begin at one of
-# 256 bytes. Zeros fill up, whose gradients are zeros.
-ALIGNED = 128
+# Values from one parameter's start to the next are a multiple of this, in half precision too. Zeros fill up, whose
+# gradients are zeros.
+ALIGNED = ALIGNMENT // 2
 # Values of the largest parameter that is joined with others: a copy of its gradient must cost little.
 LARGEST = 2**20
 # Optimizers that read and write each value by itself.
