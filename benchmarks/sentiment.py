@@ -43,6 +43,8 @@ FURTHER = {
     "discopop:0.1": {"loss": "discopop", "beta": 0.1, "discopop_tau": 0.2},
     **{f"{loss}:0.1": {"loss": loss, "beta": 0.1} for loss in ("aot", "aot_unpaired", "dpop", "orpo", "cpo", "kto")},
     "dpo+sft:0.1": {"loss": ["dpo", "sft"], "beta": 0.1},
+    # With a fiftieth of the factor that its paper has, which holds the chosen responses where they are.
+    "dpop-1:0.1": {"loss": "dpop", "beta": 0.1, "dpop_lambda": 1},
 }
 RUNS = PAPER | FURTHER
 SETTINGS = {
@@ -149,8 +151,11 @@ def place_of(label, kinds):
 
 
 def score_at(points, kl):
-    """The score where a run's frontier first comes to a KL, between its points; None where it stays below."""
-    for before, after in zip(points, points[1:], strict=False):
+    """The score where a run's frontier first comes to a KL, between two of its points behind the reference's own.
+
+    None where it stays below, and where the first point is beyond: a line from the reference to there is no frontier.
+    """
+    for before, after in zip(points[1:], points[2:], strict=False):
         if before["kl"] <= kl <= after["kl"] and after["kl"] > before["kl"]:
             share = (kl - before["kl"]) / (after["kl"] - before["kl"])
             return before["score"] + share * (after["score"] - before["score"])
