@@ -4,7 +4,16 @@ import mlx.core as mx
 import pytest
 
 from mlx_lm.tuner.preference import memory as module
-from mlx_lm.tuner.preference.memory import EVERY, MOST_HELD, SLACK, bounded_memory, held_memory, peak_memory, trim_cache
+from mlx_lm.tuner.preference.memory import (
+    EVERY,
+    MOST_HELD,
+    Need,
+    bounded_memory,
+    held_memory,
+    one_behind,
+    peak_memory,
+    trim_cache,
+)
 
 MEGABYTE = 2**20
 
@@ -53,11 +62,49 @@ def test_what_the_first_evaluation_needs_is_the_limit_of_the_others(limits, usua
         evaluate(step(), growth)
         assert limits == [0, limit()]  # nothing is held for longer than needed while it is measured
         need = max(growth, 1.0) * 8 * MEGABYTE
-        assert resting + need <= limit() <= resting + 2 * SLACK * need
+        assert resting + need <= limit() <= resting + 2 * need
         found = limit()
         evaluate(step(), 100.0)
         assert limits[2:] == [found]
     assert limit() == usual
+
+
+def test_what_evaluations_of_a_kind_need_is_measured_once(limits):
+    need = Need()
+    for _ in range(2):
+        with bounded_memory(need) as evaluate:
+            evaluate(step())
+            assert mx.get_active_memory() + 8 * MEGABYTE <= limit() <= mx.get_active_memory() + 2 * 8 * MEGABYTE
+    assert limits.count(0) == 1
+
+
+def test_arrays_are_handed_out_once_the_next_ones_are_under_way():
+    told = []
+
+    def works():
+        for i in range(3):
+            told.append(("made", i))
+            yield mx.full((2,), i), i
+
+    def evaluate(work, wait):
+        told.append(("given", int(work[0].item())))
+        assert not wait
+
+    for array, i in one_behind(evaluate, works()):
+        assert array.tolist() == [i, i]
+        told.append(("had", i))
+    first, *between, last = told
+    assert (first, last) == (("made", 0), ("had", 2))
+    assert between == [
+        ("given", 0),
+        ("made", 1),
+        ("given", 1),
+        ("had", 0),
+        ("made", 2),
+        ("given", 2),
+        ("had", 1),
+    ]
+    assert list(one_behind(evaluate, [])) == []
 
 
 def test_the_peak_is_of_the_time_before_the_measurement_too(limits):

@@ -422,7 +422,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path, computed):
     with pytest.raises(KeyboardInterrupt):
         Interrupted(Scorer(tiny_llama()), batch_size=3, cache=tmp_path).logps(PAIRS, range(10))
     found = Reference(Scorer(tiny_llama()), batch_size=3, cache=tmp_path).logps(PAIRS, range(10))
-    assert computed == [10, 4]
+    assert computed == [10, 7]  # the batch that was under way is lost
     assert np.allclose(found, Reference(Scorer(tiny_llama())).logps(PAIRS, range(10)), atol=1e-5)
 
 

@@ -12,6 +12,7 @@ from tiny import some_pairs, tiny_llama
 from mlx_lm.tuner.preference.divergence import mean_kl, token_kl
 from mlx_lm.tuner.preference.evaluation import means_of, pair_figures, without_adapters
 from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.scores import (
     Scores,
@@ -75,10 +76,13 @@ def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
     policy = Scorer(model, share_prompt)
     expected = plain_kl(model, pairs)
     assert min(expected) > 0
-    assert token_kl(policy, None, pairs) == pytest.approx(expected, abs=1e-5)
+    with bounded_memory() as evaluate:
+        assert token_kl(policy, None, pairs, evaluate) == pytest.approx(expected, abs=1e-5)
     assert mean_kl(policy, None, pairs, np.arange(5)) == (pytest.approx(np.mean(expected), abs=1e-5), 5)
     # A reference that is another model, and one that is not at hand.
-    assert token_kl(policy, Scorer(tiny_llama(lora=False)), pairs) == pytest.approx(expected, abs=1e-5)
+    with bounded_memory() as evaluate:
+        found = token_kl(policy, Scorer(tiny_llama(lora=False)), pairs, evaluate)
+        assert found == pytest.approx(expected, abs=1e-5)
     assert mean_kl(Scorer(tiny_llama(lora=False)), None, pairs, np.arange(5)) is None
     monkeypatch.setattr("mlx_lm.tuner.preference.divergence.MOST_PAIRS", 2)
     few = np.mean(plain_kl(model, [pairs[0], pairs[4]]))

@@ -10,7 +10,7 @@ from .batches import make_batch
 from .evaluation import without_adapters
 from .intercept import evaluating
 from .logps import CHUNK_LOGITS, tolerance
-from .memory import bounded_memory
+from .memory import bounded_memory, one_behind
 from .reference import batches_of
 
 # Both models run over these pairs, so that there are no more of them than a mean needs.
@@ -19,19 +19,20 @@ MOST_PAIRS = 64
 VALIDATED_PAIRS = 16
 
 
-def mean_kl(policy, reference, dataset, rows, most=None):
+def mean_kl(policy, reference, dataset, rows, most=None, need=None):
     """The mean KL of the policy from the reference at the response tokens of rows, at most `most`, evenly from all.
 
     Args:
         policy: a `Scorer`.
         reference: a `Scorer`, or None for the policy without its adapters.
+        need: a `Need` of memory that is enough, if there is one.
 
     Returns:
         `(nats a token, pairs)`, or None where the reference is not at hand.
     """
     rows = np.asarray(rows)[np.unique(np.linspace(0, len(rows) - 1, most or MOST_PAIRS).astype(int))]
     total, count = 0.0, 0
-    with evaluating(policy.model), bounded_memory() as evaluate:
+    with evaluating(policy.model), bounded_memory(need) as evaluate:
         for places in batches_of(policy, dataset, rows):
             pairs = [dataset[int(rows[place])] for place in places]
             values = token_kl(policy, reference, pairs, evaluate)
@@ -41,8 +42,12 @@ def mean_kl(policy, reference, dataset, rows, most=None):
     return float(total / count), len(rows)
 
 
-def token_kl(policy, reference, pairs, evaluate=mx.eval):
-    """The KL at each scored token of some pairs, `(M,)` float32; arguments and None as for `mean_kl`."""
+def token_kl(policy, reference, pairs, evaluate):
+    """The KL at each scored token of some pairs, `(M,)` float32; arguments and None as for `mean_kl`.
+
+    Args:
+        evaluate: what `bounded_memory` gives.
+    """
     bare = without_adapters if reference is None else nullcontext
     reference = reference or policy
     batches = [make_batch(pairs, scorer.arrangement)[0] for scorer in (policy, reference)]
@@ -51,22 +56,30 @@ def token_kl(policy, reference, pairs, evaluate=mx.eval):
         if adapted is False:
             return None
         reference_states = reference.response_states(batches[1])
+    words = [_vocabulary(policy, states), _vocabulary(reference, reference_states)]
+    if words[0] != words[1]:
+        return None  # they are filled up otherwise
     evaluate([states, reference_states])
     scored = np.flatnonzero(np.array(batches[0].sequences) < 2 * len(pairs))
     values = np.zeros(len(scored), np.float32)
     # Of both models, and what comes of them: a test takes hardly more memory than without.
-    size = max(1, CHUNK_LOGITS // 2 // (policy.head.vocabulary if policy.head else states.shape[-1]))
-    for start in range(0, len(scored), size):
+    size = max(1, CHUNK_LOGITS // 2 // words[0])
+
+    def kl_from(start):
+        """`(KL of a chunk's tokens (n,), where they begin)`."""
         chunk = mx.array(scored[start : start + size])
         logits = _logits(policy, states[chunk])
         with bare(reference.model):
-            others = _logits(reference, reference_states[chunk])
-        if logits.shape != others.shape:
-            return None  # vocabularies that are filled up otherwise
-        found = kl_of_logits(logits, others)
-        evaluate(found)
+            return kl_of_logits(logits, _logits(reference, reference_states[chunk])), start
+
+    for found, start in one_behind(evaluate, map(kl_from, range(0, len(scored), size))):
         values[start : start + size] = np.array(found)
     return values
+
+
+def _vocabulary(scorer, states):
+    """How many logits a scorer's response states give."""
+    return scorer.head.vocabulary if scorer.head else states.shape[-1]
 
 
 def _logits(scorer, states):
@@ -102,5 +115,6 @@ def validation_kl(objective, logps):
     # One pair tells: adapters that training began with, another model, or an exchanged reference give other logps.
     if not np.allclose(found, logps.valid[0, :, 0], rtol=tolerance(scorer.model), atol=1e-2):
         return None
-    kl = mean_kl(scorer, None, logps.val_dataset, logps.val_rows, validated_pairs(len(logps.val_rows)))
+    pairs = validated_pairs(len(logps.val_rows))
+    kl = mean_kl(scorer, None, logps.val_dataset, logps.val_rows, pairs, objective.need)
     return None if kl is None else kl[0]

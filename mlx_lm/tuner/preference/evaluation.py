@@ -10,7 +10,7 @@ from ...cli_ui import rprint
 from .batches import emptied, make_batch, reference_rows
 from .intercept import evaluating
 from .logps import Scorer
-from .memory import bounded_memory
+from .memory import bounded_memory, one_behind
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, batches_of, reference_of
@@ -149,19 +149,25 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
     found = np.zeros((len(names), len(rows)))
     # Where a pair's loss is its own, batches may be as large as memory is ample for.
     batches = batches_of(scorer, dataset, rows, batch_size if objective.reads_batch else None, world.size())
-    with evaluating(scorer.model), bounded_memory() as evaluate:
-        for places in batches:
-            here = places[world.rank() :: world.size()]
-            if len(here) or objective.together:
-                # One without a row of its own runs one that counts for nothing.
-                taken = here if len(here) else places[:1]
-                batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement)
-                batch = batch if len(here) else emptied(batch)
-                losses, figures = objective.each(batch, reference_rows(reference, taken), by_token=True)
-                evaluate(values := mx.stack([losses, *figures]))
-                found[:, here] = np.array(values)[:, : len(here)]
+
+    def values_of(places):
+        """`(values, here, count)`: `(figures, B)` of this worker's places, and how many all workers take."""
+        here = places[world.rank() :: world.size()]
+        if not len(here) and not objective.together:
+            return [], here, len(places)
+        # One without a row of its own runs one that counts for nothing.
+        taken = here if len(here) else places[:1]
+        batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement)
+        batch = batch if len(here) else emptied(batch)
+        losses, figures = objective.each(batch, reference_rows(reference, taken), by_token=True)
+        return mx.stack([losses, *figures]), here, len(places)
+
+    with evaluating(scorer.model), bounded_memory(objective.need) as evaluate:
+        for values, here, count in one_behind(evaluate, map(values_of, batches)):
+            if len(here):
+                found[:, here] = np.array(values)
             if progress_callback is not None:
-                progress_callback(len(places))
+                progress_callback(count)
     if world.size() > 1:
         found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
     return dict(zip(names, found, strict=True))

@@ -12,12 +12,10 @@ import mlx.core as mx
 
 from .attention import on_cuda
 
-# What an evaluation may take besides what was seen to be needed, and what may be kept between two, as shares of that.
-SLACK = 1.15
+# What may be kept between two evaluations, with what lies there, as a share of what was seen to be needed.
 MOST_HELD = 1.3
-# Calls of `trim_cache` from one giving back on CUDA to the next. After every step it took a third of the speed, after
-# every tenth a tenth.
-EVERY = 50
+# Calls of `trim_cache` from one giving back on CUDA to the next. After every step it took a third of the speed.
+EVERY = 10
 
 # The most that arrays took before MLX's own count was begun anew.
 _earlier_peak = 0
@@ -43,23 +41,39 @@ def begin_peak_anew():
     mx.reset_peak_memory()
 
 
+class Need:
+    """What evaluations of a kind take.
+
+    Attributes:
+        taken: bytes besides what lay there before; None until it was measured.
+    """
+
+    taken = None
+
+
 @contextmanager
-def bounded_memory():
+def bounded_memory(need=None):
     """Within the context, MLX holds little more than what evaluations need; gives the function that evaluates.
 
-    It takes a tree of arrays, and how many times as much as the first one a later evaluation will take at most. On the
-    first call it sets MLX's limit on CUDA, which is as before after the context.
+    It takes a tree of arrays, how many times as much as the first one a later evaluation will take at most, and whether
+    to wait for the arrays. On the first call it sets MLX's limit on CUDA, which is as before after the context.
+
+    Args:
+        need: the `Need` of several such contexts, of which the first one measures.
     """
     usual = mx.set_memory_limit(0)
     mx.set_memory_limit(usual)
-    measured = False
+    need, is_set = need or Need(), not on_cuda()
 
-    def evaluate(work, growth=1.0):
-        nonlocal measured
-        if not measured and on_cuda():
-            mx.set_memory_limit(min(usual, _limit_for(work, growth)))
-        mx.eval(work)
-        measured = True
+    def evaluate(work, growth=1.0, wait=True):
+        nonlocal is_set
+        if not is_set:
+            if need.taken is None:
+                need.taken = max(1.0, growth) * _taken_by(work)
+            _finish()
+            mx.set_memory_limit(min(usual, int(mx.get_active_memory() + need.taken)))
+            is_set = True
+        (mx.eval if wait else mx.async_eval)(work)
         trim_cache()
 
     try:
@@ -68,16 +82,29 @@ def bounded_memory():
         mx.set_memory_limit(usual)
 
 
-def _limit_for(work, growth):
-    """Evaluate `work` with as little memory as can be, and give the limit for what takes `growth` times as much."""
+def one_behind(evaluate, works):
+    """Gives each `(arrays, ...)` of an iterator once its arrays are there, and the device is at the next one's."""
+    earlier = None
+    for work in works:
+        evaluate(work[0], wait=False)
+        if earlier is not None:
+            mx.eval(earlier[0])
+            yield earlier
+        earlier = work
+    if earlier is not None:
+        mx.eval(earlier[0])
+        yield earlier
+
+
+def _taken_by(work):
+    """The bytes besides what stays that `work` takes, evaluated with as little memory as can be."""
     _finish()
     mx.clear_cache()
     begin_peak_anew()
     mx.set_memory_limit(0)
     mx.eval(work)
     _finish()
-    resting = mx.get_active_memory()
-    return int(resting + SLACK * (mx.get_peak_memory() - resting) * max(1.0, growth))
+    return mx.get_peak_memory() - mx.get_active_memory()
 
 
 def _finish():

@@ -373,7 +373,7 @@ UPSTREAM_OPTIONS = (
         "clear_cache_threshold",
         0,
         size,
-        "free MLX's cache when it is larger; 0: when it would be much, on CUDA every fiftieth step too",
+        "free MLX's cache when it is larger; 0: when it would be much, on CUDA every tenth step too",
         allowed="bytes",
     ),
     Option("val_batches", 25, int, "batches of a validation; -1 takes the whole set, 0 leaves validation out", low=-1),

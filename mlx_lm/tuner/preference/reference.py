@@ -10,7 +10,7 @@ from .batches import filled, make_batch, pair_lengths, plan
 from .intercept import evaluating
 from .load import check_same_tokens, is_none, load_named
 from .logps import Scorer
-from .memory import bounded_memory
+from .memory import bounded_memory, one_behind
 from .options import ConfigError
 from .reference_cache import Cache, default_cache_folder, fingerprint, row_key
 from .screen import make_bars
@@ -87,11 +87,15 @@ class Reference:
             share = -(-len(rows) // world.size())
             batches = batches_of(self.scorer, dataset, rows, self.batch_size, share=share)
             task = bars.add_task(f"reference, {split}" if split else "reference", total=len(rows))
-            for turn in range(world.rank(), len(batches), world.size()):
+
+            def logps_of(turn):
                 places = batches[turn]
                 batch, *_ = make_batch([dataset[rows[place]] for place in places], self.scorer.arrangement)
-                evaluate(out := self.score(batch))
-                values[places] = np.array(out).reshape(len(places), 4)
+                return self.score(batch), turn
+
+            turns = range(world.rank(), len(batches), world.size())
+            for found, turn in one_behind(evaluate, map(logps_of, turns)):
+                values[batches[turn]] = np.array(found).reshape(-1, 4)
                 bars.advance(task, sum(map(len, batches[turn : turn + world.size()])))
         if world.size() > 1:
             mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)

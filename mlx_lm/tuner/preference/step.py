@@ -12,7 +12,7 @@ from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
 from .batches import as_batch
 from .flat import FlatParameters
 from .intercept import aside, parameters_in
-from .layers import lean_layers
+from .memory import Need
 from .routing import experts_of, load_balancing_loss, routed, routers_of
 
 # What is summed over pairs, in this order; TRL's names.
@@ -54,6 +54,7 @@ class Objective:
         further: names of figures besides FIGURES.
         together: whether a batch's value is made by all workers together.
         reads_batch: whether a pair's value depends on the others of its batch.
+        need: the `Need` of memory of a batch that is only scored.
 
     Raises:
         ConfigError: a factor is given, and the model has no routers that can be read.
@@ -63,6 +64,7 @@ class Objective:
         self.scorer = scorer
         self.loss = loss
         self.router_coef = router_coef
+        self.need = Need()
         self._routers = self._unwatched = [] if router_coef is None else routers_of(scorer.model)
         self.further = ("kl", DESIRABLE) if loss.unpaired else ()
         if self._routers:
@@ -284,7 +286,7 @@ class Step:
                 return self.objective(batch, reference, gradient=True)
 
         # Around the backward pass too, for layers that it computes again.
-        with lean_layers(self.model), self.flat.as_multiplied(), self.objective.watching():
+        with self.objective.scorer.lean_layers(batch), self.flat.as_multiplied(), self.objective.watching():
             (_, sums), gradient = mx.value_and_grad(loss)(parameters)
         return sums, self.flat.join(gradient, as_multiplied=True)
 
