@@ -3,6 +3,7 @@
     python benchmarks/recurrent.py cpu          # a Qwen3.5 of 2 layers: memory, growth, speed; float32
     python benchmarks/recurrent.py relatives    # memory a token of all recurrent architectures
     python benchmarks/recurrent.py gpu          # Qwen3.5-0.8B's shape, bfloat16, LoRA on all linear layers
+    python benchmarks/recurrent.py shared       # the Qwen3.5 of 2 layers with prompts run once, and once a response
 
 Weights are random. Each setting runs in a process of its own. Tables go to stdout, numbers to results/recurrent.json
 beside this file, a key a mode. `--shape tiny` tries a mode in seconds.
@@ -97,7 +98,9 @@ def loop(queries, keys, values, log_gates, betas, state=None, mask=None):
     return gated_delta_ops(queries, keys, values, mx.exp(log_gates), betas, state, mask)
 
 
-def measure_step(shape, prompt, response, pairs, recurrence, device, steps=3, warmup=1, compiled=False):
+def measure_step(
+    shape, prompt, response, pairs, recurrence, device, steps=3, warmup=1, compiled=False, share_prompt=True
+):
     """A preference step: `harness.measure_step`'s dict, with its floating-point operations and the matmul rate."""
     import harness
     import mlx.core as mx
@@ -115,7 +118,9 @@ def measure_step(shape, prompt, response, pairs, recurrence, device, steps=3, wa
         recurrent.gated_delta_rule = loop
     batch = harness.make_pairs(pairs, prompt, response, SHAPES[shape][-1])
     with recurrent.chunked_recurrences(model):
-        result = harness.measure_step(model, batch, steps=steps, warmup=warmup, compiled=compiled)
+        result = harness.measure_step(
+            model, batch, steps=steps, warmup=warmup, compiled=compiled, share_prompt=share_prompt
+        )
     flops = step_flops(model, shape, prompt, response, pairs)
     name = mx.device_info().get("device_name", str(mx.default_device()))
     share = flops / (result["ms"] / 1000) / rate
@@ -281,6 +286,21 @@ def run_cpu(options):
     return step_table(settings)
 
 
+def run_shared(options):
+    fixed = {"shape": options.shape or "2-layers", "recurrence": "chunks", "device": "cpu", "steps": 3}
+    print_head("prompt/response", "pairs", "ms a step, packed", "plain", "peak GB, packed", "plain")
+    measured = []
+    for prompt, response, pairs in ((512, 128, 2), (256, 192, 4), (64, 192, 4)):
+        setting = fixed | {"prompt": prompt, "response": response, "pairs": pairs}
+        both = [alone("measure_step", **setting, share_prompt=share) for share in (True, False)]
+        row = setting | {"device": both[0].get("device")}
+        row |= {key: [result.get(key) for result in both] for key in ("ms", "peak_gb", "tokens")}
+        measured.append(row)
+        figures = [f"{x:.0f}" for x in row["ms"]] + [f"{x:.2f}" for x in row["peak_gb"]]
+        print_row(f"{prompt}/{response}", pairs, *figures)
+    return measured
+
+
 def run_gpu(options):
     shape, device = options.shape or "0.8b", options.device
     fixed = {"shape": shape, "prompt": options.prompt, "response": options.response, "pairs": 2, "device": device}
@@ -334,14 +354,14 @@ def main():
         print(json.dumps(globals()[function](**options)))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=("cpu", "gpu", "relatives"))
+    parser.add_argument("mode", choices=("cpu", "gpu", "relatives", "shared"))
     parser.add_argument("--shape", choices=SHAPES, help="instead of the mode's")
     parser.add_argument("--types", help="for relatives: some, with commas between; others keep what they had")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="for gpu, to try it without one")
     parser.add_argument("--prompt", type=int, default=1024, help="for gpu")
     parser.add_argument("--response", type=int, default=256, help="for gpu")
     options = parser.parse_args()
-    measured = {"cpu": run_cpu, "gpu": run_gpu, "relatives": run_relatives}[options.mode](options)
+    measured = {"cpu": run_cpu, "gpu": run_gpu, "relatives": run_relatives, "shared": run_shared}[options.mode](options)
     print(f"\n{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
     if options.shape != "tiny":
         keep(options.mode, measured)

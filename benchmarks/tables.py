@@ -325,6 +325,21 @@ def recurrent_table():
     return markdown_table(header, rows) + "\n\n`python benchmarks/recurrent.py cpu` (or `gpu`)."
 
 
+def shared_table():
+    """A step of a Qwen3.5 with prompts run once for both responses, and once for each."""
+    found, rows = result("recurrent"), []
+    for row in [*found["shared"], *found["shared_h200"]]:
+        times, peaks = row["ms"], row["peak_gb"]
+        cells = [f"{x:.0f}" for x in times] + [f"{times[0] / times[1]:.2f}"]
+        cells += [f"{x:.2f}" for x in peaks] + [f"{peaks[0] / peaks[1]:.2f}"]
+        rows.append((row["shape"], f"{row['prompt']} / {row['response']}", row["pairs"], row["device"], *cells))
+    header = (
+        "shape", "prompt / response", "pairs", "device", "ms a step, packed", "plain", "ratio", "peak GB, packed",
+        "plain", "ratio",
+    )  # fmt: skip
+    return markdown_table(header, rows) + "\n\n`python benchmarks/recurrent.py shared`."
+
+
 def relatives_table():
     rows = []
     for row in result("recurrent")["relatives"]:
@@ -454,6 +469,7 @@ REGIONS = {
     "cache": (BENCHMARKS, cache_table),
     "vectors": (BENCHMARKS, vectors_table),
     "recurrent": (BENCHMARKS, recurrent_table),
+    "shared": (BENCHMARKS, shared_table),
     "relatives": (BENCHMARKS, relatives_table),
     "learning": (BENCHMARKS, learning_table),
     "sentiment": (BENCHMARKS, sentiment_table),

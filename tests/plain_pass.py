@@ -80,7 +80,8 @@ def scored_gradient(scorer, reference, pairs=PAIRS, arrangement=PLAIN, checkpoin
     function = nn.value_and_grad(scorer.model, lambda _: objective(batch, reference, gradient=True)[0])
     if not checkpoint:
         return function(scorer.model)[1]
-    with checkpointed_layers(scorer.model):
+    # Around the backward pass too, in which layers are computed again.
+    with checkpointed_layers(scorer.model), scorer.lean_layers(batch):
         gradient = function(scorer.model)[1]
         mx.eval(gradient)
     return gradient

@@ -40,6 +40,7 @@ MODELS = {
     "llama": {},
     "qwen3": {},
     "qwen3_5": {},
+    "mamba2": {},
     "gemma3_text": WINDOW,
     "gpt_oss": WINDOW,
     "qwen3_moe": {},
@@ -70,7 +71,8 @@ def test_gradients_are_the_plain_ones_in_float32(name, dtype):
     """Packed and plain batches in turns, eager and compiled, with and without grad_checkpoint, in one process."""
     compared = compare(make_policy(name, dtype), real_pairs(4 * BATCHES), 4, BATCHES)
     arrangements = {arrangement for arrangement, *_ in compared} - {PLAIN_PASS[0]}
-    assert arrangements == ({PLAIN} if name in ("qwen3_5", "gemma2") else {PACKED, PLAIN})
+    alone = {"gemma2", "qwen3_5", "mamba2"} if on_cuda() else {"gemma2"}
+    assert arrangements == ({PLAIN} if name in alone else {PACKED, PLAIN})
     assert all(len(found) == BATCHES for found in compared.values()) and len(compared) == 1 + 4 * len(arrangements)
     # What rounding alone does shows in the plain pass of the model's own dtype: to a tiny random model, much.
     slack = EXPERTS_SLACK if name in EXPERTS and dtype != mx.float32 else ROUNDING

@@ -2,12 +2,15 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from architectures import ARCHITECTURES, make_model
 from mlx.utils import tree_flatten
-from plain_pass import add_lora
+from plain_pass import add_lora, make_pairs
 
 from mlx_lm.tuner.preference import pieces
+from mlx_lm.tuner.preference.batches import PACKED, make_batch
+from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.pieces import FUNCTIONS, METHODS, PIECE, recurrences_in_pieces, split
 
 TYPES = (
@@ -133,3 +136,25 @@ def test_split_gives_its_parts_gradients_back():
         return sum((part * weight).sum() for part, weight in zip(split(x, [4, 9], 1), parts, strict=True))
 
     assert mx.array_equal(mx.grad(total)(x), weights)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "nemotron_h", "falcon_h1", "lfm2", "qwen3_5", "granitemoehybrid"])
+def test_tokens_of_a_packed_batch_recur_in_their_own_sequence(name):
+    """A token of one sequence changes no logp of another, and each prompt's states are those of both its responses."""
+    model, pairs = make_model(name), make_pairs([(9, 7, 5), (4, 6, 8)])
+    model.eval()
+    scorer = Scorer(model)
+    assert scorer.arrangement == PACKED
+
+    def logps(pairs):
+        return np.array(scorer(make_batch(pairs, PACKED)[0]).total).reshape(2, -1)
+
+    def changed(pair, part):
+        return pair._replace(
+            **{part: [(token + 1) % 50 for token in getattr(pair, part)[:2]] + getattr(pair, part)[2:]}
+        )
+
+    before = logps(pairs)
+    for part, moved in (("prompt", [[True, False], [True, False]]), ("chosen", [[True, False], [False, False]])):
+        after = logps([changed(pairs[0], part), pairs[1]])
+        assert ((np.abs(after - before) > 1e-4) == moved).all(), part

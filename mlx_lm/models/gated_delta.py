@@ -14,19 +14,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 _upstream_update = gated_delta_update  # noqa: F821
-_stand_in = ContextVar("stand_in", default=None)
+_stand_in = ContextVar("stand_in", default=(None, False))
 
 
 @contextmanager
-def computed_by(recurrence):
+def computed_by(recurrence, always=False):
     """Within the context, `gated_delta_update` has `recurrence` compute what upstream has its loop compute.
 
     Args:
         recurrence: takes queries and keys `(B, T, Hk, Dk)`, values `(B, T, Hv, Dv)`, the gates' logarithms, at most
             0, `(B, T, Hv)` or `(B, T, Hv, Dk)`, float32, beta `(B, T, Hv)`, a state `(B, Hv, Dv, Dk)` or None, and a
             mask `(B, T)` or None; returns what `gated_delta_update` does.
+        always: in place of upstream's kernel for Metal too.
     """
-    token = _stand_in.set(recurrence)
+    token = _stand_in.set((recurrence, always))
     try:
         yield
     finally:
@@ -41,8 +42,9 @@ def gated_delta_update(
 
     It does wherever upstream would run its loop: without Metal, and in training.
     """
-    recurrence = _stand_in.get()
-    if recurrence is None or (use_kernel and mx.default_device() == mx.gpu and mx.metal.is_available()):
+    recurrence, always = _stand_in.get()
+    has_kernel = use_kernel and mx.default_device() == mx.gpu and mx.metal.is_available()
+    if recurrence is None or (has_kernel and not always):
         options = {"use_kernel": use_kernel, "lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
         return _upstream_update(q, k, v, a, b, A_log, dt_bias, state, mask, **options)
     beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)

@@ -2,7 +2,8 @@
 
 A packed batch runs all its tokens as sequences of one token, each prompt's once. What tells sequences apart are
 positions and attention, and mlx-lm's models leave both to their cache: `PackedCache` answers with each token's position
-in its own sequence, and gathers each sequence's queries and keys before it attends.
+in its own sequence, and gathers each sequence's queries and keys before it attends. Layers that read one token after
+another, by a convolution or a recurrence, have these functions alone run on each sequence's tokens in a row.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...models.base import create_causal_mask
+from ...models.cache import ArraysCache
 from .cpu_attention import blocks_of, causal_attention
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
@@ -158,26 +160,98 @@ class PackedCache:
         """
         if not (mask == "causal" or isinstance(mask, Window)) or queries.shape[2] != 1 or keys.shape[2] != 1:
             raise ValueError("a packed batch has no mask, and no rows, of a model's own")
-        columns = [
-            self._split(gathered(queries.squeeze(2), self._queries, self._from_outputs), 1),
-            *(self._split(gathered(x.squeeze(2), self._keys, self._from_uses), 2) for x in (keys, values)),
-        ]
+        asking = self._split(gathered(queries.squeeze(2), self._queries, self._from_outputs), 1)
+        columns = asking, self.rows(keys.squeeze(2)), self.rows(values.squeeze(2))
         out = []
         for inputs, (_, length, whole) in zip(zip(*columns, strict=True), self._shapes, strict=True):
             seen = mask
             if isinstance(mask, Window):
                 before = whole - length
                 seen = create_causal_mask(length, before, window_size=mask.size) if whole > mask.size else "causal"
-            out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2).flatten(0, 1))
-        out = mx.concatenate(out) if len(out) > 1 else out[0]
-        return gathered(out, self._outputs, self._from_answered)[:, :, None]
+            inputs = (x.swapaxes(1, 2) for x in inputs)
+            out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2))
+        return self._answers(out)[:, :, None]
+
+    def rows(self, x):
+        """The parts' sequences `(K, T, H, D)` of tokens' `x` `(N, H, D)`."""
+        return self._split(gathered(x, self._keys, self._from_uses), 2)
+
+    def _sequences(self, x):
+        """The parts' sequences `(K, T, ...)` of tokens' `x` `(N, 1, ...)`."""
+        return [rows.reshape(*rows.shape[:2], *x.shape[2:]) for rows in self.rows(x.reshape(len(x), 1, -1))]
+
+    def tokens(self, rows):
+        """The tokens' `(N, H, D)` of the parts' sequences `(K, T, H, D)`."""
+        return self._answers([part[:, -length:] for part, (_, length, _) in zip(rows, self._shapes, strict=True)])
+
+    def _answers(self, parts):
+        """The tokens' `(N, H, D)` of what the parts' queries have, `(K, Q, H, D)`."""
+        parts = [part.flatten(0, 1) for part in parts]
+        joined = mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        return gathered(joined, self._outputs, self._from_answered)
 
     def _split(self, x, column):
-        """The parts' `(K, H, T, D)` of `x` `(number of queries or keys, H, D)`."""
+        """The parts' `(K, T, H, D)` of `x` `(number of queries or keys, H, D)`."""
         sizes = [shape[0] * shape[column] for shape in self._shapes]
         parts = mx.split(x, np.cumsum(sizes)[:-1].tolist()) if len(sizes) > 1 else [x]
         shapes = [(shape[0], shape[column], *x.shape[1:]) for shape in self._shapes]
-        return [part.reshape(shape).swapaxes(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def in_rows(self, function, sequences):
+        """`function`, whose tokens come as sequences of one, computed on the parts' sequences.
+
+        Args:
+            function: returns `(outputs (K, T, ...), state)`.
+            sequences: which of its arguments are sequences, by number; of the others none is a state.
+
+        Returns:
+            A function of the same arguments, sequences being `(N, 1, ...)`, that returns `(outputs, None)`.
+        """
+
+        def run(*arguments, **options):
+            outputs = []
+            for part in zip(*(self._sequences(arguments[i]) for i in sequences), strict=True):
+                given = dict(zip(sequences, part, strict=True))
+                outputs.append(function(*(given.get(i, x) for i, x in enumerate(arguments)), **options)[0])
+            rest = outputs[0].shape[2:]
+            out = self.tokens([x.reshape(*x.shape[:2], 1, -1) for x in outputs])
+            return out.reshape(-1, 1, *rest), None
+
+        return run
+
+
+class PackedState(ArraysCache):
+    """In a recurrent layer's cache's place on a packed batch: nothing stands before a token, and nothing is kept.
+
+    Args:
+        tokens: N.
+        channels: of what the model's layers convolve, a set.
+    """
+
+    lengths = None
+
+    def __init__(self, tokens, channels):
+        self._channels = channels
+        # Where it is known how wide. Booleans, which joined to other values take their dtype.
+        self._before = mx.zeros((tokens, 0, *channels), mx.bool_) if len(channels) == 1 else None
+
+    def __getitem__(self, i):
+        return None if i else self._before
+
+    def __setitem__(self, i, value):
+        """What was convolved last is not needed here; anything else tells of a recurrence that is unknown here.
+
+        Raises:
+            ValueError: it is a state.
+        """
+        if value is not None and value.shape[-1] not in self._channels:
+            raise ValueError("a packed batch has no states of a model's own")
+
+    def advance(self, N):
+        """Nothing: a packed batch is whole."""
+
+    def make_mask(self, N):
+        """What upstream answers where there is no cache."""
 
 
 def gathered(x, index, sources):

@@ -18,11 +18,12 @@ PIECE = 32
 
 
 @contextmanager
-def recurrences_in_pieces(model):
+def recurrences_in_pieces(model, packed=None):
     """Within the context, which must last around the backward pass, such layers of the model run in pieces.
 
     Args:
         model: an mlx-lm model, with or without such layers.
+        packed: the `PackedCache` of a packed batch, or None; functions that can then run on each sequence's tokens.
     """
     modules = [module for module in model.modules() if _is_upstreams(type(module))]
     files = {type(module).__module__.rpartition(".")[2]: type(module).__module__ for module in modules}
@@ -30,7 +31,10 @@ def recurrences_in_pieces(model):
         for file in FUNCTIONS.keys() & files.keys():
             (name, in_pieces), namespace = FUNCTIONS[file], sys.modules[files[file]]
             if _is_upstreams(function := getattr(namespace, name)):
-                stack.enter_context(exchanged(namespace, name, in_pieces(function)))
+                function = in_pieces(function)
+                if packed is not None and in_pieces in SEQUENCES:
+                    function = packed.in_rows(function, SEQUENCES[in_pieces])
+                stack.enter_context(exchanged(namespace, name, function))
         for module in modules:
             if type(module).__name__ in METHODS:
                 name, in_pieces = METHODS[type(module).__name__]
@@ -165,6 +169,8 @@ FUNCTIONS = {
     **dict.fromkeys(STATE_SPACE, ("ssm_update", _state_space)),
     "bailing_moe_linear": ("recurrent_gla", _linear_attention),
 }
+# Of functions that know nothing of the layer around them, which arguments are sequences.
+SEQUENCES = {_state_space: (0, 2, 3, 5)}
 METHODS = {
     "MambaBlock": ("_process_sequence", _mamba),
     "JambaMambaMixer": ("ssm_step", _jamba),

@@ -46,7 +46,7 @@ KEEPS_INVERSES = {mx.DeviceType.cpu: False, mx.DeviceType.gpu: True}
 
 
 @contextmanager
-def chunked_recurrences(model):
+def chunked_recurrences(model, packed=None):
     """Within the context, gated delta layers run in chunks wherever upstream's would loop over tokens.
 
     Other recurrent layers run in pieces. The context must last around the backward pass too where layers are computed
@@ -54,9 +54,13 @@ def chunked_recurrences(model):
 
     Args:
         model: an mlx-lm model, with or without such layers.
+        packed: the `PackedCache` of a packed batch, or None.
     """
-    chunks = gated_delta.computed_by(gated_delta_rule) if uses_gated_delta(model) else nullcontext()
-    with chunks, recurrences_in_pieces(model):
+    chunks = nullcontext()
+    if uses_gated_delta(model):
+        rule = gated_delta_rule if packed is None else packed.in_rows(gated_delta_rule, range(5))
+        chunks = gated_delta.computed_by(rule, always=packed is not None)
+    with chunks, recurrences_in_pieces(model, packed):
         yield
 
 
