@@ -161,7 +161,7 @@ class PackedCache:
         if not (mask == "causal" or isinstance(mask, Window)) or queries.shape[2] != 1 or keys.shape[2] != 1:
             raise ValueError("a packed batch has no mask, and no rows, of a model's own")
         asking = self._split(gathered(queries.squeeze(2), self._queries, self._from_outputs), 1)
-        columns = asking, self.rows(keys.squeeze(2)), self.rows(values.squeeze(2))
+        columns = asking, self._rows(keys.squeeze(2)), self._rows(values.squeeze(2))
         out = []
         for inputs, (_, length, whole) in zip(zip(*columns, strict=True), self._shapes, strict=True):
             seen = mask
@@ -172,17 +172,9 @@ class PackedCache:
             out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2))
         return self._answers(out)[:, :, None]
 
-    def rows(self, x):
+    def _rows(self, x):
         """The parts' sequences `(K, T, H, D)` of tokens' `x` `(N, H, D)`."""
         return self._split(gathered(x, self._keys, self._from_uses), 2)
-
-    def _sequences(self, x):
-        """The parts' sequences `(K, T, ...)` of tokens' `x` `(N, 1, ...)`."""
-        return [rows.reshape(*rows.shape[:2], *x.shape[2:]) for rows in self.rows(x.reshape(len(x), 1, -1))]
-
-    def tokens(self, rows):
-        """The tokens' `(N, H, D)` of the parts' sequences `(K, T, H, D)`."""
-        return self._answers([part[:, -length:] for part, (_, length, _) in zip(rows, self._shapes, strict=True)])
 
     def _answers(self, parts):
         """The tokens' `(N, H, D)` of what the parts' queries have, `(K, Q, H, D)`."""
@@ -209,13 +201,16 @@ class PackedCache:
         """
 
         def run(*arguments, **options):
-            outputs = []
-            for part in zip(*(self._sequences(arguments[i]) for i in sequences), strict=True):
+            columns, answers = [], []
+            for i in sequences:
+                x = arguments[i]
+                rows = self._rows(x.reshape(len(x), 1, -1))
+                columns.append([part.reshape(*part.shape[:2], *x.shape[2:]) for part in rows])
+            for part, (_, length, _) in zip(zip(*columns, strict=True), self._shapes, strict=True):
                 given = dict(zip(sequences, part, strict=True))
-                outputs.append(function(*(given.get(i, x) for i, x in enumerate(arguments)), **options)[0])
-            rest = outputs[0].shape[2:]
-            out = self.tokens([x.reshape(*x.shape[:2], 1, -1) for x in outputs])
-            return out.reshape(-1, 1, *rest), None
+                out, _ = function(*(given.get(i, x) for i, x in enumerate(arguments)), **options)
+                answers.append(out[:, -length:].reshape(len(out), length, 1, -1))
+            return self._answers(answers).reshape(-1, 1, *out.shape[2:]), None
 
         return run
 
