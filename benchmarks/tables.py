@@ -208,8 +208,9 @@ def macs_table():
 RUN_NOTES = {
     "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
     "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
-    "`h200_smollm2_before` when it was given back after each step, and all but `cpu`, `h200_1b` and `h200_smollm2` "
-    "when each parameter was updated by itself. TRL's run beside `h200_smollm2` was cut off.",
+    "`h200_smollm2_before` when it was given back after each step, `h200_smollm2` when after every fiftieth, and all "
+    "but `cpu`, `h200_1b`, `h200_smollm2` and `h200_smollm2_16` when each parameter was updated by itself. TRL's run "
+    "beside `h200_smollm2` was cut off.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 
@@ -402,6 +403,16 @@ def cache_table():
     return markdown_table(header, rows) + "\n\n" + made_by(found)
 
 
+def arrangements_table():
+    """Milliseconds a step and memory of packed batches and of plain ones on a GPU."""
+    found, rows = result("arrangements_h200"), []
+    for row in found["rows"]:
+        told = f"{statistics.median(row['ms']):.0f} ({min(row['ms']):.0f} to {max(row['ms']):.0f})"
+        rows.append((row["how"], row["card"], told, f"{row['arrays_gb']:.1f}", f"{row['driver_gb']:.1f}"))
+    header = ("batch", "card", "ms a step", "arrays, GB", "by the driver, GB")
+    return markdown_table(header, rows) + "\n\n" + made_by(found)
+
+
 def vectors_table():
     """Milliseconds a step with each parameter updated by itself, and with all as vectors."""
     found = result("vectors_h200")
@@ -470,6 +481,7 @@ REGIONS = {
     "vectors": (BENCHMARKS, vectors_table),
     "recurrent": (BENCHMARKS, recurrent_table),
     "shared": (BENCHMARKS, shared_table),
+    "arrangements": (BENCHMARKS, arrangements_table),
     "relatives": (BENCHMARKS, relatives_table),
     "learning": (BENCHMARKS, learning_table),
     "sentiment": (BENCHMARKS, sentiment_table),
