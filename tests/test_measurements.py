@@ -11,6 +11,7 @@ import check_gradients
 import example
 import macs
 import pytest
+import sentiment
 import tables
 from common import own_environment, own_step, run_json
 
@@ -106,3 +107,10 @@ def test_gradients_agree_as_told():
     found = check_gradients.compare(model, [dataset[i] for i in range(8)], 4, 1)
     told = min(min(row["cosines"]) for row in rows("gradients_cpu_example"))
     assert min(min(check_gradients.cosines(each)) for each in found.values()) > told - 1e-4 > 0.999
+
+
+def test_a_score_is_told_between_measured_points_alone():
+    points = [{"kl": 0.0, "score": 0.3}, {"kl": 4.0, "score": 0.7}, {"kl": 8.0, "score": 0.9}]
+    assert sentiment.score_at(points, 5.0) == pytest.approx(0.75)
+    # Before the first step there is the reference, which is no point of a frontier.
+    assert sentiment.score_at(points, 2.0) is None and sentiment.score_at(points, 9.0) is None
