@@ -33,9 +33,9 @@ from .pairs import Pair
 # Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for a GPU; a CPU is as fast
 # with an eighth of them.
 CHUNK_LOGITS = 2**25 if mx.default_device() == mx.gpu else 2**22
-# Figures of tokens have several arrays of a chunk's size at once: so much smaller are their chunks, but not on a GPU,
-# which has some thirty kernels to launch for each.
-FIGURES_SHARE = 1 if mx.default_device() == mx.gpu else 4
+# Figures of tokens have several arrays of a chunk's size at once: so much smaller are their chunks, but not on CUDA,
+# where some thirty kernels have to be launched for each.
+FIGURES_SHARE = 1 if on_cuda() else 4
 BODIES = ("model", "transformer", "backbone")
 KEY_VALUE_CACHES = (KVCache, RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
 # Tokens of the longest sequence of PROBE, and the attention windows that it is tried with.
