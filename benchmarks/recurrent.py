@@ -117,10 +117,9 @@ def measure_step(
     if recurrence == "loop":
         recurrent.gated_delta_rule = loop
     batch = harness.make_pairs(pairs, prompt, response, SHAPES[shape][-1])
-    with recurrent.chunked_recurrences(model):
-        result = harness.measure_step(
-            model, batch, steps=steps, warmup=warmup, compiled=compiled, share_prompt=share_prompt
-        )
+    result = harness.measure_step(
+        model, batch, steps=steps, warmup=warmup, compiled=compiled, share_prompt=share_prompt
+    )
     flops = step_flops(model, shape, prompt, response, pairs)
     name = mx.device_info().get("device_name", str(mx.default_device()))
     share = flops / (result["ms"] / 1000) / rate

@@ -39,7 +39,7 @@ def limits(monkeypatch, usual):
     found, evaluate = [], mx.eval
 
     def watched(work):
-        if work.shape == ():  # a step's sum, and not what the device is waited for with
+        if work is not None and work.shape == ():  # a step's sum, and not what the device is waited for with
             found.append(limit())
         return evaluate(work)
 
@@ -173,3 +173,10 @@ def test_the_most_that_was_held_is_kept_after_it_was_given_back(monkeypatch):
     held = mx.get_active_memory() + mx.get_cache_memory()
     trim_cache(1)
     assert held_memory() == max(held, mx.get_peak_memory()) > mx.get_active_memory() + mx.get_cache_memory()
+
+
+def test_where_there_is_nothing_to_evaluate_nothing_is_measured(limits):
+    need = Need()
+    with bounded_memory(need) as evaluate:
+        assert [i for _, i in one_behind(evaluate, [(None, 0), (step(), 1), (None, 2)])] == [0, 1, 2]
+    assert need.taken >= 8 * MEGABYTE

@@ -151,10 +151,10 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
     batches = batches_of(scorer, dataset, rows, batch_size if objective.reads_batch else None, world.size())
 
     def values_of(places):
-        """`(values, here, count)`: `(figures, B)` of this worker's places, and how many all workers take."""
+        """`(values, here, count)`: `(figures, B)` of this worker's places or None, and how many all workers take."""
         here = places[world.rank() :: world.size()]
         if not len(here) and not objective.together:
-            return [], here, len(places)
+            return None, here, len(places)
         # One without a row of its own runs one that counts for nothing.
         taken = here if len(here) else places[:1]
         batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement)

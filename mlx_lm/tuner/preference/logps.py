@@ -123,7 +123,8 @@ class Scorer:
             return
         self._is_lean = True
         try:
-            with lean_layers(self.model, PackedCache(batch.layout) if batch.layout else None):
+            # Others than layers that convolve read the layout from their cache alone.
+            with lean_layers(self.model, PackedCache(batch.layout) if batch.layout and self._channels else None):
                 yield
         finally:
             self._is_lean = False
@@ -457,10 +458,10 @@ def _seeds_on_cpu(logits, column, alignment):
 def tolerance(model):
     """How far, relatively, logits may be apart that are computed in two ways.
 
-    Half precision rounds other shapes otherwise, by 0.04 in a random Qwen3.5 of 24 layers, and so do CUDA's products of
-    float32 arrays, with ten bits of their mantissas; a wrong position, mask or cap is off by a tenth or more.
+    Half precision rounds other shapes otherwise, and so do CUDA's products of float32 arrays, with ten bits of their
+    mantissas; a wrong position, mask or cap is off by a tenth or more.
     """
-    return 1e-4 if is_float32(model) and not on_cuda() else 6e-2
+    return 1e-4 if is_float32(model) and not on_cuda() else 3e-2
 
 
 def relative_error(found, expected):

@@ -7,6 +7,7 @@ busy. So the first evaluation of a kind is made with a limit of 0, and what it t
 """
 
 from contextlib import contextmanager
+from itertools import chain
 
 import mlx.core as mx
 
@@ -83,17 +84,18 @@ def bounded_memory(need=None):
 
 
 def one_behind(evaluate, works):
-    """Gives each `(arrays, ...)` of an iterator once its arrays are there, and the device is at the next one's."""
+    """Gives each `(arrays, ...)` of an iterator once its arrays are there, and the device is at the next one's.
+
+    Arrays may be None where there is nothing to evaluate, of which nothing is learned for the others.
+    """
     earlier = None
-    for work in works:
-        evaluate(work[0], wait=False)
+    for work in chain(works, [None]):
+        if work is not None and work[0] is not None:
+            evaluate(work[0], wait=False)
         if earlier is not None:
             mx.eval(earlier[0])
             yield earlier
         earlier = work
-    if earlier is not None:
-        mx.eval(earlier[0])
-        yield earlier
 
 
 def _taken_by(work):

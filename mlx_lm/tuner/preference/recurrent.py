@@ -50,7 +50,7 @@ def chunked_recurrences(model, packed=None):
     """Within the context, gated delta layers run in chunks wherever upstream's would loop over tokens.
 
     Other recurrent layers run in pieces. The context must last around the backward pass too where layers are computed
-    again; within another one it changes nothing more.
+    again; within another one of the same batch it changes nothing more.
 
     Args:
         model: an mlx-lm model, with or without such layers.
