@@ -32,6 +32,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ...models import gated_delta
+from . import cuda_delta
+from .attention import on_cuda
 from .chunk_products import decayed_products, decayed_products_by_channel, inverse_of
 from .pieces import recurrences_in_pieces
 
@@ -92,7 +94,10 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
     value_heads, value_width = values.shape[2:]
     if state is None:
         state = mx.zeros((batch, value_heads, value_width, key_width))
-    state = state.astype(mx.float32).reshape(batch, key_heads, -1, value_width, key_width)
+    state = state.astype(mx.float32)
+    if on_cuda() and mask is None and cuda_delta.fits(key_width, value_width):
+        return cuda_delta.gated_delta_loops(queries, keys, values, log_gates.astype(mx.float32), betas, state)
+    state = state.reshape(batch, key_heads, -1, value_width, key_width)
     gates = log_gates if log_gates.ndim == 4 else log_gates[..., None]
     arrays = queries, keys, values, gates.astype(mx.float32), betas[..., None]
     device = mx.default_device().type

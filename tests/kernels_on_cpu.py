@@ -1,0 +1,136 @@
+"""Runs the text of a CUDA kernel on the CPU: the threads of a block as fibers that wait for each other.
+
+What is emulated is what this project's kernels use of CUDA: blocks and threads in three dimensions (threads in one),
+shared memory, `__syncthreads`, and `__shfl_xor_sync` of whole warps. All floating dtypes are float32 here.
+"""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+PRELUDE = r"""
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <vector>
+using std::min;
+using std::size_t;
+struct Three { int x, y, z; };
+struct float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+#define __device__ inline
+#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+static Three threadIdx, blockIdx, blockDim, gridDim;
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static std::vector<std::vector<char>> stacks;
+static std::vector<char> ended;
+static std::vector<float> told;
+static void (*kernel)();
+inline void __syncthreads() { swapcontext(&fibers[threadIdx.x], &scheduler); }
+inline float __shfl_xor_sync(unsigned, float value, int step) {
+  const int own = threadIdx.x;
+  told[own] = value;
+  __syncthreads();
+  const float other = told[own ^ step];
+  __syncthreads();
+  return other;
+}
+inline void thread() {
+  kernel();
+  ended[threadIdx.x] = 1;
+}
+// All threads of a block run up to the same wait before any runs on.
+inline void launch(int x, int y, int z, int threads, void (*body)()) {
+  kernel = body, blockDim = {threads, 1, 1}, gridDim = {x, y, z};
+  fibers.resize(threads), told.resize(threads), stacks.resize(threads, std::vector<char>(1 << 16));
+  for (int block = 0; block < x * y * z; ++block) {
+    blockIdx = {block % x, block / x % y, block / (x * y)};
+    ended.assign(threads, 0);
+    for (int t = 0; t < threads; ++t) {
+      getcontext(&fibers[t]);
+      fibers[t].uc_stack.ss_sp = stacks[t].data(), fibers[t].uc_stack.ss_size = stacks[t].size();
+      fibers[t].uc_link = &scheduler;
+      makecontext(&fibers[t], thread, 0);
+    }
+    for (bool any = true; any;) {
+      any = false;
+      for (int t = 0; t < threads; ++t) {
+        if (ended[t]) continue;
+        threadIdx = {t, 0, 0}, any = true;
+        swapcontext(&scheduler, &fibers[t]);
+      }
+    }
+  }
+}
+"""
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch, tmp_path_factory):
+    """Has `mx.fast.cuda_kernel` make kernels that run on the CPU; gives the names of those that ran."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    from mlx_lm.tuner.preference import cuda_copies, cuda_delta
+
+    for makes in (cuda_delta._kernel, cuda_copies._rows_kernel, cuda_copies._joining_kernel):
+        makes.cache_clear()
+    folder, ran = tmp_path_factory.getbasetemp(), []
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: _Kernel(folder, ran, **options))
+    yield ran
+    for makes in (cuda_delta._kernel, cuda_copies._rows_kernel, cuda_copies._joining_kernel):
+        makes.cache_clear()
+
+
+class _Kernel:
+    def __init__(self, folder, ran, name, input_names, output_names, source, header=""):
+        self.folder, self.ran, self.name = folder, ran, name
+        self.names, self.source, self.header = (input_names, output_names), source, header
+
+    def __call__(self, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()):
+        assert all(size % threads == 0 for size, threads in zip(grid, threadgroup, strict=True))
+        self.ran.append(self.name)
+        arrays = [np.array(x if x.dtype == mx.int32 else x.astype(mx.float32), order="C") for x in inputs]
+        outputs = [np.full(shape, np.nan, np.float32) for shape in output_shapes]
+        text = self._text([x.dtype for x in arrays], template)
+        shapes = [np.array(x.shape, np.int32) for x in arrays]
+        pointers = [x.ctypes.data_as(ctypes.c_void_p) for pair in zip(arrays, shapes, strict=True) for x in pair]
+        pointers += [x.ctypes.data_as(ctypes.c_void_p) for x in outputs]
+        blocks = [size // threads for size, threads in zip(grid, threadgroup, strict=True)]
+        self._library(text).run(*blocks, threadgroup[0], *pointers)
+        return [mx.array(x).astype(dtype) for x, dtype in zip(outputs, output_dtypes, strict=True)]
+
+    def _text(self, dtypes, template):
+        """What compiles to a function `run` of the numbers of blocks, of threads, and of all arrays."""
+        inputs, outputs = self.names
+        arrays = []
+        for name, dtype in zip(inputs, dtypes, strict=True):
+            arrays += [f"const {'int' if dtype == np.int32 else 'float'}* {name}", f"const int* {name}_shape"]
+        arrays += [f"float* {name}" for name in outputs]
+        constants = [
+            f"using {name} = float;" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {int(value)};"
+            for name, value in template
+        ]
+        kept = [f"static {array};" for array in arrays]
+        given = [f"{name} = {name}_;" for name in (array.split()[-1] for array in arrays)]
+        arguments = ", ".join(["int x, int y, int z, int threads", *(f"{array}_" for array in arrays)])
+        return "\n".join(
+            [PRELUDE, self.header, *kept, *constants, "static void body() {", self.source, "}"]
+            + [f'extern "C" void run({arguments}) {{', *given, "launch(x, y, z, threads, body);", "}"]
+        )
+
+    def _library(self, text):
+        """The text compiled, once a session."""
+        path = self.folder / f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            source = path.with_suffix(".cpp")
+            source.write_text(text)
+            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", path, source], check=True)
+        return ctypes.CDLL(str(path))
