@@ -19,6 +19,7 @@ from mlx_lm.tuner.preference.attention import (
     KEYS_A_DIMENSION,
     PackedCache,
     RowCache,
+    Rows,
     Window,
     attention,
     gathered,
@@ -158,14 +159,13 @@ def test_what_is_gathered_gets_its_gradient_gathered():
     draw = mx.random.normal((5, 2, 4), key=mx.random.key(0))
     # Entry 0 is taken twice, entry 3 not at all, and place 5 is padding of which no gradient comes.
     index = mx.array([1, 0, 2, 0, 4, 1])
-    sources = [(mx.array([1, 0, 2, 0, 4]), mx.array([True, True, True, False, True])[:, None, None]),
-               (mx.array([3, 0, 0, 0, 0]), mx.array([True, False, False, False, False])[:, None, None])]  # fmt: skip
+    rows = [Rows(index, mx.array([[1, 0, 2, -1, 4], [3, -1, -1, -1, -1]]))]
     weights = mx.random.normal((6, 2, 4), key=mx.random.key(1)) * (mx.arange(6) < 5)[:, None, None]
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         for width in (4, 3):  # two heads of three half-precision numbers are no whole words of eight bytes
             x, factors = draw[..., :width].astype(dtype), weights[..., :width].astype(dtype)
-            assert mx.array_equal(gathered(x, index, sources), x[index])
-            found = mx.grad(lambda x, f=factors: (gathered(x, index, sources) * f).sum())(x)
+            assert mx.array_equal(gathered([x], rows)[0], x[index])
+            found = mx.grad(lambda x, f=factors: (gathered([x], rows)[0] * f).sum())(x)
             assert mx.allclose(found, mx.grad(lambda x, f=factors: (x[index] * f).sum())(x), rtol=1e-2)
 
 

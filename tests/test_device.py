@@ -15,12 +15,14 @@ import pytest
 from architectures import make_model
 from mlx.utils import tree_flatten
 from plain_pass import make_pairs
+from test_recurrent import loop, make_inputs, values_and_gradients
 
-from mlx_lm.tuner.preference.attention import PackedCache, Window, attention, gathered, make_layout, on_cuda
+from mlx_lm.tuner.preference.attention import PackedCache, Rows, Window, attention, gathered, make_layout, on_cuda
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, at_once
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.recurrent import gated_delta_rule
 from mlx_lm.tuner.preference.step import Objective, Step
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -39,7 +41,8 @@ SIZES = {"hidden_size": 64, "head_dim": 64, "intermediate_size": 96, "max_positi
 MODELS = {
     "llama": {},
     "qwen3": {},
-    "qwen3_5": {},
+    # Wide enough for CUDA's kernels of the recurrence.
+    "qwen3_5": {"linear_key_head_dim": 32, "linear_value_head_dim": 64},
     "mamba2": {},
     "gemma3_text": WINDOW,
     "gpt_oss": WINDOW,
@@ -87,6 +90,22 @@ def cosine(found, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("width", [32, 128, 192, 24])
+def test_the_gated_delta_rule_is_the_loop_over_tokens(dtype, by_channel, width):
+    """On CUDA by kernels, but for the last width; a loop in float32 of the same inputs is what it has to be."""
+    inputs = make_inputs(77, by_channel, key_width=width, value_width=width)
+    inputs = [x.astype(dtype) for x in inputs[:3]] + inputs[3:4] + [inputs[4].astype(dtype), inputs[5]]
+    expected, slopes = values_and_gradients(loop, [x.astype(mx.float32) for x in inputs])
+    found, found_slopes = values_and_gradients(gated_delta_rule, inputs)
+    # As chunks, products are of CUDA's ten bits too.
+    exact = dtype == mx.float32 and not (on_cuda() and width == 24)
+    for a, b in zip([*found, *found_slopes], [*expected, *slopes], strict=True):
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+        assert mx.linalg.norm(a - b).item() < (1e-5 if exact else 1e-2) * mx.linalg.norm(b).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [96, 128, 256])
 @pytest.mark.parametrize("mask", ["causal", "window"])
 @pytest.mark.parametrize("sinks", [False, True])
@@ -122,12 +141,11 @@ def test_what_is_gathered_is_the_same_at_every_run(dtype, width):
     index = np.concatenate([np.arange(500), np.arange(200)])
     x = mx.array(draw.normal(size=(500, 3, width)), dtype)
     slope = mx.array(draw.normal(size=(700, 3, width)), dtype)
-    second = np.where(np.arange(500) < 200, 500 + np.arange(500), 0)
-    sources = [(mx.arange(500), mx.ones((500, 1, 1), mx.bool_)),
-               (mx.array(second), (mx.arange(500) < 200)[:, None, None])]  # fmt: skip
+    second = np.where(np.arange(500) < 200, 500 + np.arange(500), -1)
+    rows = [Rows(mx.array(index, mx.int32), mx.array(np.stack([np.arange(500), second]), mx.int32))]
 
     def run():
-        (out,), (gradient,) = mx.vjp(lambda x: gathered(x, mx.array(index), sources), [x], [slope])
+        (out,), (gradient,) = mx.vjp(lambda x: gathered([x], rows), [x], [slope])
         mx.eval(out, gradient)
         return out, gradient
 

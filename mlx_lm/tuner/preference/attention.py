@@ -16,6 +16,7 @@ import numpy as np
 from ...models.base import create_causal_mask
 from ...models.cache import ArraysCache
 from .cpu_attention import blocks_of, causal_attention
+from .cuda_copies import fit, rows_of
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
 CUDA_TILE = 128
@@ -128,13 +129,10 @@ class PackedCache:
     def __init__(self, layout):
         self.offset = layout.places
         self._shapes = [(*part.queries.shape, part.keys.shape[1]) for part in layout.parts]
-        self._queries = mx.concatenate([part.queries.reshape(-1) for part in layout.parts])
-        self._keys = mx.concatenate([part.keys.reshape(-1) for part in layout.parts])
-        self._outputs = mx.maximum(layout.outputs, 0)
-        self._from_outputs, self._from_answered, self._from_uses = (
-            [(mx.maximum(row, 0), (row >= 0)[:, None, None]) for row in index]
-            for index in (layout.outputs[None], layout.answered[None], layout.uses)
-        )
+        queries, keys = (mx.concatenate([part[i].reshape(-1) for part in layout.parts]) for i in (0, 1))
+        self._queries = Rows(queries, layout.outputs[None])
+        self._keys = Rows(keys, layout.uses)
+        self._outputs = Rows(layout.outputs, layout.answered[None])
 
     def update_and_fetch(self, keys, values):
         """The keys and values as they are: `attend` finds each sequence's."""
@@ -160,8 +158,8 @@ class PackedCache:
         """
         if not (mask == "causal" or isinstance(mask, Window)) or queries.shape[2] != 1 or keys.shape[2] != 1:
             raise ValueError("a packed batch has no mask, and no rows, of a model's own")
-        asking = self._split(gathered(queries.squeeze(2), self._queries, self._from_outputs), 1)
-        columns = asking, self._rows(keys.squeeze(2)), self._rows(values.squeeze(2))
+        arrays, taken = [x.squeeze(2) for x in (queries, keys, values)], [self._queries, self._keys, self._keys]
+        columns = map(self._split, gathered(arrays, taken), (1, 2, 2))
         out = []
         for inputs, (_, length, whole) in zip(zip(*columns, strict=True), self._shapes, strict=True):
             seen = mask
@@ -172,15 +170,11 @@ class PackedCache:
             out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2))
         return self._answers(out)[:, :, None]
 
-    def _rows(self, x):
-        """The parts' sequences `(K, T, H, D)` of tokens' `x` `(N, H, D)`."""
-        return self._split(gathered(x, self._keys, self._from_uses), 2)
-
     def _answers(self, parts):
         """The tokens' `(N, H, D)` of what the parts' queries have, `(K, Q, H, D)`."""
         parts = [part.flatten(0, 1) for part in parts]
         joined = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-        return gathered(joined, self._outputs, self._from_answered)
+        return gathered([joined], [self._outputs])[0]
 
     def _split(self, x, column):
         """The parts' `(K, T, H, D)` of `x` `(number of queries or keys, H, D)`."""
@@ -202,10 +196,9 @@ class PackedCache:
 
         def run(*arguments, **options):
             columns, answers = [], []
-            for i in sequences:
-                x = arguments[i]
-                rows = self._rows(x.reshape(len(x), 1, -1))
-                columns.append([part.reshape(*part.shape[:2], *x.shape[2:]) for part in rows])
+            arrays = [arguments[i].reshape(len(arguments[i]), 1, -1) for i in sequences]
+            for i, x in zip(sequences, gathered(arrays, [self._keys] * len(arrays)), strict=True):
+                columns.append([part.reshape(*part.shape[:2], *arguments[i].shape[2:]) for part in self._split(x, 2)])
             for part, (_, length, _) in zip(zip(*columns, strict=True), self._shapes, strict=True):
                 given = dict(zip(sequences, part, strict=True))
                 out, _ = function(*(given.get(i, x) for i, x in enumerate(arguments)), **options)
@@ -249,28 +242,55 @@ class PackedState(ArraysCache):
         """What upstream answers where there is no cache."""
 
 
-def gathered(x, index, sources):
-    """`x[index]`, whose gradient is gathered too: faster than scattered, and the same at every run.
+class Rows:
+    """Which of N rows are taken, and where the gradients of each come from.
 
     Args:
-        x: `(N, H, D)`.
-        index: `(M,)` int, what is taken.
-        sources: pairs of `(N,)` int and `(N, 1, 1)` bool: entry n of x was taken as that entry of the result, where
-            it is true. Where an entry was taken more often, the gradients of the others are zero.
-
-    Returns:
-        `(M, H, D)`.
+        index: `(M,)` int32, what is taken; -1 for a row that nobody reads.
+        sources: `(R, N)` int32: row n was taken as each of these rows of the result, -1 standing for none. Where a row
+            was taken more often, the gradients of the others are zero.
     """
 
+    def __init__(self, index, sources):
+        self.index, self.sources = index, sources
+        self._places = mx.maximum(index, 0)
+        self._known = [(mx.maximum(row, 0), (row >= 0)[:, None, None]) for row in sources]
+
+    def of(self, x):
+        """The rows `(M, H, D)` of `x` `(N, H, D)`."""
+        return _taken(x, self._places)
+
+    def back(self, slope):
+        """The gradient `(N, H, D)` of such an x."""
+        return sum(mx.where(known, _taken(slope, source), 0) for source, known in self._known)
+
+
+def gathered(arrays, rows):
+    """Rows of arrays, whose gradients are gathered too: faster than scattered, and the same at every run.
+
+    Args:
+        arrays: each `(N, H, D)`.
+        rows: the `Rows` of each.
+
+    Returns:
+        A list of `(M, H, D)`.
+    """
+    # A kernel for one array alone would have to be compiled too, and saves little.
+    at_once = on_cuda() and len(arrays) > 1 and fit(arrays)
+
     @mx.custom_function
-    def gather(x):
-        return _taken(x, index)
+    def gather(*arrays):
+        if at_once:
+            return tuple(rows_of(arrays, [own.index[None] for own in rows]))
+        return tuple(own.of(x) for own, x in zip(rows, arrays, strict=True))
 
     @gather.vjp
-    def backward(x, slope, _):
-        return sum(mx.where(known, _taken(slope, source), 0) for source, known in sources)
+    def backward(_, slopes, __):
+        if at_once:
+            return tuple(rows_of(slopes, [own.sources for own in rows]))
+        return tuple(own.back(slope) for own, slope in zip(rows, slopes, strict=True))
 
-    return gather(x)
+    return list(gather(*arrays))
 
 
 def _taken(x, index):

@@ -9,6 +9,7 @@ from mlx.utils import tree_unflatten
 from ...cli_ui import rprint
 from .batches import emptied, make_batch, reference_rows
 from .intercept import evaluating
+from .layers import multiplied_once
 from .logps import Scorer
 from .memory import bounded_memory, one_behind
 from .objective import loss_of
@@ -162,7 +163,7 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
         losses, figures = objective.each(batch, reference_rows(reference, taken), by_token=True)
         return mx.stack([losses, *figures]), here, len(places)
 
-    with evaluating(scorer.model), bounded_memory(objective.need) as evaluate:
+    with evaluating(scorer.model), multiplied_once(scorer.model), bounded_memory(objective.need) as evaluate:
         for values, here, count in one_behind(evaluate, map(values_of, batches)):
             if len(here):
                 found[:, here] = np.array(values)

@@ -13,8 +13,11 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..lora import LoRALinear
+from .attention import on_cuda
 from .batches import ALIGNMENT
+from .cuda_copies import joined
 from .intercept import exchanged
+from .layers import dtype_of
 
 # Values from one parameter's start to the next are a multiple of this, in half precision too. Zeros fill up, whose
 # gradients are zeros.
@@ -56,13 +59,13 @@ class FlatParameters:
 
     def __init__(self, model, optimizer=None):
         self.vectors, self._model, self._names = nn.Module(), model, []
-        self._lora = [module for module in model.modules() if type(module) is LoRALinear and _dtype_of(module)]
+        self._lora = [module for module in model.modules() if type(module) is LoRALinear and dtype_of(module)]
         of_lora = {id(x): module for module in self._lora for x in (module.lora_a, module.lora_b)}
         joins, kinds = optimizer is None or _is_by_element(optimizer), {}
         for name, value in tree_flatten(model.trainable_parameters()):
             leaf = "lora_b" if name.endswith(".lora_b") else "others"
             module = of_lora.get(id(value))
-            rounded, scale = (_dtype_of(module), module.scale) if module else (None, 1.0)
+            rounded, scale = (dtype_of(module), module.scale) if module else (None, 1.0)
             alone = "" if joins and value.size <= LARGEST else name
             kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
             kinds.setdefault(kind, []).append((name, value.shape))
@@ -108,7 +111,9 @@ class FlatParameters:
         values, vectors = dict(tree_flatten(tree)), {}
         for place, (kind, parameters) in self._parts.items():
             parts = [values[name] for name, _ in parameters]
-            vector = parts[0] if kind.name else _side_by_side(parts)
+            # MLX copies one after another. To compile a kernel does not pay for what is done once a run.
+            at_once = as_multiplied and on_cuda()
+            vector = parts[0] if kind.name else (joined(parts, ALIGNED) if at_once else _side_by_side(parts))
             if as_multiplied and kind.rounded is not None:
                 vector = vector.astype(kind.dtype)
                 vector = vector if kind.scale == 1.0 else kind.scale * vector
@@ -139,9 +144,3 @@ def _is_by_element(optimizer):
         return True
     parts = getattr(optimizer, "optimizers", None) or [getattr(optimizer, "optimizer", None)]
     return None not in parts and all(map(_is_by_element, parts))
-
-
-def _dtype_of(module):
-    """The dtype in which a LoRA layer multiplies: its weight's, or the scales' of a packed one; None for another."""
-    stored = module.linear.get("scales", module.linear.weight)
-    return stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else None

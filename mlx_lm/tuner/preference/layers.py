@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ...models.activations import recomputed_activations
 from ..lora import LoRALinear
 from .attention import PackedCache, PackedState, RowCache, Window, on_cuda
-from .intercept import aside, intercepted, recomputed, tell_aside
+from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .recurrent import chunked_recurrences
 
@@ -194,6 +194,28 @@ def lean_layers(model, packed=None):
     finally:
         for module, original in layers:
             module.__class__ = original
+
+
+@contextmanager
+def multiplied_once(model):
+    """Within the context, LoRA layers hold their matrices scaled, in the dtype of their products.
+
+    Each product would scale and round them anew otherwise, which many batches in a row need not. Values are the same.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module) is LoRALinear and (dtype := dtype_of(module)):
+                lora_b = (module.scale * module.lora_b).astype(dtype)
+                stack.enter_context(exchanged(module, "lora_a", module.lora_a.astype(dtype)))
+                stack.enter_context(exchanged(module, "lora_b", lora_b))
+                stack.enter_context(exchanged(module, "scale", 1.0))
+        yield
+
+
+def dtype_of(module):
+    """The dtype in which a LoRA layer multiplies: its weight's, or the scales' of a packed one; None for another."""
+    stored = module.linear.get("scales", module.linear.weight)
+    return stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else None
 
 
 def layers_of(model):
