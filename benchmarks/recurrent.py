@@ -98,6 +98,17 @@ def loop(queries, keys, values, log_gates, betas, state=None, mask=None):
     return gated_delta_ops(queries, keys, values, mx.exp(log_gates), betas, state, mask)
 
 
+def chunks(queries, keys, values, log_gates, betas, state=None, mask=None):
+    """The recurrence in chunks, on CUDA too."""
+    import mlx.core as mx
+
+    from mlx_lm.tuner.preference.recurrent import gated_delta_chunks
+
+    if state is None:
+        state = mx.zeros((len(keys), *values.shape[2:], keys.shape[-1]))
+    return gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask)
+
+
 def measure_step(
     shape, prompt, response, pairs, recurrence, device, steps=3, warmup=1, compiled=False, share_prompt=True
 ):
@@ -114,8 +125,8 @@ def measure_step(
     dtype = mx.bfloat16 if on_gpu else mx.float32
     rate = harness.matmul_rate(dtype, 8192 if on_gpu else 1024)
     model = qwen(shape, dtype)
-    if recurrence == "loop":
-        recurrent.gated_delta_rule = loop
+    if recurrence != "rule":
+        recurrent.gated_delta_rule = loop if recurrence == "loop" else chunks
     batch = harness.make_pairs(pairs, prompt, response, SHAPES[shape][-1])
     result = harness.measure_step(
         model, batch, steps=steps, warmup=warmup, compiled=compiled, share_prompt=share_prompt
@@ -130,7 +141,7 @@ def measure_rule(kind, shape, pairs, length, device, chunk=64):
     """Milliseconds and GB of one layer's recurrence alone, forward and both passes, and how far it is from the loop.
 
     Args:
-        kind: "loop", "chunks", or "fused" for `mx.fast.gated_delta_update`.
+        kind: "rule" for what a run computes, "chunks", "loop", or "fused" for `mx.fast.gated_delta_update`.
         chunk: tokens a chunk.
     """
     import mlx.core as mx
@@ -154,7 +165,7 @@ def measure_rule(kind, shape, pairs, length, device, chunk=64):
     inputs = [unit() * width**-0.5, unit(), mx.random.normal((*per_head, width))]
     inputs = [x.astype(dtype) for x in inputs]
     inputs += [-mx.exp(mx.random.normal(per_head) - 2), mx.sigmoid(mx.random.normal(per_head)).astype(dtype)]
-    function = {"loop": loop, "chunks": recurrent.gated_delta_rule, "fused": fused}[kind]
+    function = {"rule": recurrent.gated_delta_rule, "loop": loop, "chunks": chunks, "fused": fused}[kind]
     both = mx.grad(lambda *inputs: function(*inputs)[0].astype(mx.float32).square().sum(), argnums=(0, 1, 2, 3, 4))
     mx.eval(inputs)
     result = {}
@@ -306,17 +317,18 @@ def run_gpu(options):
     short = fixed | {"prompt": options.prompt // 8, "response": options.response // 8}
     measured = step_table(
         [
+            fixed | {"recurrence": "rule", "compiled": True, "steps": 10, "warmup": 5},
             fixed | {"recurrence": "chunks", "compiled": True, "steps": 10, "warmup": 5},
-            fixed | {"recurrence": "chunks", "compiled": False, "steps": 10, "warmup": 5},
+            fixed | {"recurrence": "rule", "compiled": False, "steps": 10, "warmup": 5},
             # The loop keeps a state of 1 MB a token, layer and sequence: what fits, then what was asked for.
-            short | {"recurrence": "chunks", "compiled": False, "steps": 5, "warmup": 2},
+            short | {"recurrence": "rule", "compiled": False, "steps": 5, "warmup": 2},
             short | {"recurrence": "loop", "compiled": False, "steps": 1, "warmup": 1},
             fixed | {"recurrence": "loop", "compiled": False, "steps": 1, "warmup": 1},
         ]
     )
     print("\nOne layer's recurrence alone:\n")
     print_head("recurrence", "forward ms", "GB", "forward and backward ms", "GB", "largest error")
-    for kind, chunk in (("chunks", 32), ("chunks", 64), ("chunks", 128), ("fused", 64), ("loop", 64)):
+    for kind, chunk in (("rule", 64), ("chunks", 32), ("chunks", 64), ("chunks", 128), ("fused", 64), ("loop", 64)):
         setting = {"kind": kind, "chunk": chunk, "shape": shape, "pairs": 2, "device": device}
         result = alone("measure_rule", **setting, length=options.prompt + options.response)
         measured.append(setting | result)

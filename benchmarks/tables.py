@@ -209,8 +209,10 @@ RUN_NOTES = {
     "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
     "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
     "`h200_smollm2_before` when it was given back after each step, `h200_smollm2` when after every fiftieth, and all "
-    "but `cpu`, `h200_1b`, `h200_smollm2` and `h200_smollm2_16` when each parameter was updated by itself. TRL's run "
-    "beside `h200_smollm2` was cut off.",
+    "but `cpu`, `h200_1b`, `h200_smollm2`, `h200_smollm2_16` and `beside` when each parameter was updated by itself. "
+    "TRL's runs beside `h200_smollm2` and `h200_smollm2_beside` were cut off.",
+    "beside": "`beside` ran at the same time, each on a card of one host, with copies in one kernel and half as many "
+    "logits in a chunk; the others had neither.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 
@@ -430,6 +432,28 @@ def vectors_table():
     return markdown_table(header, rows) + "\n\n" + made_by(found)
 
 
+def kernels_table():
+    """Milliseconds a step and memory with and without this project's own copying kernels on CUDA."""
+    found, rows = result("kernels_h200"), []
+    for row in found["rows"]:
+        told = f"{statistics.median(row['ms']):.0f} ({min(row['ms']):.0f} to {max(row['ms']):.0f})"
+        memory = f"{row['arrays_gb']:.1f}", f"{row['driver_gb']:.1f}"
+        rows.append((row["model"], row["pairs"], row["batch"], row["kernels"], told, *memory))
+    header = ("model", "pairs a step", "batch", "kernels", "ms a step", "arrays, GB", "by the driver, GB")
+    return markdown_table(header, rows) + "\n\n" + made_by(found)
+
+
+def rule_table():
+    """Milliseconds of a layer's recurrence alone, by kernels and in chunks."""
+    found = result("recurrent")["rule_h200"]
+    rows = [
+        (row["how"], f"{row['forward_ms']:.2f}", f"{row['both_ms']:.2f}", row["value_error"], row["gradient_error"])
+        for row in found["rows"]
+    ]
+    header = ("recurrence", "forward, ms", "forward and backward, ms", "error of outputs", "of gradients at most")
+    return markdown_table(header, rows) + "\n\n" + found["told"]
+
+
 def sentiment_table():
     """Score against KL from the reference, for each file: a row a run, with its steps and with its score at some KL."""
     parts = []
@@ -479,7 +503,9 @@ REGIONS = {
     "gpus": (BENCHMARKS, gpus_table),
     "cache": (BENCHMARKS, cache_table),
     "vectors": (BENCHMARKS, vectors_table),
+    "kernels": (BENCHMARKS, kernels_table),
     "recurrent": (BENCHMARKS, recurrent_table),
+    "rule": (BENCHMARKS, rule_table),
     "shared": (BENCHMARKS, shared_table),
     "arrangements": (BENCHMARKS, arrangements_table),
     "relatives": (BENCHMARKS, relatives_table),

@@ -75,8 +75,7 @@ def uses_gated_delta(model):
 def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=None):
     """The gated delta rule over a sequence, as mlx-lm's loop computes it, with gradients for all but the mask.
 
-    Sums are in float32 whatever the dtype. The backward pass keeps the inputs, and of each chunk a state and what
-    `KEEPS_INVERSES` says.
+    Sums are in float32 whatever the dtype. On CUDA kernels compute it, without a mask and for heads that fit them.
 
     Args:
         queries, keys: `(B, T, Hk, Dk)`; keys of a norm of at most 1, or the rule itself grows without bound.
@@ -90,16 +89,26 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
         `(outputs, state)`: `(B, T, Hv, Dv)` in the queries' dtype, and the state after the last token,
         `(B, Hv, Dv, Dk)`, float32.
     """
-    batch, length, key_heads, key_width = keys.shape
-    value_heads, value_width = values.shape[2:]
+    (batch, _, _, key_width), (value_heads, value_width) = keys.shape, values.shape[2:]
     if state is None:
         state = mx.zeros((batch, value_heads, value_width, key_width))
-    state = state.astype(mx.float32)
+    arrays = queries, keys, values, log_gates.astype(mx.float32), betas, state.astype(mx.float32)
     if on_cuda() and mask is None and cuda_delta.fits(key_width, value_width):
-        return cuda_delta.gated_delta_loops(queries, keys, values, log_gates.astype(mx.float32), betas, state)
+        return cuda_delta.gated_delta_loops(*arrays)
+    return gated_delta_chunks(*arrays, mask)
+
+
+def gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask=None):
+    """The same in chunks; of each the backward pass keeps a state and what `KEEPS_INVERSES` says.
+
+    Args:
+        queries, keys, values, log_gates, betas, state, mask: as there; gates and state are float32.
+    """
+    batch, length, key_heads, key_width = keys.shape
+    value_heads, value_width = values.shape[2:]
     state = state.reshape(batch, key_heads, -1, value_width, key_width)
     gates = log_gates if log_gates.ndim == 4 else log_gates[..., None]
-    arrays = queries, keys, values, gates.astype(mx.float32), betas[..., None]
+    arrays = queries, keys, values, gates, betas[..., None]
     device = mx.default_device().type
     at_once = CHUNK * max(1, TOKENS_AT_ONCE[device] // (CHUNK * batch * value_heads))
     starts_of_parts = range(0, length, at_once)
