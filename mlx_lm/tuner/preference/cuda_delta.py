@@ -73,6 +73,15 @@ struct Part {
   }
 };
 
+// A row's number is known to all its lanes: lane r stores that of row r, neighbours side by side.
+template <int ROWS, typename T>
+__device__ void store_rows(T* to, const float (&numbers)[ROWS], int lane) {
+  float own = numbers[0];
+#pragma unroll
+  for (int r = 1; r < ROWS; ++r) own = lane == r ? numbers[r] : own;
+  if (lane < ROWS) to[lane] = static_cast<T>(own);
+}
+
 // A thread's part of COLUMNS numbers of each of TILE tokens: fetched while the tokens before are computed, then put
 // where all threads of the block see it.
 template <int COLUMNS, int TILE, int THREADS, typename T>
@@ -189,10 +198,7 @@ ROWS_OF_STATES = (
       k.load(key[i], lane);
       q.load(query[i], lane);
       if (CHANNELS > 1) a.load(gate[i], lane);
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        ROW
-      }""",
+      EACH_ROW""",
     )
     + """
 #pragma unroll
@@ -202,23 +208,30 @@ ROWS_OF_STATES = (
 
 DECAY = "if (CHANNELS > 1) state[r].scale(a); else state[r].scale(gate[i][0]);"
 
+# Nothing is stored before all rows are computed: with a branch between them each would wait for the one before.
 FORWARD = f"""
+      float error[ROWS], output[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {{
         {DECAY}
-        const float error = given[i][own + r] - state[r].dot(k);
-        state[r].add(beta[i][0] * error, k);
-        const float output = state[r].dot(q);
-        if (lane == 0) {{
-          errors[out + r] = error;
-          outputs[out + r] = static_cast<T>(output);
-        }}
+        error[r] = given[i][own + r] - state[r].dot(k);
+        state[r].add(beta[i][0] * error[r], k);
+        output[r] = state[r].dot(q);
+      }}
+      store_rows(errors + out, error, lane);
+      store_rows(outputs + out, output, lane);
 """
 
 UPDATE_SLOPES = f"""
+      float update[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {{
         state[r].add(given[i][own + r], q);
-        const float update = state[r].dot(k);
-        state[r].add(-beta[i][0] * update, k);
+        update[r] = state[r].dot(k);
+        state[r].add(-beta[i][0] * update[r], k);
         {DECAY}
-        if (lane == 0) update_slopes[out + r] = update;
+      }}
+      store_rows(update_slopes + out, update, lane);
 """
 
 # Columns of the states, where blockIdx.z is even, and of their gradients; `before` and `after_slope` are transposed.
@@ -246,25 +259,26 @@ COLUMNS_OF_STATES = (
       dO.load(slope[i], lane);
       e.load(error[i], lane);
       du.load(update[i], lane);
+      float written[ROWS], read[ROWS], asked[ROWS];
+      if (BACKWARDS) {
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const float k = key[i][own + r], a = gate[i][CHANNELS > 1 ? row + own + r : 0];
-        if (BACKWARDS) {
+        for (int r = 0; r < ROWS; ++r) {
           state[r].add(query[i][own + r], dO);
-          const float written = beta[i][0] * state[r].dot(e);
-          state[r].add(-beta[i][0] * k, du);
-          state[r].scale(a);
-          if (lane == 0) write_slopes[out + r] = written;
-        } else {
-          state[r].scale(a);
-          const float read = -beta[i][0] * state[r].dot(du);
-          state[r].add(beta[i][0] * k, e);
-          const float asked = state[r].dot(dO);
-          if (lane == 0) {
-            read_slopes[out + r] = read;
-            query_slopes[out + r] = asked;
-          }
+          written[r] = beta[i][0] * state[r].dot(e);
+          state[r].add(-beta[i][0] * key[i][own + r], du);
+          state[r].scale(gate[i][CHANNELS > 1 ? row + own + r : 0]);
         }
+        store_rows(write_slopes + out, written, lane);
+      } else {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          state[r].scale(gate[i][CHANNELS > 1 ? row + own + r : 0]);
+          read[r] = -beta[i][0] * state[r].dot(du);
+          state[r].add(beta[i][0] * key[i][own + r], e);
+          asked[r] = state[r].dot(dO);
+        }
+        store_rows(read_slopes + out, read, lane);
+        store_rows(query_slopes + out, asked, lane);
       }""",
     )
 )
@@ -274,8 +288,8 @@ COLUMNS_OF_STATES = (
 def _kernel(name):
     """One of the three kernels, as `mx.fast.cuda_kernel` makes it."""
     source, inputs, outputs = {
-        "forward": (ROWS_OF_STATES.replace("ROW\n", FORWARD), ["before", "rows"], ["outputs", "errors", "after"]),
-        "updates": (ROWS_OF_STATES.replace("ROW\n", UPDATE_SLOPES), ["before", "rows"], ["update_slopes", "after"]),
+        "forward": (ROWS_OF_STATES.replace("EACH_ROW", FORWARD), ["before", "rows"], ["outputs", "errors", "after"]),
+        "updates": (ROWS_OF_STATES.replace("EACH_ROW", UPDATE_SLOPES), ["before", "rows"], ["update_slopes", "after"]),
         "keys": (
             COLUMNS_OF_STATES,
             ["before", "after_slope", "slopes", "errors", "update_slopes"],
