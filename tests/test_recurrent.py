@@ -252,11 +252,9 @@ def test_parts_of_what_a_layer_has_computed_are_compiled_too(monkeypatch):
         assert_close(a, b, 1e-6, name)
 
 
-@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("by_channel", [False, True])
-def test_parts_of_a_sequence_that_are_prepared_apart_are_the_whole(by_channel, keeps, monkeypatch):
+def test_parts_of_a_sequence_that_are_prepared_apart_are_the_whole(by_channel, monkeypatch):
     inputs = make_inputs(5 * CHUNK + 3, by_channel, batch=1)
-    monkeypatch.setitem(recurrent.KEEPS_INVERSES, mx.default_device().type, keeps)
     mask = mx.arange(5 * CHUNK + 3)[None] % 7 != 0
     monkeypatch.setitem(recurrent.TOKENS_AT_ONCE, mx.default_device().type, 2 * CHUNK * inputs[4].shape[2])
     assert_is_the_loop(inputs, mask)

@@ -73,28 +73,9 @@ def _halves(x, size):
     return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
 
 
-def inverse_of(lower, known=None):
-    """The inverse of I + M for M = `lower`, `(..., C, C)`, zero on and above its diagonal.
-
-    Args:
-        lower: M.
-        known: the inverse, where there is need for its gradient alone.
-    """
-
-    @mx.custom_function
-    def inverse(lower):
-        return _by_blocks(lower) if known is None else known
-
-    @inverse.vjp
-    def backward(_, slope, inverse):
-        transposed = inverse.swapaxes(-1, -2)
-        return transposed @ -slope @ transposed
-
-    return inverse(lower)
-
-
-def _by_blocks(lower):
-    """The inverse of I + `lower`, block by block.
+@mx.custom_function
+def inverse_of(lower):
+    """The inverse of I + M for M = `lower`, `(..., C, C)`, zero on and above its diagonal, block by block.
 
     With inverses E and F of two blocks on the diagonal and M between them, the block between is -F M E: no more than
     what the inverse holds. A series of powers of M, whose terms cancel, would lose all digits where keys repeat.
@@ -109,3 +90,9 @@ def _by_blocks(lower):
         inverse = inverse - between if size == 1 else mx.addmm(inverse, inverse @ between, inverse, alpha=-1.0)
         size *= 2
     return mx.broadcast_to(inverse, lower.shape)
+
+
+@inverse_of.vjp
+def _inverse_slopes(_, slope, inverse):
+    transposed = inverse.swapaxes(-1, -2)
+    return transposed @ -slope @ transposed

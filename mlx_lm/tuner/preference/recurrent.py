@@ -42,9 +42,6 @@ from .pieces import recurrences_in_pieces
 CHUNK = 64
 # Tokens, times heads and sequences, whose chunks are in memory at a time. A GPU works on many at once.
 TOKENS_AT_ONCE = {mx.DeviceType.cpu: 2**12, mx.DeviceType.gpu: 2**17}
-# Whether the backward pass finds each chunk's inverse again, C numbers a token and head, or computes it again: a GPU
-# starts 16 kernels for it, a CPU has less memory.
-KEEPS_INVERSES = {mx.DeviceType.cpu: False, mx.DeviceType.gpu: True}
 
 
 @contextmanager
@@ -99,7 +96,7 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
 
 
 def gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask=None):
-    """The same in chunks; of each the backward pass keeps a state and what `KEEPS_INVERSES` says.
+    """The same in chunks; of each the backward pass keeps a state.
 
     Args:
         queries, keys, values, log_gates, betas, state, mask: as there; gates and state are float32.
@@ -109,8 +106,7 @@ def gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask=None
     state = state.reshape(batch, key_heads, -1, value_width, key_width)
     gates = log_gates if log_gates.ndim == 4 else log_gates[..., None]
     arrays = queries, keys, values, gates, betas[..., None]
-    device = mx.default_device().type
-    at_once = CHUNK * max(1, TOKENS_AT_ONCE[device] // (CHUNK * batch * value_heads))
+    at_once = CHUNK * max(1, TOKENS_AT_ONCE[mx.default_device().type] // (CHUNK * batch * value_heads))
     starts_of_parts = range(0, length, at_once)
 
     def in_parts(x):
@@ -121,23 +117,21 @@ def gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask=None
 
     @mx.custom_function
     def run(state, *arrays):
-        outputs, all_states, inverses = [], [], []
+        outputs, all_states = [], []
         for *part, part_kept in zip(*map(in_parts, arrays), kept, strict=True):
-            chunks, inverse = _prepare(*part, part_kept)
+            chunks = _prepare(*part, part_kept)
             states, state, read, own = _run(chunks, state)
             outputs.append(_as_sequence(read, own, part[2]))
             all_states.append(states)
-            inverses += [inverse] if KEEPS_INVERSES[device] else []
-        return _joined(outputs), state, *all_states, *inverses
+        return _joined(outputs), state, *all_states
 
     @run.vjp
     def backward(inputs, cotangents, outputs):
-        (_, *arrays), (output_slope, slope, *_), (_, _, *to_keep) = inputs, cotangents, outputs
-        states, inverses = to_keep[: len(kept)], to_keep[len(kept) :] or [None] * len(kept)
-        parts = zip(*map(in_parts, (*arrays, output_slope)), kept, states, inverses, strict=True)
+        (_, *arrays), (output_slope, slope, *_), (_, _, *states) = inputs, cotangents, outputs
+        parts = zip(*map(in_parts, (*arrays, output_slope)), kept, states, strict=True)
         slopes = []
-        for *part, out_slope, part_kept, states, inverse in reversed(list(parts)):
-            slope, *part_slopes = _part_slopes(part, part_kept, states, inverse, out_slope, slope)
+        for *part, out_slope, part_kept, part_states in reversed(list(parts)):
+            slope, *part_slopes = _part_slopes(part, part_kept, part_states, out_slope, slope)
             # Left for later, they would keep what they are made of.
             slope = mx.depends([slope], part_slopes)[0]
             slopes.append(part_slopes)
@@ -152,14 +146,13 @@ def _joined(parts):
     return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def _part_slopes(arrays, kept, states, inverse, output_slope, last_slope):
+def _part_slopes(arrays, kept, states, output_slope, last_slope):
     """The gradients of the state before a part of a sequence and of each of its arrays.
 
     Args:
         arrays: queries, keys, values, gates and betas, each `(B, T, heads, width)`.
         kept: `(B, T, 1, 1)`, or None, as for `_prepare`.
         states: `(N, B, Hk, R, Dv, Dk)`, before each chunk.
-        inverse: what `_prepare` gave in the forward pass, or None.
         output_slope, last_slope: the gradients of the outputs `(B, T, Hv, Dv)` and of the state after the part.
     """
     # Without waiting for the gradient, all layers could prepare again before the first of them is done with.
@@ -175,7 +168,7 @@ def _part_slopes(arrays, kept, states, inverse, output_slope, last_slope):
         return _slopes(_Chunks(*inputs[1:]), states, output_slope, last_slope)
 
     def all_that_follows(state, *arrays):
-        return what_follows(state, *_prepare(*arrays, kept, inverse)[0])
+        return what_follows(state, *_prepare(*arrays, kept))
 
     return mx.vjp(all_that_follows, [states[:1].squeeze(0), *arrays], [mx.zeros(())])[1]
 
@@ -227,14 +220,13 @@ def _as_sequence(x, y, like):
     return (x + y).astype(like.dtype).reshape(len(like), -1, *like.shape[2:])[:, : like.shape[1]]
 
 
-def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
-    """`(_Chunks, inverse)` of a part of a sequence.
+def _prepare(queries, keys, values, log_gates, betas, kept):
+    """`_Chunks` of a part of a sequence.
 
     Args:
         queries, keys, values, log_gates, betas: `(B, T, heads, width)`, as for `gated_delta_rule`; a width of 1 for
             betas, and for gates that all channels share.
         kept: `(B, T, 1, 1)`, False for a token that sees its own gate and update and that no other token sees, or None.
-        inverse: that of I + M, or None where it is not known.
     """
     key_heads = keys.shape[2]
     arrays = queries, keys, values, log_gates, betas
@@ -249,8 +241,8 @@ def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
     after = mx.exp(mx.cumsum(passed, axis=-2, reverse=True, inclusive=False))
     products = decayed_products if log_gates.shape[-1] == 1 else decayed_products_by_channel
     key_scores, scores = products(keys, queries, kept, passed, own)
-    inverse = inverse_of(betas * key_scores, inverse)
-    chunks = _Chunks(
+    inverse = inverse_of(betas * key_scores)
+    return _Chunks(
         queries=before * queries,
         scores=scores,
         solve=inverse * betas.swapaxes(-1, -2),
@@ -259,7 +251,6 @@ def _prepare(queries, keys, values, log_gates, betas, kept, inverse=None):
         late=after * seen,
         decays=mx.exp(passed.sum(-2, keepdims=True)),
     )
-    return chunks, mx.stop_gradient(inverse)
 
 
 def _run(chunks, state):
