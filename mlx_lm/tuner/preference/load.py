@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 import mlx.core as mx
@@ -111,7 +112,8 @@ def check_same_tokens(tokenizer, other, name):
     if not hasattr(tokenizer, "get_vocab") or not hasattr(other, "get_vocab"):
         return
     ids, theirs = tokenizer.get_vocab(), other.get_vocab()
-    for token, number in ids.items():
+    # Vocabularies come in no order: the first token by its number is the same at every run.
+    for token, number in sorted(ids.items(), key=itemgetter(1)):
         if theirs.get(token, number) != number:
             raise ConfigError(
                 f"reference_model is {name!r}, where the token {token!r} is {theirs[token]}; in the model it is "
