@@ -98,17 +98,6 @@ def loop(queries, keys, values, log_gates, betas, state=None, mask=None):
     return gated_delta_ops(queries, keys, values, mx.exp(log_gates), betas, state, mask)
 
 
-def chunks(queries, keys, values, log_gates, betas, state=None, mask=None):
-    """The recurrence in chunks, on CUDA too."""
-    import mlx.core as mx
-
-    from mlx_lm.tuner.preference.recurrent import gated_delta_chunks
-
-    if state is None:
-        state = mx.zeros((len(keys), *values.shape[2:], keys.shape[-1]))
-    return gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask)
-
-
 def measure_step(
     shape, prompt, response, pairs, recurrence, device, steps=3, warmup=1, compiled=False, share_prompt=True
 ):
@@ -125,8 +114,10 @@ def measure_step(
     dtype = mx.bfloat16 if on_gpu else mx.float32
     rate = harness.matmul_rate(dtype, 8192 if on_gpu else 1024)
     model = qwen(shape, dtype)
-    if recurrence != "rule":
-        recurrent.gated_delta_rule = loop if recurrence == "loop" else chunks
+    if recurrence == "loop":
+        recurrent.gated_delta_rule = loop
+    elif recurrence == "chunks":
+        recurrent.on_cuda = lambda: False  # where kernels stand in for them
     batch = harness.make_pairs(pairs, prompt, response, SHAPES[shape][-1])
     result = harness.measure_step(
         model, batch, steps=steps, warmup=warmup, compiled=compiled, share_prompt=share_prompt
@@ -165,7 +156,9 @@ def measure_rule(kind, shape, pairs, length, device, chunk=64):
     inputs = [unit() * width**-0.5, unit(), mx.random.normal((*per_head, width))]
     inputs = [x.astype(dtype) for x in inputs]
     inputs += [-mx.exp(mx.random.normal(per_head) - 2), mx.sigmoid(mx.random.normal(per_head)).astype(dtype)]
-    function = {"rule": recurrent.gated_delta_rule, "loop": loop, "chunks": chunks, "fused": fused}[kind]
+    if kind == "chunks":
+        recurrent.on_cuda = lambda: False  # where kernels stand in for them
+    function = {"loop": loop, "fused": fused}.get(kind, recurrent.gated_delta_rule)
     both = mx.grad(lambda *inputs: function(*inputs)[0].astype(mx.float32).square().sum(), argnums=(0, 1, 2, 3, 4))
     mx.eval(inputs)
     result = {}

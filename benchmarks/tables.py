@@ -212,7 +212,7 @@ RUN_NOTES = {
     "but `cpu`, `h200_1b`, `h200_smollm2`, `h200_smollm2_16` and `beside` when each parameter was updated by itself. "
     "TRL's runs beside `h200_smollm2` and `h200_smollm2_beside` were cut off.",
     "beside": "`beside` ran at the same time, each on a card of one host, with copies in one kernel and half as many "
-    "logits in a chunk; the others had neither.",
+    "logits in a chunk, the reference's too; the others had neither.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 

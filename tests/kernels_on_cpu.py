@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -80,13 +81,12 @@ def cuda_kernels(monkeypatch, tmp_path_factory):
         pytest.skip("no C++ compiler")
     from mlx_lm.tuner.preference import cuda_copies, cuda_delta
 
-    for makes in (cuda_delta._kernel, cuda_copies._rows_kernel, cuda_copies._joining_kernel):
-        makes.cache_clear()
     folder, ran = tmp_path_factory.getbasetemp(), []
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: _Kernel(folder, ran, **options))
-    yield ran
-    for makes in (cuda_delta._kernel, cuda_copies._rows_kernel, cuda_copies._joining_kernel):
-        makes.cache_clear()
+    for module, name in ((cuda_delta, "_kernel"), (cuda_copies, "_rows_kernel"), (cuda_copies, "_joining_kernel")):
+        # With a cache of its own: these kernels are of this test alone.
+        monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
+    return ran
 
 
 class _Kernel:

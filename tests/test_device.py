@@ -135,19 +135,23 @@ def test_attention_is_right_whichever_way_its_gradient_is_laid_out(dtype, length
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 5])
-def test_what_is_gathered_is_the_same_at_every_run(dtype, width):
-    """Of 500 tokens the first 200 stand in two sequences; compared with numpy's sums in float64."""
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_gathered_is_the_same_at_every_run(dtype, width, count):
+    """Of 500 tokens the first 200 stand in two sequences; compared with numpy's sums in float64.
+
+    On CUDA several arrays are gathered by one kernel.
+    """
     draw = np.random.default_rng(0)
     index = np.concatenate([np.arange(500), np.arange(200)])
     x = mx.array(draw.normal(size=(500, 3, width)), dtype)
     slope = mx.array(draw.normal(size=(700, 3, width)), dtype)
     second = np.where(np.arange(500) < 200, 500 + np.arange(500), -1)
-    rows = [Rows(mx.array(index, mx.int32), mx.array(np.stack([np.arange(500), second]), mx.int32))]
+    rows = [Rows(mx.array(index, mx.int32), mx.array(np.stack([np.arange(500), second]), mx.int32))] * count
 
     def run():
-        (out,), (gradient,) = mx.vjp(lambda x: gathered([x], rows), [x], [slope])
-        mx.eval(out, gradient)
-        return out, gradient
+        outs, gradients = mx.vjp(lambda *arrays: gathered(arrays, rows), [x] * count, [slope] * count)
+        mx.eval(outs, gradients)
+        return outs[-1], gradients[-1]
 
     (out, gradient), *others = [run() for _ in range(5)]
     assert mx.array_equal(out, x[mx.array(index)])

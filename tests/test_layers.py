@@ -14,7 +14,7 @@ from plain_pass import scored_gradient as gradient_of
 from mlx_lm.models import activations, qwen3
 from mlx_lm.models.activations import recomputed_activations, swiglu
 from mlx_lm.tuner.preference.attention import RowCache
-from mlx_lm.tuner.preference.batches import ARRANGEMENTS
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
 from mlx_lm.tuner.preference.intercept import drawing_from, evaluating, intercepted, parameters_in, recomputed
 from mlx_lm.tuner.preference.layers import (
     DepthwiseConv1d,
@@ -23,6 +23,7 @@ from mlx_lm.tuner.preference.layers import (
     UnpackedLinear,
     checkpointed_layers,
     lean_layers,
+    multiplied_once,
 )
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
@@ -299,6 +300,23 @@ def test_one_modules_method_is_intercepted_and_given_back():
         assert mx.array_equal(layers[1](x), expected)
         raise ZeroDivisionError
     assert type(layers[0]) is nn.Linear and "__call__" in vars(nn.Linear)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_matrices_that_are_multiplied_once_give_the_same_logps(dtype):
+    model = add_lora(make_model("llama"))
+    model.apply(lambda x: mx.random.normal(x.shape, key=mx.random.key(x.size)) / 8)
+    model.update(tree_map(lambda x: x.astype(dtype), model.parameters()))
+    model.update(tree_map(lambda x: x.astype(mx.float32), model.trainable_parameters()))
+    before, batch = dict(tree_flatten(model.parameters())), make_batch(PAIRS, PLAIN)[0]
+    scorer = Scorer(model)
+    expected = scorer(batch).total
+    with multiplied_once(model):
+        adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        assert adapted and all(module.scale == 1.0 and module.lora_b.dtype == dtype for module in adapted)
+        assert mx.array_equal(scorer(batch).total, expected)
+    assert all(value is before[name] for name, value in tree_flatten(model.parameters()))
+    assert all(module.scale != 1.0 for module in adapted)
 
 
 def test_modes_are_given_back_module_by_module():

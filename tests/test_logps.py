@@ -464,3 +464,13 @@ def test_both_formulas_of_a_devices_head_are_a_softmaxs(seeds):
     assert np.allclose(squares, np.log((softmax**2).sum(-1)), atol=1e-5)
     assert np.allclose(gradient, softmax - (np.arange(300) == targets), atol=1e-5)
     assert seeds(mx.array(logits, mx.float32), mx.array(targets), alignment=False)[1] is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
+def test_compiled_figures_are_the_eager_ones():
+    logits = mx.random.normal((7, 40), key=mx.random.key(0))
+    logits = mx.where(mx.arange(40) == 3, -mx.inf, logits)
+    targets = mx.array([0, 1, 39, 5, *mx.argmax(logits[4:], axis=-1).tolist()])
+    expected = module._token_figures(logits, targets)
+    assert all(map(mx.allclose, module._compiled_figures(logits, targets), expected))
+    assert expected[-1].tolist()[4:] == [1.0] * 3 and sum(expected[-1].tolist()[:4]) == 0.0

@@ -18,8 +18,8 @@ from every earlier token to every later one, its gradient is a sum over the toke
 
 and of the last state times its gradient. All sums are in float32.
 
-Chunks, as matrix products, need fewer operations and some two hundred kernels a layer and pass; a host starts these
-more slowly than a GPU runs them.
+Chunks, as matrix products, need fewer operations and some 250 kernels a layer; a host starts these more slowly than a
+GPU runs them.
 """
 
 from functools import cache
@@ -339,67 +339,59 @@ def gated_delta_loops(queries, keys, values, log_gates, betas, state):
     per_value = batch, length, value_heads, value_width
     per_key = batch, length, value_heads, key_width
 
-    def run(name, rows, columns, dtype, sequences, inputs, shapes):
+    def run(name, rows, columns, inputs, *outputs):
         lanes = _lanes(columns)
         count = _rows_a_thread(rows, lanes)
-        template = {"T": dtype, "DK": key_width, "DV": value_width, "H": value_heads, "CHANNELS": channels}
+        template = {"T": values.dtype, "DK": key_width, "DV": value_width, "H": value_heads, "CHANNELS": channels}
         template |= {"RATIO": value_heads // key_heads, "TILE": TILE, "THREADS": THREADS}
         template |= {"LANES": lanes, "ROWS": count} | ({"BACKWARDS": name == "updates"} if name != "keys" else {})
+        shapes, dtypes = zip(*outputs, strict=True)
         return _kernel(name)(
             inputs=inputs,
             template=list(template.items()),
-            grid=(rows * lanes // count, value_heads, sequences),
+            grid=(rows * lanes // count, value_heads, 2 * batch if name == "keys" else batch),
             threadgroup=(THREADS, 1, 1),
             output_shapes=shapes,
-            output_dtypes=[dtype if name == "forward" and i == 0 else mx.float32 for i in range(len(shapes))],
+            output_dtypes=dtypes,
         )
+
+    def of_rows(name, common, before, rows, *outputs):
+        return run(name, value_width, key_width, [*common, before, rows], *outputs, (before.shape, mx.float32))
 
     @mx.custom_function
     def loop(queries, keys, values, log_gates, betas, state):
-        inputs = [keys, queries, mx.exp(log_gates), betas, state, values]
-        shapes = [per_value, per_value, state.shape]
-        return tuple(run("forward", value_width, key_width, values.dtype, batch, inputs, shapes))
+        common = [keys, queries, mx.exp(log_gates), betas]
+        return tuple(of_rows("forward", common, state, values, (per_value, values.dtype), (per_value, mx.float32)))
 
     @loop.vjp
     def backward(inputs, cotangents, outputs):
-        (queries, keys, values, log_gates, betas, state), (slopes, _, last_slope), (_, errors, last) = (
-            inputs,
-            cotangents,
-            outputs,
-        )
-        dtype, slopes = values.dtype, mx.contiguous(slopes)
-        common = [keys, queries, mx.exp(log_gates), betas]
-        update_slopes, first_slope = run(
-            "updates", value_width, key_width, dtype, batch, [*common, last_slope, slopes], [per_value, state.shape]
-        )
-        columns = [state.swapaxes(-1, -2), last_slope.swapaxes(-1, -2), slopes, errors, update_slopes]
-        found = run("keys", key_width, value_width, dtype, 2 * batch, [*common, *columns], [per_key] * 3)
-        query_slopes, key_slopes, gate_slopes = _slopes(queries, keys, *found, channels)
+        queries, keys, _, log_gates, betas, state = inputs
+        (slopes, _, last_slope), (_, errors, last) = cotangents, outputs
+        common, slopes = [keys, queries, mx.exp(log_gates), betas], mx.contiguous(slopes)
+        updates, first_slope = of_rows("updates", common, last_slope, slopes, (per_value, mx.float32))
+        columns = [state.swapaxes(-1, -2), last_slope.swapaxes(-1, -2), slopes, errors, updates]
+        found = run("keys", key_width, value_width, [*common, *columns], *[(per_key, mx.float32)] * 3)
+        query_slopes, key_slopes, passed = _slopes(queries, keys, *found)
         at_end = (last * last_slope).sum(-2)
-        at_end = at_end if channels > 1 else at_end.sum(-1)
-        gate_slopes = mx.cumsum(gate_slopes, axis=1, reverse=True) + at_end[:, None]
-        value_slopes, beta_slopes = _value_slopes(betas, errors, update_slopes)
-        return (
-            query_slopes.astype(queries.dtype),
-            key_slopes.astype(keys.dtype),
-            value_slopes.astype(dtype),
-            gate_slopes,
-            beta_slopes.astype(betas.dtype),
+        if channels == 1:
+            passed, at_end = passed.sum(-1), at_end.sum(-1)
+        slopes = (
+            query_slopes,
+            key_slopes,
+            betas[..., None] * updates,
+            mx.cumsum(passed, axis=1, reverse=True) + at_end[:, None],
+            (errors * updates).sum(-1),
             first_slope,
         )
+        return tuple(slope.astype(x.dtype) for slope, x in zip(slopes, inputs, strict=True))
 
     outputs, _, last = loop(queries, keys, values, log_gates, betas, state)
     return outputs, last
 
 
-def _slopes(queries, keys, query_slopes, read_slopes, write_slopes, channels):
-    """The gradients of queries and keys, and what those of the gates are sums of."""
+def _slopes(queries, keys, query_slopes, read_slopes, write_slopes):
+    """The gradients of queries and keys, and `(B, T, Hv, Dk)` of which those of the gates are sums."""
     heads = *keys.shape[:3], -1, keys.shape[3]
     asked, read, written = (x.reshape(heads) for x in (query_slopes, read_slopes, write_slopes))
     passed = queries[..., None, :] * asked + keys[..., None, :] * (read - written)
-    passed = passed.reshape(query_slopes.shape) if channels > 1 else passed.sum(-1).reshape(query_slopes.shape[:3])
-    return asked.sum(3), (read + written).sum(3), passed
-
-
-def _value_slopes(betas, errors, update_slopes):
-    return betas[..., None] * update_slopes, (errors * update_slopes).sum(-1)
+    return asked.sum(3), (read + written).sum(3), passed.reshape(query_slopes.shape)

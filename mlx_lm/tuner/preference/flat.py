@@ -12,12 +12,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..lora import LoRALinear
 from .attention import on_cuda
 from .batches import ALIGNMENT
 from .cuda_copies import joined
 from .intercept import exchanged
-from .layers import dtype_of
+from .layers import lora_layers
 
 # Values from one parameter's start to the next are a multiple of this, in half precision too. Zeros fill up, whose
 # gradients are zeros.
@@ -59,13 +58,12 @@ class FlatParameters:
 
     def __init__(self, model, optimizer=None):
         self.vectors, self._model, self._names = nn.Module(), model, []
-        self._lora = [module for module in model.modules() if type(module) is LoRALinear and dtype_of(module)]
-        of_lora = {id(x): module for module in self._lora for x in (module.lora_a, module.lora_b)}
+        self._lora = lora_layers(model)
+        of_lora = {id(x): (dtype, module.scale) for module, dtype in self._lora for x in (module.lora_a, module.lora_b)}
         joins, kinds = optimizer is None or _is_by_element(optimizer), {}
         for name, value in tree_flatten(model.trainable_parameters()):
             leaf = "lora_b" if name.endswith(".lora_b") else "others"
-            module = of_lora.get(id(value))
-            rounded, scale = (dtype_of(module), module.scale) if module else (None, 1.0)
+            rounded, scale = of_lora.get(id(value), (None, 1.0))
             alone = "" if joins and value.size <= LARGEST else name
             kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
             kinds.setdefault(kind, []).append((name, value.shape))
@@ -124,7 +122,7 @@ class FlatParameters:
     def as_multiplied(self):
         """Within the context, LoRA layers take their second matrix for one that is scaled already."""
         with ExitStack() as stack:
-            for module in self._lora:
+            for module, _ in self._lora:
                 stack.enter_context(exchanged(module, "scale", 1.0))
             yield
 

@@ -200,22 +200,26 @@ def lean_layers(model, packed=None):
 def multiplied_once(model):
     """Within the context, LoRA layers hold their matrices scaled, in the dtype of their products.
 
-    Each product would scale and round them anew otherwise, which many batches in a row need not. Values are the same.
+    Each product would scale and round them anew otherwise, which many batches in a row need not. Values are the same
+    where a layer's input has its weight's dtype, as `flat` has it in training.
     """
     with ExitStack() as stack:
-        for module in model.modules():
-            if type(module) is LoRALinear and (dtype := dtype_of(module)):
-                lora_b = (module.scale * module.lora_b).astype(dtype)
-                stack.enter_context(exchanged(module, "lora_a", module.lora_a.astype(dtype)))
-                stack.enter_context(exchanged(module, "lora_b", lora_b))
-                stack.enter_context(exchanged(module, "scale", 1.0))
+        for module, dtype in lora_layers(model):
+            lora_b = (module.scale * module.lora_b).astype(dtype)
+            stack.enter_context(exchanged(module, "lora_a", module.lora_a.astype(dtype)))
+            stack.enter_context(exchanged(module, "lora_b", lora_b))
+            stack.enter_context(exchanged(module, "scale", 1.0))
         yield
 
 
-def dtype_of(module):
-    """The dtype in which a LoRA layer multiplies: its weight's, or the scales' of a packed one; None for another."""
-    stored = module.linear.get("scales", module.linear.weight)
-    return stored.dtype if mx.issubdtype(stored.dtype, mx.floating) else None
+def lora_layers(model):
+    """`[(LoRALinear, dtype)]`: the dtype in which each multiplies, its weight's or the scales' of a packed one.
+
+    Those for which it is no floating one are left out.
+    """
+    layers = [module for module in model.modules() if type(module) is LoRALinear]
+    dtypes = [module.linear.get("scales", module.linear.weight).dtype for module in layers]
+    return [pair for pair in zip(layers, dtypes, strict=True) if mx.issubdtype(pair[1], mx.floating)]
 
 
 def layers_of(model):

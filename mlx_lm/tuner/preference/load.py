@@ -6,7 +6,6 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
-from operator import itemgetter
 from pathlib import Path
 
 import mlx.core as mx
@@ -112,13 +111,13 @@ def check_same_tokens(tokenizer, other, name):
     if not hasattr(tokenizer, "get_vocab") or not hasattr(other, "get_vocab"):
         return
     ids, theirs = tokenizer.get_vocab(), other.get_vocab()
-    # Vocabularies come in no order: the first token by its number is the same at every run.
-    for token, number in sorted(ids.items(), key=itemgetter(1)):
-        if theirs.get(token, number) != number:
-            raise ConfigError(
-                f"reference_model is {name!r}, where the token {token!r} is {theirs[token]}; in the model it is "
-                f"{number}: reference and model must share one vocabulary."
-            )
+    if differing := [token for token, number in ids.items() if theirs.get(token, number) != number]:
+        # Vocabularies come in no order: the first by its number is the same at every run.
+        token = min(differing, key=ids.get)
+        raise ConfigError(
+            f"reference_model is {name!r}, where the token {token!r} is {theirs[token]}; in the model it is "
+            f"{ids[token]}: reference and model must share one vocabulary."
+        )
 
 
 def add_adapters(resume_adapter_file, model, num_layers, parameters, use_dora=False):

@@ -30,12 +30,14 @@ from .intercept import drawing_from, evaluating, intercepted, parameters_in
 from .layers import convolved_channels, is_float32, layers_of, lean_layers
 from .pairs import Pair
 
-# Float32 logits in one chunk of the output head: 134 MB are wide enough for a GPU, and on CUDA, where a step of a
-# 1.24 B model holds half a GB less with half of them, as fast; a CPU is as fast with an eighth.
-CHUNK_LOGITS = (2**24 if on_cuda() else 2**25) if mx.default_device() == mx.gpu else 2**22
-# How many times as many there are where figures of tokens are asked for too. These have several arrays of a chunk's
-# size at once, but on CUDA some thirty kernels have to be launched for each chunk.
-FIGURES_SHARE = 2 if on_cuda() else 0.25
+# Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for a GPU; a CPU is as fast
+# with an eighth of them.
+CHUNK_LOGITS = 2**25 if mx.default_device() == mx.gpu else 2**22
+# How many times as many where a gradient is taken: on CUDA a step of a 1.24 B model holds half a GB less so.
+GRADIENT_SHARE = 0.5 if on_cuda() else 1
+# The same where figures of tokens are asked for too. These have several arrays of a chunk's size at once, but on CUDA
+# some thirty kernels have to be launched for each chunk.
+FIGURES_SHARE = 1 if on_cuda() else 0.25
 BODIES = ("model", "transformer", "backbone")
 KEY_VALUE_CACHES = (KVCache, RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
 # Tokens of the longest sequence of PROBE, and the attention windows that it is tried with.
@@ -147,8 +149,8 @@ class Scorer:
     def _can_pack(self):
         if self._caches is None:
             return False
-        # Of layers without keys and values, those that convolve are known. On CUDA their rows cost more to launch than
-        # they save to compute: a step of Qwen3.5-0.8B's shape takes 6 to 24 % longer, for 10 to 27 % less memory.
+        # Of layers without keys and values, those that convolve are known. On CUDA that is no faster: a step of
+        # Qwen3.5-0.8B's shape took 6 to 24 % longer in chunks for 10 to 27 % less memory, by kernels as long.
         known = self._channels and not on_cuda() or all(kind is True for kind in self._caches)
         return bool(known) and self._same_logits(PACKED)
 
@@ -380,7 +382,7 @@ class Head:
             def function(chunk, targets):
                 return chunk_logps(chunk, *values, targets=targets, alignment=alignment)
 
-            return tuple(self._chunked(function, states, targets))
+            return tuple(self._chunked(function, states, targets, share=GRADIENT_SHARE))
 
         @logps.vjp
         def backward(primals, cotangents, outputs):
@@ -393,7 +395,7 @@ class Head:
                 return mx.depends([slope], sums)
 
             with drawing_from(key):
-                slopes = self._chunked(function, primals[0], targets, cotangents[0])
+                slopes = self._chunked(function, primals[0], targets, cotangents[0], share=GRADIENT_SHARE)
             return (*slopes, *sums)
 
         return logps(states, *values)
@@ -414,7 +416,7 @@ class Head:
 
         @mx.custom_function
         def logps(states):
-            return tuple(self._chunked(logps_and_gradient, states, targets))
+            return tuple(self._chunked(logps_and_gradient, states, targets, share=GRADIENT_SHARE))
 
         @logps.vjp
         def backward(primals, cotangents, outputs):
