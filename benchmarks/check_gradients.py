@@ -51,8 +51,8 @@ IGNORED = -100
 def add_lora(model, keys=None, rank=8):
     """Put LoRA on the layers, no matrix of it at zero, so that every one has a gradient."""
     model.freeze()
+    mx.random.seed(1)  # before both matrices are drawn: the same at every run
     linear_to_lora_layers(model, len(model.layers), {"rank": rank, "scale": 2.0, "dropout": 0.0, "keys": keys})
-    mx.random.seed(1)
     model.update(tree_map(lambda x: x if x.any() else 0.02 * mx.random.normal(x.shape), model.trainable_parameters()))
     return model.train()
 

@@ -36,8 +36,8 @@ def add_lora(model, keys=None, rank=4, dropout=0.0, use_dora=False):
     """Put LoRA on every layer, with no matrix left at zero, and freeze the rest."""
     model.freeze()
     config = {"rank": rank, "dropout": dropout, "scale": 2.0} | ({} if keys is None else {"keys": keys})
-    linear_to_lora_layers(model, len(model.layers), config, use_dora=use_dora)
     mx.random.seed(3)
+    linear_to_lora_layers(model, len(model.layers), config, use_dora=use_dora)
     model.update(tree_map(_nonzero, model.trainable_parameters()))
     return model.train()
 
