@@ -226,7 +226,7 @@ def test_attention_in_blocks_is_attention(lengths, mask, monkeypatch):
         mask = (key <= place) & (key > place - 7)
     elif mask == "rows":
         mask = (key > 3)[None]
-    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 2 * 4 * keys * 32)
+    monkeypatch.setattr(module, "MOST_SCORES", 2 * 4 * keys * 32)
     seen = []
 
     def call(*arrays, mask):
@@ -242,7 +242,8 @@ def test_attention_in_blocks_is_attention(lengths, mask, monkeypatch):
 
 
 def test_memory_of_attention_in_blocks_grows_with_its_length(monkeypatch):
-    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 2**16)
+    for where, name in ((module, "MOST_SCORES"), (cpu_attention, "BLOCK_SCORES")):
+        monkeypatch.setattr(where, name, 2**16)
 
     def peak(function, length):
         gradient = mx.grad(lambda x: function(x, x, x, "causal").sum())(mx.ones((1, 4, length, 8)))
@@ -401,7 +402,8 @@ def test_gradients_with_attention_in_blocks_are_the_plain_ones(arrangement, chec
     expected = plain_logps(model)
     gradient = plain_gradient(model, reference_of(expected))
     monkeypatch.setattr(module, "KEYS_A_DIMENSION", 0)
-    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 1)
+    for where, most in ((module, "MOST_SCORES"), (cpu_attention, "BLOCK_SCORES")):
+        monkeypatch.setattr(where, most, 1)
     monkeypatch.setattr(cpu_attention, "LEAST", 3)
     taken, name = [], "causal_attention" if mx.default_device() == mx.cpu else "_blocked"
     original = getattr(module, name)

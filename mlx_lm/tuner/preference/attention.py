@@ -15,7 +15,7 @@ import numpy as np
 
 from ...models.base import create_causal_mask
 from ...models.cache import ArraysCache
-from .cpu_attention import blocks_of, causal_attention
+from .cpu_attention import BLOCK_SCORES, added, blocks_of, causal_attention
 from .cuda_copies import fit, rows_of
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
@@ -28,6 +28,10 @@ KEYS_A_DIMENSION = 4
 def on_cuda():
     """Whether the default device is a GPU of NVIDIA's."""
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
+
+
+# Scores in such a block at most. On CUDA some fifty kernels have to be launched for each.
+MOST_SCORES = 2**25 if on_cuda() else BLOCK_SCORES
 
 
 class Part(NamedTuple):
@@ -339,7 +343,7 @@ def _tokens_first_vjp(x, slope, _):
 def _blocked(call, queries, keys, values, mask):
     """Attention in blocks of queries, each computed again in the backward pass."""
     length, whole = queries.shape[2], keys.shape[2]
-    causal, spans = isinstance(mask, str), blocks_of(queries, keys)
+    causal, spans = isinstance(mask, str), blocks_of(queries, keys, MOST_SCORES)
 
     def block(queries, keys, values, start, stop):
         whole_mask = mask is None or causal or mask.ndim < 2 or mask.shape[-2] == 1
@@ -362,14 +366,15 @@ def _blocked(call, queries, keys, values, mask):
     @blocks.vjp
     def backward(inputs, cotangent, _):
         queries, keys, values = inputs
-        slopes, sums = [], [mx.zeros(x.shape) for x in (keys, values)]
+        slopes, sums = [], []
         for start, stop in spans:
-            own, slope = mx.depends([queries[:, :, start:stop], cotangent[:, :, start:stop]], sums)
+            own, slope = queries[:, :, start:stop], cotangent[:, :, start:stop]
+            if sums:
+                own, slope = mx.depends([own, slope], sums)
             others = [x[:, :, : seen(stop)] for x in (keys, values)]
             _, (first, *rest) = mx.vjp(partial(block, start=start, stop=stop), [own, *others], [slope])
             slopes.append(first)
-            after = [(0, 0), (0, 0), (0, whole - seen(stop)), (0, 0)]
-            sums = [total + mx.pad(x.astype(mx.float32), after) for total, x in zip(sums, rest, strict=True)]
+            sums = [added(total.astype(mx.float32), x) for total, x in zip(sums, rest, strict=True)] if sums else rest
             # Left for later, the queries' gradients would keep each block's scores.
             sums = mx.depends(sums, [first])
         return mx.concatenate(slopes, axis=2), *(total.astype(keys.dtype) for total in sums)

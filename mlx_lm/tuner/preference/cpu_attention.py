@@ -15,11 +15,18 @@ BLOCKS = 8
 BLOCK_SCORES, LEAST = 2**23, 32
 
 
-def blocks_of(queries, keys, count=1):
-    """`[(start, stop)]`: the queries `(B, H, Q, D)` in `count` blocks, or in more where these have too many scores."""
+def blocks_of(queries, keys, most, count=1):
+    """`[(start, stop)]`: the queries `(B, H, Q, D)` in `count` blocks, or in more of at most so many scores."""
     batch, heads, length, _ = queries.shape
-    size = max(LEAST, min(-(-length // count), BLOCK_SCORES // (batch * heads * keys.shape[2])))
+    size = max(LEAST, min(-(-length // count), most // (batch * heads * keys.shape[2])))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def added(total, part):
+    """The sum of earlier blocks' gradients and of one that reaches to as many keys or more, `(B, H, T, D)`."""
+    both = total.shape[2]
+    total = total + part[:, :, :both]
+    return total if part.shape[2] == both else mx.concatenate([total, part[:, :, both:]], axis=2)
 
 
 def causal_attention(queries, keys, values, scale):
@@ -35,7 +42,7 @@ def causal_attention(queries, keys, values, scale):
     """
     batch, heads, length, _ = queries.shape
     shared, whole = keys.shape[1:3]
-    spans = blocks_of(queries, keys, BLOCKS)
+    spans = blocks_of(queries, keys, BLOCK_SCORES, BLOCKS)
     before = whole - length
 
     def rows(x, start, stop):
@@ -95,10 +102,5 @@ def causal_attention(queries, keys, values, scale):
             # Left for later, the queries' gradients would keep every block's scores.
             sums = mx.depends(list(map(added, sums, parts)) if sums else list(parts), [own[-1]])
         return scale * mx.concatenate(own, axis=2), *sums
-
-    def added(total, part):
-        """The sum of earlier blocks' gradients and this one's, which reaches to more keys."""
-        both = total.shape[2]
-        return mx.concatenate([total + part[:, :, :both], part[:, :, both:]], axis=2)
 
     return attend(queries, keys, values)[0]
