@@ -29,7 +29,7 @@ import mlx.core as mx
 # Threads a block, and tokens that are in shared memory at a time.
 THREADS, TILE = 128, 8
 # Rows of a state that a thread has a part of, at most: their sums hide each other's latency.
-MOST_ROWS = 4
+MOST_ROWS = {"forward": 2, "updates": 2, "keys": 4}
 
 HEADER = """
 // A thread's part of a vector of LANES * N floats: four neighbours at a time, so that lanes read without conflict.
@@ -315,9 +315,9 @@ def _lanes(width):
     return 8 if width <= 128 else 16
 
 
-def _rows_a_thread(rows, lanes):
+def _rows_a_thread(name, rows, lanes):
     """Of how many of a state's rows, a multiple of 32, a thread has a part, so that blocks are whole."""
-    return max(count for count in range(1, MOST_ROWS + 1) if rows % (THREADS // lanes * count) == 0)
+    return max(count for count in range(1, MOST_ROWS[name] + 1) if rows % (THREADS // lanes * count) == 0)
 
 
 def gated_delta_loops(queries, keys, values, log_gates, betas, state):
@@ -341,7 +341,7 @@ def gated_delta_loops(queries, keys, values, log_gates, betas, state):
 
     def run(name, rows, columns, inputs, *outputs):
         lanes = _lanes(columns)
-        count = _rows_a_thread(rows, lanes)
+        count = _rows_a_thread(name, rows, lanes)
         template = {"T": values.dtype, "DK": key_width, "DV": value_width, "H": value_heads, "CHANNELS": channels}
         template |= {"RATIO": value_heads // key_heads, "TILE": TILE, "THREADS": THREADS}
         template |= {"LANES": lanes, "ROWS": count} | ({"BACKWARDS": name == "updates"} if name != "keys" else {})
