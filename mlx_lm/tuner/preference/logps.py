@@ -149,9 +149,8 @@ class Scorer:
     def _can_pack(self):
         if self._caches is None:
             return False
-        # Of layers without keys and values, those that convolve are known. On CUDA that is no faster: a step of
-        # Qwen3.5-0.8B's shape took 6 to 24 % longer in chunks for 10 to 27 % less memory, by kernels as long.
-        known = self._channels and not on_cuda() or all(kind is True for kind in self._caches)
+        # Of layers without keys and values, those that convolve are known.
+        known = self._channels or all(kind is True for kind in self._caches)
         return bool(known) and self._same_logits(PACKED)
 
     def _same_logits(self, arrangement):
@@ -469,10 +468,13 @@ def _seeds_on_cpu(logits, column, alignment):
 def tolerance(model):
     """How far, relatively, logits may be apart that are computed in two ways.
 
-    Half precision rounds other shapes otherwise, and so do CUDA's products of float32 arrays, with ten bits of their
-    mantissas; a wrong position, mask or cap is off by a tenth or more.
+    Half precision rounds other shapes otherwise (on CUDA random weights in Qwen3.5-0.8B's shape by 0.035), and so do
+    CUDA's products of float32 arrays, with ten bits of their mantissas; a wrong position, mask or cap is off by a tenth
+    or more.
     """
-    return 1e-4 if is_float32(model) and not on_cuda() else 3e-2
+    if not is_float32(model):
+        return 6e-2
+    return 3e-2 if on_cuda() else 1e-4
 
 
 def relative_error(found, expected):
