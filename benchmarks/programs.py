@@ -17,6 +17,7 @@ from pathlib import Path
 from common import HERE, own_environment, run_json
 
 REPORT_STEPS = 50
+RING_PORT = 32380
 POLL_SECONDS = 0.25
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # A folder is of one machine alone.
@@ -156,12 +157,26 @@ def start_ours(training, folder, environment=None, workers=1, **limits):
     config.write_text(json.dumps(training.our_config(folder)))
     command = [sys.executable, "-m", "mlx_lm.lora", "--config", config]
     if workers > 1:
-        backend = "ring" if query_gpu("name") is None else "nccl"
-        launch = Path(sys.executable).with_name("mlx.launch")
-        command = [launch, "--backend", backend, "-n", workers, "--", *command]
+        command = by_hand(command, folder, workers) if query_gpu("name") is None else launched(command, workers)
     watched = watch(command, own_environment() | (environment or {}), **limits)
     metrics = Path(folder) / "adapters" / "metrics.jsonl"
     return watched, [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def launched(command, workers):
+    """The command that starts one for each of so many GPUs."""
+    return [Path(sys.executable).with_name("mlx.launch"), "--backend", "nccl", "-n", workers, "--", *command]
+
+
+def by_hand(command, folder, workers):
+    """The command that starts one for each worker of MLX's ring on this machine.
+
+    Not by mlx.launch, which waits for its workers' output in a loop that takes more than one core.
+    """
+    hosts = Path(folder) / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{RING_PORT + rank}"] for rank in range(workers)]))
+    each = f"MLX_HOSTFILE={shlex.quote(str(hosts))} MLX_RANK=$rank {shlex.join(map(str, command))}"
+    return ["bash", "-c", f"for rank in $(seq 0 {workers - 1}); do {each} & done; wait"]
 
 
 def start_trl(training, folder, python=sys.executable, liger=False, **limits):

@@ -208,12 +208,13 @@ def macs_table():
 RUN_NOTES = {
     "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
     "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
-    "`h200_smollm2_before` when it was given back after each step, and all but `cpu`, `h200_1b`, `h200_smollm2` and "
-    "`h200_smollm2_16` when each parameter was updated by itself.",
+    "`h200_smollm2_before` when it was given back after each step, and all but those of `cpu`, `h200_1b`, "
+    "`h200_smollm2` and `h200_smollm2_16` when each parameter was updated by itself.",
     "h200_1b`": "`h200_1b` and `h200_smollm2` are of the present code but for recurrent models and attention of wide "
     "heads. They began with the compiled kernels of an earlier state: the compilation of others is in their first "
     "validations (14 and 20 s), in their first fifty steps and in the whole. TRL's run beside `h200_smollm2` was cut "
     "off.",
+    "two_workers": "`cpu_two_workers` had two workers on the one machine; held is each one's.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 

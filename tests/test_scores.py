@@ -89,6 +89,22 @@ def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
     assert mean_kl(policy, None, pairs, np.arange(5)) == (pytest.approx(few, abs=1e-5), 2)
 
 
+@pytest.mark.parametrize("count", [5, 1])
+def test_workers_share_the_pairs_of_a_kl(count, monkeypatch):
+    """Of one pair the second worker has none, and runs it to be there."""
+    model, pairs = tiny_llama(moved=True), some_pairs(count)
+    policy, shares = Scorer(model), []
+    whole = mean_kl(policy, None, pairs, np.arange(count))
+    for rank in (0, 1):
+        world = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 2)
+        monkeypatch.setattr(mx.distributed, "init", lambda world=world: world)
+        monkeypatch.setattr(mx.distributed, "all_sum", lambda share: shares.append(share) or sum(shares))
+        found = mean_kl(policy, None, pairs, np.arange(count))
+    assert found == (pytest.approx(whole[0], abs=1e-6), count)
+    assert (shares[1][1].item() == 0) == (count == 1)
+    assert mean_kl(Scorer(tiny_llama(lora=False)), None, pairs, np.arange(count)) is None
+
+
 @pytest.fixture(scope="module")
 def scores():
     objective, pairs = Objective(Scorer(tiny_llama(moved=True)), preference_loss("dpo")), Pairs(some_pairs(5))

@@ -22,6 +22,8 @@ VALIDATED_PAIRS = 16
 def mean_kl(policy, reference, dataset, rows, most=None, need=None):
     """The mean KL of the policy from the reference at the response tokens of rows, at most `most`, evenly from all.
 
+    Workers share the rows, and all have the mean.
+
     Args:
         policy: a `Scorer`.
         reference: a `Scorer`, or None for the policy without its adapters.
@@ -31,14 +33,19 @@ def mean_kl(policy, reference, dataset, rows, most=None, need=None):
         `(nats a token, pairs)`, or None where the reference is not at hand.
     """
     rows = np.asarray(rows)[np.unique(np.linspace(0, len(rows) - 1, most or MOST_PAIRS).astype(int))]
-    total, count = 0.0, 0
+    world, total, count = mx.distributed.init(), 0.0, 0
+    here = rows[world.rank() :: world.size()]
     with evaluating(policy.model), bounded_memory(need) as evaluate:
-        for places in batches_of(policy, dataset, rows):
-            pairs = [dataset[int(rows[place])] for place in places]
-            values = token_kl(policy, reference, pairs, evaluate)
+        # A worker without a row of its own finds out whether there is a reference, as all others do.
+        own = here if len(here) else rows[:1]
+        for places in batches_of(policy, dataset, own):
+            values = token_kl(policy, reference, [dataset[int(own[place])] for place in places], evaluate)
             if values is None:
                 return None
-            total, count = total + values.sum(dtype=np.float64), count + len(values)
+            if len(here):
+                total, count = total + values.sum(dtype=np.float64), count + len(values)
+    if world.size() > 1:
+        total, count = mx.distributed.all_sum(mx.array([total, count], mx.float32)).tolist()
     return float(total / count), len(rows)
 
 
