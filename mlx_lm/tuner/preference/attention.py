@@ -30,7 +30,7 @@ def on_cuda():
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
-# Scores in such a block at most. On CUDA some fifty kernels have to be launched for each.
+# Scores that such a block of queries has at most. On CUDA some fifty kernels have to be launched for each block.
 MOST_SCORES = 2**25 if on_cuda() else BLOCK_SCORES
 
 
