@@ -134,5 +134,4 @@ def _is_of_bare(scorer, logps):
         if not adapted:
             return False
         found = np.array(scorer(make_batch([pair], scorer.arrangement)[0]).total)
-    # Rounding is less of a sum over a response than of single logits.
-    return np.allclose(found, logps.valid[0, :, 0], rtol=tolerance(scorer.model) / 2, atol=1e-2)
+    return np.allclose(found, logps.valid[0, :, 0], rtol=tolerance(scorer.model), atol=1e-2)

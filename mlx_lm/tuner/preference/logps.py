@@ -172,7 +172,9 @@ class Scorer:
                     mx.eval(found)
             except Exception:  # in a batch that it was not written for, a model's own code may fail in any way
                 return False
-            return relative_error(found, expected) < tolerance(self.model)
+            # Recurrences carry on what half precision rounds: 24 random layers of Qwen3.5's on CUDA are off by 0.035.
+            slack = 2 if self._channels and not is_float32(self.model) else 1
+            return relative_error(found, expected) < slack * tolerance(self.model)
 
 
 def _run(model, tokens, cache):
@@ -468,13 +470,10 @@ def _seeds_on_cpu(logits, column, alignment):
 def tolerance(model):
     """How far, relatively, logits may be apart that are computed in two ways.
 
-    Half precision rounds other shapes otherwise (on CUDA random weights in Qwen3.5-0.8B's shape by 0.035), and so do
-    CUDA's products of float32 arrays, with ten bits of their mantissas; a wrong position, mask or cap is off by a tenth
-    or more.
+    Half precision rounds other shapes otherwise, and so do CUDA's products of float32 arrays, with ten bits of their
+    mantissas; a wrong position, mask or cap is off by a tenth or more.
     """
-    if not is_float32(model):
-        return 6e-2
-    return 3e-2 if on_cuda() else 1e-4
+    return 1e-4 if is_float32(model) and not on_cuda() else 3e-2
 
 
 def relative_error(found, expected):
