@@ -91,7 +91,7 @@ def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
 
 @pytest.mark.parametrize("count", [5, 1])
 def test_workers_share_the_pairs_of_a_kl(count, monkeypatch):
-    """Of one pair the second worker has none, and runs it to be there."""
+    """Of one pair the second worker has none."""
     model, pairs = tiny_llama(moved=True), some_pairs(count)
     policy, shares = Scorer(model), []
     whole = mean_kl(policy, None, pairs, np.arange(count))
@@ -102,6 +102,7 @@ def test_workers_share_the_pairs_of_a_kl(count, monkeypatch):
         found = mean_kl(policy, None, pairs, np.arange(count))
     assert found == (pytest.approx(whole[0], abs=1e-6), count)
     assert (shares[1][1].item() == 0) == (count == 1)
+    shares.clear()
     assert mean_kl(Scorer(tiny_llama(lora=False)), None, pairs, np.arange(count)) is None
 
 

@@ -34,19 +34,16 @@ def mean_kl(policy, reference, dataset, rows, most=None, need=None):
     """
     rows = np.asarray(rows)[np.unique(np.linspace(0, len(rows) - 1, most or MOST_PAIRS).astype(int))]
     world, total, count = mx.distributed.init(), 0.0, 0
-    here = rows[world.rank() :: world.size()]
+    own = rows[world.rank() :: world.size()]
     with evaluating(policy.model), bounded_memory(need) as evaluate:
-        # A worker without a row of its own finds out whether there is a reference, as all others do.
-        own = here if len(here) else rows[:1]
-        for places in batches_of(policy, dataset, own):
+        for places in batches_of(policy, dataset, own) if len(own) else []:
             values = token_kl(policy, reference, [dataset[int(own[place])] for place in places], evaluate)
             if values is None:
-                return None
-            if len(here):
-                total, count = total + values.sum(dtype=np.float64), count + len(values)
+                break
+            total, count = total + values.sum(dtype=np.float64), count + len(values)
     if world.size() > 1:
         total, count = mx.distributed.all_sum(mx.array([total, count], mx.float32)).tolist()
-    return float(total / count), len(rows)
+    return (float(total / count), len(rows)) if count else None
 
 
 def token_kl(policy, reference, pairs, evaluate):
