@@ -6,12 +6,14 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from common import HERE, own_environment, run_json
@@ -176,7 +178,9 @@ def by_hand(command, folder, workers):
     hosts = Path(folder) / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{RING_PORT + rank}"] for rank in range(workers)]))
     each = f"MLX_HOSTFILE={shlex.quote(str(hosts))} MLX_RANK=$rank {shlex.join(map(str, command))}"
-    return ["bash", "-c", f"for rank in $(seq 0 {workers - 1}); do {each} & done; wait"]
+    others = f"for rank in $(seq {workers - 1}); do {each} & done"
+    # The first one's end is the run's: it tells how the others ended.
+    return ["bash", "-c", f"{others}; rank=0; {each}; status=$?; wait; exit $status"]
 
 
 def start_trl(training, folder, python=sys.executable, liger=False, **limits):
@@ -209,13 +213,20 @@ def watch(command, environment, timeout=None, measure_memory=True):
     with errors, GpuMemory(measure_memory) as memory:
         started, lines = time.time(), []
         process = subprocess.Popen(
-            words, env=variables, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
-        )
-        timer = threading.Timer(timeout or threading.TIMEOUT_MAX, process.kill)
+            words, env=variables, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+        # With all workers that it has started.
+        end = partial(os.killpg, process.pid, signal.SIGKILL)
+        timer = threading.Timer(timeout or threading.TIMEOUT_MAX, end)
         timer.daemon = True
         timer.start()
-        for line in process.stdout:
-            lines.append((time.time() - started, ANSI.sub("", line.rstrip())))
+        try:
+            for line in process.stdout:
+                lines.append((time.time() - started, ANSI.sub("", line.rstrip())))
+        except BaseException:
+            end()
+            raise
         # Popen's own wait keeps no resource usage.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
