@@ -210,10 +210,10 @@ RUN_NOTES = {
     "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
     "`h200_smollm2_before` when it was given back after each step, and all but those of `cpu`, `h200_1b`, "
     "`h200_smollm2` and `h200_smollm2_16` when each parameter was updated by itself.",
-    "h200_1b`": "`h200_1b` and `h200_smollm2` are of the present code but for recurrent models and attention of wide "
-    "heads. They began with the compiled kernels of an earlier state: the compilation of others is in their first "
-    "validations (14 and 20 s), in their first fifty steps and in the whole. TRL's run beside `h200_smollm2` was cut "
-    "off.",
+    "h200_1b`": "Of the H200's runs `h200_1b` and `h200_smollm2` alone have copies in one kernel and half as many "
+    "logits in a chunk where a gradient is taken. They began with the compiled kernels of an earlier state: the "
+    "compilation of others is in their first validations (14 and 20 s), in their first fifty steps and in the whole. "
+    "TRL's run beside `h200_smollm2` was cut off.",
     "two_workers": "`cpu_two_workers` had two workers on the one machine; held is each one's.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
@@ -327,7 +327,8 @@ def recurrent_table():
         "recurrence", "prompt / response", "pairs", "device", "ms a step", "peak GB", "KB a token above weights",
         "of the rate of matrix products",
     )  # fmt: skip
-    return markdown_table(header, rows) + "\n\n`python benchmarks/recurrent.py cpu` (or `gpu`)."
+    made = "`python benchmarks/recurrent.py cpu` (or `gpu`); the row of kernels by `harness.measure_step` on its model."
+    return markdown_table(header, rows) + "\n\n" + made
 
 
 def shared_table():
@@ -342,7 +343,8 @@ def shared_table():
         "shape", "prompt / response", "pairs", "device", "ms a step, packed", "plain", "ratio", "peak GB, packed",
         "plain", "ratio",
     )  # fmt: skip
-    return markdown_table(header, rows) + "\n\n`python benchmarks/recurrent.py shared`."
+    made = "`python benchmarks/recurrent.py shared`; the H200's rows by `harness.measure_step` on its model."
+    return markdown_table(header, rows) + "\n\n" + made
 
 
 def relatives_table():

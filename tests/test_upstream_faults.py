@@ -227,7 +227,7 @@ def test_mlx_launch_keeps_a_core_busy():
     Seen on: MLX 0.32.4, Linux: 3.6 s of processor time in 3.1 s.
     Workaround: LORA.md starts workers that share a CPU by hand, as benchmarks/programs.py does.
     """
-    worker = [sys.executable, "-c", "import time; time.sleep(2)"]
+    worker = [sys.executable, "-c", "import time; time.sleep(3)"]
     launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", "2", "--", *worker]
     given = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(launch, **given)

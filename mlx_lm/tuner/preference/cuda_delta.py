@@ -28,8 +28,8 @@ import mlx.core as mx
 
 # Threads a block, and tokens that are in shared memory at a time.
 THREADS, TILE = 128, 8
-# Rows of a state that a thread has a part of, at most: their sums hide each other's latency, and they read a token's
-# vectors once. Half as many blocks are there for them.
+# Rows of a state that a thread has a part of, at most: their sums hide each other's latency, and share what is read of
+# a token, but leave fewer blocks to run at a time.
 MOST_ROWS = {"forward": 2, "updates": 2, "keys": 4}
 
 HEADER = """
