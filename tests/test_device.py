@@ -3,8 +3,10 @@
 On a CPU: `python -m pytest -m device --run-device tests/test_device.py`, in float32 alone.
 """
 
+import itertools
 import operator
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,15 +22,17 @@ from test_recurrent import loop, make_inputs, values_and_gradients
 from mlx_lm.tuner.preference import attention as attention_module
 from mlx_lm.tuner.preference.attention import PackedCache, Rows, Window, attention, gathered, make_layout, on_cuda
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, at_once
+from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.recurrent import gated_delta_rule
+from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.tuner.preference.step import Objective, Step
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from check_gradients import LEAST, PLAIN_PASS, add_lora, compare, cosines  # noqa: E402
+from check_gradients import LEAST, PLAIN_PASS, add_lora, compare, cosines, in_float32  # noqa: E402
 
 pytestmark = pytest.mark.device
 
@@ -85,6 +89,45 @@ def test_gradients_are_the_plain_ones_in_float32(name, dtype):
     floors = [min(LEAST[dtype], 1 - ROUNDED_MORE * (1 - x) - slack) for x in cosines(compared.pop(PLAIN_PASS))]
     worst = {way: min(map(operator.sub, cosines(found), floors)) for way, found in compared.items()}
     assert {way: distance for way, distance in worst.items() if distance < 0} == {}
+
+
+# What reads more than a pair's own logps: responses to other prompts, and what routers tell beside the logits.
+FURTHER = {"kto": ("llama", "kto", {}), "routers": ("qwen3_moe", "dpo", {"router_coef": 10.0})}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", FURTHER)
+def test_gradients_and_figures_of_kto_and_of_routers_are_the_plain_ones_in_float32(kind, dtype):
+    """As above; the plain way through a scorer in float32 is what the others have to be."""
+    name, loss_type, options = FURTHER[kind]
+    model, pairs = make_policy(name, dtype), real_pairs(4 * BATCHES)
+    loss = preference_loss(loss_type, beta=0.05)
+    if loss.unpaired:
+        pairs = [pair._replace(label=i % 3 > 0) for i, pair in enumerate(pairs)]
+    exact = in_float32(model)
+    logps = Reference(Scorer(exact)).logps(pairs, range(len(pairs)))
+    # No loss is flat, and the other responses tell of a divergence.
+    logps[:, :, 0] += np.random.default_rng(0).normal([0, -3], 3, (len(pairs), 2))
+
+    def taken(model, arrangement, compiled=False, checkpoint=False):
+        """`(gradients as one array, figures of the batches)`: their losses and what the kind adds to figures."""
+        step = Step(model, None, Objective(Scorer(model), loss, **options), compiled)
+        schedule, gradients, figures = Schedule(pairs, 4, 0, arrangement), [], []
+        with checkpointed_layers(model) if checkpoint else nullcontext():
+            for iteration in range(1, 1 + BATCHES):
+                batch, reference, _ = schedule.batch(iteration, logps)
+                sums, gradient = step.gradient(batch, reference)
+                gradients.append(mx.concatenate([x.flatten() for _, x in tree_flatten(gradient)]))
+                figures.append([sums[0].item(), *sums[-len(step.objective.further) :].tolist()])
+        return mx.stack(gradients), figures
+
+    expected, figures = taken(exact, PLAIN)
+    least = LEAST[dtype] - (EXPERTS_SLACK if name in EXPERTS and dtype != mx.float32 else ROUNDING)
+    # A compiled step on a CPU is the other tests' matter: it takes half a minute of a C++ compiler.
+    for way in itertools.product((PACKED, PLAIN), (False, True) if ON_GPU else (False,), (False, True)):
+        gradients, found = taken(model, *way)
+        assert min(map(cosine, gradients, expected)) > least, way
+        assert np.allclose(found, figures, rtol=1e-3 if dtype == mx.float32 else 3e-2, atol=1e-3), way
 
 
 def cosine(found, expected):
