@@ -14,6 +14,7 @@ import json
 import resource
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -201,13 +202,14 @@ WIDE = {
 RELATIVES = (*WIDE, "lfm2", "lfm2_moe", "baichuan_m1", "gear", "minimax", "recurrent_gemma")
 
 
-def measure_relative(name, length, chunked):
+def measure_relative(name, length, chunked, device):
     """KB a token above weights of a small model's forward and backward pass, and KB of its states.
 
     Attention is left out: it would be most of it. Its values stand for its outputs.
     """
     # Jamba's loop grows with the square of the length: it must not take the machine down.
-    resource.setrlimit(resource.RLIMIT_AS, (LARGEST_PROCESS,) * 2)
+    if device == "cpu":
+        resource.setrlimit(resource.RLIMIT_AS, (LARGEST_PROCESS,) * 2)
     sys.path.insert(0, str(HERE.parent / "tests"))
     import mlx.core as mx
     import mlx.nn as nn
@@ -216,7 +218,11 @@ def measure_relative(name, length, chunked):
     from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    from mlx_lm._backend import prepare_for_training
     from mlx_lm.tuner.preference.recurrent import chunked_recurrences
+
+    prepare_for_training()
+    mx.set_default_device(getattr(mx, device))
 
     def without_scores(queries, keys, values, **_):
         return mx.repeat(values, queries.shape[1] // values.shape[1], axis=1)
@@ -256,7 +262,7 @@ def keep(mode, measured):
     """Put what a mode measured into the file of results."""
     RESULTS.parent.mkdir(exist_ok=True)
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if mode == "relatives":
+    if mode.startswith("relatives"):
         rows = {row["type"]: row for row in [*kept.get(mode, []), *measured]}
         measured = [rows[name] for name in RELATIVES if name in rows]
     RESULTS.write_text(json.dumps(kept | {mode: measured}, indent=1) + "\n")
@@ -305,7 +311,7 @@ def run_shared(options):
 
 
 def run_gpu(options):
-    shape, device = options.shape or "0.8b", options.device
+    shape, device = options.shape or "0.8b", options.device or "gpu"
     fixed = {"shape": shape, "prompt": options.prompt, "response": options.response, "pairs": 2, "device": device}
     short = fixed | {"prompt": options.prompt // 8, "response": options.response // 8}
     measured = step_table(
@@ -336,19 +342,25 @@ def run_relatives(options):
     print_head(
         "type", "KB of states", "KB a token at 512", "at 2,048", "in chunks at 512", "at 2,048", "s", "in chunks"
     )
+    device = options.device or "cpu"
+
+    def row_of(name):
+        return {"type": name} | {
+            f"{'chunks' if chunked else 'upstream'}_{length}": alone(
+                "measure_relative", name=name, length=length, chunked=chunked, device=device
+            )
+            for chunked in (False, True)
+            for length in (512, 2048)
+        }
+
     measured = []
-    for name in options.types.split(",") if options.types else RELATIVES:
-        row = {"type": name}
-        for chunked in (False, True):
-            for length in (512, 2048):
-                row[f"{'chunks' if chunked else 'upstream'}_{length}"] = alone(
-                    "measure_relative", name=name, length=length, chunked=chunked
-                )
-        measured.append(row)
-        found = [row[key] for key in ("upstream_512", "upstream_2048", "chunks_512", "chunks_2048")]
-        kb = [f"{x['kb_a_token']:.1f}" if "s" in x else x["error"][:60] for x in found]
-        seconds = [f"{x['s']:.2f}" if "s" in x else "-" for x in found[1::2]]
-        print_row(name, f"{found[0].get('state_kb', 0):.1f}", *kb, *seconds)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(row_of, options.types.split(",") if options.types else RELATIVES):
+            measured.append(row)
+            found = [row[key] for key in ("upstream_512", "upstream_2048", "chunks_512", "chunks_2048")]
+            kb = [f"{x['kb_a_token']:.1f}" if "s" in x else x["error"][:60] for x in found]
+            seconds = [f"{x['s']:.2f}" if "s" in x else "-" for x in found[1::2]]
+            print_row(row["type"], f"{found[0].get('state_kb', 0):.1f}", *kb, *seconds)
     return measured
 
 
@@ -361,14 +373,15 @@ def main():
     parser.add_argument("mode", choices=("cpu", "gpu", "relatives", "shared"))
     parser.add_argument("--shape", choices=SHAPES, help="instead of the mode's")
     parser.add_argument("--types", help="for relatives: some, with commas between; others keep what they had")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu", help="for gpu, to try it without one")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="for relatives (cpu), and for gpu, to try it without")
+    parser.add_argument("--jobs", type=int, default=1, help="for relatives: processes beside each other")
     parser.add_argument("--prompt", type=int, default=1024, help="for gpu")
     parser.add_argument("--response", type=int, default=256, help="for gpu")
     options = parser.parse_args()
     measured = {"cpu": run_cpu, "gpu": run_gpu, "relatives": run_relatives, "shared": run_shared}[options.mode](options)
     print(f"\n{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
     if options.shape != "tiny":
-        keep(options.mode, measured)
+        keep("relatives_gpu" if options.mode == "relatives" and options.device == "gpu" else options.mode, measured)
 
 
 if __name__ == "__main__":
