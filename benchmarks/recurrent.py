@@ -202,7 +202,7 @@ WIDE = {
 RELATIVES = (*WIDE, "lfm2", "lfm2_moe", "baichuan_m1", "gear", "minimax", "recurrent_gemma")
 
 
-def measure_relative(name, length, chunked, device):
+def measure_relative(name, length, chunked, device="cpu"):
     """KB a token above weights of a small model's forward and backward pass, and KB of its states.
 
     Attention is left out: it would be most of it. Its values stand for its outputs.

@@ -18,6 +18,9 @@ from architectures import make_model
 from mlx.utils import tree_flatten
 from plain_pass import make_pairs
 from test_recurrent import loop, make_inputs, values_and_gradients
+from test_state_space import loop as summed
+from test_state_space import make_inputs as make_sequences
+from test_state_space import values_and_gradients as sums_and_gradients
 
 from mlx_lm.tuner.preference import attention as attention_module
 from mlx_lm.tuner.preference.attention import PackedCache, Rows, Window, attention, gathered, make_layout, on_cuda
@@ -28,6 +31,7 @@ from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.recurrent import gated_delta_rule
 from mlx_lm.tuner.preference.reference import Reference
+from mlx_lm.tuner.preference.state_space import decayed_sums
 from mlx_lm.tuner.preference.step import Objective, Step
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -149,6 +153,17 @@ def test_the_gated_delta_rule_is_the_loop_over_tokens(dtype, by_channel, width):
     for a, b in zip([*found, *found_slopes], [*expected, *slopes], strict=True):
         a, b = a.astype(mx.float32), b.astype(mx.float32)
         assert mx.linalg.norm(a - b).item() < (1e-5 if exact else 1e-2) * mx.linalg.norm(b).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decayed_sums_are_the_loop_over_tokens(dtype):
+    inputs = make_sequences(200, key_width=128, value_width=64, strength=0.1)
+    inputs = [x.astype(dtype) for x in inputs[:3]] + inputs[3:]
+    expected = sums_and_gradients(summed, [x.astype(mx.float32) for x in inputs])
+    found = sums_and_gradients(decayed_sums, inputs)
+    exact = dtype == mx.float32 and not on_cuda()
+    for a, b in zip(sum(found, []), sum(expected, []), strict=True):
+        assert mx.linalg.norm(a.astype(mx.float32) - b).item() < (1e-5 if exact else 1e-2) * mx.linalg.norm(b).item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

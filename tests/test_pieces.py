@@ -82,7 +82,7 @@ def test_a_cached_prompt_goes_on_in_pieces(name):
     assert_same({"logits": found}, {"logits": expected})
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba", "rwkv7", "mamba2", "bailing_moe_linear"])
+@pytest.mark.parametrize("name", ["mamba", "jamba", "rwkv7"])
 def test_no_more_than_a_piece_is_run_at_a_time(name, monkeypatch):
     """Upstream's code, counted by the tokens that it gets."""
     model, lengths = make_model(name), []
@@ -109,7 +109,7 @@ def test_no_more_than_a_piece_is_run_at_a_time(name, monkeypatch):
     assert lengths == 2 * once
 
 
-def test_a_mask_goes_to_its_piece():
+def test_a_masked_sequence_is_upstreams():
     model = make_model("mamba2")
     tokens = mx.random.randint(0, 101, (2, LENGTH), key=mx.random.key(1))
 
@@ -133,7 +133,7 @@ def test_split_gives_its_parts_gradients_back():
     parts = mx.split(weights, [4, 9], axis=1)
 
     def total(x):
-        return sum((part * weight).sum() for part, weight in zip(split(x, [4, 9], 1), parts, strict=True))
+        return sum((part * weight).sum() for part, weight in zip(split(x, [4, 9]), parts, strict=True))
 
     assert mx.array_equal(mx.grad(total)(x), weights)
 

@@ -1,11 +1,24 @@
-"""What the tokens of a chunk are to each other in the gated delta rule, all chunks at once.
+"""What the tokens of a chunk are to each other in a recurrence, all chunks at once.
 
-Decayed products of keys and queries, and the inverse of the triangular system of a chunk's updates; `recurrent` says
-what they are for.
+Decays from token to token, decayed products of keys and queries, and the inverse of the triangular system of a chunk's
+updates; `recurrent` and `state_space` say what they are for.
 """
 
 import mlx.core as mx
 import numpy as np
+
+
+def decays_of(log_gates):
+    """The product of the gates after token j up to i of a chunk, 0 for tokens j after i: `(..., C, C)`.
+
+    An exponential of a sum over just these tokens; a quotient of products would overflow.
+
+    Args:
+        log_gates: `(..., C, 1)`.
+    """
+    order = np.arange(log_gates.shape[-2])
+    earlier, seen = (mx.array(x) for x in (order[:, None] > order, order[:, None] >= order))  # (C, C)
+    return mx.exp(mx.where(seen, mx.cumsum(mx.where(earlier, log_gates, 0.0), axis=-2), -mx.inf))
 
 
 def decayed_products(keys, queries, kept, passed, own):

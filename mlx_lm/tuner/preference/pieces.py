@@ -1,8 +1,9 @@
 """Upstream's other recurrences, a piece of the sequence at a time, each computed again in the backward pass.
 
-Mamba, Jamba, RWKV-7 and Bailing's linear attention loop over tokens and keep a state for each; state-space models of
-the second generation run 256 tokens at once and keep their products with each other. Here upstream's own code runs on
-one piece after another, which hand on their state, and nothing but the states between them is kept.
+Mamba, Jamba and RWKV-7 loop over tokens and keep a state for each. Here upstream's own code runs on one piece after
+another, which hand on their state, and nothing but the states between them is kept. State-space models of the second
+generation, which upstream runs with 256 tokens at once and keeps their products with each other, and Bailing's linear
+attention, which loops, run as `state_space` has them, in pieces where memory is short.
 """
 
 import sys
@@ -11,10 +12,15 @@ from contextlib import ExitStack, contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lm.models.ssm import compute_dt
+
 from .intercept import exchanged, intercepted, recomputed
+from .state_space import CHUNK, decayed_sums
 
 # Tokens a piece. For a sequence of a thousand tokens about as many states are kept between pieces as within one.
 PIECE = 32
+# Tokens, times heads and sequences, that are in memory at a time where all of a piece is computed at once.
+TOKENS_AT_ONCE = {mx.DeviceType.cpu: 2**10, mx.DeviceType.gpu: 2**17}
 
 
 @contextmanager
@@ -47,61 +53,62 @@ def _is_upstreams(thing):
     return thing.__module__.startswith("mlx_lm.models.")
 
 
-def scan(step, sequences, state, shared=(), axis=1, module=None, mask=None):
+def scan(step, sequences, state, shared=(), piece=PIECE, module=None):
     """Run `step` over pieces of sequences.
 
     Args:
-        step: takes a piece of each sequence, the shared arrays and the state's, and with a mask the piece of it as
-            `mask`; returns `[output, *state]`.
-        sequences: arrays whose `axis` is that of tokens.
-        state: the first piece's, a list of arrays, or an empty one where upstream makes its own.
+        step: takes a piece of each sequence, the shared arrays and the state's; returns `[output, *state]`.
+        sequences: arrays `(B, T, ...)`.
+        state: the first piece's, a list of arrays, or an empty one where a step makes its own.
         shared: arrays that all pieces read, of which gradients are taken too.
+        piece: tokens a piece.
         module: what holds the parameters that `step` uses, if any.
-        mask: `(B, T)` or None.
 
     Returns:
-        `(output, state)`: outputs of all pieces along `axis`, and the last one's state.
+        `(output, state)`: outputs of all pieces, `(B, T, ...)`, and the last one's state.
     """
-    bounds = list(range(PIECE, sequences[0].shape[axis], PIECE))
-    masks = [None] if mask is None else mx.split(mask, bounds, axis=1)
+    bounds = list(range(piece, sequences[0].shape[1], piece))
     outputs = []
-    for i, pieces in enumerate(zip(*(split(x, bounds, axis) for x in sequences), strict=True)):
-        options = {} if mask is None else {"mask": masks[i]}
-
-        def run(*arrays, options=options):
-            return step(*arrays, **options)
-
-        out, *state = recomputed(module or nn.Module(), run)(*pieces, *shared, *state)
+    for pieces in zip(*(split(x, bounds) for x in sequences), strict=True):
+        out, *state = recomputed(module or nn.Module(), step)(*pieces, *shared, *state)
         outputs.append(out)
-    return mx.concatenate(outputs, axis=axis), state
+    return mx.concatenate(outputs, axis=1), state
 
 
-def split(x, bounds, axis):
-    """`mx.split`, whose own gradient is a sum of arrays as large as `x`, one for each part."""
+def split(x, bounds):
+    """`mx.split` along the second axis, whose own gradient is a sum of arrays as large as `x`, one for each part."""
 
     @mx.custom_function
     def parts(x):
-        return tuple(mx.split(x, bounds, axis=axis))
+        return tuple(mx.split(x, bounds, axis=1))
 
     @parts.vjp
     def joined(_, cotangents, __):
-        return mx.concatenate(cotangents, axis=axis)
+        return mx.concatenate(cotangents, axis=1)
 
     return parts(x) if bounds else (x,)
+
+
+def _at_once(values):
+    """Tokens a piece of values `(B, T, H, D)` that are computed at once, a whole number of chunks."""
+    most = TOKENS_AT_ONCE[mx.default_device().type] // (values.shape[0] * values.shape[2])
+    return CHUNK * max(1, most // CHUNK)
 
 
 def _state_space(upstream):
     """`ssm_update` of Mamba 2, Falcon H1, Granite, Nemotron H and PLaMo 2."""
 
     def update(x, A_log, B, C, D, dt, dt_bias, state=None, time_step_limit=(0.001, 100.0), mask=None, lengths=None):
-        if lengths is not None or x.shape[1] == 1:
+        if x.shape[1] == 1 or mask is not None or lengths is not None:
             return upstream(x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths)
 
-        def step(x, B, C, dt, A_log, D, dt_bias, *state, mask=None):
-            return list(upstream(x, A_log, B, C, D, dt, dt_bias, *(state or [None]), time_step_limit, mask))
+        def step(x, B, C, dt, A_log, D, dt_bias, *state):
+            dt = compute_dt(dt, dt_bias, time_step_limit)
+            out, state = decayed_sums(C, B, dt[..., None] * x, -mx.exp(A_log) * dt, *state)
+            return [(out + D[:, None] * x).astype(x.dtype), state]
 
         first = [] if state is None else [state]
-        out, (state,) = scan(step, [x, B, C, dt], first, [A_log, D, dt_bias], mask=mask)
+        out, (state,) = scan(step, [x, B, C, dt], first, [A_log, D, dt_bias], piece=_at_once(x))
         return out, state
 
     return update
@@ -112,10 +119,13 @@ def _linear_attention(upstream):
 
     def attend(q, k, v, g, scale, h=None):
         def step(q, k, v, g, *state):
-            return list(upstream(q, k, v, g, scale, *state))
+            gates = mx.broadcast_to(g, v.shape[:3])
+            out, state = decayed_sums(scale * q, k, v, gates, *(x.swapaxes(-1, -2) for x in state))
+            return [out.astype(q.dtype), state.swapaxes(-1, -2)]
 
-        out, (state,) = scan(step, [q, k, v], [] if h is None else [h], [g], axis=2)
-        return out, state
+        sequences = [x.swapaxes(1, 2) for x in (q, k, v)]
+        out, (state,) = scan(step, sequences, [] if h is None else [h], [g], piece=_at_once(sequences[2]))
+        return out.swapaxes(1, 2), state
 
     return attend
 
@@ -148,16 +158,20 @@ def _jamba(upstream):
 
 
 def _rwkv(upstream):
-    """RWKV-7's loop; on Metal upstream has a kernel in its place."""
+    """RWKV-7's loop; upstream's kernel for Metal has no gradient."""
+    next_of = sys.modules[upstream.__module__]._wkv7_step_ops
 
     def process(module, r, w, k, v, a, b, state):
-        if mx.default_device() == mx.gpu and mx.metal.is_available():
-            return upstream(module, r, w, k, v, a, b, state)
+        def step(r, w, k, v, a, b, state):
+            outputs = []
+            for t in range(r.shape[1]):
+                out, state = next_of(*(x[:, t] for x in (r, w, k, v, a, b)), state)
+                outputs.append(out)
+            return [mx.stack(outputs, axis=1).astype(r.dtype), state]
 
-        def step(r, w, k, v, a, b, *state):
-            return list(upstream(module, r, w, k, v, a, b, *(state or [None])))
-
-        out, (state,) = scan(step, [r, w, k, v, a, b], [] if state is None else [state])
+        if state is None:
+            state = mx.zeros((*r.shape[:1], *r.shape[2:], r.shape[3]), r.dtype)
+        out, (state,) = scan(step, [r, w, k, v, a, b], [state])
         return out, state
 
     return process

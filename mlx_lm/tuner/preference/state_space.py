@@ -1,0 +1,53 @@
+"""Recurrences whose states decay and take on outer products, in chunks: matrix products, and no loop over tokens.
+
+A head's state S, `(Dv, Dk)`, is decayed by a gate a_t and takes a token's value and key; its query reads it:
+
+    S_t = a_t S_{t-1} + v_t k_t^T,    o_t = S_t q_t
+
+With d_ij the product of the gates after j up to i, a token has o_i = sum_{j<=i} d_ij (q_i . k_j) v_j of its own chunk
+and d_i0 S q_i of the state S with which the chunk starts. What a chunk adds to a state is one product, and the states
+at the chunks' starts are decayed sums of these, one product too. Mamba 2 is of this kind, with keys B, queries C,
+values dt x and gates exp(dt A): arXiv 2405.21060; so is linear attention with a decay for each head: arXiv 2401.04658.
+"""
+
+import mlx.core as mx
+
+from .chunk_products import decays_of
+
+# Tokens a chunk: products of a chunk's tokens with each other grow with it, and the number of states shrinks.
+CHUNK = 64
+
+
+def decayed_sums(queries, keys, values, log_gates, state=None):
+    """The outputs and the last state of the recurrence above; sums are in float32 whatever the dtype.
+
+    Args:
+        queries, keys: `(B, T, Hk, Dk)`.
+        values: `(B, T, Hv, Dv)`, Hv a multiple of Hk; each key head serves as many value heads in a row.
+        log_gates: `(B, T, Hv)`, at most 0.
+        state: `(B, Hv, Dv, Dk)`, or None for zeros.
+
+    Returns:
+        `(outputs, state)`: `(B, T, Hv, Dv)` and `(B, Hv, Dv, Dk)`, float32.
+    """
+    (batch, length, key_heads, key_width), (heads, value_width) = keys.shape, values.shape[2:]
+    chunk = min(CHUNK, length)
+
+    def in_chunks(x):
+        """`(B, T, H, D)` as `(B, Hk, H / Hk, N, C, D)`, float32; zeros, which change no state, fill the last chunk."""
+        if length % chunk:
+            x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
+        x = x.reshape(batch, -1, chunk, key_heads, x.shape[2] // key_heads, x.shape[3]).transpose(0, 3, 4, 1, 2, 5)
+        return mx.contiguous(x.astype(mx.float32))
+
+    queries, keys, values, gates = map(in_chunks, (queries, keys, values, log_gates[..., None]))
+    after = mx.exp(mx.cumsum(gates, axis=-2, reverse=True, inclusive=False))
+    added = (after * values).swapaxes(-1, -2) @ keys  # (B, Hk, R, N, Dv, Dk)
+    first = mx.zeros_like(added[..., :1, :, :]) if state is None else state.reshape(added[..., :1, :, :].shape)
+    passed = mx.pad(gates.sum(-2), [(0, 0)] * 3 + [(1, 0), (0, 0)])  # (B, Hk, R, N + 1, 1), the first state's being 1
+    states = decays_of(passed) @ mx.concatenate([first.astype(mx.float32), added], axis=3).flatten(-2)
+    states = states.reshape(*states.shape[:-1], value_width, key_width)
+    scores = decays_of(gates) * (queries @ keys.swapaxes(-1, -2))
+    read = mx.exp(mx.cumsum(gates, axis=-2)) * (queries @ states[..., :-1, :, :].swapaxes(-1, -2))
+    outputs = (scores @ values + read).transpose(0, 3, 4, 1, 2, 5).reshape(batch, -1, heads, value_width)
+    return outputs[:, :length], states[..., -1, :, :].reshape(batch, heads, value_width, key_width)

@@ -1,0 +1,75 @@
+"""Decayed sums in chunks, against the recurrence token by token."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_recurrent import assert_close
+
+from mlx_lm.tuner.preference.state_space import CHUNK, decayed_sums
+
+
+def loop(queries, keys, values, log_gates, state):
+    """The recurrence as it is written down, in the arrays' own dtype."""
+    repeats = values.shape[2] // keys.shape[2]
+    queries, keys = (mx.repeat(x, repeats, axis=2) for x in (queries, keys))
+    outputs = []
+    for t in range(keys.shape[1]):
+        added = values[:, t, :, :, None] * keys[:, t, :, None, :]
+        state = mx.exp(log_gates[:, t])[..., None, None] * state + added
+        outputs.append((state @ queries[:, t, :, :, None])[..., 0])
+    return mx.stack(outputs, axis=1), state
+
+
+def make_inputs(length, batch=2, key_heads=2, heads=6, key_width=8, value_width=5, strength=1.0):
+    mx.random.seed(length)
+    queries, keys = (mx.random.normal((batch, length, key_heads, key_width)) for _ in range(2))
+    values = mx.random.normal((batch, length, heads, value_width))
+    gates = -strength * mx.exp(mx.random.normal((batch, length, heads)))
+    return [queries, keys, values, gates, mx.random.normal((batch, heads, value_width, key_width))]
+
+
+def values_and_gradients(function, inputs):
+    def total(*inputs):
+        outputs, state = function(*inputs)
+        return (mx.sin(outputs.astype(mx.float32)).sum() + mx.cos(state).sum()), (outputs, state)
+
+    (_, out), slopes = mx.value_and_grad(total, argnums=range(len(inputs)))(*inputs)
+    return list(out), list(slopes)
+
+
+@pytest.mark.parametrize("strength", [0.02, 1.0, 30.0])
+@pytest.mark.parametrize("length", [1, 7, CHUNK, 2 * CHUNK + 5])
+def test_values_and_gradients_are_the_loops(length, strength):
+    """Whether states live for hundreds of tokens or for none."""
+    inputs = make_inputs(length, strength=strength)
+    expected, slopes = values_and_gradients(loop, inputs)
+    found, found_slopes = values_and_gradients(decayed_sums, inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 1e-5)
+    for a, b in zip(found_slopes, slopes, strict=True):
+        assert_close(a, b, 1e-4)
+
+
+def test_without_a_state_it_begins_with_zeros():
+    *arrays, state = make_inputs(CHUNK + 3)
+    for a, b in zip(decayed_sums(*arrays), decayed_sums(*arrays, mx.zeros_like(state)), strict=True):
+        assert mx.array_equal(a, b)
+
+
+def test_sums_are_in_float32():
+    """Half precision's inputs alone are rounded."""
+    inputs = [x.astype(mx.bfloat16) for x in make_inputs(CHUNK + 9)]
+    exact = [x.astype(mx.float32) for x in inputs]
+    assert all(x.dtype == mx.float32 for x in decayed_sums(*inputs))
+    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(decayed_sums(*inputs), decayed_sums(*exact), strict=True))
+
+
+def test_a_sequence_goes_on_from_a_state():
+    arrays = make_inputs(3 * CHUNK)
+    whole, last = decayed_sums(*arrays)
+    *sequences, state = arrays
+    cut, outputs = CHUNK + 11, []
+    for part in ([x[:, :cut] for x in sequences], [x[:, cut:] for x in sequences]):
+        out, state = decayed_sums(*part, state)
+        outputs.append(out)
+    assert np.allclose(np.concatenate(outputs, axis=1), whole, atol=1e-4) and np.allclose(state, last, atol=1e-4)
