@@ -20,7 +20,6 @@ from plain_pass import make_pairs
 from test_recurrent import loop, make_inputs, values_and_gradients
 from test_state_space import loop as summed
 from test_state_space import make_inputs as make_sequences
-from test_state_space import values_and_gradients as sums_and_gradients
 
 from mlx_lm.tuner.preference import attention as attention_module
 from mlx_lm.tuner.preference.attention import PackedCache, Rows, Window, attention, gathered, make_layout, on_cuda
@@ -131,7 +130,9 @@ def test_gradients_and_figures_of_kto_and_of_routers_are_the_plain_ones_in_float
     for way in itertools.product((PACKED, PLAIN), (False, True) if ON_GPU else (False,), (False, True)):
         gradients, found = taken(model, *way)
         assert min(map(cosine, gradients, expected)) > least, way
-        assert np.allclose(found, figures, rtol=1e-3 if dtype == mx.float32 else 3e-2, atol=1e-3), way
+        # Half precision moves a response's logp by some half a nat, and a divergence is a difference of these.
+        slack = {"rtol": 1e-3, "atol": 1e-3} if dtype == mx.float32 else {"rtol": 3e-2, "atol": 1.0}
+        assert np.allclose(found, figures, **slack), way
 
 
 def cosine(found, expected):
@@ -159,10 +160,10 @@ def test_the_gated_delta_rule_is_the_loop_over_tokens(dtype, by_channel, width):
 def test_decayed_sums_are_the_loop_over_tokens(dtype):
     inputs = make_sequences(200, key_width=128, value_width=64, strength=0.1)
     inputs = [x.astype(dtype) for x in inputs[:3]] + inputs[3:]
-    expected = sums_and_gradients(summed, [x.astype(mx.float32) for x in inputs])
-    found = sums_and_gradients(decayed_sums, inputs)
+    expected, slopes = values_and_gradients(summed, [x.astype(mx.float32) for x in inputs])
+    found, found_slopes = values_and_gradients(lambda *inputs: decayed_sums(*inputs[:-1]), inputs)
     exact = dtype == mx.float32 and not on_cuda()
-    for a, b in zip(sum(found, []), sum(expected, []), strict=True):
+    for a, b in zip([*found, *found_slopes], [*expected, *slopes], strict=True):
         assert mx.linalg.norm(a.astype(mx.float32) - b).item() < (1e-5 if exact else 1e-2) * mx.linalg.norm(b).item()
 
 
