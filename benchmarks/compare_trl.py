@@ -15,8 +15,10 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from common import HERE, SHAPES, lengths, own_step, print_head, print_row, run_json, say
+from programs import command_line, machine, versions
 
 OURS = {
     "ours": {},
@@ -103,16 +105,24 @@ def main():
     parser.add_argument("--settings", type=lambda text: text.split(";"), default=";".join(ORDER), help="by semicolon")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has TRL")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds that one process may take")
+    parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args()
     unknown = set(options.settings) - set(ORDER)
     if unknown:
         parser.error(f"no such setting: {', '.join(sorted(unknown))}; there are {'; '.join(ORDER)}")
     started = time.perf_counter()
     print_head("tokens", "setting", "ms a step", "pairs/s", "peak GB", "of TRL's fastest", "of the matmul rate")
+    found = {"machine": machine(), "versions": versions() | versions(options.python), "command": command_line()}
+    found |= {"shape": options.shape, "pairs": options.pairs, "rows": []}
     results = {}
     for prompt, response in options.lengths:
         results = rounds_of(prompt, response, options, started)
         print_results(prompt, response, results)
+        found["rows"] += [
+            {"prompt": prompt, "response": response, "setting": name} | result for name, result in results.items()
+        ]
+        if options.out:
+            Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
     for result in results.values():
         if "rate" in result:
             print(f"\n{result['device']}; a product reaches {result['rate'] / 1e12:.3g} TFLOP/s.")

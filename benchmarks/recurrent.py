@@ -199,7 +199,7 @@ WIDE = {
     "bailing_hybrid": {"head_dim": 64},
     "bailing_moe_v3": {"head_dim": 64},
 }
-RELATIVES = (*WIDE, "lfm2", "lfm2_moe", "baichuan_m1", "gear", "minimax", "recurrent_gemma")
+RELATIVES = (*WIDE, "lfm2", "lfm2_moe", "baichuan_m1", "gear", "minimax")
 
 
 def measure_relative(name, length, chunked, device="cpu"):

@@ -206,14 +206,16 @@ def macs_table():
 
 # What a part of a file's name tells of its runs.
 RUN_NOTES = {
-    "cold": "`cold` ran on a machine where MLX's kernels had never been compiled.",
+    "cold": "`h200_smollm2_cold` ran on a machine where MLX's kernels had never been compiled: that is in its first "
+    "validation (18 s) and in its first fifty steps (2.5 s each). TRL's run after it there had not ended after 245 s; "
+    "`h200_smollm2_trl` is another machine's.",
     "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
     "`h200_smollm2_before` when it was given back after each step, and all but those of `cpu`, `h200_1b`, "
-    "`h200_smollm2` and `h200_smollm2_16` when each parameter was updated by itself.",
-    "h200_1b`": "Of the H200's runs `h200_1b` and `h200_smollm2` alone have copies in one kernel and half as many "
-    "logits in a chunk where a gradient is taken. They began with the compiled kernels of an earlier state: the "
-    "compilation of others is in their first validations (14 and 20 s), in their first fifty steps and in the whole. "
-    "TRL's run beside `h200_smollm2` was cut off.",
+    "`h200_smollm2`, `h200_smollm2_cold` and `h200_smollm2_16` when each parameter was updated by itself.",
+    "h200_1b`": "Of the H200's runs `h200_1b`, `h200_smollm2` and `h200_smollm2_cold` alone have copies in one kernel "
+    "and half as many logits in a chunk where a gradient is taken. The first two began with the compiled kernels of an "
+    "earlier state: the compilation of others is in their first validations (14 and 20 s), in their first fifty steps "
+    "and in the whole.",
     "two_workers": "`cpu_two_workers` had two workers on the one machine; held is each one's.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
@@ -258,6 +260,23 @@ def end_to_end_table():
 def ms(row):
     """Milliseconds of a step: of the processor on a CPU, where other work on the machine matters less to them."""
     return row["cpu_ms"] if row["kind"] == "cpu" else row["ms"]
+
+
+def trl_step_table():
+    """A step on one batch, ours and TRL's."""
+    found = result("trl_step_h200")
+    ours = {(row["prompt"], row["response"]): row for row in found["rows"] if row["setting"] == "ours"}
+    rows = []
+    for row in found["rows"]:
+        own = ours[row["prompt"], row["response"]]
+        cells = f"{row['ms']:.0f}", f"{row['ms'] / own['ms']:.2f}", f"{row['peak_gb']:.1f}"
+        share = f"{own['flops'] / (row['ms'] / 1000) / own['rate']:.2f}"
+        program = row["setting"].replace("ours", "here")
+        rows.append((f"{row['prompt']} / {row['response']}", program, *cells, share))
+    header = (
+        "prompt / response", "program", "ms a step", "times our time", "peak GB", "of the rate of matrix products",
+    )  # fmt: skip
+    return markdown_table(header, rows) + "\n\n" + made_by(found)
 
 
 def mlx_lm_lora_table():
@@ -348,20 +367,24 @@ def shared_table():
 
 
 def relatives_table():
-    rows = []
-    for row in result("recurrent")["relatives"]:
-        cells = [row[f"{how}_{length}"] for how in ("upstream", "chunks") for length in (512, 2048)]
-        rows.append(
-            (
-                row["type"],
-                *(
-                    f"{cell['kb_a_token']:.1f}" if "s" in cell or "kb_a_token" in cell else "does not fit"
-                    for cell in cells
-                ),
-            )
-        )
-    header = ("type", "loop, 512 tokens", "loop, 2,048", "chunks, 512", "chunks, 2,048")
-    return markdown_table(header, rows) + "\n\n`python benchmarks/recurrent.py relatives`; KB a token."
+    """KB a token of each recurrent type, upstream's way and here, and on a GPU how long both passes take."""
+    found = result("recurrent")
+    on_gpu, rows = {row["type"]: row for row in found["relatives_gpu"]}, []
+    for row in found["relatives"]:
+        other = on_gpu.get(row["type"], {})
+        kept = [row[f"{how}_{length}"] for how in ("upstream", "chunks") for length in (512, 2048)]
+        kept += [other.get(f"{how}_2048", {}) for how in ("upstream", "chunks")]
+        cells = [f"{cell['kb_a_token']:.1f}" if "kb_a_token" in cell else "does not fit" for cell in kept]
+        rows.append((row["type"], *cells, *(f"{cell['s']:.2f}" if "s" in cell else "-" for cell in kept[4:])))
+    header = (
+        "type", "CPU, mlx-lm's, 512 tokens", "2,048", "here, 512", "2,048", "H200, mlx-lm's, 2,048", "here",
+        "H200, s, mlx-lm's", "here",
+    )  # fmt: skip
+    made = (
+        "`python benchmarks/recurrent.py relatives`, and with `--device gpu --jobs 12`; KB a token. Twelve processes "
+        "shared the H200."
+    )
+    return markdown_table(header, rows) + "\n\n" + made
 
 
 def gradients_table():
@@ -500,6 +523,7 @@ REGIONS = {
     "results": (BENCHMARKS, results_table),
     "memory": (BENCHMARKS, memory_table),
     "end to end": (BENCHMARKS, end_to_end_table),
+    "TRL's step": (BENCHMARKS, trl_step_table),
     "mlx-lm-lora's step": (BENCHMARKS, mlx_lm_lora_table),
     "pieces": (BENCHMARKS, pieces_table),
     "gradients": (BENCHMARKS, gradients_table),
