@@ -8,17 +8,26 @@ import mlx.core as mx
 import numpy as np
 
 
-def decays_of(log_gates):
+def decays_of(passed, own=0.0, kept=None):
     """The product of the gates after token j up to i of a chunk, 0 for tokens j after i: `(..., C, C)`.
 
     An exponential of a sum over just these tokens; a quotient of products would overflow.
 
     Args:
-        log_gates: `(..., C, 1)`.
+        passed, own: `(..., C, 1)`: a gate's logarithm for the tokens after its own, and what is added for its own.
+        kept: `(..., C, 1)`, 0 for a token that others do not see, 1 for the rest, or None where own is nothing.
     """
-    order = np.arange(log_gates.shape[-2])
-    earlier, seen = (mx.array(x) for x in (order[:, None] > order, order[:, None] >= order))  # (C, C)
-    return mx.exp(mx.where(seen, mx.cumsum(mx.where(earlier, log_gates, 0.0), axis=-2), -mx.inf))
+    earlier = _earlier(passed.shape[-2])
+    sums, seen = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2), _earlier(passed.shape[-2], or_same=True)
+    if kept is not None:
+        # Its own score is a token's whether it is kept or not.
+        sums, seen = mx.where(earlier, sums + own, 0.0), seen & ((kept.swapaxes(-1, -2) > 0) | ~earlier)
+    return mx.exp(mx.where(seen, sums, -mx.inf))
+
+
+def _earlier(count, or_same=False):
+    """`(C, C)`, whether the second of two tokens comes before the first, or is it."""
+    return mx.array(np.tri(count, k=0 if or_same else -1, dtype=bool))
 
 
 def decayed_products(keys, queries, kept, passed, own):
@@ -28,18 +37,11 @@ def decayed_products(keys, queries, kept, passed, own):
 
     Args:
         keys, queries: `(..., C, Dk)`.
-        kept: `(..., C, 1)`, 0 for a token that others do not see, 1 for the rest, or None.
-        passed, own: `(..., C, 1)`: a gate's logarithm for the tokens after its own, and what is added for its own.
+        kept, passed, own: as for `decays_of`.
     """
-    order = np.arange(keys.shape[-2])
-    earlier, seen = (mx.array(x) for x in (order[:, None] > order, order[:, None] >= order))  # (C, C)
-    sums = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2)
-    if kept is not None:
-        # Its own score is a token's whether it is kept or not.
-        sums, seen = mx.where(earlier, sums + own, 0.0), seen & ((kept.swapaxes(-1, -2) > 0) | ~earlier)
-    decays = mx.exp(mx.where(seen, sums, -mx.inf))
+    decays = decays_of(passed, own, kept)
     of_keys, of_queries = _scores(keys, queries)
-    return mx.where(earlier, decays * of_keys, 0.0), decays * of_queries
+    return mx.where(_earlier(keys.shape[-2]), decays * of_keys, 0.0), decays * of_queries
 
 
 @mx.custom_function
