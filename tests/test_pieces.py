@@ -11,7 +11,8 @@ from plain_pass import add_lora, make_pairs
 from mlx_lm.tuner.preference import pieces
 from mlx_lm.tuner.preference.batches import PACKED, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.pieces import FUNCTIONS, METHODS, PIECE, recurrences_in_pieces, split
+from mlx_lm.tuner.preference.pieces import FUNCTIONS, METHODS, PIECE, recurrences_in_pieces
+from mlx_lm.tuner.preference.state_space import CHUNK, split
 
 TYPES = (
     "bailing_moe_linear",
@@ -82,24 +83,19 @@ def test_a_cached_prompt_goes_on_in_pieces(name):
     assert_same({"logits": found}, {"logits": expected})
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba", "rwkv7"])
-def test_no_more_than_a_piece_is_run_at_a_time(name, monkeypatch):
-    """Upstream's code, counted by the tokens that it gets."""
-    model, lengths = make_model(name), []
+def test_no_more_than_a_piece_is_run_at_a_time(monkeypatch):
+    """Counted by the tokens that a step of RWKV-7 gets."""
+    model, lengths = make_model("rwkv7"), []
 
-    def counted(scan):
-        def run(step, *args, **options):
-            axis = options.get("axis", 1)
+    def counted(step, *args, **options):
+        def watched(*arrays):
+            lengths.append(arrays[0].shape[1])
+            return step(*arrays)
 
-            def watched(*arrays, **options):
-                lengths.append(arrays[0].shape[axis])
-                return step(*arrays, **options)
+        return scan(watched, *args, **options)
 
-            return scan(watched, *args, **options)
-
-        return run
-
-    monkeypatch.setattr(pieces, "scan", counted(pieces.scan))
+    scan = pieces.scan
+    monkeypatch.setattr(pieces, "scan", counted)
     with recurrences_in_pieces(model):
         mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
         assert max(lengths) == PIECE and sum(lengths) % LENGTH == 0
@@ -107,6 +103,17 @@ def test_no_more_than_a_piece_is_run_at_a_time(name, monkeypatch):
         with recurrences_in_pieces(model):
             mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
     assert lengths == 2 * once
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_what_is_at_once_in_memory_changes_nothing(name, monkeypatch):
+    model = make_model(name)
+    tokens = mx.random.randint(0, 101, (2, 3 * CHUNK + 5), key=mx.random.key(1))
+    with recurrences_in_pieces(model):
+        whole = logits_and_gradients(model, tokens)
+    monkeypatch.setitem(pieces.AT_ONCE, mx.default_device().type, 1)
+    with recurrences_in_pieces(model):
+        assert_same(logits_and_gradients(model, tokens), whole)
 
 
 def test_a_masked_sequence_is_upstreams():

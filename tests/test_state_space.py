@@ -1,11 +1,11 @@
-"""Decayed sums in chunks, against the recurrence token by token."""
+"""Decayed sums in chunks and the scan of Mamba's first generation, against the recurrences token by token."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from test_recurrent import assert_close, values_and_gradients
 
-from mlx_lm.tuner.preference.state_space import CHUNK, decayed_sums
+from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, decayed_sums, selective_scan
 
 
 def loop(queries, keys, values, log_gates, state, _=None):
@@ -64,3 +64,39 @@ def test_a_sequence_goes_on_from_a_state():
         out, state = decayed_sums(*part, state)
         outputs.append(out)
     assert np.allclose(np.concatenate(outputs, axis=1), whole, atol=1e-4) and np.allclose(state, last, atol=1e-4)
+
+
+def scan_loop(x, steps, write, read, A, state, _=None):
+    """Mamba's recurrence as it is written down."""
+    outputs = []
+    for t in range(x.shape[1]):
+        gate = mx.exp(steps[:, t, :, None] * A)
+        state = gate * state + (steps[:, t] * x[:, t])[..., None] * write[:, t, None]
+        outputs.append((state * read[:, t, None]).sum(-1))
+    return mx.stack(outputs, axis=1), state
+
+
+def make_tokens(length, batch=2, width=6, states=4, strength=1.0):
+    mx.random.seed(length)
+    x, steps = mx.random.normal((batch, length, width)), mx.random.uniform(0.01, 1, (batch, length, width))
+    write, read = (mx.random.normal((batch, length, states)) for _ in range(2))
+    A = -strength * mx.random.uniform(0.1, 8, (width, states))
+    return [x, steps, write, read, A, mx.random.normal((batch, width, states))]
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("length", [1, 7, SCAN_CHUNK, 3 * SCAN_CHUNK + 5])
+def test_a_scans_values_and_gradients_are_the_loops(length, strength):
+    inputs = make_tokens(length, strength=strength)
+    expected, slopes = values_and_gradients(scan_loop, inputs)
+    found, found_slopes = values_and_gradients(lambda *inputs: selective_scan(*inputs[:-1]), inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 1e-5)
+    for a, b in zip(found_slopes, slopes, strict=True):
+        assert_close(a, b, 1e-4)
+
+
+def test_a_scan_without_a_state_begins_with_zeros():
+    *arrays, state = make_tokens(SCAN_CHUNK + 3)
+    for a, b in zip(selective_scan(*arrays), selective_scan(*arrays, mx.zeros_like(state)), strict=True):
+        assert mx.array_equal(a, b)

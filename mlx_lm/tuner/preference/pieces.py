@@ -1,26 +1,28 @@
 """Upstream's other recurrences, a piece of the sequence at a time, each computed again in the backward pass.
 
-Mamba, Jamba and RWKV-7 loop over tokens and keep a state for each. Here upstream's own code runs on one piece after
-another, which hand on their state, and nothing but the states between them is kept. State-space models of the second
-generation, which upstream runs with 256 tokens at once and keeps their products with each other, and Bailing's linear
-attention, which loops, run as `state_space` has them, in pieces where memory is short.
+Upstream loops over the tokens of Mamba, Jamba, RWKV-7 and Bailing's linear attention and keeps a state for each; of
+state-space models of the second generation it runs 256 tokens at once and keeps their products with each other. Here
+nothing but the states between pieces is kept. RWKV-7's loop goes through one piece after another; the others run as
+`state_space` has them, in pieces where memory is short.
 """
 
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lm.models.activations import swiglu
 from mlx_lm.models.ssm import compute_dt
 
 from .intercept import exchanged, intercepted, recomputed
-from .state_space import CHUNK, decayed_sums
+from .state_space import CHUNK, SCAN_CHUNK, decayed_sums, selective_scan, split
 
 # Tokens a piece. For a sequence of a thousand tokens about as many states are kept between pieces as within one.
 PIECE = 32
-# Tokens, times heads and sequences, that are in memory at a time where all of a piece is computed at once.
-TOKENS_AT_ONCE = {mx.DeviceType.cpu: 2**10, mx.DeviceType.gpu: 2**17}
+# Numbers of an array, where all of a piece is computed at once.
+AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**26}
 
 
 @contextmanager
@@ -70,29 +72,22 @@ def scan(step, sequences, state, shared=(), piece=PIECE, module=None):
     bounds = list(range(piece, sequences[0].shape[1], piece))
     outputs = []
     for pieces in zip(*(split(x, bounds) for x in sequences), strict=True):
+        if outputs:
+            # Without waiting for the piece before, much of all pieces could be computed first.
+            pieces = mx.depends(list(pieces), state)
         out, *state = recomputed(module or nn.Module(), step)(*pieces, *shared, *state)
         outputs.append(out)
     return mx.concatenate(outputs, axis=1), state
 
 
-def split(x, bounds):
-    """`mx.split` along the second axis, whose own gradient is a sum of arrays as large as `x`, one for each part."""
+def _at_once(chunk, numbers):
+    """Tokens a piece, a whole number of chunks, of which all is computed at once.
 
-    @mx.custom_function
-    def parts(x):
-        return tuple(mx.split(x, bounds, axis=1))
-
-    @parts.vjp
-    def joined(_, cotangents, __):
-        return mx.concatenate(cotangents, axis=1)
-
-    return parts(x) if bounds else (x,)
-
-
-def _at_once(values):
-    """Tokens a piece of values `(B, T, H, D)` that are computed at once, a whole number of chunks."""
-    most = TOKENS_AT_ONCE[mx.default_device().type] // (values.shape[0] * values.shape[2])
-    return CHUNK * max(1, most // CHUNK)
+    Args:
+        chunk: tokens.
+        numbers: how many there are of a token, of all sequences, in the largest array that a step makes.
+    """
+    return chunk * max(1, AT_ONCE[mx.default_device().type] // (numbers * chunk))
 
 
 def _state_space(upstream):
@@ -108,7 +103,9 @@ def _state_space(upstream):
             return [(out + D[:, None] * x).astype(x.dtype), state]
 
         first = [] if state is None else [state]
-        out, (state,) = scan(step, [x, B, C, dt], first, [A_log, D, dt_bias], piece=_at_once(x))
+        out, (state,) = scan(
+            step, [x, B, C, dt], first, [A_log, D, dt_bias], piece=_at_once(CHUNK, CHUNK * x.shape[0] * x.shape[2])
+        )
         return out, state
 
     return update
@@ -124,37 +121,63 @@ def _linear_attention(upstream):
             return [out.astype(q.dtype), state.swapaxes(-1, -2)]
 
         sequences = [x.swapaxes(1, 2) for x in (q, k, v)]
-        out, (state,) = scan(step, sequences, [] if h is None else [h], [g], piece=_at_once(sequences[2]))
+        piece = _at_once(CHUNK, CHUNK * v.shape[0] * v.shape[1])
+        out, (state,) = scan(step, sequences, [] if h is None else [h], [g], piece=piece)
         return out.swapaxes(1, 2), state
 
     return attend
 
 
-def _mamba(upstream):
-    """A Mamba layer from its input to its output: its loop stands between its projections."""
+def _mamba(_):
+    """A Mamba layer from its input to its output: upstream's loop stands between its projections."""
 
     def process(module, x, conv_state, state):
-        def step(x, *state):
-            out, state = upstream(module, x, *(state or [None, None]))
-            return [out, *state]
-
-        out, state = scan(step, [x], [] if state is None else [conv_state, state], module=module)
-        return out, tuple(state)
+        x, z = mx.split(module.in_proj(x), 2, axis=-1)
+        kept = module.conv_kernel_size - 1
+        if conv_state is None:
+            conv_state = mx.zeros((len(x), kept, x.shape[-1]), x.dtype)
+        x = mx.concatenate([conv_state, x], axis=1)
+        conv_state, x = x[:, x.shape[1] - kept :], nn.silu(module.conv1d(x))
+        norms = [lambda x: x] * 3
+        if module.use_bcdt_rms:
+            norms = [partial(mx.fast.rms_norm, weight=None, eps=module.args.mixer_rms_eps)] * 3
+        out, state = _selected(module, x, -mx.exp(module.A_log), state, norms)
+        return module.out_proj(swiglu(z, out)), (conv_state, state)
 
     return process
 
 
-def _jamba(upstream):
+def _jamba(_):
     """Jamba's loop, which makes an array of all states anew for each token."""
 
     def process(module, x, A, state=None):
-        def step(x, A, *state):
-            return list(upstream(module, x, A, *state))
-
-        out, (state,) = scan(step, [x], [] if state is None else [state], [A], module=module)
-        return out, state
+        return _selected(module, x, A, state, [module.dt_layernorm, module.b_layernorm, module.c_layernorm])
 
     return process
+
+
+def _selected(module, x, A, state, norms):
+    """What a layer of Mamba's first generation makes of what it has convolved, and its last state.
+
+    Args:
+        module: with `x_proj`, `dt_proj` and `D`.
+        x: `(B, T, D)`.
+        A: `(D, N)`.
+        state: `(B, D, N)`, or None.
+        norms: of a token's step, and of what it writes and reads.
+    """
+    rank, states = module.time_step_rank, A.shape[-1]
+    parts = mx.split(module.x_proj(x), [rank, rank + states], axis=-1)
+    steps, write, read = (norm(part) for norm, part in zip(norms, parts, strict=True))
+    steps = nn.softplus(module.dt_proj(steps))
+
+    def step(*arrays):
+        out, state = selective_scan(*arrays)
+        return [out.astype(x.dtype), state]
+
+    piece = _at_once(SCAN_CHUNK, len(x) * A.size)
+    out, (state,) = scan(step, [x, steps, write, read], [] if state is None else [state], [A], piece=piece)
+    return out + module.D * x, state
 
 
 def _rwkv(upstream):

@@ -1,4 +1,4 @@
-"""Recurrences whose states decay and take on outer products, in chunks: matrix products, and no loop over tokens.
+"""Recurrences whose states decay and take on outer products, in chunks, and no loop over tokens.
 
 A head's state S, `(Dv, Dk)`, is decayed by a gate a_t and takes a token's value and key; its query reads it:
 
@@ -8,6 +8,10 @@ With d_ij the product of the gates after j up to i, a token has o_i = sum_{j<=i}
 and d_i0 S q_i of the state S with which the chunk starts. What a chunk adds to a state is one product, and the states
 at the chunks' starts are decayed sums of these, one product too. Mamba 2 is of this kind, with keys B, queries C,
 values dt x and gates exp(dt A): arXiv 2405.21060; so is linear attention with a decay for each head: arXiv 2401.04658.
+
+Mamba's first generation decays each number of a state by a gate of its own: arXiv 2312.00752. So there are no products
+of matrices; but all chunks go through their tokens at the same time, each from a state of zeros, and what the states at
+their starts make of the tokens is added once those are known.
 """
 
 import mlx.core as mx
@@ -16,6 +20,8 @@ from .chunk_products import decays_of
 
 # Tokens a chunk: products of a chunk's tokens with each other grow with it, and the number of states shrinks.
 CHUNK = 64
+# The same where all chunks go through their tokens at the same time.
+SCAN_CHUNK = 32
 
 
 def decayed_sums(queries, keys, values, log_gates, state=None):
@@ -50,4 +56,69 @@ def decayed_sums(queries, keys, values, log_gates, state=None):
     scores = decays_of(gates) * (queries @ keys.swapaxes(-1, -2))
     read = mx.exp(mx.cumsum(gates, axis=-2)) * (queries @ states[..., :-1, :, :].swapaxes(-1, -2))
     outputs = (scores @ values + read).transpose(0, 3, 4, 1, 2, 5).reshape(batch, -1, heads, value_width)
-    return outputs[:, :length], states[..., -1, :, :].reshape(batch, heads, value_width, key_width)
+    # A part of all would keep them all.
+    last = mx.contiguous(states[..., -1, :, :])
+    return outputs[:, :length], last.reshape(batch, heads, value_width, key_width)
+
+
+def selective_scan(x, steps, write, read, A, state=None):
+    """Of Mamba's first generation, h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) b_t^T and h_t c_t; sums are in float32.
+
+    Args:
+        x, steps: `(B, T, D)`, dt being the steps.
+        write, read: `(B, T, N)`, b and c.
+        A: `(D, N)`, at most 0.
+        state: `(B, D, N)`, or None for zeros.
+
+    Returns:
+        `(outputs, state)`: `(B, T, D)` and `(B, D, N)`, float32.
+    """
+    batch, length, width = x.shape
+    chunk = min(SCAN_CHUNK, length)
+
+    def in_chunks(x):
+        """`(B, T, W)` as `(B, C, N, W)`, float32, tokens of a chunk first; zeros, which change no state, fill up."""
+        if length % chunk:
+            x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0)])
+        return x.astype(mx.float32).reshape(batch, -1, chunk, x.shape[-1]).swapaxes(1, 2)
+
+    x, steps, write, read = map(in_chunks, (x, steps, write, read))
+    gates = mx.exp(steps[..., None] * A)
+    added = (steps * x)[..., None] * write[..., None, :]
+    state = mx.zeros((batch, 1, *A.shape)) if state is None else state[:, None].astype(mx.float32)
+
+    def one_after_another(gates, added, state):
+        """States `(B, K, ...)` after each of K updates along the second axis, from `state` `(B, 1, ...)` or 0.
+
+        And the last by itself: a part of all would keep them all.
+        """
+        states, places = [], range(1, gates.shape[1])
+        for gate, more in zip(split(gates, places), split(added, places), strict=True):
+            state = gate * state + more
+            states.append(state)
+        return mx.concatenate(states, axis=1), state.squeeze(1)
+
+    if x.shape[2] == 1:
+        states, last = one_after_another(gates, added, state[:, None])
+        last = last.squeeze(1)
+    else:
+        own, ends = one_after_another(gates, added, 0.0)
+        passed = mx.exp(mx.cumsum(steps, axis=1)[..., None] * A)  # from a chunk's start to the token
+        ends, last = one_after_another(passed[:, -1], ends, state)
+        states = own + passed * mx.concatenate([state, ends[:, :-1]], axis=1)[:, None]
+    outputs = (states * read[..., None, :]).sum(-1)
+    return outputs.swapaxes(1, 2).reshape(batch, -1, width)[:, :length], last
+
+
+def split(x, bounds):
+    """`mx.split` along the second axis, whose own gradient is a sum of arrays as large as `x`, one for each part."""
+
+    @mx.custom_function
+    def parts(x):
+        return tuple(mx.split(x, bounds, axis=1))
+
+    @parts.vjp
+    def joined(_, cotangents, __):
+        return mx.concatenate(cotangents, axis=1)
+
+    return parts(x) if bounds else (x,)
