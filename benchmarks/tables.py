@@ -374,7 +374,9 @@ def relatives_table():
         other = on_gpu.get(row["type"], {})
         kept = [row[f"{how}_{length}"] for how in ("upstream", "chunks") for length in (512, 2048)]
         kept += [other.get(f"{how}_2048", {}) for how in ("upstream", "chunks")]
-        cells = [f"{cell['kb_a_token']:.1f}" if "kb_a_token" in cell else "does not fit" for cell in kept]
+        cells = [
+            f"{cell['kb_a_token']:.1f}" if "kb_a_token" in cell else "does not fit" if cell else "-" for cell in kept
+        ]
         rows.append((row["type"], *cells, *(f"{cell['s']:.2f}" if "s" in cell else "-" for cell in kept[4:])))
     header = (
         "type", "CPU, mlx-lm's, 512 tokens", "2,048", "here, 512", "2,048", "H200, mlx-lm's, 2,048", "here",

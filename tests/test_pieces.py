@@ -11,8 +11,8 @@ from plain_pass import add_lora, make_pairs
 from mlx_lm.tuner.preference import pieces
 from mlx_lm.tuner.preference.batches import PACKED, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.pieces import FUNCTIONS, METHODS, PIECE, recurrences_in_pieces
-from mlx_lm.tuner.preference.state_space import CHUNK, split
+from mlx_lm.tuner.preference.pieces import FUNCTIONS, METHODS, recurrences_in_pieces
+from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, split
 
 TYPES = (
     "bailing_moe_linear",
@@ -26,7 +26,7 @@ TYPES = (
     "plamo2",
     "rwkv7",
 )
-LENGTH = 2 * PIECE + 5
+LENGTH = 2 * CHUNK + 5
 
 
 def in_pieces(model):
@@ -83,22 +83,24 @@ def test_a_cached_prompt_goes_on_in_pieces(name):
     assert_same({"logits": found}, {"logits": expected})
 
 
-def test_no_more_than_a_piece_is_run_at_a_time(monkeypatch):
-    """Counted by the tokens that a step of RWKV-7 gets."""
-    model, lengths = make_model("rwkv7"), []
+@pytest.mark.parametrize("name", TYPES)
+def test_no_more_than_fits_is_run_at_a_time(name, monkeypatch):
+    """Counted by the tokens that a step gets, also within another such context."""
+    model, lengths = make_model(name), []
 
-    def counted(step, *args, **options):
+    def counted(step, *args):
         def watched(*arrays):
             lengths.append(arrays[0].shape[1])
             return step(*arrays)
 
-        return scan(watched, *args, **options)
+        return scan(watched, *args)
 
     scan = pieces.scan
     monkeypatch.setattr(pieces, "scan", counted)
+    monkeypatch.setitem(pieces.AT_ONCE, mx.default_device().type, 1)
     with recurrences_in_pieces(model):
         mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
-        assert max(lengths) == PIECE and sum(lengths) % LENGTH == 0
+        assert max(lengths) in (CHUNK, SCAN_CHUNK, WKV_CHUNK) and sum(lengths) % LENGTH == 0
         once = list(lengths)
         with recurrences_in_pieces(model):
             mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
@@ -123,7 +125,7 @@ def test_a_masked_sequence_is_upstreams():
     def run():
         cache = model.make_cache()
         for entry in cache:
-            entry.left_padding = mx.array([0, PIECE + 3])
+            entry.left_padding = mx.array([0, CHUNK + 3])
         return model(tokens, cache=cache)
 
     expected = run()

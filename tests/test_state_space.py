@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_recurrent import assert_close, values_and_gradients
 
-from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, decayed_sums, selective_scan
+from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, wkv7
 
 
 def loop(queries, keys, values, log_gates, state, _=None):
@@ -100,3 +100,35 @@ def test_a_scan_without_a_state_begins_with_zeros():
     *arrays, state = make_tokens(SCAN_CHUNK + 3)
     for a, b in zip(selective_scan(*arrays), selective_scan(*arrays, mx.zeros_like(state)), strict=True):
         assert mx.array_equal(a, b)
+
+
+def wkv_loop(r, w, k, v, a, b, state, _=None):
+    """RWKV-7's recurrence as it is written down."""
+    outputs = []
+    for t in range(r.shape[1]):
+        turned = (state * a[:, t, :, None]).sum(-1, keepdims=True) * b[:, t, :, None]
+        state = state * w[:, t, :, None] + turned + v[:, t, :, :, None] * k[:, t, :, None]
+        outputs.append((state * r[:, t, :, None]).sum(-1))
+    return mx.stack(outputs, axis=1), state
+
+
+def make_wkv(length, batch=2, heads=3, width=8, least=0.545):
+    mx.random.seed(length)
+    shape = batch, length, heads, width
+    r, k, v, a = (mx.random.normal(shape) for _ in range(4))
+    a = -a / mx.linalg.norm(a, axis=-1, keepdims=True)
+    w, b = mx.random.uniform(least, least + 0.001, shape), -a * mx.random.uniform(0, 1, shape)
+    return [r, w, k, v, a, b, mx.random.normal((batch, heads, width, width))]
+
+
+@pytest.mark.parametrize("least", [0.545, 0.999])
+@pytest.mark.parametrize("length", [1, 7, WKV_CHUNK, 5 * WKV_CHUNK + 3])
+def test_rwkvs_values_and_gradients_are_the_loops(length, least):
+    """With the strongest gates that there are, and with hardly any."""
+    inputs = make_wkv(length, least=least)
+    expected, slopes = values_and_gradients(wkv_loop, inputs)
+    found, found_slopes = values_and_gradients(lambda *inputs: wkv7(*inputs[:-1]), inputs)
+    for x, y in zip(found, expected, strict=True):
+        assert_close(x, y, 1e-5)
+    for x, y in zip(found_slopes, slopes, strict=True):
+        assert_close(x, y, 1e-4)

@@ -2,8 +2,7 @@
 
 Upstream loops over the tokens of Mamba, Jamba, RWKV-7 and Bailing's linear attention and keeps a state for each; of
 state-space models of the second generation it runs 256 tokens at once and keeps their products with each other. Here
-nothing but the states between pieces is kept. RWKV-7's loop goes through one piece after another; the others run as
-`state_space` has them, in pieces where memory is short.
+they run as `state_space` has them, in pieces where memory is short, and nothing but the states between pieces is kept.
 """
 
 import sys
@@ -17,10 +16,8 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.ssm import compute_dt
 
 from .intercept import exchanged, intercepted, recomputed
-from .state_space import CHUNK, SCAN_CHUNK, decayed_sums, selective_scan, split
+from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
-# Tokens a piece. For a sequence of a thousand tokens about as many states are kept between pieces as within one.
-PIECE = 32
 # Numbers of an array, where all of a piece is computed at once.
 AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**26}
 
@@ -55,29 +52,29 @@ def _is_upstreams(thing):
     return thing.__module__.startswith("mlx_lm.models.")
 
 
-def scan(step, sequences, state, shared=(), piece=PIECE, module=None):
+def scan(step, sequences, state, piece, shared=()):
     """Run `step` over pieces of sequences.
 
     Args:
-        step: takes a piece of each sequence, the shared arrays and the state's; returns `[output, *state]`.
+        step: takes a piece of each sequence, the shared arrays, and the state but where it is None; returns
+            `[output, state]`.
         sequences: arrays `(B, T, ...)`.
-        state: the first piece's, a list of arrays, or an empty one where a step makes its own.
-        shared: arrays that all pieces read, of which gradients are taken too.
+        state: the first piece's, or None for zeros.
         piece: tokens a piece.
-        module: what holds the parameters that `step` uses, if any.
+        shared: arrays that all pieces read, of which gradients are taken too.
 
     Returns:
         `(output, state)`: outputs of all pieces, `(B, T, ...)`, and the last one's state.
     """
     bounds = list(range(piece, sequences[0].shape[1], piece))
-    outputs = []
+    outputs, states = [], [] if state is None else [state]
     for pieces in zip(*(split(x, bounds) for x in sequences), strict=True):
         if outputs:
             # Without waiting for the piece before, much of all pieces could be computed first.
-            pieces = mx.depends(list(pieces), state)
-        out, *state = recomputed(module or nn.Module(), step)(*pieces, *shared, *state)
+            pieces = mx.depends(list(pieces), states)
+        out, *states = recomputed(nn.Module(), step)(*pieces, *shared, *states)
         outputs.append(out)
-    return mx.concatenate(outputs, axis=1), state
+    return mx.concatenate(outputs, axis=1), states[0]
 
 
 def _at_once(chunk, numbers):
@@ -87,7 +84,7 @@ def _at_once(chunk, numbers):
         chunk: tokens.
         numbers: how many there are of a token, of all sequences, in the largest array that a step makes.
     """
-    return chunk * max(1, AT_ONCE[mx.default_device().type] // (numbers * chunk))
+    return chunk * max(1, AT_ONCE[mx.default_device().type] // max(1, numbers * chunk))
 
 
 def _state_space(upstream):
@@ -102,11 +99,7 @@ def _state_space(upstream):
             out, state = decayed_sums(C, B, dt[..., None] * x, -mx.exp(A_log) * dt, *state)
             return [(out + D[:, None] * x).astype(x.dtype), state]
 
-        first = [] if state is None else [state]
-        out, (state,) = scan(
-            step, [x, B, C, dt], first, [A_log, D, dt_bias], piece=_at_once(CHUNK, CHUNK * x.shape[0] * x.shape[2])
-        )
-        return out, state
+        return scan(step, [x, B, C, dt], state, _at_once(CHUNK, CHUNK * x[:, 0, :, 0].size), [A_log, D, dt_bias])
 
     return update
 
@@ -122,7 +115,7 @@ def _linear_attention(upstream):
 
         sequences = [x.swapaxes(1, 2) for x in (q, k, v)]
         piece = _at_once(CHUNK, CHUNK * v.shape[0] * v.shape[1])
-        out, (state,) = scan(step, sequences, [] if h is None else [h], [g], piece=piece)
+        out, state = scan(step, sequences, h, piece, [g])
         return out.swapaxes(1, 2), state
 
     return attend
@@ -176,26 +169,21 @@ def _selected(module, x, A, state, norms):
         return [out.astype(x.dtype), state]
 
     piece = _at_once(SCAN_CHUNK, len(x) * A.size)
-    out, (state,) = scan(step, [x, steps, write, read], [] if state is None else [state], [A], piece=piece)
+    out, state = scan(step, [x, steps, write, read], state, piece, [A])
     return out + module.D * x, state
 
 
-def _rwkv(upstream):
-    """RWKV-7's loop; upstream's kernel for Metal has no gradient."""
-    next_of = sys.modules[upstream.__module__]._wkv7_step_ops
+def _rwkv(_):
+    """RWKV-7's loop, or on Metal its kernel, which has no gradient."""
 
     def process(module, r, w, k, v, a, b, state):
-        def step(r, w, k, v, a, b, state):
-            outputs = []
-            for t in range(r.shape[1]):
-                out, state = next_of(*(x[:, t] for x in (r, w, k, v, a, b)), state)
-                outputs.append(out)
-            return [mx.stack(outputs, axis=1).astype(r.dtype), state]
+        def step(*arrays):
+            out, state = wkv7(*arrays)
+            return [out.astype(r.dtype), state]
 
-        if state is None:
-            state = mx.zeros((*r.shape[:1], *r.shape[2:], r.shape[3]), r.dtype)
-        out, (state,) = scan(step, [r, w, k, v, a, b], [state])
-        return out, state
+        # A chunk has a matrix of a head's width.
+        piece = _at_once(WKV_CHUNK, r[:, 0].size * r.shape[-1] // WKV_CHUNK)
+        return scan(step, [r, w, k, v, a, b], state, piece)
 
     return process
 

@@ -12,16 +12,26 @@ values dt x and gates exp(dt A): arXiv 2405.21060; so is linear attention with a
 Mamba's first generation decays each number of a state by a gate of its own: arXiv 2312.00752. So there are no products
 of matrices; but all chunks go through their tokens at the same time, each from a state of zeros, and what the states at
 their starts make of the tokens is added once those are known.
+
+RWKV-7's state is changed by a product of low rank too, arXiv 2503.14456:
+
+    S_t = S_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T,    o_t = S_t r_t
+
+so that u_i = S_{i-1} a_i of a chunk solve a triangular system, as the updates of the gated delta rule do (`recurrent`),
+and what a chunk does to its state is a product with a matrix. Its gates are above a half: quotients of their products
+over so few tokens neither overflow nor lose digits.
 """
 
 import mlx.core as mx
 
-from .chunk_products import decays_of
+from .chunk_products import decays_of, inverse_of
 
 # Tokens a chunk: products of a chunk's tokens with each other grow with it, and the number of states shrinks.
 CHUNK = 64
 # The same where all chunks go through their tokens at the same time.
 SCAN_CHUNK = 32
+# The same where products of gates are divided by: 0.54^16 is 6e-5.
+WKV_CHUNK = 16
 
 
 def decayed_sums(queries, keys, values, log_gates, state=None):
@@ -108,6 +118,46 @@ def selective_scan(x, steps, write, read, A, state=None):
         states = own + passed * mx.concatenate([state, ends[:, :-1]], axis=1)[:, None]
     outputs = (states * read[..., None, :]).sum(-1)
     return outputs.swapaxes(1, 2).reshape(batch, -1, width)[:, :length], last
+
+
+def wkv7(r, w, k, v, a, b, state=None):
+    """The outputs and the last state of RWKV-7's recurrence above; sums are in float32 whatever the dtype.
+
+    Args:
+        r, w, k, v, a, b: `(B, T, H, D)`; gates w from 0.54 to 1.
+        state: `(B, H, D, D)`, values first, or None for zeros.
+
+    Returns:
+        `(outputs, state)`: `(B, T, H, D)` and `(B, H, D, D)`, float32.
+    """
+    batch, length, heads, width = v.shape
+    chunk = min(WKV_CHUNK, 1 << (length - 1).bit_length())
+
+    def in_chunks(x):
+        """`(B, T, H, D)` as `(N, B, H, C, D)`, float32; zeros, which change no state, fill the last chunk."""
+        if length % chunk:
+            x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
+        return mx.contiguous(x.astype(mx.float32).reshape(batch, -1, chunk, heads, width).transpose(1, 0, 3, 2, 4))
+
+    r, log_w, k, v, a, b = map(in_chunks, (r, mx.log(w.astype(mx.float32)), k, v, a, b))
+    passed = mx.cumsum(log_w, axis=-2)
+    a, r = a * mx.exp(passed - log_w), r * mx.exp(passed)  # decayed since the chunk's start
+    over, until = mx.exp(passed[..., -1:, :]), mx.exp(-passed)
+    k, b = k * until, b * until
+    solve = inverse_of(-mx.tril(a @ b.swapaxes(-1, -2), -1))
+    # Each u is the first and what the state has for the second.
+    own, of_state = solve @ (mx.tril(a @ k.swapaxes(-1, -2), -1) @ v), solve @ a
+    late_k, late_b = k * over, b * over
+    turns = of_state.swapaxes(-1, -2) @ late_b + mx.eye(width) * over
+    added = own.swapaxes(-1, -2) @ late_b + v.swapaxes(-1, -2) @ late_k
+    state = mx.zeros(added.shape[1:]) if state is None else state.astype(mx.float32)
+    states = [state]
+    for turn, more in zip(*(split(x.swapaxes(0, 1), range(1, len(added))) for x in (turns, added)), strict=True):
+        states.append(mx.addmm(more.squeeze(1), states[-1], turn.squeeze(1)))
+    before = mx.stack(states[:-1]).swapaxes(-1, -2)  # (N, B, H, Dk, Dv)
+    outputs = r @ before + mx.tril(r @ b.swapaxes(-1, -2)) @ (own + of_state @ before)
+    outputs = outputs + mx.tril(r @ k.swapaxes(-1, -2)) @ v
+    return outputs.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)[:, :length], states[-1]
 
 
 def split(x, bounds):
