@@ -12,9 +12,9 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lm.models.activations import swiglu
 from mlx_lm.models.ssm import compute_dt
 
+from ...models.activations import swiglu
 from .intercept import exchanged, intercepted, recomputed
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
@@ -43,7 +43,7 @@ def recurrences_in_pieces(model, packed=None):
         for module in modules:
             if type(module).__name__ in METHODS:
                 name, in_pieces = METHODS[type(module).__name__]
-                stack.enter_context(intercepted(module, name, in_pieces(getattr(type(module), name))))
+                stack.enter_context(intercepted(module, name, in_pieces(packed)))
         yield
 
 
@@ -121,7 +121,7 @@ def _linear_attention(upstream):
     return attend
 
 
-def _mamba(_):
+def _mamba(packed):
     """A Mamba layer from its input to its output: upstream's loop stands between its projections."""
 
     def process(module, x, conv_state, state):
@@ -130,26 +130,26 @@ def _mamba(_):
         if conv_state is None:
             conv_state = mx.zeros((len(x), kept, x.shape[-1]), x.dtype)
         x = mx.concatenate([conv_state, x], axis=1)
-        conv_state, x = x[:, x.shape[1] - kept :], nn.silu(module.conv1d(x))
+        conv_state, x = x[:, max(0, x.shape[1] - kept) :], nn.silu(module.conv1d(x))
         norms = [lambda x: x] * 3
         if module.use_bcdt_rms:
             norms = [partial(mx.fast.rms_norm, weight=None, eps=module.args.mixer_rms_eps)] * 3
-        out, state = _selected(module, x, -mx.exp(module.A_log), state, norms)
+        out, state = _selected(module, x, -mx.exp(module.A_log), state, norms, packed)
         return module.out_proj(swiglu(z, out)), (conv_state, state)
 
     return process
 
 
-def _jamba(_):
+def _jamba(packed):
     """Jamba's loop, which makes an array of all states anew for each token."""
 
     def process(module, x, A, state=None):
-        return _selected(module, x, A, state, [module.dt_layernorm, module.b_layernorm, module.c_layernorm])
+        return _selected(module, x, A, state, [module.dt_layernorm, module.b_layernorm, module.c_layernorm], packed)
 
     return process
 
 
-def _selected(module, x, A, state, norms):
+def _selected(module, x, A, state, norms, packed):
     """What a layer of Mamba's first generation makes of what it has convolved, and its last state.
 
     Args:
@@ -158,6 +158,7 @@ def _selected(module, x, A, state, norms):
         A: `(D, N)`.
         state: `(B, D, N)`, or None.
         norms: of a token's step, and of what it writes and reads.
+        packed: the `PackedCache` of a packed batch, or None.
     """
     rank, states = module.time_step_rank, A.shape[-1]
     parts = mx.split(module.x_proj(x), [rank, rank + states], axis=-1)
@@ -166,10 +167,14 @@ def _selected(module, x, A, state, norms):
 
     def step(*arrays):
         out, state = selective_scan(*arrays)
-        return [out.astype(x.dtype), state]
+        return [out.astype(arrays[0].dtype), state]
 
-    piece = _at_once(SCAN_CHUNK, len(x) * A.size)
-    out, state = scan(step, [x, steps, write, read], state, piece, [A])
+    def scanned(*sequences, state):
+        return scan(step, sequences, state, _at_once(SCAN_CHUNK, len(sequences[0]) * A.size), [A])
+
+    if packed is not None:
+        scanned = packed.in_rows(scanned, range(4))
+    out, state = scanned(x, steps, write, read, state=state)
     return out + module.D * x, state
 
 

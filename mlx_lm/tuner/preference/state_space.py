@@ -24,6 +24,7 @@ over so few tokens neither overflow nor lose digits.
 
 import mlx.core as mx
 
+from ...models.activations import fast_exp
 from .chunk_products import decays_of, inverse_of
 
 # Tokens a chunk: products of a chunk's tokens with each other grow with it, and the number of states shrinks.
@@ -93,7 +94,7 @@ def selective_scan(x, steps, write, read, A, state=None):
         return x.astype(mx.float32).reshape(batch, -1, chunk, x.shape[-1]).swapaxes(1, 2)
 
     x, steps, write, read = map(in_chunks, (x, steps, write, read))
-    gates = mx.exp(steps[..., None] * A)
+    gates = fast_exp(steps[..., None] * A)
     added = (steps * x)[..., None] * write[..., None, :]
     state = mx.zeros((batch, 1, *A.shape)) if state is None else state[:, None].astype(mx.float32)
 
@@ -113,7 +114,7 @@ def selective_scan(x, steps, write, read, A, state=None):
         last = last.squeeze(1)
     else:
         own, ends = one_after_another(gates, added, 0.0)
-        passed = mx.exp(mx.cumsum(steps, axis=1)[..., None] * A)  # from a chunk's start to the token
+        passed = fast_exp(mx.cumsum(steps, axis=1)[..., None] * A)  # from a chunk's start to the token
         ends, last = one_after_another(passed[:, -1], ends, state)
         states = own + passed * mx.concatenate([state, ends[:, :-1]], axis=1)[:, None]
     outputs = (states * read[..., None, :]).sum(-1)
