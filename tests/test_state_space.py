@@ -28,17 +28,20 @@ def make_inputs(length, batch=2, key_heads=2, heads=6, key_width=8, value_width=
     return [queries, keys, values, gates, mx.random.normal((batch, heads, value_width, key_width))]
 
 
-@pytest.mark.parametrize("strength", [0.02, 1.0, 30.0])
-@pytest.mark.parametrize("length", [1, 7, CHUNK, 2 * CHUNK + 5])
-def test_values_and_gradients_are_the_loops(length, strength):
-    """Whether states live for hundreds of tokens or for none."""
-    inputs = make_inputs(length, strength=strength)
+def assert_is(loop, function, inputs):
     expected, slopes = values_and_gradients(loop, inputs)
-    found, found_slopes = values_and_gradients(lambda *inputs: decayed_sums(*inputs[:-1]), inputs)
+    found, found_slopes = values_and_gradients(lambda *inputs: function(*inputs[:-1]), inputs)
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, 1e-5)
     for a, b in zip(found_slopes, slopes, strict=True):
         assert_close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.02, 1.0, 30.0])
+@pytest.mark.parametrize("length", [1, 7, CHUNK, 2 * CHUNK + 5])
+def test_values_and_gradients_are_the_loops(length, strength):
+    """Whether states live for hundreds of tokens or for none."""
+    assert_is(loop, decayed_sums, make_inputs(length, strength=strength))
 
 
 def test_without_a_state_it_begins_with_zeros():
@@ -87,13 +90,7 @@ def make_tokens(length, batch=2, width=6, states=4, strength=1.0):
 @pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("length", [1, 7, SCAN_CHUNK, 3 * SCAN_CHUNK + 5])
 def test_a_scans_values_and_gradients_are_the_loops(length, strength):
-    inputs = make_tokens(length, strength=strength)
-    expected, slopes = values_and_gradients(scan_loop, inputs)
-    found, found_slopes = values_and_gradients(lambda *inputs: selective_scan(*inputs[:-1]), inputs)
-    for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, 1e-5)
-    for a, b in zip(found_slopes, slopes, strict=True):
-        assert_close(a, b, 1e-4)
+    assert_is(scan_loop, selective_scan, make_tokens(length, strength=strength))
 
 
 def test_a_scan_without_a_state_begins_with_zeros():
@@ -125,10 +122,4 @@ def make_wkv(length, batch=2, heads=3, width=8, least=0.545):
 @pytest.mark.parametrize("length", [1, 7, WKV_CHUNK, 5 * WKV_CHUNK + 3])
 def test_rwkvs_values_and_gradients_are_the_loops(length, least):
     """With the strongest gates that there are, and with hardly any."""
-    inputs = make_wkv(length, least=least)
-    expected, slopes = values_and_gradients(wkv_loop, inputs)
-    found, found_slopes = values_and_gradients(lambda *inputs: wkv7(*inputs[:-1]), inputs)
-    for x, y in zip(found, expected, strict=True):
-        assert_close(x, y, 1e-5)
-    for x, y in zip(found_slopes, slopes, strict=True):
-        assert_close(x, y, 1e-4)
+    assert_is(wkv_loop, wkv7, make_wkv(length, least=least))

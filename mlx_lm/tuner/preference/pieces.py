@@ -19,7 +19,7 @@ from .intercept import exchanged, intercepted, recomputed
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
 # Numbers of an array, where all of a piece is computed at once.
-AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**26}
+AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**25}
 
 
 @contextmanager
