@@ -447,12 +447,12 @@ def test_models_that_mix_or_number_positions_themselves_are_not_packed(mix, arra
     assert Scorer(Mixing(mix)).arrangement == arrangement
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba", "rwkv7", "kimi_linear", "llama4", "deepseek_v3", "gemma2"])
+@pytest.mark.parametrize("name", ["plamo2", "rwkv7", "kimi_linear", "llama4", "deepseek_v3", "gemma2"])
 def test_models_that_recur_mask_or_cache_in_ways_of_their_own_are_not_packed(name):
     assert Scorer(make_model(name)).arrangement == PLAIN
 
 
-@pytest.mark.parametrize("name", ["mamba", "rwkv7"])
+@pytest.mark.parametrize("name", ["plamo2", "rwkv7"])
 def test_states_that_rounding_would_hide_are_seen(name):
     """Those of a tiny random model change its logits by less than half precision may round them."""
     model = make_model(name)

@@ -55,6 +55,7 @@ MODELS = {
     # Rotated dimensions, a quarter of a head's, are as many as MLX's kernel can do with many rows of one token.
     "qwen3_5": {"linear_key_head_dim": 32, "linear_value_head_dim": 64, "head_dim": 128},
     "mamba2": {},
+    "mamba": {},
     "gemma3_text": WINDOW,
     "gpt_oss": WINDOW,
     "qwen3_moe": {},
