@@ -1,4 +1,4 @@
-"""What the tokens of a chunk are to each other in a recurrence, all chunks at once.
+"""What the tokens of a chunk are to each other in a recurrence, all chunks at once, and states from chunk to chunk.
 
 Decays from token to token, decayed products of keys and queries, and the inverse of the triangular system of a chunk's
 updates; `recurrent` and `state_space` say what they are for.
@@ -6,6 +6,28 @@ updates; `recurrent` and `state_space` say what they are for.
 
 import mlx.core as mx
 import numpy as np
+
+
+def in_chunks(x, chunk):
+    """`x` `(B, T, ...)` as `(B, N, C, ...)`, chunks of C tokens; zeros fill the last one."""
+    short = -x.shape[1] % chunk
+    if short:
+        x = mx.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(len(x), -1, chunk, *x.shape[2:])
+
+
+def states_between(state, decays, turns, additions):
+    """A list of states, before each chunk and after the last: a chunk makes `decay * S - S @ turn + addition` of S.
+
+    Args:
+        state: `(..., Dv, Dk)`, before the first chunk.
+        decays, turns, additions: of each chunk `(..., 1, 1 or Dk)`, `(..., Dk, Dk)` and `(..., Dv, Dk)`.
+    """
+    states = [state]
+    for decay, turn, addition in zip(decays, turns, additions, strict=True):
+        # The decay is apart from the product, which a GPU computes with fewer digits.
+        states.append(mx.addmm(decay * states[-1] + addition, states[-1], turn, alpha=-1.0))
+    return states
 
 
 def decays_of(passed, own=0.0, kept=None):

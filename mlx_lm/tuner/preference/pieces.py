@@ -104,7 +104,7 @@ def _state_space(upstream):
     return update
 
 
-def _linear_attention(upstream):
+def _linear_attention(_):
     """`recurrent_gla` of Bailing's linear attention, whose axis of tokens is the third."""
 
     def attend(q, k, v, g, scale, h=None):

@@ -34,7 +34,7 @@ import mlx.core as mx
 from ...models import gated_delta
 from . import cuda_delta
 from .attention import on_cuda
-from .chunk_products import decayed_products, decayed_products_by_channel, inverse_of
+from .chunk_products import decayed_products, decayed_products_by_channel, in_chunks, inverse_of, states_between
 from .pieces import recurrences_in_pieces
 
 # Tokens a chunk, a power of two. Products of a chunk's tokens with each other grow with it, and the number of
@@ -203,12 +203,10 @@ class _Chunks(NamedTuple):
 
 def _in_chunks(x, key_heads):
     """`x` `(B, T, H, D)` as `(N, B, Hk, H / Hk, C, D)`, float32; zeros, which change no state, fill the last chunk."""
-    batch, length, heads, width = x.shape
-    chunk = min(CHUNK, 1 << (length - 1).bit_length())
+    _, length, heads, width = x.shape
     key_heads = min(key_heads, heads)  # a mask is one for all heads
-    if length % chunk:
-        x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
-    x = x.reshape(batch, -1, chunk, key_heads, heads // key_heads, width).transpose(1, 0, 3, 4, 2, 5)
+    x = in_chunks(x, min(CHUNK, 1 << (length - 1).bit_length()))
+    x = x.reshape(*x.shape[:3], key_heads, heads // key_heads, width).transpose(1, 0, 3, 4, 2, 5)
     # Once, and not anew for each product that it is in.
     return mx.contiguous(x).astype(mx.float32)
 
@@ -280,13 +278,10 @@ def _one_after_another(state, decays, turns, additions, backwards=False):
         decays, turns, additions: `(N, ..., 1, 1 or Dk)`, `(N, ..., Dk, Dk)` and `(N, ..., Dv, Dk)`.
         backwards: whether to go from the last chunk to the first.
     """
-    state, states, direction = state[None], [], -1 if backwards else 1
-    for n in range(len(turns))[::direction]:
-        states.append(state)
-        decay, turn, addition = (x[n : n + 1] for x in (decays, turns, additions))
-        # The decay is apart from the product, which a GPU computes with fewer digits.
-        state = mx.addmm(decay * state + addition, state, turn, alpha=-1.0)
-    return mx.concatenate(states[::direction]), state.squeeze(0)
+    direction = -1 if backwards else 1
+    each = ([x[n : n + 1] for n in range(len(x))][::direction] for x in (decays, turns, additions))
+    *states, last = states_between(state[None], *each)
+    return mx.concatenate(states[::direction]), last.squeeze(0)
 
 
 def _slopes(chunks, states, output_slope, last_slope):

@@ -25,7 +25,7 @@ over so few tokens neither overflow nor lose digits.
 import mlx.core as mx
 
 from ...models.activations import fast_exp
-from .chunk_products import decays_of, inverse_of
+from .chunk_products import decays_of, in_chunks, inverse_of, states_between
 
 # Tokens a chunk: products of a chunk's tokens with each other grow with it, and the number of states shrinks.
 CHUNK = 64
@@ -50,14 +50,13 @@ def decayed_sums(queries, keys, values, log_gates, state=None):
     (batch, length, key_heads, key_width), (heads, value_width) = keys.shape, values.shape[2:]
     chunk = min(CHUNK, length)
 
-    def in_chunks(x):
-        """`(B, T, H, D)` as `(B, Hk, H / Hk, N, C, D)`, float32; zeros, which change no state, fill the last chunk."""
-        if length % chunk:
-            x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
-        x = x.reshape(batch, -1, chunk, key_heads, x.shape[2] // key_heads, x.shape[3]).transpose(0, 3, 4, 1, 2, 5)
-        return mx.contiguous(x.astype(mx.float32))
+    def by_head(x):
+        """`(B, T, H, D)` as `(B, Hk, H / Hk, N, C, D)`, float32."""
+        x = in_chunks(x, chunk).reshape(batch, -1, chunk, key_heads, x.shape[2] // key_heads, x.shape[3])
+        return mx.contiguous(x.transpose(0, 3, 4, 1, 2, 5).astype(mx.float32))
 
-    queries, keys, values, gates = map(in_chunks, (queries, keys, values, log_gates[..., None]))
+    # The zeros that fill the last chunk change no state.
+    queries, keys, values, gates = map(by_head, (queries, keys, values, log_gates[..., None]))
     after = mx.exp(mx.cumsum(gates, axis=-2, reverse=True, inclusive=False))
     added = (after * values).swapaxes(-1, -2) @ keys  # (B, Hk, R, N, Dv, Dk)
     first = mx.zeros_like(added[..., :1, :, :]) if state is None else state.reshape(added[..., :1, :, :].shape)
@@ -86,14 +85,10 @@ def selective_scan(x, steps, write, read, A, state=None):
     """
     batch, length, width = x.shape
     chunk = min(SCAN_CHUNK, length)
-
-    def in_chunks(x):
-        """`(B, T, W)` as `(B, C, N, W)`, float32, tokens of a chunk first; zeros, which change no state, fill up."""
-        if length % chunk:
-            x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0)])
-        return x.astype(mx.float32).reshape(batch, -1, chunk, x.shape[-1]).swapaxes(1, 2)
-
-    x, steps, write, read = map(in_chunks, (x, steps, write, read))
+    # Tokens of a chunk first, `(B, C, N, ...)`.
+    x, steps, write, read = (
+        in_chunks(each, chunk).astype(mx.float32).swapaxes(1, 2) for each in (x, steps, write, read)
+    )
     gates = fast_exp(steps[..., None] * A)
     added = (steps * x)[..., None] * write[..., None, :]
     state = mx.zeros((batch, 1, *A.shape)) if state is None else state[:, None].astype(mx.float32)
@@ -133,14 +128,11 @@ def wkv7(r, w, k, v, a, b, state=None):
     """
     batch, length, heads, width = v.shape
     chunk = min(WKV_CHUNK, 1 << (length - 1).bit_length())
-
-    def in_chunks(x):
-        """`(B, T, H, D)` as `(N, B, H, C, D)`, float32; zeros, which change no state, fill the last chunk."""
-        if length % chunk:
-            x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0), (0, 0)])
-        return mx.contiguous(x.astype(mx.float32).reshape(batch, -1, chunk, heads, width).transpose(1, 0, 3, 2, 4))
-
-    r, log_w, k, v, a, b = map(in_chunks, (r, mx.log(w.astype(mx.float32)), k, v, a, b))
+    arrays = r, mx.log(w.astype(mx.float32)), k, v, a, b
+    # `(N, B, H, C, D)`; the logarithms are filled up by zeros too.
+    r, log_w, k, v, a, b = (
+        mx.contiguous(in_chunks(x, chunk).astype(mx.float32).transpose(1, 0, 3, 2, 4)) for x in arrays
+    )
     passed = mx.cumsum(log_w, axis=-2)
     a, r = a * mx.exp(passed - log_w), r * mx.exp(passed)  # decayed since the chunk's start
     over, until = mx.exp(passed[..., -1:, :]), mx.exp(-passed)
@@ -149,16 +141,15 @@ def wkv7(r, w, k, v, a, b, state=None):
     # Each u is the first and what the state has for the second.
     own, of_state = solve @ (mx.tril(a @ k.swapaxes(-1, -2), -1) @ v), solve @ a
     late_k, late_b = k * over, b * over
-    turns = of_state.swapaxes(-1, -2) @ late_b + mx.eye(width) * over
+    turns = -of_state.swapaxes(-1, -2) @ late_b
     added = own.swapaxes(-1, -2) @ late_b + v.swapaxes(-1, -2) @ late_k
     state = mx.zeros(added.shape[1:]) if state is None else state.astype(mx.float32)
-    states = [state]
-    for turn, more in zip(*(split(x.swapaxes(0, 1), range(1, len(added))) for x in (turns, added)), strict=True):
-        states.append(mx.addmm(more.squeeze(1), states[-1], turn.squeeze(1)))
-    before = mx.stack(states[:-1]).swapaxes(-1, -2)  # (N, B, H, Dk, Dv)
+    each = (split(x.swapaxes(0, 1), range(1, len(added))) for x in (over, turns, added))
+    *states, last = states_between(state, *([part.squeeze(1) for part in parts] for parts in each))
+    before = mx.stack(states).swapaxes(-1, -2)  # (N, B, H, Dk, Dv)
     outputs = r @ before + mx.tril(r @ b.swapaxes(-1, -2)) @ (own + of_state @ before)
     outputs = outputs + mx.tril(r @ k.swapaxes(-1, -2)) @ v
-    return outputs.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)[:, :length], states[-1]
+    return outputs.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)[:, :length], last
 
 
 def split(x, bounds):
