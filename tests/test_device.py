@@ -7,7 +7,6 @@ import itertools
 import operator
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,12 +18,9 @@ from architectures import make_model
 from mlx.utils import tree_flatten
 from plain_pass import make_pairs
 from test_recurrent import loop, make_inputs, values_and_gradients
-from test_state_space import loop as sums_loop
-from test_state_space import make_inputs as make_sums
-from test_state_space import make_tokens, make_wkv, scan_loop, wkv_loop
+from test_state_space import RECURRENCES
 
 from mlx_lm.tuner.preference import attention as attention_module
-from mlx_lm.tuner.preference import state_space
 from mlx_lm.tuner.preference.attention import PackedCache, Rows, Window, attention, gathered, make_layout, on_cuda
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, at_once
 from mlx_lm.tuner.preference.layers import checkpointed_layers
@@ -159,19 +155,19 @@ def test_the_gated_delta_rule_is_the_loop_over_tokens(dtype, by_channel, width):
         assert mx.linalg.norm(a - b).item() < (1e-5 if exact else 1e-2) * mx.linalg.norm(b).item()
 
 
-# What stands for a loop over tokens, the loop, its inputs, and how many of these a model has in its own dtype.
-RECURRENCES = {
-    "decayed_sums": (state_space.decayed_sums, sums_loop, partial(make_sums, key_width=128, value_width=64), 3),
-    "selective_scan": (state_space.selective_scan, scan_loop, partial(make_tokens, width=96, states=16), 4),
-    "wkv7": (state_space.wkv7, wkv_loop, partial(make_wkv, width=64), 6),
+# Widths as models have, and how many of the inputs a model has in its own dtype.
+RECURRENT = {
+    "decayed_sums": ({"key_width": 128, "value_width": 64}, 3),
+    "selective_scan": ({"width": 96, "states": 16}, 4),
+    "wkv7": ({"width": 64}, 6),
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize("name", RECURRENT)
 def test_other_recurrences_are_their_loops_over_tokens(name, dtype):
-    function, loop, make, rounded = RECURRENCES[name]
-    inputs = make(200)
+    (function, loop, make, _), (widths, rounded) = RECURRENCES[name], RECURRENT[name]
+    inputs = make(200, **widths)
     inputs = [x.astype(dtype) for x in inputs[:rounded]] + inputs[rounded:]
     expected, slopes = values_and_gradients(loop, [x.astype(mx.float32) for x in inputs])
     found, found_slopes = values_and_gradients(lambda *inputs: function(*inputs[:-1]), inputs)

@@ -1,4 +1,4 @@
-"""Decayed sums in chunks and the scan of Mamba's first generation, against the recurrences token by token."""
+"""Decayed sums, the scan of Mamba's first generation and RWKV-7's recurrence in chunks, against loops over tokens."""
 
 import mlx.core as mx
 import numpy as np
@@ -28,47 +28,6 @@ def make_inputs(length, batch=2, key_heads=2, heads=6, key_width=8, value_width=
     return [queries, keys, values, gates, mx.random.normal((batch, heads, value_width, key_width))]
 
 
-def assert_is(loop, function, inputs):
-    expected, slopes = values_and_gradients(loop, inputs)
-    found, found_slopes = values_and_gradients(lambda *inputs: function(*inputs[:-1]), inputs)
-    for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, 1e-5)
-    for a, b in zip(found_slopes, slopes, strict=True):
-        assert_close(a, b, 1e-4)
-
-
-@pytest.mark.parametrize("strength", [0.02, 1.0, 30.0])
-@pytest.mark.parametrize("length", [1, 7, CHUNK, 2 * CHUNK + 5])
-def test_values_and_gradients_are_the_loops(length, strength):
-    """Whether states live for hundreds of tokens or for none."""
-    assert_is(loop, decayed_sums, make_inputs(length, strength=strength))
-
-
-def test_without_a_state_it_begins_with_zeros():
-    *arrays, state = make_inputs(CHUNK + 3)
-    for a, b in zip(decayed_sums(*arrays), decayed_sums(*arrays, mx.zeros_like(state)), strict=True):
-        assert mx.array_equal(a, b)
-
-
-def test_sums_are_in_float32():
-    """Half precision's inputs alone are rounded."""
-    inputs = [x.astype(mx.bfloat16) for x in make_inputs(CHUNK + 9)]
-    exact = [x.astype(mx.float32) for x in inputs]
-    assert all(x.dtype == mx.float32 for x in decayed_sums(*inputs))
-    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(decayed_sums(*inputs), decayed_sums(*exact), strict=True))
-
-
-def test_a_sequence_goes_on_from_a_state():
-    arrays = make_inputs(3 * CHUNK)
-    whole, last = decayed_sums(*arrays)
-    *sequences, state = arrays
-    cut, outputs = CHUNK + 11, []
-    for part in ([x[:, :cut] for x in sequences], [x[:, cut:] for x in sequences]):
-        out, state = decayed_sums(*part, state)
-        outputs.append(out)
-    assert np.allclose(np.concatenate(outputs, axis=1), whole, atol=1e-4) and np.allclose(state, last, atol=1e-4)
-
-
 def scan_loop(x, steps, write, read, A, state, _=None):
     """Mamba's recurrence as it is written down."""
     outputs = []
@@ -85,18 +44,6 @@ def make_tokens(length, batch=2, width=6, states=4, strength=1.0):
     write, read = (mx.random.normal((batch, length, states)) for _ in range(2))
     A = -strength * mx.random.uniform(0.1, 8, (width, states))
     return [x, steps, write, read, A, mx.random.normal((batch, width, states))]
-
-
-@pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
-@pytest.mark.parametrize("length", [1, 7, SCAN_CHUNK, 3 * SCAN_CHUNK + 5])
-def test_a_scans_values_and_gradients_are_the_loops(length, strength):
-    assert_is(scan_loop, selective_scan, make_tokens(length, strength=strength))
-
-
-def test_a_scan_without_a_state_begins_with_zeros():
-    *arrays, state = make_tokens(SCAN_CHUNK + 3)
-    for a, b in zip(selective_scan(*arrays), selective_scan(*arrays, mx.zeros_like(state)), strict=True):
-        assert mx.array_equal(a, b)
 
 
 def wkv_loop(r, w, k, v, a, b, state, _=None):
@@ -118,8 +65,55 @@ def make_wkv(length, batch=2, heads=3, width=8, least=0.545):
     return [r, w, k, v, a, b, mx.random.normal((batch, heads, width, width))]
 
 
-@pytest.mark.parametrize("least", [0.545, 0.999])
-@pytest.mark.parametrize("length", [1, 7, WKV_CHUNK, 5 * WKV_CHUNK + 3])
-def test_rwkvs_values_and_gradients_are_the_loops(length, least):
-    """With the strongest gates that there are, and with hardly any."""
-    assert_is(wkv_loop, wkv7, make_wkv(length, least=least))
+# What stands for a loop over tokens, the loop, its inputs, and tokens a chunk.
+RECURRENCES = {
+    "decayed_sums": (decayed_sums, loop, make_inputs, CHUNK),
+    "selective_scan": (selective_scan, scan_loop, make_tokens, SCAN_CHUNK),
+    "wkv7": (wkv7, wkv_loop, make_wkv, WKV_CHUNK),
+}
+# Gates with which states live for hundreds of tokens, or for as few as there can be.
+GATES = [
+    *(("decayed_sums", {"strength": strength}) for strength in (0.02, 1.0, 30.0)),
+    *(("selective_scan", {"strength": strength}) for strength in (0.01, 1.0, 30.0)),
+    *(("wkv7", {"least": least}) for least in (0.545, 0.999)),
+]
+
+
+@pytest.mark.parametrize("name, gates", GATES)
+@pytest.mark.parametrize("chunks, more", [(0, 1), (0, 7), (1, 0), (2, 5), (3, 5), (5, 3)])
+def test_values_and_gradients_are_the_loops(name, gates, chunks, more):
+    function, loop, make, chunk = RECURRENCES[name]
+    inputs = make(chunks * chunk + more, **gates)
+    expected, slopes = values_and_gradients(loop, inputs)
+    found, found_slopes = values_and_gradients(lambda *inputs: function(*inputs[:-1]), inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 1e-5)
+    for a, b in zip(found_slopes, slopes, strict=True):
+        assert_close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_without_a_state_it_begins_with_zeros(name):
+    function, _, make, chunk = RECURRENCES[name]
+    *arrays, state = make(chunk + 3)
+    for a, b in zip(function(*arrays), function(*arrays, mx.zeros_like(state)), strict=True):
+        assert mx.array_equal(a, b)
+
+
+def test_sums_are_in_float32():
+    """Half precision's inputs alone are rounded."""
+    inputs = [x.astype(mx.bfloat16) for x in make_inputs(CHUNK + 9)]
+    exact = [x.astype(mx.float32) for x in inputs]
+    assert all(x.dtype == mx.float32 for x in decayed_sums(*inputs))
+    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(decayed_sums(*inputs), decayed_sums(*exact), strict=True))
+
+
+def test_a_sequence_goes_on_from_a_state():
+    arrays = make_inputs(3 * CHUNK)
+    whole, last = decayed_sums(*arrays)
+    *sequences, state = arrays
+    cut, outputs = CHUNK + 11, []
+    for part in ([x[:, :cut] for x in sequences], [x[:, cut:] for x in sequences]):
+        out, state = decayed_sums(*part, state)
+        outputs.append(out)
+    assert np.allclose(np.concatenate(outputs, axis=1), whole, atol=1e-4) and np.allclose(state, last, atol=1e-4)
