@@ -79,11 +79,17 @@ def cuda_kernels(monkeypatch, tmp_path_factory):
     """Has `mx.fast.cuda_kernel` make kernels that run on the CPU; gives the names of those that ran."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    from mlx_lm.tuner.preference import cuda_copies, cuda_delta
+    from mlx_lm.tuner.preference import cuda_copies, cuda_delta, cuda_scan
 
     folder, ran = tmp_path_factory.getbasetemp(), []
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: _Kernel(folder, ran, **options))
-    for module, name in ((cuda_delta, "_kernel"), (cuda_copies, "_rows_kernel"), (cuda_copies, "_joining_kernel")):
+    kernels = (
+        (cuda_delta, "_kernel"),
+        (cuda_scan, "_kernel"),
+        (cuda_copies, "_rows_kernel"),
+        (cuda_copies, "_joining_kernel"),
+    )
+    for module, name in kernels:
         # With a cache of its own: these kernels are of this test alone.
         monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
     return ran
@@ -120,10 +126,10 @@ class _Kernel:
         ]
         kept = [f"static {array};" for array in arrays]
         given = [f"{name} = {name}_;" for name in (array.split()[-1] for array in arrays)]
-        arguments = ", ".join(["int x, int y, int z, int threads", *(f"{array}_" for array in arrays)])
+        arguments = ", ".join(["int columns, int rows, int layers, int threads", *(f"{array}_" for array in arrays)])
         return "\n".join(
             [PRELUDE, self.header, *kept, *constants, "static void body() {", self.source, "}"]
-            + [f'extern "C" void run({arguments}) {{', *given, "launch(x, y, z, threads, body);", "}"]
+            + [f'extern "C" void run({arguments}) {{', *given, "launch(columns, rows, layers, threads, body);", "}"]
         )
 
     def _library(self, text):

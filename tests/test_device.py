@@ -23,6 +23,7 @@ from test_state_space import RECURRENCES
 from mlx_lm.tuner.preference import attention as attention_module
 from mlx_lm.tuner.preference.attention import PackedCache, Rows, Window, attention, gathered, make_layout, on_cuda
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, at_once
+from mlx_lm.tuner.preference.cuda_scan import selective_loops
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
@@ -47,11 +48,11 @@ SIZES = {"hidden_size": 64, "head_dim": 64, "intermediate_size": 96, "max_positi
 MODELS = {
     "llama": {},
     "qwen3": {},
-    # Wide enough for CUDA's kernels of the recurrence.
+    # Wide enough for CUDA's kernels of the recurrence, as Mamba's below.
     # Rotated dimensions, a quarter of a head's, are as many as MLX's kernel can do with many rows of one token.
     "qwen3_5": {"linear_key_head_dim": 32, "linear_value_head_dim": 64, "head_dim": 128},
     "mamba2": {},
-    "mamba": {},
+    "mamba": {"state_size": 16, "intermediate_size": 128},
     "gemma3_text": WINDOW,
     "gpt_oss": WINDOW,
     "qwen3_moe": {},
@@ -159,6 +160,7 @@ def test_the_gated_delta_rule_is_the_loop_over_tokens(dtype, by_channel, width):
 RECURRENT = {
     "decayed_sums": ({"key_width": 128, "value_width": 64}, 3),
     "selective_scan": ({"width": 96, "states": 16}, 4),
+    "selective_loops": ({"width": 128, "states": 16}, 4),
     "wkv7": ({"width": 64}, 6),
 }
 
@@ -166,7 +168,10 @@ RECURRENT = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", RECURRENT)
 def test_other_recurrences_are_their_loops_over_tokens(name, dtype):
-    (function, loop, make, _), (widths, rounded) = RECURRENCES[name], RECURRENT[name]
+    if name == "selective_loops" and not on_cuda():
+        pytest.skip("kernels for CUDA")
+    function, loop, make, _ = RECURRENCES.get(name, (selective_loops, *RECURRENCES["selective_scan"][1:]))
+    widths, rounded = RECURRENT[name]
     inputs = make(200, **widths)
     inputs = [x.astype(dtype) for x in inputs[:rounded]] + inputs[rounded:]
     expected, slopes = values_and_gradients(loop, [x.astype(mx.float32) for x in inputs])

@@ -15,6 +15,8 @@ import mlx.nn as nn
 from mlx_lm.models.ssm import compute_dt
 
 from ...models.activations import swiglu
+from .attention import on_cuda
+from .cuda_scan import fits, selective_loops
 from .intercept import exchanged, intercepted, recomputed
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
@@ -170,6 +172,8 @@ def _selected(module, x, A, state, norms, packed):
         return [out.astype(arrays[0].dtype), state]
 
     def scanned(*sequences, state):
+        if on_cuda() and fits(*A.shape):
+            return selective_loops(*sequences, A, state)
         return scan(step, sequences, state, _at_once(SCAN_CHUNK, len(sequences[0]) * A.size), [A])
 
     if packed is not None:
