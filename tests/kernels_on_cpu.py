@@ -126,10 +126,10 @@ class _Kernel:
         ]
         kept = [f"static {array};" for array in arrays]
         given = [f"{name} = {name}_;" for name in (array.split()[-1] for array in arrays)]
-        arguments = ", ".join(["int columns, int rows, int layers, int threads", *(f"{array}_" for array in arrays)])
+        arguments = ", ".join(["int nx, int ny, int nz, int threads", *(f"{array}_" for array in arrays)])
         return "\n".join(
             [PRELUDE, self.header, *kept, *constants, "static void body() {", self.source, "}"]
-            + [f'extern "C" void run({arguments}) {{', *given, "launch(columns, rows, layers, threads, body);", "}"]
+            + [f'extern "C" void run({arguments}) {{', *given, "launch(nx, ny, nz, threads, body);", "}"]
         )
 
     def _library(self, text):
