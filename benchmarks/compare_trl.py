@@ -119,7 +119,7 @@ def main():
         results = rounds_of(prompt, response, options, started)
         print_results(prompt, response, results)
         found["rows"] += [
-            {"prompt": prompt, "response": response, "setting": name} | result for name, result in results.items()
+            result | {"prompt": prompt, "response": response, "setting": name} for name, result in results.items()
         ]
         if options.out:
             Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
