@@ -16,18 +16,43 @@ def in_chunks(x, chunk):
     return x.reshape(len(x), -1, chunk, *x.shape[2:])
 
 
-def states_between(state, decays, turns, additions):
-    """A list of states, before each chunk and after the last: a chunk makes `decay * S - S @ turn + addition` of S.
+def states_between(state, decays, turns, additions, backwards=False):
+    """The states with which each of N chunks begins, `(N, ..., Dv, Dk)`, and the one with which the last ends.
+
+    A chunk makes `decays * S - S @ turns + additions` of a state S. One after another, these are a product each, and
+    in the backward pass another.
 
     Args:
-        state: `(..., Dv, Dk)`, before the first chunk.
-        decays, turns, additions: of each chunk `(..., 1, 1 or Dk)`, `(..., Dk, Dk)` and `(..., Dv, Dk)`.
+        state: `(..., Dv, Dk)`, with which the first chunk begins, or with `backwards` the last.
+        decays, turns, additions: `(N, ..., 1, 1 or Dk)`, `(N, ..., Dk, Dk)` and `(N, ..., Dv, Dk)`.
+        backwards: whether to go from the last chunk to the first.
     """
-    states = [state]
-    for decay, turn, addition in zip(decays, turns, additions, strict=True):
+
+    @mx.custom_function
+    def between(*arrays):
+        return _one_after_another(*arrays, backwards)
+
+    @between.vjp
+    def backward(arrays, slopes, outputs):
+        (_, decays, turns, _), (states_slope, last_slope), (states, _) = arrays, slopes, outputs
+        slopes, first = _one_after_another(last_slope, decays, turns.swapaxes(-1, -2), states_slope, not backwards)
+        of_decays = (slopes * states).sum(-2, keepdims=True)
+        if decays.shape[-1] == 1:
+            of_decays = of_decays.sum(-1, keepdims=True)
+        return first, of_decays, -(states.swapaxes(-1, -2) @ slopes), slopes
+
+    return between(state, decays, turns, additions)
+
+
+def _one_after_another(state, decays, turns, additions, backwards):
+    """As `states_between`."""
+    states, direction = [state[None]], -1 if backwards else 1
+    for n in range(len(turns))[::direction]:
+        decay, turn, addition = (x[n : n + 1] for x in (decays, turns, additions))
         # The decay is apart from the product, which a GPU computes with fewer digits.
         states.append(mx.addmm(decay * states[-1] + addition, states[-1], turn, alpha=-1.0))
-    return states
+    *states, last = states
+    return mx.concatenate(states[::direction]), last.squeeze(0)
 
 
 def decays_of(passed, own=0.0, kept=None):

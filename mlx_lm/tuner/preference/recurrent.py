@@ -264,24 +264,8 @@ def _run(chunks, state):
     updates, reads = chunks.updates()
     turns, additions = (x.swapaxes(-1, -2) @ chunks.late for x in (reads, updates))
     queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
-    states, last = _one_after_another(state, chunks.decays, turns, additions)
+    states, last = states_between(state, chunks.decays, turns, additions)
     return states, last, queries @ states.swapaxes(-1, -2), chunks.scores @ updates
-
-
-def _one_after_another(state, decays, turns, additions, backwards=False):
-    """The states with which each of N chunks begins, `(N, ..., Dv, Dk)`, and the one with which the last ends.
-
-    A chunk makes `decays * S - S @ turns + additions` of a state S.
-
-    Args:
-        state: `(..., Dv, Dk)`, with which the first chunk begins, or with `backwards` the last.
-        decays, turns, additions: `(N, ..., 1, 1 or Dk)`, `(N, ..., Dk, Dk)` and `(N, ..., Dv, Dk)`.
-        backwards: whether to go from the last chunk to the first.
-    """
-    direction = -1 if backwards else 1
-    each = ([x[n : n + 1] for n in range(len(x))][::direction] for x in (decays, turns, additions))
-    *states, last = states_between(state[None], *each)
-    return mx.concatenate(states[::direction]), last.squeeze(0)
 
 
 def _slopes(chunks, states, output_slope, last_slope):
@@ -297,7 +281,7 @@ def _slopes(chunks, states, output_slope, last_slope):
     queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
     # From the last state to the first; of each the gradient of the outputs, and what the state after it passes on.
     own, turns = output_slope.swapaxes(-1, -2) @ queries, late.swapaxes(-1, -2) @ reads
-    slopes, first = _one_after_another(last_slope, chunks.decays, turns, own, backwards=True)
+    slopes, first = states_between(last_slope, chunks.decays, turns, own, backwards=True)
     query_slopes = output_slope @ states
     turns = states.swapaxes(-1, -2) @ slopes  # the negative of their gradient; its diagonal is that of the decays
     decays = turns.flatten(-2)[..., None, :: turns.shape[-1] + 1]

@@ -144,9 +144,8 @@ def wkv7(r, w, k, v, a, b, state=None):
     turns = -of_state.swapaxes(-1, -2) @ late_b
     added = own.swapaxes(-1, -2) @ late_b + v.swapaxes(-1, -2) @ late_k
     state = mx.zeros(added.shape[1:]) if state is None else state.astype(mx.float32)
-    each = (split(x.swapaxes(0, 1), range(1, len(added))) for x in (over, turns, added))
-    *states, last = states_between(state, *([part.squeeze(1) for part in parts] for parts in each))
-    before = mx.stack(states).swapaxes(-1, -2)  # (N, B, H, Dk, Dv)
+    states, last = states_between(state, over, turns, added)
+    before = states.swapaxes(-1, -2)  # (N, B, H, Dk, Dv)
     outputs = r @ before + mx.tril(r @ b.swapaxes(-1, -2)) @ (own + of_state @ before)
     outputs = outputs + mx.tril(r @ k.swapaxes(-1, -2)) @ v
     return outputs.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)[:, :length], last
