@@ -262,11 +262,11 @@ class Rows:
 
     def of(self, x):
         """The rows `(M, H, D)` of `x` `(N, H, D)`."""
-        return x[self._places]
+        return _taken(x, self._places)
 
     def back(self, slope):
         """The gradient `(N, H, D)` of such an x."""
-        return sum(mx.where(known, slope[source], 0) for source, known in self._known)
+        return sum(mx.where(known, _taken(slope, source), 0) for source, known in self._known)
 
 
 def gathered(arrays, rows):
@@ -294,6 +294,13 @@ def gathered(arrays, rows):
         return tuple(own.back(slope) for own, slope in zip(rows, slopes, strict=True))
 
     return list(gather(*arrays))
+
+
+def _taken(x, index):
+    """`x[index]` of `(N, H, D)`, in words of eight bytes where they fit: MLX takes as long for a word of two."""
+    if x[0].nbytes % 8:
+        return x[index]
+    return x.reshape(len(x), -1).view(mx.uint64)[index].view(x.dtype).reshape(-1, *x.shape[1:])
 
 
 def attention(queries, keys, values, scale, mask=None, sinks=None):
