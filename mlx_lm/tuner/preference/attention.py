@@ -279,7 +279,8 @@ def gathered(arrays, rows):
     Returns:
         A list of `(M, H, D)`.
     """
-    at_once = on_cuda() and fit(arrays)
+    # A kernel for one array alone would have to be compiled too, and saves little.
+    at_once = on_cuda() and len(arrays) > 1 and fit(arrays)
 
     @mx.custom_function
     def gather(*arrays):
