@@ -53,7 +53,7 @@ PLACE = """
   const size_t first = size_t(sequence) * length;
   const size_t state = (size_t(sequence) * width + channel) * STATES + lane * NUMBERS;
   __shared__ float xs[TILE][CHANNELS], dts[TILE][CHANNELS], bs[TILE][STATES], cs[TILE][STATES];
-  float h[NUMBERS], a[NUMBERS];
+  float a[NUMBERS];
   for (int n = 0; n < NUMBERS; ++n) a[n] = A[size_t(channel) * STATES + lane * NUMBERS + n];
   auto fetch = [&](size_t at, int count) {
     load<TILE, THREADS>(xs, x + at * width + blockIdx.x * CHANNELS, width, count);
@@ -61,17 +61,20 @@ PLACE = """
     load<TILE, THREADS>(bs, writes + at * STATES, STATES, count);
     load<TILE, THREADS>(cs, reads + at * STATES, STATES, count);
   };
+  auto start_of = [&](int tile) {
+    return ((size_t(sequence) * tiles + tile) * width + channel) * STATES + lane * NUMBERS;
+  };
 """
 
 FORWARD = (
     PLACE
     + """
   __shared__ float ys[TILE][CHANNELS];
+  float h[NUMBERS];
   for (int n = 0; n < NUMBERS; ++n) h[n] = before[state + n];
   for (int tile = 0; tile < tiles; ++tile) {
     const int count = min(TILE, length - tile * TILE);
-    const size_t start = ((size_t(sequence) * tiles + tile) * width + channel) * STATES + lane * NUMBERS;
-    for (int n = 0; n < NUMBERS; ++n) starts[start + n] = h[n];
+    for (int n = 0; n < NUMBERS; ++n) starts[start_of(tile) + n] = h[n];
     __syncthreads();
     fetch(first + tile * TILE, count);
     __syncthreads();
@@ -105,13 +108,12 @@ BACKWARD = (
   for (int tile = tiles - 1; tile >= 0; --tile) {
     const int count = min(TILE, length - tile * TILE);
     const size_t at = first + tile * TILE;
-    const size_t start = ((size_t(sequence) * tiles + tile) * width + channel) * STATES + lane * NUMBERS;
     __syncthreads();
     fetch(at, count);
     load<TILE, THREADS>(dys, output_slopes + at * width + blockIdx.x * CHANNELS, width, count);
     __syncthreads();
     float states[TILE + 1][NUMBERS];  // before each token, and after the last
-    for (int n = 0; n < NUMBERS; ++n) states[0][n] = starts[start + n];
+    for (int n = 0; n < NUMBERS; ++n) states[0][n] = starts[start_of(tile) + n];
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
       const float dt = dts[i][own], u = dt * xs[i][own];
@@ -219,29 +221,28 @@ def selective_loops(x, steps, write, read, A, state=None):
             output_dtypes=dtypes,
         )
 
-    def forward(x, steps, write, read, A, before):
-        inputs = [x, steps, write, read, A / log(2), before]
+    def forward(inputs):
         return run("forward", inputs, (x.shape, x.dtype), (of_tiles, mx.float32), (of_state, mx.float32))
+
+    def for_kernels(x, steps, write, read, A, before):
+        return [x, steps, write, read, A / log(2), before]
 
     @mx.custom_function
     def loop(*inputs):
-        outputs, _, after = forward(*inputs)
+        outputs, _, after = forward(for_kernels(*inputs))
         return outputs, after
 
     @loop.vjp
     def backward(inputs, slopes, _):
         # The states wait for the gradient: before it comes they would only take memory.
-        inputs = mx.depends(list(inputs), list(slopes))
-        _, starts, _ = forward(*inputs)
-        *inputs, A, _ = inputs
+        inputs = for_kernels(*mx.depends(list(inputs), list(slopes)))
+        _, starts, _ = forward(inputs)
+        *common, _ = inputs
         x_slopes, step_slopes, slopes_b, slopes_c, slopes_a, before_slope = run(
-            "backward", [*inputs, A / log(2), starts, *slopes],
-            *((each.shape, each.dtype) for each in inputs[:2]), *[(numbers, mx.float32)] * 2,
-            *[(of_state, mx.float32)] * 2,
+            "backward", [*common, starts, *slopes], (x.shape, x.dtype), (steps.shape, steps.dtype),
+            *[(numbers, mx.float32)] * 2, *[(of_state, mx.float32)] * 2,
         )  # fmt: skip
-        of_tokens = (
-            each.sum(0).astype(like.dtype) for each, like in zip((slopes_b, slopes_c), inputs[2:], strict=True)
-        )
+        of_tokens = slopes_b.sum(0).astype(write.dtype), slopes_c.sum(0).astype(read.dtype)
         return x_slopes, step_slopes, *of_tokens, slopes_a.sum(0), before_slope
 
     state = mx.zeros(of_state) if state is None else state.astype(mx.float32)
