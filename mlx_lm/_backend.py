@@ -9,6 +9,7 @@ import ctypes.util
 import json
 import os
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -38,7 +39,11 @@ MALLOC_THRESHOLDS = (-1, -3)
 
 def is_linux_cpu():
     """Whether MLX computes on the CPU of a Linux machine here."""
-    return sys.platform == "linux" and not any(map(_installed, ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")))
+    return sys.platform == "linux" and not _has_cuda()
+
+
+def _has_cuda():
+    return any(map(_installed, ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")))
 
 
 def _installed(package):
@@ -105,6 +110,27 @@ def prepare_for_training():
     """
     for name, value in CUDA_SETTINGS.items():
         os.environ.setdefault(name, value)
+    if _has_cuda():
+        _keep_kernels_whole()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if is_linux_cpu() else None
     for name in MALLOC_THRESHOLDS if mallopt else ():
         mallopt(name, 2**31 - 1)
+
+
+def _keep_kernels_whole():
+    """See to it that MLX finds no half of a kernel that it compiled for CUDA and keeps for later runs.
+
+    It writes the code, its names and its source one after another, and takes for the whole what is there: where a run
+    was killed between, all later ones would end with "There is no kernel named ...". Workers start together and compile
+    the same: each has a folder of its own.
+    """
+    import mlx.core as mx
+
+    folder = os.environ.get("MLX_PTX_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "mlx", mx.__version__, "ptx")
+    own = f"worker_{os.environ.get('MLX_RANK', '0')}"
+    if own not in ("worker_0", os.path.basename(folder)):
+        folder = os.environ["MLX_PTX_CACHE_DIR"] = os.path.join(folder, own)
+    for code in Path(folder).rglob("*.ptx"):
+        source = code.with_suffix(".cu")
+        if not source.is_file() or source.stat().st_size == 0:
+            code.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import sys
 from ctypes.util import find_library
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 
 import mlx_lm.lora
@@ -111,6 +112,41 @@ def test_the_c_library_of_a_linux_cpu_is_told_to_keep_memory(cuda_settings_unset
     # Another C library has no such function.
     monkeypatch.setattr(_backend.ctypes, "CDLL", lambda _: SimpleNamespace())
     prepare_for_training()
+
+
+def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypatch, tmp_path):
+    """MLX writes a CUDA kernel's code, names and source in this order, and reads the code and the names."""
+    monkeypatch.setattr(_backend, "_has_cuda", lambda: True)
+    monkeypatch.delenv("MLX_RANK", raising=False)
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
+    long_name = tmp_path / ("x" * 200)
+    long_name.mkdir()
+    for place, ends in (
+        (tmp_path / "whole", (".ptx", ".txt", ".cu")),
+        (tmp_path / "without_source", (".ptx", ".txt")),
+        (tmp_path / "code_alone", (".ptx",)),
+        (long_name / "rest", (".ptx",)),
+    ):
+        for end in ends:
+            place.with_suffix(end).write_text("text")
+    (tmp_path / "no_room.ptx").write_text("text")
+    (tmp_path / "no_room.cu").write_text("")
+    prepare_for_training()
+    assert [path.name for path in tmp_path.rglob("*.ptx")] == ["whole.ptx"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_each_worker_keeps_kernels_of_its_own(given, monkeypatch, tmp_path):
+    monkeypatch.setattr(_backend, "_has_cuda", lambda: True)
+    monkeypatch.setattr(_backend.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = tmp_path / "own"
+    folder = own if given else tmp_path / "mlx" / mx.__version__ / "ptx"
+    for rank in ("0", "3"):
+        monkeypatch.setenv("MLX_RANK", rank)
+        monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(own) if given else "")
+        for _ in range(2):
+            prepare_for_training()
+            assert os.environ["MLX_PTX_CACHE_DIR"] == (str(folder / "worker_3") if rank == "3" else str(own) * given)
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "sft"])
