@@ -472,6 +472,18 @@ def kernels_table():
     return markdown_table(header, rows) + "\n\n" + made_by(found)
 
 
+def malloc_table():
+    """Milliseconds to lay out a step's graph, and of the step, with the C library's malloc and with others."""
+    found, rows = result("malloc"), []
+    for row in found["rows"]:
+        told = (
+            f"{statistics.median(row[kind]):.{digits}f} ({min(row[kind]):.{digits}f} to {max(row[kind]):.{digits}f})"
+            for kind, digits in (("laid_out", 1), ("step", 0))
+        )
+        rows.append((f"`{row['malloc']}`" if row["malloc"] else "C library", *told))
+    return markdown_table(("malloc", "graph laid out, ms", "step, ms"), rows) + "\n\n" + made_by(found)
+
+
 def rule_table():
     """Milliseconds of a layer's recurrence alone, by kernels and in chunks."""
     found = result("recurrent")["rule_h200"]
@@ -534,6 +546,7 @@ REGIONS = {
     "cache": (BENCHMARKS, cache_table),
     "vectors": (BENCHMARKS, vectors_table),
     "kernels": (BENCHMARKS, kernels_table),
+    "malloc": (BENCHMARKS, malloc_table),
     "recurrent": (BENCHMARKS, recurrent_table),
     "rule": (BENCHMARKS, rule_table),
     "shared": (BENCHMARKS, shared_table),
