@@ -112,7 +112,8 @@ class _Kernel:
         self.names, self.source, self.header = (input_names, output_names), source, header
 
     def __call__(self, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()):
-        assert all(size % threads == 0 for size, threads in zip(grid, threadgroup, strict=True)) and threadgroup[0] <= 1024
+        assert threadgroup[0] <= 1024
+        assert all(size % threads == 0 for size, threads in zip(grid, threadgroup, strict=True))
         self.ran.append(self.name)
         arrays = [np.array(x if x.dtype == mx.int32 else x.astype(mx.float32), order="C") for x in inputs]
         outputs = [np.full(shape, np.nan, np.float32) for shape in output_shapes]

@@ -56,7 +56,7 @@ def test_on_cuda_they_stand_in_for_widths_that_fit(name, sizes, cuda_kernels, mo
     model, tokens = make_model(name, **sizes), mx.arange(2 * (TILE + 3)).reshape(2, -1) % 50
     expected = logits_and_gradients(model, tokens)
     monkeypatch.setattr(pieces, "on_cuda", lambda: True)
-    with pieces.recurrences_in_pieces(model):
+    with pieces.recurrences_in_pieces(model.modules()):
         assert_same(logits_and_gradients(model, tokens), expected)
     fitting = sizes.get("intermediate_size") != 96
     assert set(cuda_kernels) == ({"selective_scan_forward", "selective_scan_backward"} if fitting else set())

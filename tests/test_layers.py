@@ -54,7 +54,7 @@ def outputs_and_gradients(layer, x):
 def test_a_lean_lora_layer_is_upstreams(shape):
     layer, x = adapted(scale=3.0), mx.random.normal(shape)
     expected = outputs_and_gradients(layer, x)
-    with lean_layers(layer):
+    with lean_layers(layer.modules()):
         assert type(layer) is LeanLoRALinear
         found = outputs_and_gradients(layer, x)
     assert type(layer) is LoRALinear and len(found) == 4
@@ -69,14 +69,14 @@ def test_a_lean_lora_layer_keeps_dropout_and_trains_its_base_where_that_is_not_f
         return outputs_and_gradients(layer, x)
 
     expected = drawn()
-    with lean_layers(layer):
+    with lean_layers(layer.modules()):
         assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(drawn(), expected, strict=True))
 
     layer = adapted(scale=0.5)
     layer.linear.unfreeze()
     base = nn.value_and_grad(layer, lambda layer: mx.sin(layer(x)).sum())
     expected = base(layer)[1]["linear"]["weight"]
-    with lean_layers(layer):
+    with lean_layers(layer.modules()):
         assert mx.allclose(base(layer)[1]["linear"]["weight"], expected, atol=1e-5)
     assert mx.abs(expected).max().item() > 0.1
 
@@ -86,7 +86,7 @@ def test_a_lean_lora_layer_keeps_dropout_and_trains_its_base_where_that_is_not_f
 def test_a_depthwise_convolution_is_upstreams(taps, length, bias):
     layer, x = nn.Conv1d(6, 6, taps, groups=6, bias=bias), mx.random.normal((2, length, 6))
     expected = outputs_and_gradients(layer, x)
-    with lean_layers(layer):
+    with lean_layers(layer.modules()):
         assert type(layer) is DepthwiseConv1d
         found = outputs_and_gradients(layer, x)
     assert type(layer) is nn.Conv1d and len(found) == 3 + bias
@@ -97,7 +97,7 @@ def test_a_depthwise_convolution_in_half_precision_is_rounded_once():
     layer, x = nn.Conv1d(8, 8, 4, groups=8, bias=False), mx.random.normal((1, 200, 8)).astype(mx.bfloat16)
     layer.set_dtype(mx.bfloat16)
     half = x.astype(mx.float32), layer.weight.astype(mx.float32)
-    with lean_layers(layer):
+    with lean_layers(layer.modules()):
         out, (slope, own) = mx.vjp(lambda x, w: layer.update({"weight": w})(x), [x, layer.weight], [x[:, 3:]])
     expected, slopes = mx.vjp(lambda x, w: mx.conv1d(x, w, groups=8), half, [half[0][:, 3:]])
     for found, exact in zip([*out, slope, own], [*expected, *slopes], strict=True):
@@ -107,7 +107,7 @@ def test_a_depthwise_convolution_in_half_precision_is_rounded_once():
 @pytest.mark.parametrize("options", [{"groups": 3}, {"padding": 1}, {"stride": 2}, {"dilation": 2}, {"groups": 1}])
 def test_other_convolutions_are_left_alone(options):
     layer = nn.Conv1d(6, 6, 3, **{"groups": 6} | options)
-    with lean_layers(layer):
+    with lean_layers(layer.modules()):
         assert type(layer) is nn.Conv1d
 
 
@@ -232,7 +232,7 @@ def test_blocks_do_not_keep_their_activations():
     kept = tree_map(lambda value: value + 0.01, blocks.trainable_parameters())
     mx.eval(x, blocks.parameters(), kept)
     expected, most = taken(mx.grad(total)(kept))
-    with lean_layers(blocks):
+    with lean_layers(blocks.modules()):
         found, least = taken(mx.grad(total)(kept))
     expected, found = dict(tree_flatten(expected)), dict(tree_flatten(found))
     assert all(mx.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
@@ -267,7 +267,7 @@ def test_weights_are_unpacked_for_products(bits, mode):
 def test_a_cpu_unpacks_weights_within_the_context_alone():
     model = TwoQuantized(4, "affine")
     packed = [type(model.linear), type(model.embedding)]
-    with pytest.raises(ZeroDivisionError), lean_layers(model):
+    with pytest.raises(ZeroDivisionError), lean_layers(model.modules()):
         assert [type(model.linear), type(model.embedding)] == [UnpackedLinear, UnpackedEmbedding]
         raise ZeroDivisionError
     assert [type(model.linear), type(model.embedding)] == packed == [nn.QuantizedLinear, nn.QuantizedEmbedding]

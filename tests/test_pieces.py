@@ -65,7 +65,7 @@ def test_a_model_in_pieces_has_upstreams_logits_and_gradients(name):
     tokens = mx.random.randint(0, 101, (2, LENGTH), key=mx.random.key(1))
     expected = logits_and_gradients(model, tokens)
     classes = [type(module) for module in model.modules()]
-    with recurrences_in_pieces(model):
+    with recurrences_in_pieces(model.modules()):
         found = logits_and_gradients(model, tokens)
     assert_same(found, expected)
     assert [type(module) for module in model.modules()] == classes
@@ -76,7 +76,7 @@ def test_a_cached_prompt_goes_on_in_pieces(name):
     model = make_model(name)
     tokens = mx.random.randint(0, 101, (2, LENGTH + 7), key=mx.random.key(1))
     expected = model(tokens)[:, 7:]
-    with recurrences_in_pieces(model):
+    with recurrences_in_pieces(model.modules()):
         cache = model.make_cache()
         model(tokens[:, :7], cache=cache)
         found = model(tokens[:, 7:], cache=cache)
@@ -98,11 +98,11 @@ def test_no_more_than_fits_is_run_at_a_time(name, monkeypatch):
     scan = pieces.scan
     monkeypatch.setattr(pieces, "scan", counted)
     monkeypatch.setitem(pieces.AT_ONCE, mx.default_device().type, 1)
-    with recurrences_in_pieces(model):
+    with recurrences_in_pieces(model.modules()):
         mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
         assert max(lengths) in (CHUNK, SCAN_CHUNK, WKV_CHUNK) and sum(lengths) % LENGTH == 0
         once = list(lengths)
-        with recurrences_in_pieces(model):
+        with recurrences_in_pieces(model.modules()):
             mx.eval(model(mx.zeros((1, LENGTH), mx.int32)))
     assert lengths == 2 * once
 
@@ -111,10 +111,10 @@ def test_no_more_than_fits_is_run_at_a_time(name, monkeypatch):
 def test_what_is_at_once_in_memory_changes_nothing(name, monkeypatch):
     model = make_model(name)
     tokens = mx.random.randint(0, 101, (2, 3 * CHUNK + 5), key=mx.random.key(1))
-    with recurrences_in_pieces(model):
+    with recurrences_in_pieces(model.modules()):
         whole = logits_and_gradients(model, tokens)
     monkeypatch.setitem(pieces.AT_ONCE, mx.default_device().type, 1)
-    with recurrences_in_pieces(model):
+    with recurrences_in_pieces(model.modules()):
         assert_same(logits_and_gradients(model, tokens), whole)
 
 
@@ -129,7 +129,7 @@ def test_a_masked_sequence_is_upstreams():
         return model(tokens, cache=cache)
 
     expected = run()
-    with recurrences_in_pieces(model):
+    with recurrences_in_pieces(model.modules()):
         found = run()
     assert_same({"logits": found}, {"logits": expected})
     assert not mx.allclose(expected, model(tokens), atol=1e-4)

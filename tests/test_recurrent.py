@@ -192,14 +192,14 @@ def refuse(*_):
 
 
 def test_the_types_with_gated_delta_layers_are_known():
-    assert [name for name in ARCHITECTURES if uses_gated_delta(make_model(name))] == list(GATED)
+    assert [name for name in ARCHITECTURES if uses_gated_delta(make_model(name).modules())] == list(GATED)
 
 
 @pytest.mark.parametrize("name", GATED)
 def test_a_model_in_chunks_has_upstreams_logits_and_gradients(name, monkeypatch):
     model, tokens = make_gated(name)
     expected = logits_and_gradients(model, tokens)
-    with chunked_recurrences(model), monkeypatch.context() as patch:
+    with chunked_recurrences(model.modules()), monkeypatch.context() as patch:
         patch.setattr(gated_delta, "gated_delta_ops", refuse)
         found = logits_and_gradients(model, tokens)
     assert len(found) > 3 and found.keys() == expected.keys()
@@ -212,7 +212,7 @@ def test_a_model_in_chunks_has_upstreams_logits_and_gradients(name, monkeypatch)
 def test_a_cached_prompt_goes_on_in_chunks():
     model, tokens = make_gated("qwen3_5")
     expected = model(tokens)[:, 30:]
-    with chunked_recurrences(model):
+    with chunked_recurrences(model.modules()):
         cache = model.make_cache()
         model(tokens[:, :30], cache=cache)
         found = model(tokens[:, 30:], cache=cache)
@@ -222,7 +222,7 @@ def test_a_cached_prompt_goes_on_in_chunks():
 def test_outside_the_context_the_loop_runs_as_it_does_upstream(monkeypatch):
     model, tokens = make_gated("qwen3_5")
     before = model(tokens)
-    with pytest.raises(KeyError), chunked_recurrences(model):
+    with pytest.raises(KeyError), chunked_recurrences(model.modules()):
         raise KeyError
     assert mx.array_equal(model(tokens), before)
     monkeypatch.setattr(gated_delta, "gated_delta_ops", refuse)

@@ -166,11 +166,11 @@ def convolved_channels(model):
 
 
 @contextmanager
-def lean_layers(model, packed=None):
-    """Within the context, the model's layers are lean ones where there are; their parameters are untouched.
+def lean_layers(modules, packed=None):
+    """Within the context, layers are lean ones where there are; their parameters are untouched.
 
     Args:
-        model: an mlx-lm model, or a module of one.
+        modules: all of an mlx-lm model, or of a part of one.
         packed: the `PackedCache` of a packed batch, which recurrent layers, and what they convolve with, read too.
     """
     lean = {LoRALinear: LeanLoRALinear} if on_cuda() else {LoRALinear: LeanLoRALinear, nn.Conv1d: DepthwiseConv1d}
@@ -178,7 +178,7 @@ def lean_layers(model, packed=None):
         lean |= {nn.QuantizedLinear: UnpackedLinear, nn.QuantizedEmbedding: UnpackedEmbedding}
     layers = [
         (module, type(module))
-        for module in model.modules()
+        for module in modules
         if type(module) in lean and (type(module) is not nn.Conv1d or _is_depthwise(module))
     ]
     for module, original in layers:
@@ -186,8 +186,8 @@ def lean_layers(model, packed=None):
     try:
         with ExitStack() as stack:
             stack.enter_context(recomputed_activations())
-            stack.enter_context(chunked_recurrences(model, packed))
-            for module in model.modules() if packed is not None else ():
+            stack.enter_context(chunked_recurrences(modules, packed))
+            for module in modules if packed is not None else ():
                 if _is_depthwise(module):
                     stack.enter_context(intercepted(module, "__call__", _in_rows(type(module).__call__, packed)))
             yield

@@ -25,14 +25,14 @@ AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**25}
 
 
 @contextmanager
-def recurrences_in_pieces(model, packed=None):
-    """Within the context, which must last around the backward pass, such layers of the model run in pieces.
+def recurrences_in_pieces(modules, packed=None):
+    """Within the context, which must last around the backward pass, such layers run in pieces.
 
     Args:
-        model: an mlx-lm model, with or without such layers.
+        modules: all of an mlx-lm model, with or without such layers.
         packed: the `PackedCache` of a packed batch, or None; functions that can then run on each sequence's tokens.
     """
-    modules = [module for module in model.modules() if _is_upstreams(type(module))]
+    modules = [module for module in modules if _is_upstreams(type(module))]
     files = {type(module).__module__.rpartition(".")[2]: type(module).__module__ for module in modules}
     with ExitStack() as stack:
         for file in FUNCTIONS.keys() & files.keys():

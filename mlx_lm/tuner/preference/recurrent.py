@@ -45,27 +45,27 @@ TOKENS_AT_ONCE = {mx.DeviceType.cpu: 2**12, mx.DeviceType.gpu: 2**17}
 
 
 @contextmanager
-def chunked_recurrences(model, packed=None):
+def chunked_recurrences(modules, packed=None):
     """Within the context, gated delta layers run in chunks wherever upstream's would loop over tokens.
 
     Other recurrent layers run in pieces. The context must last around the backward pass too where layers are computed
     again; within another one of the same batch it changes nothing more.
 
     Args:
-        model: an mlx-lm model, with or without such layers.
+        modules: all of an mlx-lm model, with or without such layers.
         packed: the `PackedCache` of a packed batch, or None.
     """
     chunks = nullcontext()
-    if uses_gated_delta(model):
+    if uses_gated_delta(modules):
         rule = gated_delta_rule if packed is None else packed.in_rows(gated_delta_rule, range(5))
         chunks = gated_delta.computed_by(rule, always=packed is not None)
-    with chunks, recurrences_in_pieces(model, packed):
+    with chunks, recurrences_in_pieces(modules, packed):
         yield
 
 
-def uses_gated_delta(model):
-    """Whether a module of the model comes from a file that calls mlx-lm's `gated_delta_update`."""
-    files = {sys.modules.get(type(module).__module__) for module in model.modules()}
+def uses_gated_delta(modules):
+    """Whether a module comes from a file that calls mlx-lm's `gated_delta_update`."""
+    files = {sys.modules.get(type(module).__module__) for module in modules}
     return any(getattr(file, "gated_delta_update", None) is gated_delta.gated_delta_update for file in files)
 
 
