@@ -11,13 +11,16 @@ import argparse
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from common import HERE, SHAPES, own_environment, print_head, print_row, run_json, say
 from records import RESULTS, keep
 
 
-def measure(shape, layers, pairs, prompt, response, steps):
-    """Milliseconds of `steps` steps, in a run's order: `laid_out` without the device, and `step` with it."""
+def measure(library, shape, layers, pairs, prompt, response, steps):
+    """Milliseconds of `steps` steps, one after another: `laid_out` without the device, and `step` with it."""
+    if library not in Path("/proc/self/maps").read_text():
+        return {"error": f"{library} was not loaded: is it installed?"}
     import harness
     import mlx.core as mx
     import mlx.optimizers as optim
@@ -66,10 +69,10 @@ def main():
         for library, row in rows.items():
             environment = own_environment()
             preloaded = filter(None, [library, environment["LD_PRELOAD"]])
-            command = [sys.executable, "-c", f"import json, malloc; print(json.dumps(malloc.measure(**{spec})))"]
+            code = f"import json, malloc; print(json.dumps(malloc.measure({library!r}, **{spec})))"
             environment |= {"LD_PRELOAD": ":".join(preloaded)}
             environment["PYTHONPATH"] = f"{HERE}:{environment['PYTHONPATH']}"
-            found = run_json(command, environment)
+            found = run_json([sys.executable, "-c", code], environment)
             if "error" in found:
                 sys.exit(found["error"])
             for kind in ("laid_out", "step"):

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -132,5 +133,7 @@ def _keep_kernels_whole():
         folder = os.environ["MLX_PTX_CACHE_DIR"] = os.path.join(folder, own)
     for code in Path(folder).rglob("*.ptx"):
         source = code.with_suffix(".cu")
-        if not source.is_file() or source.stat().st_size == 0:
-            code.unlink(missing_ok=True)
+        # Another user's, or gone by now, they are left.
+        with suppress(OSError):
+            if not source.is_file() or source.stat().st_size == 0:
+                code.unlink()

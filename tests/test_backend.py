@@ -131,6 +131,14 @@ def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypa
             place.with_suffix(end).write_text("text")
     (tmp_path / "no_room.ptx").write_text("text")
     (tmp_path / "no_room.cu").write_text("")
+
+    def refuse(*_, **__):
+        raise PermissionError("another user's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_backend.Path, "unlink", refuse)
+        prepare_for_training()
+    assert len([*tmp_path.rglob("*.ptx")]) == 5
     prepare_for_training()
     assert [path.name for path in tmp_path.rglob("*.ptx")] == ["whole.ptx"]
 
