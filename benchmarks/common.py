@@ -96,9 +96,16 @@ def fast_blas():
     return {"LD_PRELOAD": os.environ.get("LD_PRELOAD") or found}
 
 
-def own_step(spec, timeout=None):
-    """`harness.measure(**spec)` in a process of its own, so that its peak memory is its own."""
-    return run_json([sys.executable, HERE / "harness.py", json.dumps(spec)], own_environment(), timeout)
+def own_step(spec, timeout=None, environment=None):
+    """`harness.measure(**spec)` in a process of its own, so that its peak memory is its own.
+
+    Args:
+        spec: a dict.
+        timeout: seconds to give it.
+        environment: variables besides `own_environment`'s.
+    """
+    environment = own_environment() | (environment or {})
+    return run_json([sys.executable, HERE / "harness.py", json.dumps(spec)], environment, timeout)
 
 
 def print_row(*cells):

@@ -82,8 +82,8 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     """Time a training step on one batch.
 
     Returns:
-        A dict of `ms` a step and `cpu_ms` of the processor (medians), `pairs_per_second`, `peak_gb`, and `tokens` run
-        by the body.
+        A dict of `ms` a step, `laid_out_ms` of these until its graph is there, and `cpu_ms` of the processor (medians),
+        `pairs_per_second`, `peak_gb`, and `tokens` run by the body.
     """
     scorer = Scorer(model, share_prompt, response_only)
     optimizer = optim.Adam(1e-5)
@@ -91,7 +91,7 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     batch, processed, _ = make_batch(pairs, scorer.arrangement)
     reference = mx.zeros((len(pairs), 2, 2))
     model.train()
-    seconds, cpu_seconds = [], []
+    seconds, laid_out, cpu_seconds = [], [], []
     layers = checkpointed_layers(model) if checkpoint else nullcontext()
     with layers, bounded_memory() as evaluate:
         for i in range(warmup + steps):
@@ -102,14 +102,17 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
                 logps = scorer(batch)
                 reference = mx.stack([logps.total, logps.common], axis=-1).reshape(2, len(pairs), 2).transpose(1, 0, 2)
                 mx.eval(reference)
+            laid_out_tic = time.perf_counter()
             sums, _ = step(batch, reference, True)
             work = [step.state(), sums]
+            laid_out.append(time.perf_counter() - laid_out_tic)
             evaluate(work)
             seconds.append(time.perf_counter() - tic)
             cpu_seconds.append(time.process_time() - cpu_tic)
     median = float(np.median(seconds[warmup:]))
     return {
         "ms": 1000 * median,
+        "laid_out_ms": 1000 * float(np.median(laid_out[warmup:])),
         "cpu_ms": 1000 * float(np.median(cpu_seconds[warmup:])),
         "pairs_per_second": len(pairs) / median,
         "peak_gb": mx.get_peak_memory() / 1e9,

@@ -478,7 +478,7 @@ def malloc_table():
     for row in found["rows"]:
         told = (
             f"{statistics.median(row[kind]):.{digits}f} ({min(row[kind]):.{digits}f} to {max(row[kind]):.{digits}f})"
-            for kind, digits in (("laid_out", 1), ("step", 0))
+            for kind, digits in (("laid_out_ms", 1), ("ms", 0))
         )
         rows.append((f"`{row['malloc']}`" if row["malloc"] else "C library", *told))
     return markdown_table(("malloc", "graph laid out, ms", "step, ms"), rows) + "\n\n" + made_by(found)

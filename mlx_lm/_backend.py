@@ -106,8 +106,9 @@ def slow_blas_hint():
 def prepare_for_training():
     """Set what makes training faster, or smaller, before MLX first computes.
 
-    CUDA_SETTINGS go into the environment; what is set there stays. On a Linux CPU the C library is told to keep memory
-    that is given back: MLX asks for each operation's arrays anew, and the system clears every page that it hands out.
+    CUDA_SETTINGS go into the environment; what is set there stays. Kernels for CUDA that MLX did not keep whole are
+    removed. On a Linux CPU the C library is told to keep memory that is given back: MLX asks for each operation's
+    arrays anew, and the system clears every page that it hands out.
     """
     for name, value in CUDA_SETTINGS.items():
         os.environ.setdefault(name, value)
