@@ -55,7 +55,7 @@ def _adapted_product(linear, x, lora_a, lora_b):
         (lora_a, lora_b, x), (slope, _), (_, low) = arrays, cotangents, outputs
         low_slope = slope @ lora_b.T
         own = [x.T @ low_slope, low.T @ slope]
-        slope, low_slope = mx.depends([slope, low_slope], own)
+        slope = mx.depends([slope], own)[0]
         # A plain layer's by itself: MLX's would turn its weight around twice.
         plain = type(linear) is nn.Linear
         passed_on = slope @ linear.weight if plain else mx.vjp(linear, [x], [slope])[1][0]
