@@ -16,37 +16,38 @@ def in_chunks(x, chunk):
     return x.reshape(len(x), -1, chunk, *x.shape[2:])
 
 
-def states_between(state, decays, turns, additions, backwards=False):
+def states_between(state, decays, turns, additions, known=None):
     """The states with which each of N chunks begins, `(N, ..., Dv, Dk)`, and the one with which the last ends.
 
     A chunk makes `decays * S - S @ turns + additions` of a state S. One after another, these are a product each, and
     in the backward pass another.
 
     Args:
-        state: `(..., Dv, Dk)`, with which the first chunk begins, or with `backwards` the last.
+        state: `(..., Dv, Dk)`, with which the first chunk begins.
         decays, turns, additions: `(N, ..., 1, 1 or Dk)`, `(N, ..., Dk, Dk)` and `(N, ..., Dv, Dk)`.
-        backwards: whether to go from the last chunk to the first.
+        known: what was returned for the same before, where only the gradient is wanted.
     """
 
     @mx.custom_function
     def between(*arrays):
-        return _one_after_another(*arrays, backwards)
+        return known or _one_after_another(*arrays)
 
     @between.vjp
     def backward(arrays, slopes, outputs):
         (_, decays, turns, _), (states_slope, last_slope), (states, _) = arrays, slopes, outputs
-        slopes, first = _one_after_another(last_slope, decays, turns.swapaxes(-1, -2), states_slope, not backwards)
-        of_decays = (slopes * states).sum(-2, keepdims=True)
+        slopes, first = _one_after_another(last_slope, decays, turns.swapaxes(-1, -2), states_slope, -1)
+        products = states.swapaxes(-1, -2) @ slopes  # whose diagonal is the decays' gradient
+        of_decays = products.flatten(-2)[..., None, :: products.shape[-1] + 1]
         if decays.shape[-1] == 1:
             of_decays = of_decays.sum(-1, keepdims=True)
-        return first, of_decays, -(states.swapaxes(-1, -2) @ slopes), slopes
+        return first, of_decays, -products, slopes
 
     return between(state, decays, turns, additions)
 
 
-def _one_after_another(state, decays, turns, additions, backwards):
-    """As `states_between`."""
-    states, direction = [state[None]], -1 if backwards else 1
+def _one_after_another(state, decays, turns, additions, direction=1):
+    """As `states_between`; with a direction of -1 from the last chunk to the first."""
+    states = [state[None]]
     for n in range(len(turns))[::direction]:
         decay, turn, addition = (x[n : n + 1] for x in (decays, turns, additions))
         # The decay is apart from the product, which a GPU computes with fewer digits.

@@ -127,11 +127,12 @@ def gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask=None
 
     @run.vjp
     def backward(inputs, cotangents, outputs):
-        (_, *arrays), (output_slope, slope, *_), (_, _, *states) = inputs, cotangents, outputs
+        (_, *arrays), (output_slope, slope, *_), (_, last, *states) = inputs, cotangents, outputs
         parts = zip(*map(in_parts, (*arrays, output_slope)), kept, states, strict=True)
         slopes = []
         for *part, out_slope, part_kept, part_states in reversed(list(parts)):
-            slope, *part_slopes = _part_slopes(part, part_kept, part_states, out_slope, slope)
+            slope, *part_slopes = _part_slopes(part, part_kept, part_states, last, out_slope, slope)
+            last = part_states[:1].squeeze(0)
             # Left for later, they would keep what they are made of.
             slope = mx.depends([slope], part_slopes)[0]
             slopes.append(part_slopes)
@@ -146,31 +147,23 @@ def _joined(parts):
     return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def _part_slopes(arrays, kept, states, output_slope, last_slope):
+def _part_slopes(arrays, kept, states, last, output_slope, last_slope):
     """The gradients of the state before a part of a sequence and of each of its arrays.
 
     Args:
         arrays: queries, keys, values, gates and betas, each `(B, T, heads, width)`.
         kept: `(B, T, 1, 1)`, or None, as for `_prepare`.
-        states: `(N, B, Hk, R, Dv, Dk)`, before each chunk.
+        states, last: as `_run` returned them.
         output_slope, last_slope: the gradients of the outputs `(B, T, Hv, Dv)` and of the state after the part.
     """
+
+    def part(state, *arrays):
+        return _run(_prepare(*arrays, kept), state, (states, last))[1:]
+
     # Without waiting for the gradient, all layers could prepare again before the first of them is done with.
     arrays = mx.depends(arrays, [output_slope, last_slope])
     output_slope = _in_chunks(output_slope, states.shape[2])
-
-    @mx.custom_function
-    def what_follows(state, *chunks):
-        return mx.zeros(())  # it is never computed: only its gradient is asked for
-
-    @what_follows.vjp
-    def backward(inputs, *_):
-        return _slopes(_Chunks(*inputs[1:]), states, output_slope, last_slope)
-
-    def all_that_follows(state, *arrays):
-        return what_follows(state, *_prepare(*arrays, kept))
-
-    return mx.vjp(all_that_follows, [states[:1].squeeze(0), *arrays], [mx.zeros(())])[1]
+    return mx.vjp(part, [states[:1].squeeze(0), *arrays], [last_slope, output_slope, output_slope])[1]
 
 
 class _Chunks(NamedTuple):
@@ -251,11 +244,12 @@ def _prepare(queries, keys, values, log_gates, betas, kept):
     )
 
 
-def _run(chunks, state):
+def _run(chunks, state, known=None):
     """The states of a sequence of chunks, and its outputs in two parts.
 
     Args:
         state: `(..., Dv, Dk)`, before the first chunk.
+        known: as for `states_between`.
 
     Returns:
         `(states, last, read, own)`: the state `(N, ..., Dv, Dk)` before each chunk, and the one after the last; what
@@ -264,38 +258,5 @@ def _run(chunks, state):
     updates, reads = chunks.updates()
     turns, additions = (x.swapaxes(-1, -2) @ chunks.late for x in (reads, updates))
     queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
-    states, last = states_between(state, chunks.decays, turns, additions)
+    states, last = states_between(state, chunks.decays, turns, additions, known)
     return states, last, queries @ states.swapaxes(-1, -2), chunks.scores @ updates
-
-
-def _slopes(chunks, states, output_slope, last_slope):
-    """The gradients of the first state and of each field of `chunks`.
-
-    Args:
-        states: `(N, ..., Dv, Dk)`, before each chunk.
-        output_slope: `(N, ..., C, Dv)`.
-        last_slope: `(..., Dv, Dk)`, of the state after the last chunk.
-    """
-    (updates, reads), late = chunks.updates(), chunks.late
-    transposed_scores, transposed_solve = (x.swapaxes(-1, -2) for x in (chunks.scores, chunks.solve))
-    queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
-    # From the last state to the first; of each the gradient of the outputs, and what the state after it passes on.
-    own, turns = output_slope.swapaxes(-1, -2) @ queries, late.swapaxes(-1, -2) @ reads
-    slopes, first = states_between(last_slope, chunks.decays, turns, own, backwards=True)
-    query_slopes = output_slope @ states
-    turns = states.swapaxes(-1, -2) @ slopes  # the negative of their gradient; its diagonal is that of the decays
-    decays = turns.flatten(-2)[..., None, :: turns.shape[-1] + 1]
-    if chunks.decays.shape[-1] == 1:
-        decays = decays.sum(-1, keepdims=True)
-    of_updates = mx.addmm(late @ slopes.swapaxes(-1, -2), transposed_scores, output_slope)
-    of_reads = mx.addmm(late @ turns.swapaxes(-1, -2), transposed_scores, query_slopes, alpha=-1.0, beta=-1.0)
-    return (
-        first,
-        query_slopes,
-        mx.addmm(output_slope @ updates.swapaxes(-1, -2), query_slopes, reads.swapaxes(-1, -2), alpha=-1.0),
-        mx.addmm(of_updates @ chunks.values.swapaxes(-1, -2), of_reads, chunks.early.swapaxes(-1, -2)),
-        transposed_solve @ of_updates,
-        transposed_solve @ of_reads,
-        mx.addmm(updates @ slopes, reads, turns, alpha=-1.0),
-        decays,
-    )
