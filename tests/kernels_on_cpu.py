@@ -106,6 +106,11 @@ def cuda_kernels(monkeypatch, tmp_path_factory):
     return ran
 
 
+def _place(array):
+    """Where the values of a numpy array are."""
+    return array.ctypes.data_as(ctypes.c_void_p)
+
+
 class _Kernel:
     def __init__(self, folder, ran, name, input_names, output_names, source, header=""):
         self.folder, self.ran, self.name = folder, ran, name
@@ -119,10 +124,9 @@ class _Kernel:
         outputs = [np.full(shape, np.nan, np.float32) for shape in output_shapes]
         text = self._text([x.dtype for x in arrays], template)
         shapes = [np.array(x.shape, np.int32) for x in arrays]
-        pointers = [x.ctypes.data_as(ctypes.c_void_p) for pair in zip(arrays, shapes, strict=True) for x in pair]
-        pointers += [x.ctypes.data_as(ctypes.c_void_p) for x in outputs]
+        given = [value for x, shape in zip(arrays, shapes, strict=True) for value in (_place(x), _place(shape), x.ndim)]
         blocks = [size // threads for size, threads in zip(grid, threadgroup, strict=True)]
-        self._library(text).run(*blocks, threadgroup[0], *pointers)
+        self._library(text).run(*blocks, threadgroup[0], *given, *map(_place, outputs))
         return [mx.array(x).astype(dtype) for x, dtype in zip(outputs, output_dtypes, strict=True)]
 
     def _text(self, dtypes, template):
@@ -131,6 +135,7 @@ class _Kernel:
         arrays = []
         for name, dtype in zip(inputs, dtypes, strict=True):
             arrays += [f"const {'int' if dtype == np.int32 else 'float'}* {name}", f"const int* {name}_shape"]
+            arrays.append(f"int {name}_ndim")
         arrays += [f"float* {name}" for name in outputs]
         constants = [
             f"using {name} = float;" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {int(value)};"

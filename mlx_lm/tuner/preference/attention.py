@@ -162,8 +162,9 @@ class PackedCache:
         """
         if not (mask == "causal" or isinstance(mask, Window)) or queries.shape[2] != 1 or keys.shape[2] != 1:
             raise ValueError("a packed batch has no mask, and no rows, of a model's own")
-        arrays, taken = [x.squeeze(2) for x in (queries, keys, values)], [self._queries, self._keys, self._keys]
-        columns = map(self._split, gathered(arrays, taken), (1, 2, 2))
+        arrays, taken = [queries, keys, values], [self._queries, self._keys, self._keys]
+        shapes = [(x.shape[1], x.shape[3]) for x in arrays]
+        columns = map(self._split, gathered(arrays, taken), (1, 2, 2), shapes)
         out = []
         for inputs, (_, length, whole) in zip(zip(*columns, strict=True), self._shapes, strict=True):
             seen = mask
@@ -175,17 +176,16 @@ class PackedCache:
         return self._answers(out)[:, :, None]
 
     def _answers(self, parts):
-        """The tokens' `(N, H, D)` of what the parts' queries have, `(K, Q, H, D)`."""
+        """The tokens' `(N, ...)` of what the parts' queries have, `(K, Q, ...)`."""
         parts = [part.flatten(0, 1) for part in parts]
         joined = mx.concatenate(parts) if len(parts) > 1 else parts[0]
         return gathered([joined], [self._outputs])[0]
 
-    def _split(self, x, column):
-        """The parts' `(K, T, H, D)` of `x` `(number of queries or keys, H, D)`."""
-        sizes = [shape[0] * shape[column] for shape in self._shapes]
+    def _split(self, x, column, shape):
+        """The parts' `(K, T, *shape)` of `x` `(number of queries or keys, ...)`."""
+        sizes = [own[0] * own[column] for own in self._shapes]
         parts = mx.split(x, np.cumsum(sizes)[:-1].tolist()) if len(sizes) > 1 else [x]
-        shapes = [(shape[0], shape[column], *x.shape[1:]) for shape in self._shapes]
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [part.reshape(own[0], own[column], *shape) for part, own in zip(parts, self._shapes, strict=True)]
 
     def in_rows(self, function, sequences):
         """`function`, whose tokens come as sequences of one, computed on the parts' sequences.
@@ -199,15 +199,14 @@ class PackedCache:
         """
 
         def run(*arguments, **options):
-            columns, answers = [], []
-            arrays = [arguments[i].reshape(len(arguments[i]), 1, -1) for i in sequences]
-            for i, x in zip(sequences, gathered(arrays, [self._keys] * len(arrays)), strict=True):
-                columns.append([part.reshape(*part.shape[:2], *arguments[i].shape[2:]) for part in self._split(x, 2)])
+            arrays, answers = [arguments[i] for i in sequences], []
+            taken = gathered(arrays, [self._keys] * len(arrays))
+            columns = [self._split(rows, 2, x.shape[2:]) for rows, x in zip(taken, arrays, strict=True)]
             for part, (_, length, _) in zip(zip(*columns, strict=True), self._shapes, strict=True):
                 given = dict(zip(sequences, part, strict=True))
                 out, _ = function(*(given.get(i, x) for i, x in enumerate(arguments)), **options)
-                answers.append(out[:, -length:].reshape(len(out), length, 1, -1))
-            return self._answers(answers).reshape(-1, 1, *out.shape[2:]), None
+                answers.append(out[:, -length:])
+            return self._answers(answers)[:, None], None
 
         return run
 
@@ -258,26 +257,28 @@ class Rows:
     def __init__(self, index, sources):
         self.index, self.sources = index, sources
         self._places = mx.maximum(index, 0)
-        self._known = [(mx.maximum(row, 0), (row >= 0)[:, None, None]) for row in sources]
+        self._known = [(mx.maximum(row, 0), (row >= 0)[:, None]) for row in sources]
 
     def of(self, x):
-        """The rows `(M, H, D)` of `x` `(N, H, D)`."""
-        return _taken(x, self._places)
+        """The rows `(M, ...)` of `x` `(N, ...)`."""
+        return _taken(x.reshape(len(x), -1), self._places).reshape(-1, *x.shape[1:])
 
     def back(self, slope):
-        """The gradient `(N, H, D)` of such an x."""
-        return sum(mx.where(known, _taken(slope, source), 0) for source, known in self._known)
+        """The gradient `(N, ...)` of such an x."""
+        rows = slope.reshape(len(slope), -1)
+        total = sum(mx.where(known, _taken(rows, source), 0) for source, known in self._known)
+        return total.reshape(-1, *slope.shape[1:])
 
 
 def gathered(arrays, rows):
     """Rows of arrays, whose gradients are gathered too: faster than scattered, and the same at every run.
 
     Args:
-        arrays: each `(N, H, D)`.
+        arrays: each `(N, ...)`.
         rows: the `Rows` of each.
 
     Returns:
-        A list of `(M, H, D)`.
+        A list of `(M, ...)`.
     """
     # A kernel for one array alone would have to be compiled too, and saves little.
     at_once = on_cuda() and len(arrays) > 1 and fit(arrays)
@@ -298,10 +299,8 @@ def gathered(arrays, rows):
 
 
 def _taken(x, index):
-    """`x[index]` of `(N, H, D)`, in words of eight bytes where they fit: MLX takes as long for a word of two."""
-    if x[0].nbytes % 8:
-        return x[index]
-    return x.reshape(len(x), -1).view(mx.uint64)[index].view(x.dtype).reshape(-1, *x.shape[1:])
+    """`x[index]` of `(N, D)`, in words of eight bytes where they fit: MLX takes as long for a word of two."""
+    return x.view(mx.uint64)[index].view(x.dtype) if fit([x]) else x[index]
 
 
 def attention(queries, keys, values, scale, mask=None, sinks=None):

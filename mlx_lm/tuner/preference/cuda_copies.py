@@ -35,7 +35,10 @@ __device__ unsigned long long word_of(const T* x, const int* index, int rows, in
 
 ROWS = """
   {
-    const int words = x_@_shape[1] * int(sizeof(*x_@)) / 8, rows = index_@_shape[1];
+    int words = sizeof(*x_@);
+    for (int i = 1; i < x_@_ndim; ++i) words *= x_@_shape[i];
+    words /= sizeof(unsigned long long);
+    const int rows = index_@_shape[1];
     if (at < size_t(rows) * words) {
       reinterpret_cast<unsigned long long*>(out_@)[at] = word_of(x_@, index_@, rows, index_@_shape[0], words, at);
       return;
@@ -72,10 +75,9 @@ def rows_of(arrays, indices):
         indices: one for each.
     """
     shapes = [(index.shape[1], *x.shape[1:]) for x, index in zip(arrays, indices, strict=True)]
-    flat = [x.reshape(len(x), -1) for x in arrays]
     words = sum(index.shape[1] * (x.nbytes // len(x) // WORD) for x, index in zip(arrays, indices, strict=True))
     return _rows_kernel(len(arrays))(
-        inputs=[array for pair in zip(flat, indices, strict=True) for array in pair],
+        inputs=[array for pair in zip(arrays, indices, strict=True) for array in pair],
         grid=(-(-words // THREADS) * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=shapes,
