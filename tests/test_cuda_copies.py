@@ -22,7 +22,7 @@ def normal(*shape, seed=0):
 
 
 def test_rows_are_sums_of_those_that_are_named():
-    arrays = [normal(7, 2, 4), normal(7, 6, seed=1), normal(9, 2, seed=2)]
+    arrays = [normal(7, 2, 1, 4), normal(7, 6, seed=1), normal(9, 2, seed=2)]
     indices = [[[1, 0, -1, 6]], [[1, 2, 3], [-1, 5, 3]], [[0, 8, -1], [-1, 8, -1], [3, 1, -1]]]
     for x, index, found in zip(arrays, indices, rows_of(arrays, [mx.array(index) for index in indices]), strict=True):
         named = [[i for i in column if i >= 0] for column in zip(*index, strict=True)]

@@ -240,8 +240,8 @@ def test_what_is_gathered_is_the_same_at_every_run(dtype, width, count):
     """
     draw = np.random.default_rng(0)
     index = np.concatenate([np.arange(500), np.arange(200)])
-    x = mx.array(draw.normal(size=(500, 3, width)), dtype)
-    slope = mx.array(draw.normal(size=(700, 3, width)), dtype)
+    x = mx.array(draw.normal(size=(500, 3, 1, width)), dtype)
+    slope = mx.array(draw.normal(size=(700, 3, 1, width)), dtype)
     second = np.where(np.arange(500) < 200, 500 + np.arange(500), -1)
     rows = [Rows(mx.array(index, mx.int32), mx.array(np.stack([np.arange(500), second]), mx.int32))] * count
 
@@ -253,7 +253,7 @@ def test_what_is_gathered_is_the_same_at_every_run(dtype, width, count):
     (out, gradient), *others = [run() for _ in range(5)]
     assert mx.array_equal(out, x[mx.array(index)])
     assert all(mx.array_equal(gradient, other) for _, other in others)
-    expected = np.zeros((500, 3, width))
+    expected = np.zeros((500, 3, 1, width))
     np.add.at(expected, index, np.array(slope.astype(mx.float32), np.float64))
     assert np.allclose(np.array(gradient.astype(mx.float32)), expected, atol=1e-6 if dtype == mx.float32 else 3e-2)
 
