@@ -210,13 +210,13 @@ RUN_NOTES = {
     "validation (18 s) and in its first fifty steps (2.5 s each). TRL's run after it there had not ended after 245 s; "
     "`h200_smollm2_trl` is another machine's.",
     "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
-    "`h200_smollm2_before` when it was given back after each step, and all but those of `cpu`, `h200_1b`, "
+    "`h200_smollm2_before` when it was given back after each step, and all but those on the CPU, `h200_1b`, "
     "`h200_smollm2`, `h200_smollm2_cold` and `h200_smollm2_16` when each parameter was updated by itself.",
     "h200_1b`": "Of the H200's runs `h200_1b`, `h200_smollm2` and `h200_smollm2_cold` alone have copies in one kernel "
     "and half as many logits in a chunk where a gradient is taken. The first two began with the compiled kernels of an "
     "earlier state: the compilation of others is in their first validations (14 and 20 s), in their first fifty steps "
     "and in the whole.",
-    "two_workers": "`cpu_two_workers` had two workers on the one machine; held is each one's.",
+    "two_workers": "`cpu_two_workers` had two workers on the one machine, minutes after `cpu`; held is each one's.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 
