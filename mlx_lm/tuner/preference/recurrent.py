@@ -189,10 +189,6 @@ class _Chunks(NamedTuple):
     late: mx.array
     decays: mx.array
 
-    def updates(self):
-        """T B V and T B K, `(..., C, Dv)` and `(..., C, Dk)`: a chunk's updates are the first less the second S^T."""
-        return self.solve @ self.values, self.solve @ self.early
-
 
 def _in_chunks(x, key_heads):
     """`x` `(B, T, H, D)` as `(N, B, Hk, H / Hk, C, D)`, float32; zeros, which change no state, fill the last chunk."""
@@ -255,7 +251,8 @@ def _run(chunks, state, known=None):
         `(states, last, read, own)`: the state `(N, ..., Dv, Dk)` before each chunk, and the one after the last; what
         the outputs `(N, ..., C, Dv)` are of the states, and what they are without one.
     """
-    updates, reads = chunks.updates()
+    # T B V and T B K: a chunk's updates are the first less the second S^T.
+    updates, reads = chunks.solve @ chunks.values, chunks.solve @ chunks.early
     turns, additions = (x.swapaxes(-1, -2) @ chunks.late for x in (reads, updates))
     queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
     states, last = states_between(state, chunks.decays, turns, additions, known)
