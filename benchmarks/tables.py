@@ -216,7 +216,9 @@ RUN_NOTES = {
     "and half as many logits in a chunk where a gradient is taken. The first two began with the compiled kernels of an "
     "earlier state: the compilation of others is in their first validations (14 and 20 s), in their first fifty steps "
     "and in the whole.",
-    "two_workers": "`cpu_two_workers` had two workers on the one machine, minutes after `cpu`; held is each one's.",
+    "two_workers": "Of `cpu` and `cpu_two_workers` the time of a step is the mean of all sixteen, the pairs a second "
+    "are of the last eight. `cpu_two_workers` had two workers on the one machine, minutes after `cpu`; held is each "
+    "one's.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 
