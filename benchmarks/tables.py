@@ -386,7 +386,7 @@ def relatives_table():
     )  # fmt: skip
     made = (
         "`python benchmarks/recurrent.py relatives`, and with `--device gpu --jobs 12`; KB a token. Twelve processes "
-        "shared the H200, four for Mamba, Falcon Mamba, Jamba and RWKV-7."
+        "shared the H200, four for Falcon Mamba, Jamba and RWKV-7, two for Mamba."
     )
     return markdown_table(header, rows) + "\n\n" + made
 
