@@ -353,6 +353,35 @@ def test_turns_of_others_within_a_response_are_not_scored(family):
     assert everything == pair._replace(unscored=())
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen35", "deepseek", "llama3"])
+@pytest.mark.parametrize("earlier", [[], [{"role": "assistant", "content": "OK then"}, USER]])
+def test_turns_that_say_the_same_are_told_apart(family, earlier):
+    tokenizer = templates.tokenizer(family)
+    answer, more = {"role": "assistant", "content": "OK then"}, {"role": "user", "content": "more"}
+    turns = [answer, more, answer, more, answer]
+    pair = PreferenceDataset([ROW | {"prompt": [USER, *earlier], "chosen": turns}], tokenizer)[0]
+    ends, spans = [0], pair.unscored[0]
+    for start, stop in spans:
+        text = tokenizer.decode(pair.chosen[start:stop])
+        assert "more" in text and "OK then" not in text
+        ends += [start, stop]
+    scored = [tokenizer.decode(pair.chosen[i:j]) for i, j in zip(ends[::2], [*ends[1::2], None], strict=True)]
+    assert len(scored) == 3
+    assert all(text.count("OK then") == 1 and "more" not in text for text in scored)
+    assert len({text.partition("OK then")[2] for text in scored}) == 1
+
+
+def test_a_call_that_is_tried_again_is_scored_twice():
+    tokenizer = templates.tokenizer("qwen3")
+    turns = [CALL, RESULT | {"content": "error"}, CALL, RESULT, LIMA]
+    pair = PreferenceDataset([ROW | {"chosen": turns, "tools": TOOLS}], tokenizer)[0]
+    parts = [tokenizer.decode(pair.chosen[start:stop]) for start, stop in pair.unscored[0]]
+    assert [("error" in part, "Snow" in part, "look" in part) for part in parts] == [
+        (True, False, False),
+        (False, True, False),
+    ]
+
+
 def test_unscored_turns_are_cut_with_their_response():
     tokenizer = templates.tokenizer("qwen25")
     more = [LIMA, {"role": "user", "content": "Sure? " * 9}, PARIS]

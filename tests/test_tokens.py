@@ -1,8 +1,12 @@
 """Chat templates and plain text as tokens: where the prompt ends, where the response ends, and what stands between."""
 
+import unicodedata
+from copy import deepcopy
+
 import chat_tokenizers as tokenizers
 import pytest
 from mlx_lm.tokenizer_utils import NewlineTokenizer, TokenizerWrapper
+from tokenizers import normalizers
 
 from mlx_lm.tuner.datasets import PreferenceDataset
 from mlx_lm.tuner.preference.options import ConfigError
@@ -252,6 +256,30 @@ def test_response_with_a_tool_call_is_scored_from_the_prompt_to_its_end():
         "<|im_end|>\n<|im_start|>user\n<tool_response>Lima</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is Lima.<|im_end|>"
     )
+
+
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        ("qwen", unicodedata.normalize("NFD", "Vi\u1ec7t Nam \u1edf \u0111\u00e2u")),
+        ("mistral", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35"),
+        ("gemma", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \U0001f469\u200d\U0001f467"),
+        ("mistral", "It is so"),
+    ],
+)
+def test_unscored_turns_behind_text_that_the_tokenizer_changes_or_splits(name, answer):
+    tokenizer = deepcopy(getattr(tokenizers, name)())
+    if name == "qwen":
+        # As those of Qwen's models, it composes letters.
+        tokenizer._tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    spoken = [{"role": role, "content": text} for role, text in (("assistant", answer), ("user", "go on \u0e2a"))]
+    read = pair(tokenizer, ROW | {"chosen": [*spoken, {"role": "assistant", "content": "The end of it"}]})
+    ((start, stop),), _ = read.unscored
+    first, between, last = (tokenizer.decode(read.chosen[i:j]) for i, j in ((0, start), (start, stop), (stop, None)))
+    answer = unicodedata.normalize("NFC", answer) if name == "qwen" else answer
+    assert first.strip().startswith(answer) and first.strip()[len(answer) :].strip() in tokenizer.all_special_tokens
+    assert "go on \u0e2a" in between and "The end" not in between
+    assert last.strip().startswith("The end of it")
 
 
 def test_tool_call_that_the_template_leaves_out_is_refused():

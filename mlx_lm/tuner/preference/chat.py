@@ -63,17 +63,20 @@ class ChatTexts:
                 notes.add(EMPTY_THOUGHT)
         unscored = ((), ())
         if self.score == "assistant":
-            unscored = tuple(self._unscored(conversation, *parts) for parts in zip(sides, texts[1:3], strict=True))
+            unscored = tuple(
+                self._unscored(conversation, texts.prompt, *parts) for parts in zip(sides, texts[1:3], strict=True)
+            )
         return texts._replace(notes=tuple(sorted(notes)), unscored=unscored)
 
-    def _unscored(self, conversation, response, whole):
+    def _unscored(self, conversation, prompt, response, whole):
         """The spans of a text that hold turns of the response that are not the model's."""
         spans, messages = [], list(conversation.prompt)
+        begin = len(os.path.commonprefix([whole, prompt]))
         for i, message in enumerate(response):
             messages.append(message)
             following = response[i + 1] if i + 1 < len(response) else None
             if message["role"] == "assistant" and following and following["role"] != "assistant":
-                start = self._shared(conversation, messages, whole, spans[-1][1] if spans else 0)
+                start = self._shared(conversation, messages, whole, spans[-1][1] if spans else begin)
             elif message["role"] != "assistant" and following and following["role"] == "assistant":
                 spans.append((start, self._shared(conversation, messages, whole, start, add_generation_prompt=True)))
         if any(stop <= start for start, stop in spans):
@@ -81,20 +84,34 @@ class ChatTexts:
         return tuple(spans)
 
     def _shared(self, conversation, messages, whole, after=0, add_generation_prompt=False):
-        """The end, within a text of all messages and behind `after`, of the text of some of them.
+        """The end, within a text of all messages and behind `after`, of the text of some of them; 0 if it is not found.
 
-        What the template writes otherwise once more messages follow, such as dropped reasoning, stands before the last
-        of the given messages, whose text is found from behind.
+        What the template writes otherwise once more messages follow, such as dropped reasoning, stands before the
+        content of the last of the given messages.
         """
         text = self.template.render(conversation, messages, add_generation_prompt)
         # A generation prompt may open a thought that no turn before the last one has.
-        for begun in (text, self.thinking.unopened(text)):
+        texts = text, self.thinking.unopened(text)
+        for begun in texts:
             if whole.startswith(begun):
                 return len(begun)
-            for size in range(min(len(begun), 400), 7, -1):
-                if whole.count(begun[-size:], after) == 1:
-                    return whole.index(begun[-size:], after) + size
-        return 0
+        found = []
+        for begun in texts:
+            own = self._last_text(messages[-1]["content"], begun)
+            if own and (at := whole.find(own, after)) >= 0:
+                found.append((at, -len(own)))
+        # The first one behind `after`: later turns may say the same.
+        at, size = min(found, default=(0, 0))
+        return at - size
+
+    def _last_text(self, content, text):
+        """The end of a text, from the content of its last message on, without a thought."""
+        answer, end = content.strip(), self.thinking.end
+        if end:
+            answer = answer.rpartition(end)[2].lstrip()
+            if not answer:
+                return text.rpartition(end)[2].lstrip()
+        return text[text.rfind(answer) :] if answer else text
 
     def _whole(self, conversation, prompt, response):
         """The text of prompt and response; it begins with `prompt`, or with all of it but the generation prompt."""

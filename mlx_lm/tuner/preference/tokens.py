@@ -117,11 +117,13 @@ class PairEncoder:
         """
         spans = []
         # Where the responses' tokens begin in their texts.
-        begin = len(self._decode(prompt[len(self.lead) :])) if texts.disputed else len(texts.prompt)
-        for response, cuts in zip((chosen, rejected), texts.unscored, strict=True):
+        begin = len(self._decode(prompt[len(self.lead) :]))
+        for text, response, cuts in zip(texts[1:3], (chosen, rejected), texts.unscored, strict=True):
             found = []
             for start, stop in cuts:
-                places = [self._tokens_before(prompt, response, cut - begin) for cut in (start, stop)]
+                # As the tokenizer writes the text, which may have other characters: composed ones, or a space in front.
+                sizes = [len(self._decode(self._encode(text[:cut]))) - begin for cut in (start, stop)]
+                places = [self._tokens_before(prompt, response, size) for size in sizes]
                 found.append((self._behind_end(response, places[0]), places[1]))
             spans.append(tuple(span for span in found if span[0] < span[1]))
         return tuple(spans) if any(spans) else ()
@@ -136,10 +138,12 @@ class PairEncoder:
     def _tokens_before(self, prompt, response, size):
         """How many tokens of a response its first `size` characters have."""
         tail = prompt[-8:]
-        before = len(self._decode(tail))
-        return bisect_left(
-            range(len(response)), size, key=lambda count: len(self._decode(tail + response[:count])) - before
-        )
+
+        def written(count):
+            # Of a character of several tokens nothing counts before its last one.
+            return len(self._decode(tail + response[:count]).rstrip("\ufffd"))
+
+        return bisect_left(range(len(response)), size + written(0), key=written)
 
     def _tokenize(self, texts):
         inner = self.tokenizer._tokenizer if isinstance(self.tokenizer, TokenizerWrapper) else self.tokenizer
