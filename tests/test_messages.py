@@ -1,5 +1,7 @@
 """Messages: roles, contents, tool calls and reasoning in the form that chat templates read."""
 
+import time
+
 import pytest
 
 from mlx_lm.tuner.preference.messages import decoded, message, messages, tools, transcript
@@ -105,6 +107,14 @@ def test_a_column_of_messages_that_is_stored_by_keys():
 def test_strings_that_hold_messages():
     assert decoded('[{"role": "user", "content": "a"}]', "m") == [{"role": "user", "content": "a"}]
     assert decoded("[{'from': 'human', 'value': None}]", "m") == [{"from": "human", "value": None}]
+    # An answer may be JSON.
+    for text in (
+        '{"from": "Berlin", "to": "Paris"}',
+        '{"value": 12, "unit": "kg"}',
+        '{"content": "a"} b',
+        '[{"value":',
+    ):
+        assert decoded(text, "m") is None
     for text in ('{"role": 3', "[1, 2]", "a [{'role': 'x'}]", '[{"name": "a"}]'):
         if text.startswith('{"role'):
             with pytest.raises(ConfigError, match="m is a string that begins as messages do but is not JSON"):
@@ -125,6 +135,15 @@ def test_transcripts():
     assert [text[:end].rstrip().rsplit("\n", 1)[-1] for _, end in turns][:2] == ["more", "Assistant: Ho"]
     for other in ("Human: Hi", "Hi\n\nHuman: a\n\nAssistant: b", "Assistant: a", ""):
         assert transcript(other) is None
+
+
+@pytest.mark.parametrize("read", [transcript, lambda text: decoded(text, "m")])
+@pytest.mark.parametrize("blank", ["\n", " ", "\n "])
+def test_long_white_space_is_read_at_once(read, blank):
+    tic = time.process_time()
+    for text in (blank * 10**5 + "x", "x" + blank * 10**5 + "."):
+        assert read(text) is None
+    assert time.process_time() - tic < 1  # squares of these lengths take minutes
 
 
 def test_tools_as_strings():

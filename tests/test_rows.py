@@ -75,6 +75,25 @@ def test_conversation_that_goes_on_from_the_prompts_last_message():
     assert read.rejected == [{"role": "assistant", "content": " Paris."}]
 
 
+def test_keys_of_messages_that_nothing_reads_make_no_difference():
+    one, two = ([message | {"id": f"{side}{i}"} for i, message in enumerate((USER, LIMA))] for side in "ab")
+    reader = RowReader()
+    read = reader({"chosen": one, "rejected": [two[0], PARIS]})
+    assert (read.prompt, read.chosen, read.rejected) == ([USER], [LIMA], [PARIS])
+    assert reader({"prompt": [USER], "chosen": one, "rejected": [two[0], PARIS]}).prompt == [USER]
+    assert list(reader.unread) == ["chosen[].id", "rejected[].id"]
+
+
+def test_space_between_a_transcript_and_its_responses():
+    asked = "\n\nHuman: Name a planet.\n\nAssistant:"
+    read = RowReader()({"prompt": asked, "chosen": " Mars.", "rejected": "Assistant: No."})
+    assert [side[0]["content"] for side in (read.chosen, read.rejected)] == ["Mars.", "No."]
+    read = RowReader()({"prompt": asked + " It is ", "chosen": "Mars.", "rejected": "none."})
+    assert read.prompt[-1]["content"] == "It is "
+    read = RowReader()({"prompt": asked + " It is", "chosen": " Mars.", "rejected": " none."})
+    assert (read.prompt[-1]["content"], read.chosen[0]["content"]) == ("It is", " Mars.")
+
+
 def test_system():
     row = FORMS["strings"] | {"system": "Be brief."}
     assert RowReader()(row).prompt == [SYSTEM, USER]

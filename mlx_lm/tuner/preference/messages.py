@@ -22,8 +22,10 @@ KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call
 # The keys by which rows and templates know reasoning; a message that is read has the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 MOST_DIGITS = 300
-LOOKS_LIKE_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
-TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
+LOOKS_LIKE_MESSAGES = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
+# An answer may be JSON, cut off too; what begins like this is hardly one.
+BROKEN_MESSAGES = re.compile(r"\s*(?:\[\s*\{\s*['\"](role|from)|\{\s*['\"]role)['\"]\s*:")
+TURN = re.compile(r"(?:\A|(?<=\S)(?=\s*\n\n))\s*(Human|Assistant):")
 
 
 def from_json(text):
@@ -94,7 +96,7 @@ def speaks(value):
 
 
 def decoded(text, key):
-    """The messages that a string holds as JSON or as Python writes them; None where it is text.
+    """The messages that a string holds as JSON or as Python writes them; None where it is text, other JSON too.
 
     Raises:
         ConfigError: the string begins as messages do, and is none.
@@ -106,9 +108,15 @@ def decoded(text, key):
             found = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, (list, dict)):
-            return found
-    raise ConfigError(f"{key} is a string that begins as messages do but is not JSON; give the messages as a list.")
+        listed = found if isinstance(found, list) else [found]
+        return found if all(_is_message(item) for item in listed) else None
+    if BROKEN_MESSAGES.match(text):
+        raise ConfigError(f"{key} is a string that begins as messages do but is not JSON; give the messages as a list.")
+    return None
+
+
+def _is_message(value):
+    return isinstance(value, Mapping) and ("role" in value or {"from", "value"} <= set(value))
 
 
 def transcript(text):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, UselessRow, recognised
+from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, recognised
 from .messages import KEYS, decoded, kind, messages, speaks, tools, transcript
 from .options import ConfigError, nearest, shown
 from .overlap import shared_text, without_prompt
@@ -28,7 +28,6 @@ LARGEST = 3.4e38  # of float32
 # What the model never writes: a response that begins with one of these is a mistake in the row.
 NOT_THE_MODEL = ("system", "user", "tool")
 RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
-SYSTEM = ("system", "system_prompt", "system_message")
 READ = ("tools", "chat_template_kwargs", "margin", "weight", "source")
 # What chat templates of well-known models write at the beginning of a text.
 MARKERS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "[INST]", "<s>[INST]", "<start_of_turn>")
@@ -171,7 +170,7 @@ class RowReader:
             raise ConfigError(f"{key} is {kind(value)}; it must be a string or a list of messages.")
         read = messages(value, key)
         self.unread.update(dict.fromkeys(f"{key}[].{name}" for message in read for name in message if name not in KEYS))
-        return read
+        return [{name: item for name, item in message.items() if name in KEYS} for message in read]
 
     def _turns(self, prompt, chosen, rejected, row):
         """Prompt and responses as messages, the prompt lifted out where the responses repeat it."""
@@ -225,12 +224,17 @@ class RowReader:
         sides = [transcript(text) if isinstance(text, str) else None for text in (chosen, rejected)]
         if not asked and (prompt is not None or not all(sides)):
             return prompt, chosen, rejected, ""
+        goes_on = False
         if asked:
+            end = prompt[len(prompt.rstrip()) :]
             prompt = [message for message, _ in asked]
-            if len(prompt) > 1 and prompt[-1]["role"] == "assistant" and not prompt[-1]["content"]:
+            last = prompt[-1]
+            if goes_on := last["role"] == "assistant" and bool(last["content"]):
+                last["content"] += end
+            elif last["role"] == "assistant":
                 prompt.pop()
         responses = [
-            [message for message, _ in turns] if turns else _without_name(side)
+            [message for message, _ in turns] if turns else _answer(side, goes_on)
             for turns, side in zip(sides, (chosen, rejected), strict=True)
         ]
         return prompt, *responses, TRANSCRIPTS
@@ -313,9 +317,12 @@ class RowReader:
         return margin, weight
 
 
-def _without_name(side):
-    """A response of a transcript without the name of who speaks."""
-    return re.sub(r"^\s*Assistant:\s*", "", side) if isinstance(side, str) else side
+def _answer(side, goes_on):
+    """A response of a transcript without the name of who speaks, and where it begins a turn without space in front."""
+    if not isinstance(side, str):
+        return side
+    side = re.sub(r"^\s*Assistant:\s*", "", side)
+    return side if goes_on else side.lstrip()
 
 
 def _repeats(messages):
