@@ -262,6 +262,15 @@ def test_hf_dataset(hub):
     assert load(hf_dataset=entry("a"))[2] == []
 
 
+@pytest.mark.parametrize("share, valid", [(None, 2), (0.25, 5)])
+def test_of_a_whole_split_that_is_named_alone_some_rows_validate(hub, share, valid):
+    rows = [ROW | {"chosen": f"c{i}"} for i in range(20)]
+    hub["a"] = {"prefs": rows, f"prefs[:{20 - valid}]": rows[:-valid], f"prefs[{20 - valid}:]": rows[-valid:]}
+    splits = load(hf_dataset={"path": "a", "train_split": "prefs", "config": None}, valid_share=share)
+    assert [len(split) for split in splits] == [20 - valid, valid, 0]
+    assert chosen(splits[0]) + chosen(splits[1]) == [row["chosen"] for row in rows]
+
+
 def test_hf_dataset_list_with_keys_of_their_own(hub):
     hub["a"] = {"train": [{"q": "Who?", "good": "A", "bad": "B"}], "held": [{"q": "Who?", "good": "C", "bad": "B"}]}
     hub["b"] = {

@@ -197,6 +197,36 @@ def test_labelled_completions_are_paired_by_their_prompts():
         paired([rows[0], {"prompt": "a"}], *place)
 
 
+@pytest.mark.parametrize(
+    "asked, feature",
+    [
+        (lambda about: {"question": about}, None),
+        (lambda about: {"about": about}, "about"),
+        (lambda about: {"instruction": "Translate.", "input": about}, None),
+        (lambda about: {"prompt": "Hi", "system_prompt": f"Be {about}."}, None),
+        (lambda about: {}, None),
+    ],
+)
+def test_labelled_completions_of_different_prompts_are_no_pairs(asked, feature):
+    rows = [
+        asked(about) | {"completion": text, "label": label}
+        for about, text, label in [("a", "good a", True), ("b", "bad b", False), ("b", "good b", 1), ("a", "bad a", 0)]
+    ]
+    if not asked(""):
+        for row in rows:
+            user = {"role": "user", "content": row["completion"][-1]}
+            row["completion"] = [user, {"role": "assistant", "content": row["completion"]}]
+    found, _ = paired(rows, "rows", str, feature)
+    said = [[row[key] if asked("") else row[key][-1]["content"] for key in ("chosen", "rejected")] for row in found]
+    assert said == [["good a", "bad a"], ["good b", "bad b"]]
+
+
+def test_labelled_completions_without_a_prompt_are_not_paired():
+    rows = [{"asked": "a", "completion": "x", "label": label} for label in (True, False)]
+    with pytest.raises(ConfigError, match="0: there is no prompt to pair it by; name its key with prompt_feature"):
+        paired(rows, "rows", str)
+
+
 def test_the_manuals_table_is_made_of_these_rows():
     text = layouts.MANUAL.read_text()
     assert layouts.between(text) == layouts.table(), "run: python -m tests.layouts"

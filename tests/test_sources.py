@@ -146,6 +146,49 @@ def test_valid_share(tmp_path):
     assert [len(split) for split in load(tmp_path, valid_share=0.2)] == [20, 1, 0]
 
 
+def spoken(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+
+
+@pytest.mark.parametrize(
+    "row, features",
+    [
+        (lambda n, i: {"history": f"post {n}", "human_ref_A": f"a{i}", "human_ref_B": "b", "labels": 1}, {}),
+        (
+            lambda n, i: {
+                "chosen": f"\n\nHuman: {n}\n\nAssistant: a{i}",
+                "rejected": f"\n\nHuman: {n}\n\nAssistant: b",
+            },
+            {},
+        ),
+        (lambda n, i: {"conversation_a": spoken(n, f"{i}"), "conversation_b": spoken(n, "b"), "winner": "model_a"}, {}),
+        (lambda n, i: {"instruction": "Translate.", "input": f"text {n}", "chosen": f"a{i}", "rejected": "b"}, {}),
+        (
+            lambda n, i: {"good": spoken(n, f"{i}"), "bad": spoken(n, "b")},
+            {"chosen_feature": "good", "rejected_feature": "bad"},
+        ),
+        (lambda n, i: {"chosen": f"Question {n}? Yes {i}.", "rejected": f"Question {n}? No."}, {}),
+    ],
+)
+def test_rows_of_one_prompt_of_every_layout_stay_together(row, features):
+    rows = [row(f"{i // 5:02}", i) for i in range(20)]
+    train, valid = held_out(rows, 0.2, 0, **features)
+    assert len(valid) == 5 and len({i // 5 for i in valid}) == 1
+    assert sorted(train + valid) == list(range(20))
+
+
+def test_verdicts_and_labels_of_tables(tmp_path):
+    rows = [{"prompt": "Who?", "response_0": "Paris", "response_1": "Lima", "better_response_id": 1}]
+    write_table(tmp_path / "train.csv", rows)
+    assert chosen(load(tmp_path)[0]) == ["Lima"]
+    for labels in ((True, False), ("true", "false"), (1, 0), ("1.0", "0")):
+        rows = [
+            {"prompt": "Who?", "completion": text, "label": label} for text, label in zip("ab", labels, strict=True)
+        ]
+        write_table(tmp_path / "train.csv", rows)
+        assert chosen(load(tmp_path)[0]) == ["a"]
+
+
 def test_valid_share_needs_two_prompts():
     assert [len(numbers) for numbers in held_out([{"prompt": "a"}, {"prompt": "b"}], 0.1, 0)] == [1, 1]
     with pytest.raises(ConfigError, match="valid_share is 0.5, but the 2 training rows have one prompt"):

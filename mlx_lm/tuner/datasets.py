@@ -132,7 +132,7 @@ def _made(found, tokenizer, config):
     share = getattr(config, "valid_share", None)
     if share and found["train"] and not found["valid"]:
         rows, name = found["train"]
-        numbers = held_out(rows.rows, share, getattr(config, "seed", 0), getattr(config, "prompt_feature", None))
+        numbers = held_out(rows.rows, share, getattr(config, "seed", 0), **_features(config))
         found["train"], found["valid"] = ((rows.taken(taken), name) for taken in numbers)
     return tuple(_preferences(part[0], tokenizer, config, part[1]) if part else [] for part in found.values())
 
@@ -147,6 +147,7 @@ def load_custom_hf_dataset(args, tokenizer):
     collection = []
     for entry in entries:
         _check_entry(entry, args)
+        entry = {key: value for key, value in entry.items() if value is not None}
         with _hub_errors(hub, f"the hf_dataset {entry['path']}"):
             entry = {**shared, **entry, **_default_splits(hub, entry, args)}
             one = SimpleNamespace(**{**vars(args), "hf_dataset": entry})
@@ -157,29 +158,36 @@ def load_custom_hf_dataset(args, tokenizer):
 
 
 def _default_splits(hub, entry, args):
-    """The training and validation splits of an entry that names neither: the first 80 % and the last 10 % of `train`.
+    """The training and validation splits of an entry that does not name both.
 
-    Upstream's two slices overlap where a tenth of the rows is less than one.
+    Without either they are the first 80 % and the last 10 % of `train`, which upstream's slices are too, but that those
+    overlap where a tenth of the rows is less than one. Of a whole split that is named the last 10 % are not trained on.
     """
-    if "train_split" in entry or "valid_split" in entry or not args.train:
+    name = entry.get("train_split", "train")
+    if "valid_split" in entry or "[" in name or "+" in name or not args.train:
         return {}
-    count = len(hub.load_dataset(entry["path"], split="train", **entry.get("config", {})))
+    count = len(hub.load_dataset(entry["path"], split=name, **entry.get("config", {})))
     if count < 2:
         raise ConfigError(f"the hf_dataset {entry['path']} has {count} rows to train and validate on; name the splits.")
     valid = max(1, round(count * (getattr(args, "valid_share", None) or 0.1)))
-    train = min(max(1, round(0.8 * count)), count - valid)
-    return {"train_split": f"train[:{train}]", "valid_split": f"train[{count - valid}:]"}
+    train = count - valid if "train_split" in entry else min(max(1, round(0.8 * count)), count - valid)
+    return {"train_split": f"{name}[:{train}]", "valid_split": f"{name}[{count - valid}:]"}
+
+
+def _features(config):
+    """The rows' keys that a configuration names, by FEATURES."""
+    keys = {key: getattr(config, key) for key in FEATURES if getattr(config, key, None) is not None}
+    # The usual key, which rows may leave out; only another one has to be there.
+    return {key: value for key, value in keys.items() if (key, value) != ("prompt_feature", "prompt")}
 
 
 def _preferences(rows, tokenizer, config, name):
     keys = {key: getattr(config, key) for key in DATA_KEYS[:-1] if getattr(config, key, None) is not None}
-    if keys.get("prompt_feature") == "prompt":
-        # The usual key, which rows may leave out; only another one has to be there.
-        del keys["prompt_feature"]
+    keys = {key: value for key, value in keys.items() if key not in FEATURES} | _features(config)
     loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     keys["unpaired"] = any(loss in LOSSES and LOSSES[loss].unpaired for loss in loss_type)
     if is_kto(rows.rows[0]) and not keys["unpaired"]:
-        found, numbers = paired(rows.rows, name, rows.where)
+        found, numbers = paired(rows.rows, name, rows.where, keys.get("prompt_feature"))
         lost = len(rows.rows) - 2 * len(found)
         rprint(f"{name}: {len(found)} pairs of rows with one labelled completion (KTO); {lost} rows have no partner.")
         rows = Rows(found, lambda i, where=rows.where: where(numbers[i]))

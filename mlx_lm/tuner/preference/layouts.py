@@ -8,13 +8,15 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .messages import OTHER_ROLES, kind
+from .messages import OTHER_ROLES, kind, transcript
 from .options import ConfigError, shown
+from .overlap import shared_text
 
 SAME = "whose responses are rated equal"
 # Keys that hold a prompt where there is no `prompt`, the likeliest first.
 PROMPTS = ("question", "instruction", "query", "input", "conversations", "conversation", "messages", "context")
 PROMPTS += ("problem",)
+SYSTEM = ("system", "system_prompt", "system_message")
 ANSWERS = ("assistant", *(name for name, role in OTHER_ROLES.items() if role == "assistant"))
 CHOSEN_SCORES = ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "rating_chosen")
 REJECTED_SCORES = ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected")
@@ -31,7 +33,7 @@ class Layout:
     Attributes:
         name: what to call it.
         keys: the keys that a row of it has.
-        read: gives `prompt`, `chosen`, `rejected`, and where there are such `system`, `tools` and `margin`, of a row.
+        read: gives `prompt`, `chosen`, `rejected`, and where there are such `tools`, of a row.
         reads: further keys that `read` looks at.
     """
 
@@ -90,12 +92,7 @@ def _comparison(name, keys, first_wins, reads=()):
 
 def _number(row, key):
     value = row[key]
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if isinstance(value, str) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)):
         raise ConfigError(f"{key} is {shown(value)}; it must be a number.")
     return value
 
@@ -110,7 +107,7 @@ def _one_of(first, second):
         value = row[key] if isinstance(row[key], str) else _number(row, key)
         if value in (first, second):
             return value == first
-        if isinstance(value, str) and value.startswith("tie"):
+        if isinstance(value, str) and value.startswith(("tie", "both_bad")):
             return None
         raise ConfigError(f"{key} is {shown(value)}; it must be {first!r} or {second!r}.")
 
@@ -134,6 +131,9 @@ LAYOUTS = (
 PLAIN = "prompt, chosen, rejected"
 LABELLED = "prompt, completion, label"
 IMPLICIT = "chosen and rejected with the prompt in them"
+
+# The verdicts that are numbers.
+VERDICTS = ("preference", "preference_strength", "overall_preference", "labels", "better_response_id")
 
 # Rows of one response each, by a key that tells them, and what they are.
 NO_PAIRS = (
@@ -201,21 +201,53 @@ def is_kto(row):
     return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and "chosen" not in row
 
 
-def paired(rows, name, where):
-    """Rows of one labelled completion each, put together by their prompts; `name` and `where` are for errors.
+def prompt_of(row, prompt_feature=None, chosen_feature="chosen", rejected_feature="rejected"):
+    """What tells the rows of one prompt, as text; None where it cannot be told."""
+    chosen, rejected = ("completion", "completion") if is_kto(row) else (chosen_feature, rejected_feature)
+    try:
+        laid, _, _ = recognised(row, prompt_feature, chosen, rejected)
+    except (ConfigError, UselessRow):
+        return None
+    asked = laid["prompt"] if "prompt" in laid else row.get("prompt")
+    if asked is None:
+        asked = _begun(laid.get("chosen", row.get(chosen)), laid.get("rejected", row.get(rejected)))
+    return json.dumps(asked, sort_keys=True, default=str) if asked else None
+
+
+def _begun(chosen, rejected):
+    """The prompt that two responses begin with."""
+    if isinstance(chosen, str) and (turns := transcript(chosen)):
+        chosen = [message for message, _ in turns]
+    if isinstance(chosen, list):
+        return chosen[:-1]
+    both_texts = isinstance(chosen, str) and isinstance(rejected, str)
+    return chosen[: shared_text(chosen, rejected)] if both_texts and chosen != rejected else None
+
+
+def paired(rows, name, where, prompt=None):
+    """Rows of one labelled completion each, put together by their prompts.
+
+    Args:
+        rows: the rows.
+        name, where: of the rows and of one by its number, for errors.
+        prompt: the prompt's key; None is found.
 
     Returns:
         `(rows, numbers)`: rows with `chosen` and `rejected`, and the number of the row that each chosen stands in.
 
     Raises:
-        ConfigError: no prompt has completions with both labels.
+        ConfigError: a row has no prompt, or no prompt has completions with both labels.
     """
     groups = defaultdict(lambda: {True: [], False: []})
     for number, row in enumerate(rows):
         if not is_kto(row) or row["label"] not in (True, False, 0, 1):
             raise ConfigError(f"{where(number)}: the row has no completion with a label that is true or false.")
-        key = json.dumps([row.get("prompt"), row.get("system"), row.get("tools")], sort_keys=True, default=str)
-        groups[key][bool(row["label"])].append((number, row))
+        asked = prompt_of(row, prompt)
+        if asked is None:
+            raise ConfigError(f"{where(number)}: there is no prompt to pair it by; name its key with prompt_feature.")
+        beside = [row.get(key) for key in (*SYSTEM, "tools", "chat_template_kwargs")]
+        group = groups[asked, json.dumps(beside, sort_keys=True, default=str)]
+        group[bool(row["label"])].append((number, row))
     found, numbers = [], []
     for group in groups.values():
         for (number, good), (_, bad) in zip(group[True], group[False], strict=False):

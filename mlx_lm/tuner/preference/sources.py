@@ -1,7 +1,4 @@
-"""Rows from files: which file of a folder holds which split, and the rows of a file of any kind.
-
-It reads `train.jsonl`, `valid.jsonl` and `test.jsonl`.
-"""
+"""Rows from files: which file of a folder holds which split, and the rows of a file of any kind."""
 
 import csv
 import json
@@ -11,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from .layouts import CHOSEN_SCORES, PROMPTS, REJECTED_SCORES
+from .layouts import CHOSEN_SCORES, REJECTED_SCORES, VERDICTS, prompt_of
 from .messages import from_json
 from .options import ConfigError
 
@@ -24,8 +21,8 @@ SPLITS = {
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 # Files that `save_to_disk` of the datasets package leaves in a folder.
 SAVED = ("dataset_dict.json", "state.json")
-# CSV holds text alone; these columns hold numbers.
-NUMBERS = ("margin", "weight", *CHOSEN_SCORES, *REJECTED_SCORES)
+# CSV holds text alone; these columns hold numbers, or true and false.
+NUMBERS = ("margin", "weight", *CHOSEN_SCORES, *REJECTED_SCORES, *VERDICTS, "label")
 
 
 class Rows(NamedTuple):
@@ -101,8 +98,13 @@ def read_file(path, package):
 
 def of_hub(data, name):
     """The `Rows` of a data set of the datasets package, without the empty values that its columns fill up rows with."""
-    read = View(len(data), lambda i: {key: _without_none(value) for key, value in data[i].items()})
-    return Rows(read, lambda i: f"{name}, row {i}")
+
+    def read(i):
+        row = data[i]
+        # A key of the row itself may be null.
+        return {key: _without_none(value) for key, value in row.items()} if isinstance(row, Mapping) else row
+
+    return Rows(View(len(data), read), lambda i: f"{name}, row {i}")
 
 
 def joined(parts):
@@ -114,15 +116,22 @@ def joined(parts):
     return Rows(rows, lambda i: places[i][0](places[i][1]))
 
 
-def held_out(rows, share, seed, prompt=None):
+def held_out(rows, share, seed, **features):
     """Numbers of the rows to train on and of those to validate on; rows of one prompt stay together.
+
+    Args:
+        rows: the rows.
+        share: of them to validate on.
+        seed: of the draw.
+        features: the rows' keys, as `prompt_of` takes them.
 
     Raises:
         ConfigError: a prompt is left for one of the two only.
     """
     groups = {}
     for i in range(len(rows)):
-        groups.setdefault(_prompt_of(rows[i], prompt, i), []).append(i)
+        asked = prompt_of(rows[i], **features) if isinstance(rows[i], Mapping) else None
+        groups.setdefault(i if asked is None else asked, []).append(i)
     order = list(groups.values())
     random.Random(seed or 0).shuffle(order)
     valid = []
@@ -132,14 +141,6 @@ def held_out(rows, share, seed, prompt=None):
         raise ConfigError(f"valid_share is {share:g}, but the {len(rows)} training rows have one prompt; leave it out.")
     taken = set(valid)
     return [i for i in range(len(rows)) if i not in taken], sorted(valid)
-
-
-def _prompt_of(row, key, i):
-    found = [row[name] for name in (key, "prompt", *PROMPTS) if isinstance(row, Mapping) and row.get(name)]
-    if found:
-        return json.dumps(found[0], sort_keys=True, default=str)
-    first = row.get("chosen") if isinstance(row, Mapping) else None
-    return json.dumps(first[:-1], sort_keys=True, default=str) if isinstance(first, list) and len(first) > 1 else i
 
 
 def _read_lines(path):
@@ -208,6 +209,8 @@ def _cell(key, value):
     """A table's cell; empty cells of columns that rows may leave out are no values."""
     if key in NUMBERS and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", value, re.IGNORECASE):
         return float(value)
+    if key == "label" and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
     if key == "chat_template_kwargs" and value.strip():
         try:
             return from_json(value)
