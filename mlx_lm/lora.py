@@ -96,6 +96,7 @@ def build_parser():
         parser._optionals._group_actions.remove(action)
         group._group_actions.append(action)
     group.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
+    group.add_argument("--no-test", dest="test", action="store_false", default=None, help="Only train.")
     parser.add_argument(
         "--plot",
         action=Plot,
@@ -111,6 +112,18 @@ def build_parser():
         metavar="FILE",
         help="Print TRL's DPOConfig or KTOConfig in FILE (YAML or JSON) in this command's words, and end.",
     )
+    parse = parser.parse_args
+
+    def parse_args(*given):
+        args = parse(*given)
+        # A flag that says how long to train wins over the other key in a file.
+        if args.epochs is not None and args.iters is None:
+            args.iters = CONFIG_DEFAULTS["iters"]
+        elif args.iters is not None and args.epochs is None:
+            args.epochs = Unset()
+        return args
+
+    parser.parse_args = parse_args
     return parser
 
 

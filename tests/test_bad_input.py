@@ -216,7 +216,7 @@ class TestData:
 
     def test_a_missing_test_set_is_told_before_training(self, command):
         data = write_rows(command.folder / "data", test=None)
-        command.refused("test.jsonl is missing.* or set test: false", test=True, data=data)
+        command.refused("test.jsonl is missing.* or leave test out", test=True, data=data)
 
     def test_folders(self, command, data):
         command.refused("data is '.*/nothing', and there is no such folder", data=str(command.folder / "nothing"))

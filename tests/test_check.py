@@ -133,11 +133,25 @@ class TestEpochs:
         config.check_config(args)
         assert args.epochs == 1.5 and args.iters == 1000 and type(args.iters) is int
 
-    @pytest.mark.parametrize("flags", [("--iters", "1000"), ()])
-    def test_both_are_refused_even_with_the_default_given(self, read, flags):
-        args = read("loss_type: dpo\ntrain: true\nepochs: 2\n" + ("" if flags else "iters: 1000\n"), *flags)
+    @pytest.mark.parametrize(
+        "text, flags", [("epochs: 2\niters: 1000", ()), ("", ("--epochs", "2", "--iters", "1000"))]
+    )
+    def test_both_are_refused_even_with_the_default_given(self, read, text, flags):
+        args = read(f"loss_type: dpo\ntrain: true\n{text}\n", *flags)
         with pytest.raises(ConfigError, match="epochs is 2 and iters is 1000, which both say how long to train"):
             config.check_config(args)
+
+    def test_a_flag_of_one_wins_over_the_other_in_a_file(self, read):
+        args = read("loss_type: dpo\ntrain: true\niters: 30\n", "--epochs", "0.5")
+        config.check_config(args)
+        assert args.epochs == 0.5 and args.iters == 1000
+        args = read("loss_type: dpo\ntrain: true\nepochs: 2\n", "--iters", "30")
+        config.check_config(args)
+        assert args.epochs is None and args.iters == 30
+
+    def test_iters_of_supervised_training_is_no_key_of_preferences(self, read, capsys):
+        config.warn_of_preference_keys(read("train: true\n", "--iters", "30"))
+        assert capsys.readouterr().err == ""
 
     @pytest.mark.parametrize(
         "epochs, pairs, batch_size, expected", [(1, 8, 4, 2), (2, 9, 4, 6), (0.1, 120, 4, 3), (0.01, 8, 4, 1)]

@@ -312,6 +312,16 @@ def test_the_flag_prints_the_file_and_ends(tmp_path):
     assert (values["beta"], values["learning_rate"], values["train"]) == (0.2, 1e-6, True)
 
 
+def test_validations_have_a_split_where_there_are_some():
+    given = {"dataset_name": "a/b", "model_name_or_path": "m", "output_dir": "o"}
+    args, _ = config_of(given | {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True})
+    assert args.hf_dataset == [{"path": "a/b", "train_split": "train", "valid_split": "test"}]
+    assert (args.val_batches, args.save_best) == (-1, "eval_loss")
+    # As YAML reads a bare `no`.
+    args, _ = config_of(given | {"eval_strategy": False, "save_strategy": False})
+    assert (args.data, args.val_batches) == ("a/b", 0) and not hasattr(args, "hf_dataset")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

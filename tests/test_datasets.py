@@ -3,15 +3,18 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import chat_tokenizers as tokenizers
 import pytest
+import yaml
 
 from mlx_lm.tuner import datasets
 from mlx_lm.tuner.preference.options import ConfigError
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 TOKENIZER = tokenizers.qwen()
+EXAMPLES = Path(__file__).parent.parent / "mlx_lm" / "examples"
 
 
 def config(**options):
@@ -269,6 +272,15 @@ def test_of_a_whole_split_that_is_named_alone_some_rows_validate(hub, share, val
     splits = load(hf_dataset={"path": "a", "train_split": "prefs", "config": None}, valid_share=share)
     assert [len(split) for split in splits] == [20 - valid, valid, 0]
     assert chosen(splits[0]) + chosen(splits[1]) == [row["chosen"] for row in rows]
+
+
+def test_the_recipe_for_ultrafeedback_names_splits_that_it_has(hub):
+    recipe = yaml.safe_load((EXAMPLES / "ultrafeedback.yaml").read_text())
+    splits = [f"{part}_{kind}" for part in ("train", "test") for kind in ("prefs", "sft", "gen")]
+    rows = {"prefs": [ROW | {"score_chosen": 8.0, "score_rejected": 5.0}]}
+    hub["HuggingFaceH4/ultrafeedback_binarized"] = {name: rows.get(name.partition("_")[2], [{}]) for name in splits}
+    train, valid, _ = load(**recipe)
+    assert (len(train), len(valid)) == (1, 1)
 
 
 def test_hf_dataset_list_with_keys_of_their_own(hub):

@@ -182,7 +182,12 @@ def short_run(path, folder, **changes):
     data.mkdir()
     for split in ("train", "valid"):
         (data / f"{split}.jsonl").write_text("\n".join([chat] * 4 if config.loss_type == "sft" else pairs))
-    fixed = {"model": str(ROOT / MODEL), "data": str(data), "adapter_path": str(folder / "adapters")}
+    fixed = {
+        "model": str(ROOT / MODEL),
+        "data": str(data),
+        "hf_dataset": None,
+        "adapter_path": str(folder / "adapters"),
+    }
     # No more layers and rows than there are; these rows have no scores.
     fixed |= {"num_layers": min(config.num_layers, 2), "batch_size": min(config.batch_size, 4), "iters": 1}
     fixed |= {"min_score_difference": None, "val_batches": 0, "save_best": None, "early_stop": None}

@@ -239,7 +239,7 @@ def test_a_readme_of_the_users_is_left_alone(run, tmp_path):
 def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, monkeypatch):
     (tmp_path / "best").mkdir()
     args = SimpleNamespace(
-        adapter_path=str(tmp_path), save_best="accuracy", model="a/b", trust_remote_code=True, iters=5
+        adapter_path=str(tmp_path), save_best="accuracy", model="a/b", trust_remote_code=True, iters=5, data="a/prefs"
     )
     for program, expected in (("mlx_lm.lora", "mlx_lm"), ("/usr/bin/mlx_lm_dpo.lora", "/usr/bin/mlx_lm_dpo")):
         monkeypatch.setattr(sys, "argv", [program, "--train"])
@@ -250,6 +250,24 @@ def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, mon
         assert found["fuse"] == f"{expected} fuse {where} --save-path {tmp_path}/fused"
         assert found["test"] == f"{program} --train --no-train --test --adapter-path {tmp_path}/best"
         assert found["resume"] == f"{program} --train --resume --epochs 3"
+
+
+def test_a_test_is_offered_where_there_is_a_test_set(tmp_path):
+    def offered(**data):
+        settings = {
+            "adapter_path": str(tmp_path),
+            "save_best": None,
+            "model": "m",
+            "trust_remote_code": False,
+            "iters": 1,
+        }
+        return "test" in next_commands(SimpleNamespace(**settings | {"hf_dataset": None, "data": None} | data))
+
+    (tmp_path / "train.jsonl").touch()
+    assert not offered(data=str(tmp_path)) and not offered(data=str(tmp_path / "train.jsonl"))
+    (tmp_path / "test.jsonl").touch()
+    assert offered(data=str(tmp_path))
+    assert offered(hf_dataset={"path": "a", "test_split": "quiz"}) and not offered(hf_dataset=[{"path": "a"}])
 
 
 @pytest.mark.parametrize("text, stays", [(MARK, False), ("# Mine\n", True)])
@@ -264,7 +282,7 @@ def test_a_new_run_moves_an_earlier_ones_card_aside(tmp_path, text, stays):
 def test_the_last_panel_has_no_sign_before_a_zero(tmp_path, capsys):
     line = {"iteration": 0, "eval_loss": 0.6931, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": -1e-5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    args = SimpleNamespace(adapter_path=tmp_path, save_best=None, model="m", trust_remote_code=False, iters=1)
+    args = SimpleNamespace(adapter_path=tmp_path, save_best=None, model="m", trust_remote_code=False, iters=1, data="m")
     print_closing(args, None)
     assert "loss 0.693, accuracy 0.500, margin 0.000 (iteration 0)" in capsys.readouterr().out
 

@@ -83,7 +83,7 @@ def load_local_dataset(data_path, tokenizer, config):
     if not prefers(config):
         return _upstream.load_local_dataset(data_path, tokenizer, config)
     if is_saved(data_path):
-        hub = _hub_package(f"data is {str(data_path)!r}, which the datasets package has saved, and")
+        hub = _hub_package(f"data is {str(data_path)!r}, which the datasets package has saved: reading it")
         with _hub_errors(hub, f"data is {str(data_path)!r}, which"):
             found = hub.load_from_disk(str(data_path))
         return _of_splits(found if isinstance(found, Mapping) else {"train": found}, str(data_path), tokenizer, config)
@@ -91,11 +91,13 @@ def load_local_dataset(data_path, tokenizer, config):
     for split, wanted in _wanted(config).items():
         paths = files_of(data_path, split) if data_path.is_dir() else [data_path] if split == "train" else []
         path = paths[0] if paths else data_path / f"{split}.jsonl" if data_path.is_dir() else data_path
-        parts = [read_file(part, partial(_hub_package, f"{part} is a Parquet file:")) for part in paths if wanted]
+        parts = [
+            read_file(part, partial(_hub_package, f"{part} is a Parquet file: reading it")) for part in paths if wanted
+        ]
         rows = joined(parts) if parts else None
         if wanted and split != "valid" and (rows is None or len(rows.rows) == 0):
             state = "holds no rows" if paths else "is missing" if data_path.is_dir() else f"is no {split} set"
-            advice = ", or set test: false" if split == "test" else ""
+            advice = ", or leave test out" if split == "test" else ""
             raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line{advice}.")
         found[split] = (rows, str(path)) if rows is not None and len(rows.rows) else None
     return _made(found, tokenizer, config)
@@ -105,7 +107,7 @@ def load_hf_dataset(data_id, tokenizer, config):
     """`(train, valid, test)` from the hub's data set of a name, its splits found by their usual names."""
     if not prefers(config):
         return _upstream.load_hf_dataset(data_id, tokenizer, config)
-    hub = _hub_package(f"data is {data_id!r}: there is no such folder, and")
+    hub = _hub_package(f"data is {data_id!r}: there is no such folder, and loading from the Hugging Face hub")
     with _hub_errors(hub, f"data is {data_id!r}: there is no such folder, and the hub's data set"):
         found = hub.load_dataset(data_id)
     return _not_empty(_of_splits(found, data_id, tokenizer, config), config, data_id)
@@ -130,7 +132,9 @@ def _of_splits(found, data_id, tokenizer, config):
 def _made(found, tokenizer, config):
     """Data sets of the `Rows` and names of three splits, None for each that there is not."""
     share = getattr(config, "valid_share", None)
-    if share and found["train"] and not found["valid"]:
+    if share and found["valid"]:
+        rprint(f"valid_share is not used: {found['valid'][1]} is the validation set.")
+    elif share and found["train"]:
         rows, name = found["train"]
         numbers = held_out(rows.rows, share, getattr(config, "seed", 0), **_features(config))
         found["train"], found["valid"] = ((rows.taken(taken), name) for taken in numbers)
@@ -141,7 +145,7 @@ def load_custom_hf_dataset(args, tokenizer):
     """`(train, valid, test)` from `args.hf_dataset`: an entry, or a list of entries whose rows are put together."""
     if not prefers(args):
         return _upstream.load_custom_hf_dataset(args, tokenizer)
-    hub = _hub_package("hf_dataset is set, and")
+    hub = _hub_package("hf_dataset is set: loading from the Hugging Face hub")
     entries = args.hf_dataset if isinstance(args.hf_dataset, list) else [args.hf_dataset]
     shared = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key, None) is not None}
     collection = []
@@ -210,7 +214,7 @@ def _hub_package(why):
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"{why} loading from the Hugging Face hub needs the datasets package; install it.") from error
+        raise ConfigError(f"{why} needs the datasets package: pip install datasets.") from error
     return datasets
 
 

@@ -93,7 +93,12 @@ def warn_of_unread_keys(args, known):
 def warn_of_preference_keys(args):
     """Name the keys of preference training that are set in a run without a preference loss."""
     options = [option for option in OPTIONS if option.name not in ("loss_type", "prompt_feature")]
-    given = [option.name for option in options if getattr(args, option.name, None) not in (None, option.default)]
+    values = {option: getattr(args, option.name, None) for option in options}
+    given = [
+        option.name
+        for option, value in values.items()
+        if value not in (None, option.default) and not isinstance(value, Unset)
+    ]
     if given:
         print(
             f"[WARNING] {', '.join(given)} {'is' if len(given) == 1 else 'are'} set, but loss_type is sft, and "
@@ -128,6 +133,8 @@ def check_config(args):
         ConfigError: a value of a wrong type or out of range, or settings that exclude each other.
     """
     iters = args.iters
+    if isinstance(args.epochs, Unset):
+        args.epochs = None
     if args.compare:
         args.train, args.test = False, True
     for option in UPSTREAM_OPTIONS + OPTIONS:

@@ -125,9 +125,16 @@ def _model_and_data(made):
         raise ConfigError(f"datasets is {entries!r}; it must be a list of objects with path.")
     if not entries:
         return made.note("data: the file has no dataset_name; give a folder or a data set here or as --data.")
-    if len(entries) == 1 and not any(entries[0].get(key) for key in ("name", "split")) and given["test_split"] is None:
+    named = given["test_split"] is not None or any(entries[0].get(key) for key in ("name", "split"))
+    if len(entries) == 1 and not named and _strategy(made, "eval_strategy") == "no":
         return made.put("data", entries[0]["path"])
     made.put("hf_dataset", [_entry(entry, given["test_split"] or "test") for entry in entries])
+
+
+def _strategy(made, name, default=None):
+    """When something is done; YAML reads a bare `no` as false."""
+    value = made.take(name, default)
+    return "no" if value is False else str(value)
 
 
 def _entry(entry, test_split):
@@ -283,13 +290,13 @@ def _reports(made, updates):
 
     logging, evaluating = made.take("logging_steps"), made.take("eval_steps")
     put_steps("steps_per_report", "logging_steps", logging)
-    strategy = str(made.take("eval_strategy"))
+    strategy = _strategy(made, "eval_strategy")
     made.put("val_batches", 0 if strategy == "no" else -1, "eval_strategy")
     if strategy == "steps":
         put_steps("steps_per_eval", "eval_steps", evaluating or logging)
     elif strategy != "no":
         made.note(f"steps_per_eval: {strategy} there; a validation every so many batches here.")
-    if (saving := str(made.take("save_strategy", "steps"))) not in ("steps", "best"):
+    if (saving := _strategy(made, "save_strategy", "steps")) not in ("steps", "best"):
         made.note(f"save_every: {saving} there; a save every so many batches here.")
     else:
         put_steps("save_every", "save_steps", made.take("save_steps"))

@@ -110,7 +110,7 @@ def length_bias(last):
     kind = "longer" if found > 0 else "shorter"
     return (
         f"Margins go with length (correlation {found:+.2f}): {kind} responses are preferred for being {kind}. Try "
-        "loss_type sigmoid_norm or simpo, which count a token's mean, or ld_alpha below 1."
+        "ld_alpha below 1, loss_type [dpo, sft], or simpo, which counts a token's mean."
     )
 
 
@@ -127,5 +127,6 @@ def too_few(last):
         needed = math.ceil(1.05 * needed) + 1
     return (
         f"{count} pairs say little: the accuracy of {share:.2f} is between {low:.2f} and {high:.2f} (95 %). Some "
-        f"{needed} would narrow that to {WIDEST}: val_batches: -1 takes all there are, valid_share holds more back."
+        f"{needed} would narrow that to {WIDEST}: val_batches: -1 takes all there are; beyond those it takes more "
+        "rows to validate on, or without a validation set a larger valid_share."
     )

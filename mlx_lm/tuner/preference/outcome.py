@@ -16,6 +16,7 @@ from .interruption import given_command
 from .metrics import SAMPLES_FILE, add_lines, begin_lines, best_of, read_metrics, read_validations
 from .nonfinite import places_of
 from .page import PAGE_FILE, table_rows, write_page
+from .sources import has_test_set
 
 
 class Outcome:
@@ -118,14 +119,11 @@ def next_commands(args, epochs=None):
     adapters = ["--model", args.model, "--adapter-path", str(where)]
     longer = ["--epochs", f"{2 * epochs:g}"] if epochs else ["--iters", str(2 * args.iters)]
     resume = [] if "--resume" in given_command() else ["--resume"]
+    best = [] if where == folder else ["--adapter-path", str(where)]
+    test = {"test": [*given_command(), "--no-train", "--test", *best]} if has_test_set(args) else {}
     commands = {
         "generate": [*_program(), "generate", *adapters, *trusted, "--prompt", "Hello"],
-        "test": [
-            *given_command(),
-            "--no-train",
-            "--test",
-            *([] if where == folder else ["--adapter-path", str(where)]),
-        ],
+        **test,
         "fuse": [*_program(), "fuse", *adapters, *trusted, "--save-path", str(folder / "fused")],
         "resume": [*given_command(), *resume, *longer],
     }

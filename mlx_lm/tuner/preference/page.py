@@ -25,7 +25,7 @@ SUMMARY = {
     "rewards/margins": "margin",
     "rewards/chosen": "chosen reward",
     "rewards/rejected": "rejected reward",
-    "kl": "KL, nats a token",
+    "kl": "KL, nats a token (kto: a response)",
     "entropy": "entropy, nats a token",
     "mean_token_accuracy": "token accuracy",
 }

@@ -6,6 +6,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, REJECTED_SCORES, VERDICTS, prompt_of
@@ -75,6 +76,15 @@ def files_of(folder, split):
 def is_saved(folder):
     """Whether the datasets package has saved a folder."""
     return folder.is_dir() and any((folder / name).exists() for name in SAVED)
+
+
+def has_test_set(args):
+    """Whether a configuration's data has a test set; of a data set's name the hub is not asked."""
+    if entries := getattr(args, "hf_dataset", None):
+        return any(entry.get("test_split") for entry in (entries if isinstance(entries, list) else [entries]))
+    data = Path(args.data).expanduser()
+    saved = any((data / name).is_dir() for name in SPLITS["test"])
+    return not data.exists() or data.is_dir() and (saved or bool(files_of(data, "test")))
 
 
 def read_file(path, package):
