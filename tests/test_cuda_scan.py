@@ -17,7 +17,7 @@ NAMES = "x", "steps", "write", "read", "A", "state"
 
 def assert_is_the_loop(inputs):
     expected, slopes = values_and_gradients(scan_loop, inputs)
-    found, found_slopes = values_and_gradients(lambda *inputs: selective_loops(*inputs[:-1]), inputs)
+    found, found_slopes = values_and_gradients(selective_loops, inputs)
     for name, a, b in zip(
         ("outputs", "last state", *NAMES), [*found, *found_slopes], [*expected, *slopes], strict=True
     ):
@@ -30,10 +30,12 @@ def test_any_length_gives_the_loops_values_and_gradients(length, strength):
     assert_is_the_loop(make_tokens(length, width=2 * THREADS * NUMBERS // 16, states=16, strength=strength))
 
 
-@pytest.mark.parametrize("states", [4, 8, 32])
+@pytest.mark.parametrize("states", [8, 32])
 def test_states_of_other_sizes(states):
     width = THREADS * NUMBERS // states
     assert fits(width, states) and not fits(width + 1, states) and not fits(width, states + 1) and not fits(width, 64)
+    # Its arrays would be larger than a block's shared memory.
+    assert not fits(THREADS, NUMBERS)
     assert_is_the_loop(make_tokens(TILE + 3, batch=1, width=width, states=states))
 
 

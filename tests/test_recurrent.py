@@ -37,15 +37,15 @@ def make_inputs(length, by_channel=False, batch=2, key_heads=2, value_heads=4, k
     ]
 
 
-def loop(queries, keys, values, log_gates, betas, state, mask=None):
-    return gated_delta.gated_delta_ops(queries, keys, values, mx.exp(log_gates), betas, state, mask)
+def loop(queries, keys, values, log_gates, betas, state):
+    return gated_delta.gated_delta_ops(queries, keys, values, mx.exp(log_gates), betas, state)
 
 
-def values_and_gradients(function, inputs, mask=None):
+def values_and_gradients(function, inputs):
     """Outputs, last state, and the gradient of a sum of both, each entry with a weight of its own."""
 
     def total(*inputs):
-        outputs, state = function(*inputs, mask)
+        outputs, state = function(*inputs)
         weigh = [mx.cos(mx.arange(x.size)).reshape(x.shape) for x in (outputs, state)]
         return (outputs * weigh[0]).sum() + (state * weigh[1]).sum(), (outputs, state)
 
@@ -60,9 +60,9 @@ def assert_close(found, expected, tolerance, what=""):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max()), err_msg=what)
 
 
-def assert_is_the_loop(inputs, mask=None, value=1e-5, gradient=1e-4):
-    expected, slopes = values_and_gradients(loop, inputs, mask)
-    found, found_slopes = values_and_gradients(gated_delta_rule, inputs, mask)
+def assert_is_the_loop(inputs, value=1e-5, gradient=1e-4):
+    expected, slopes = values_and_gradients(loop, inputs)
+    found, found_slopes = values_and_gradients(gated_delta_rule, inputs)
     for name, a, b in zip(("outputs", "last state"), found, expected, strict=True):
         assert_close(a, b, value, name)
     for name, a, b in zip(NAMES, found_slopes, slopes, strict=True):
@@ -73,17 +73,6 @@ def assert_is_the_loop(inputs, mask=None, value=1e-5, gradient=1e-4):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_any_length_gives_the_loops_values_and_gradients(length, by_channel):
     assert_is_the_loop(make_inputs(length, by_channel))
-
-
-@pytest.mark.parametrize("by_channel", [False, True])
-def test_a_mask_leaves_the_state_as_it_was_and_outputs_as_the_loop_has_them(by_channel):
-    inputs = make_inputs(CHUNK + 9, by_channel)
-    mask = mx.array(np.random.default_rng(0).random((2, CHUNK + 9)) < 0.6)
-    assert_is_the_loop(inputs, mask)
-    # Padding on the left, as a batch of unequal prompts has it.
-    assert_is_the_loop(inputs, mx.arange(CHUNK + 9) >= mx.array([[3], [CHUNK + 2]]))
-    _, last = gated_delta_rule(*inputs, mx.zeros((2, CHUNK + 9), mx.bool_))
-    assert mx.array_equal(last, inputs[-1])
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
@@ -255,9 +244,8 @@ def test_parts_of_what_a_layer_has_computed_are_compiled_too(monkeypatch):
 @pytest.mark.parametrize("by_channel", [False, True])
 def test_parts_of_a_sequence_that_are_prepared_apart_are_the_whole(by_channel, monkeypatch):
     inputs = make_inputs(5 * CHUNK + 3, by_channel, batch=1)
-    mask = mx.arange(5 * CHUNK + 3)[None] % 7 != 0
     monkeypatch.setitem(recurrent.TOKENS_AT_ONCE, mx.default_device().type, 2 * CHUNK * inputs[4].shape[2])
-    assert_is_the_loop(inputs, mask)
+    assert_is_the_loop(inputs)
 
 
 def test_memory_is_of_inputs_and_a_state_a_chunk(monkeypatch):

@@ -23,8 +23,8 @@ def computed_by(recurrence, always=False):
 
     Args:
         recurrence: takes queries and keys `(B, T, Hk, Dk)`, values `(B, T, Hv, Dv)`, the gates' logarithms, at most
-            0, `(B, T, Hv)` or `(B, T, Hv, Dk)`, float32, beta `(B, T, Hv)`, a state `(B, Hv, Dv, Dk)` or None, and a
-            mask `(B, T)` or None; returns what `gated_delta_update` does.
+            0, `(B, T, Hv)` or `(B, T, Hv, Dk)`, float32, beta `(B, T, Hv)`, and a state `(B, Hv, Dv, Dk)` or None;
+            returns what `gated_delta_update` does.
         always: in place of upstream's kernel for Metal too.
     """
     token = _stand_in.set((recurrence, always))
@@ -40,15 +40,15 @@ def gated_delta_update(
 ):  # fmt: skip
     """Upstream's function, for which a function given to `computed_by` may stand in.
 
-    It does wherever upstream would run its loop: without Metal, and in training.
+    It does wherever upstream would run its loop, without Metal and in training, and there is no mask.
     """
     recurrence, always = _stand_in.get()
     has_kernel = use_kernel and mx.default_device() == mx.gpu and mx.metal.is_available()
-    if recurrence is None or (has_kernel and not always):
+    if recurrence is None or mask is not None or (has_kernel and not always):
         options = {"use_kernel": use_kernel, "lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
         return _upstream_update(q, k, v, a, b, A_log, dt_bias, state, mask, **options)
     beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
-    return recurrence(q, k, v, _log_gate(a, A_log, dt_bias, lower_bound), beta, state, mask)
+    return recurrence(q, k, v, _log_gate(a, A_log, dt_bias, lower_bound), beta, state)
 
 
 def _log_gate(a, A_log, dt_bias, lower_bound):

@@ -56,21 +56,16 @@ def _one_after_another(state, decays, turns, additions, direction=1):
     return mx.concatenate(states[::direction]), last.squeeze(0)
 
 
-def decays_of(passed, own=0.0, kept=None):
+def decays_of(log_gates):
     """The product of the gates after token j up to i of a chunk, 0 for tokens j after i: `(..., C, C)`.
 
     An exponential of a sum over just these tokens; a quotient of products would overflow.
 
     Args:
-        passed, own: `(..., C, 1)`: a gate's logarithm for the tokens after its own, and what is added for its own.
-        kept: `(..., C, 1)`, 0 for a token that others do not see, 1 for the rest, or None where own is nothing.
+        log_gates: `(..., C, 1)`.
     """
-    earlier = _earlier(passed.shape[-2])
-    sums, seen = mx.cumsum(mx.where(earlier, passed, 0.0), axis=-2), _earlier(passed.shape[-2], or_same=True)
-    if kept is not None:
-        # Its own score is a token's whether it is kept or not.
-        sums, seen = mx.where(earlier, sums + own, 0.0), seen & ((kept.swapaxes(-1, -2) > 0) | ~earlier)
-    return mx.exp(mx.where(seen, sums, -mx.inf))
+    sums = mx.cumsum(mx.where(_earlier(log_gates.shape[-2]), log_gates, 0.0), axis=-2)
+    return mx.exp(mx.where(_earlier(log_gates.shape[-2], or_same=True), sums, -mx.inf))
 
 
 def _earlier(count, or_same=False):
@@ -78,16 +73,16 @@ def _earlier(count, or_same=False):
     return mx.array(np.tri(count, k=0 if or_same else -1, dtype=bool))
 
 
-def decayed_products(keys, queries, kept, passed, own):
+def decayed_products(keys, queries, log_gates):
     """`(key scores, scores)` of tokens i and j of a chunk, each `(..., C, C)`, for one gate a token.
 
     d_ij k_i . k_j for tokens j before i, 0 elsewhere; and d_ij q_i . k_j for these, q_i . k_i on the diagonal.
 
     Args:
         keys, queries: `(..., C, Dk)`.
-        kept, passed, own: as for `decays_of`.
+        log_gates: as for `decays_of`.
     """
-    decays = decays_of(passed, own, kept)
+    decays = decays_of(log_gates)
     of_keys, of_queries = _scores(keys, queries)
     return mx.where(_earlier(keys.shape[-2]), decays * of_keys, 0.0), decays * of_queries
 
@@ -106,24 +101,21 @@ def _scores_slopes(arrays, slopes, _):
     return mx.addmm(both, of_queries.swapaxes(-1, -2), queries), of_queries @ keys
 
 
-def decayed_products_by_channel(keys, queries, kept, passed, own):
-    """The same for a gate a channel, `passed` and `own` `(..., C, Dk)`.
+def decayed_products_by_channel(keys, queries, log_gates):
+    """The same for a gate a channel, `log_gates` `(..., C, Dk)`.
 
     In a block of 2 s tokens the gates between one of the first s and one of the last s are a factor of each, so that
     one product does for all of these; s doubles from 1.
     """
     rows = mx.stack([keys, mx.broadcast_to(queries, keys.shape)])
-    seen = keys if kept is None else keys * kept
     diagonal = mx.stack([mx.zeros(keys.shape[:-1]), (queries * keys).sum(-1)])
-    inner = mx.broadcast_to(diagonal, (2, *mx.broadcast_shapes(keys.shape[:-1], passed.shape[:-1])))[..., None, None]
+    inner = mx.broadcast_to(diagonal, (2, *mx.broadcast_shapes(keys.shape[:-1], log_gates.shape[:-1])))[..., None, None]
     size = 1  # inner: (2, ..., C / s, s, s)
     while size < keys.shape[-2]:
-        gates = _halves(passed, size)
+        gates = _halves(log_gates, size)
         until = mx.cumsum(gates[..., 1, :, :], axis=-2)
-        if kept is not None:
-            until = until + _halves(own, size)[..., 1, :, :]
         after = mx.exp(mx.cumsum(gates[..., 0, :, :], axis=-2, reverse=True, inclusive=False))
-        early = after * _halves(seen, size)[..., 0, :, :]
+        early = after * _halves(keys, size)[..., 0, :, :]
         across = (mx.exp(until) * _halves(rows, size)[..., 1, :, :]) @ early.swapaxes(-1, -2)  # (2, ..., P, s, s)
         upper = mx.concatenate([inner[..., 0::2, :, :], mx.zeros_like(across)], axis=-1)
         inner = mx.concatenate([upper, mx.concatenate([across, inner[..., 1::2, :, :]], axis=-1)], axis=-2)

@@ -197,7 +197,7 @@ def _kernel(name):
 def fits(width, states):
     """Whether so many channels are whole blocks, and their states numbers of neighbouring threads, in shared memory."""
     lanes = states // NUMBERS
-    return states % NUMBERS == 0 and lanes in (1, 2, 4, 8) and width % (THREADS // lanes) == 0
+    return states % NUMBERS == 0 and lanes in (2, 4, 8) and width % (THREADS // lanes) == 0
 
 
 def selective_loops(x, steps, write, read, A, state=None):

@@ -69,10 +69,10 @@ def uses_gated_delta(modules):
     return any(getattr(file, "gated_delta_update", None) is gated_delta.gated_delta_update for file in files)
 
 
-def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=None):
-    """The gated delta rule over a sequence, as mlx-lm's loop computes it, with gradients for all but the mask.
+def gated_delta_rule(queries, keys, values, log_gates, betas, state=None):
+    """The gated delta rule over a sequence, as mlx-lm's loop computes it.
 
-    Sums are in float32 whatever the dtype. On CUDA kernels compute it, without a mask and for heads that fit them.
+    Sums are in float32 whatever the dtype. On CUDA kernels compute it for heads that fit them.
 
     Args:
         queries, keys: `(B, T, Hk, Dk)`; keys of a norm of at most 1, or the rule itself grows without bound.
@@ -80,7 +80,6 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
         log_gates: `(B, T, Hv)`, or `(B, T, Hv, Dk)` for a gate for each channel of the keys; at most 0, finite.
         betas: `(B, T, Hv)`, 0 to 2.
         state: `(B, Hv, Dv, Dk)`, or None for zeros.
-        mask: `(B, T)` booleans, or None; a token that is False leaves the state as it was before it.
 
     Returns:
         `(outputs, state)`: `(B, T, Hv, Dv)` in the queries' dtype, and the state after the last token,
@@ -90,16 +89,16 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None, mask=N
     if state is None:
         state = mx.zeros((batch, value_heads, value_width, key_width))
     arrays = queries, keys, values, log_gates.astype(mx.float32), betas, state.astype(mx.float32)
-    if on_cuda() and mask is None and cuda_delta.fits(key_width, value_width):
+    if on_cuda() and cuda_delta.fits(key_width, value_width):
         return cuda_delta.gated_delta_loops(*arrays)
-    return gated_delta_chunks(*arrays, mask)
+    return gated_delta_chunks(*arrays)
 
 
-def gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask=None):
+def gated_delta_chunks(queries, keys, values, log_gates, betas, state):
     """The same in chunks; of each the backward pass keeps a state.
 
     Args:
-        queries, keys, values, log_gates, betas, state, mask: as there; gates and state are float32.
+        queries, keys, values, log_gates, betas, state: as there; gates and state are float32.
     """
     batch, length, key_heads, key_width = keys.shape
     value_heads, value_width = values.shape[2:]
@@ -113,13 +112,11 @@ def gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask=None
         # Not by mx.split: MLX's compiler fails where it finds the same split in both passes.
         return [x[:, start : start + at_once] for start in starts_of_parts]
 
-    kept = [None] * len(starts_of_parts) if mask is None else in_parts(mask[:, :, None, None])
-
     @mx.custom_function
     def run(state, *arrays):
         outputs, all_states = [], []
-        for *part, part_kept in zip(*map(in_parts, arrays), kept, strict=True):
-            chunks = _prepare(*part, part_kept)
+        for part in zip(*map(in_parts, arrays), strict=True):
+            chunks = _prepare(*part)
             states, state, read, own = _run(chunks, state)
             outputs.append(_as_sequence(read, own, part[2]))
             all_states.append(states)
@@ -128,10 +125,10 @@ def gated_delta_chunks(queries, keys, values, log_gates, betas, state, mask=None
     @run.vjp
     def backward(inputs, cotangents, outputs):
         (_, *arrays), (output_slope, slope, *_), (_, last, *states) = inputs, cotangents, outputs
-        parts = zip(*map(in_parts, (*arrays, output_slope)), kept, states, strict=True)
+        parts = zip(*map(in_parts, (*arrays, output_slope)), states, strict=True)
         slopes = []
-        for *part, out_slope, part_kept, part_states in reversed(list(parts)):
-            slope, *part_slopes = _part_slopes(part, part_kept, part_states, last, out_slope, slope)
+        for *part, out_slope, part_states in reversed(list(parts)):
+            slope, *part_slopes = _part_slopes(part, part_states, last, out_slope, slope)
             last = part_states[:1].squeeze(0)
             # Left for later, they would keep what they are made of.
             slope = mx.depends([slope], part_slopes)[0]
@@ -147,18 +144,17 @@ def _joined(parts):
     return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def _part_slopes(arrays, kept, states, last, output_slope, last_slope):
+def _part_slopes(arrays, states, last, output_slope, last_slope):
     """The gradients of the state before a part of a sequence and of each of its arrays.
 
     Args:
         arrays: queries, keys, values, gates and betas, each `(B, T, heads, width)`.
-        kept: `(B, T, 1, 1)`, or None, as for `_prepare`.
         states, last: as `_run` returned them.
         output_slope, last_slope: the gradients of the outputs `(B, T, Hv, Dv)` and of the state after the part.
     """
 
     def part(state, *arrays):
-        return _run(_prepare(*arrays, kept), state, (states, last))[1:]
+        return _run(_prepare(*arrays), state, (states, last))[1:]
 
     # Without waiting for the gradient, all layers could prepare again before the first of them is done with.
     arrays = mx.depends(arrays, [output_slope, last_slope])
@@ -177,7 +173,7 @@ class _Chunks(NamedTuple):
         solve: `(..., C, C)`, T B.
         values: `(..., C, Dv)`, V.
         early: `(..., C, Dk)`, K.
-        late: `(..., C, Dk)`, K', zeros where the mask is False.
+        late: `(..., C, Dk)`, K'.
         decays: `(..., 1, 1 or Dk)`, of the state over the whole chunk.
     """
 
@@ -193,7 +189,6 @@ class _Chunks(NamedTuple):
 def _in_chunks(x, key_heads):
     """`x` `(B, T, H, D)` as `(N, B, Hk, H / Hk, C, D)`, float32; zeros, which change no state, fill the last chunk."""
     _, length, heads, width = x.shape
-    key_heads = min(key_heads, heads)  # a mask is one for all heads
     x = in_chunks(x, min(CHUNK, 1 << (length - 1).bit_length()))
     x = x.reshape(*x.shape[:3], key_heads, heads // key_heads, width).transpose(1, 0, 3, 4, 2, 5)
     # Once, and not anew for each product that it is in.
@@ -207,27 +202,21 @@ def _as_sequence(x, y, like):
     return (x + y).astype(like.dtype).reshape(len(like), -1, *like.shape[2:])[:, : like.shape[1]]
 
 
-def _prepare(queries, keys, values, log_gates, betas, kept):
+def _prepare(queries, keys, values, log_gates, betas):
     """`_Chunks` of a part of a sequence.
 
     Args:
         queries, keys, values, log_gates, betas: `(B, T, heads, width)`, as for `gated_delta_rule`; a width of 1 for
             betas, and for gates that all channels share.
-        kept: `(B, T, 1, 1)`, False for a token that sees its own gate and update and that no other token sees, or None.
     """
     key_heads = keys.shape[2]
     arrays = queries, keys, values, log_gates, betas
     queries, keys, values, log_gates, betas = (_in_chunks(x, key_heads) for x in arrays)
-    passed, seen, own = log_gates, keys, 0.0
-    if kept is not None:
-        kept = _in_chunks(kept, key_heads)
-        passed, seen = log_gates * kept, keys * kept
-        own = log_gates - passed
     # Of all channels: one sum over them does for the gradients of both products.
-    before = mx.broadcast_to(mx.exp(mx.cumsum(passed, axis=-2) + own), (*betas.shape[:-1], keys.shape[-1]))
-    after = mx.exp(mx.cumsum(passed, axis=-2, reverse=True, inclusive=False))
+    before = mx.broadcast_to(mx.exp(mx.cumsum(log_gates, axis=-2)), (*betas.shape[:-1], keys.shape[-1]))
+    after = mx.exp(mx.cumsum(log_gates, axis=-2, reverse=True, inclusive=False))
     products = decayed_products if log_gates.shape[-1] == 1 else decayed_products_by_channel
-    key_scores, scores = products(keys, queries, kept, passed, own)
+    key_scores, scores = products(keys, queries, log_gates)
     inverse = inverse_of(betas * key_scores)
     return _Chunks(
         queries=before * queries,
@@ -235,8 +224,8 @@ def _prepare(queries, keys, values, log_gates, betas, kept):
         solve=inverse * betas.swapaxes(-1, -2),
         values=values,
         early=before * keys,
-        late=after * seen,
-        decays=mx.exp(passed.sum(-2, keepdims=True)),
+        late=after * keys,
+        decays=mx.exp(log_gates.sum(-2, keepdims=True)),
     )
 
 
