@@ -73,10 +73,7 @@ class PairLogps(NamedTuple):
 
 def mean_logps(pairs):
     """The policy's logps a token: (chosen, rejected), each (B,); an empty response counts as one token."""
-    return (
-        pairs.policy_chosen / mx.maximum(pairs.chosen_lengths, 1),
-        pairs.policy_rejected / mx.maximum(pairs.rejected_lengths, 1),
-    )
+    return _a_token(pairs, pairs.policy_chosen, pairs.policy_rejected)
 
 
 def logits(pairs, beta):
@@ -86,10 +83,11 @@ def logits(pairs, beta):
 
 def mean_logratios(pairs):
     """The logratios a token: (chosen, rejected), each (B,)."""
-    return (
-        pairs.chosen_logratios / mx.maximum(pairs.chosen_lengths, 1),
-        pairs.rejected_logratios / mx.maximum(pairs.rejected_lengths, 1),
-    )
+    return _a_token(pairs, pairs.chosen_logratios, pairs.rejected_logratios)
+
+
+def _a_token(pairs, chosen, rejected):
+    return chosen / mx.maximum(pairs.chosen_lengths, 1), rejected / mx.maximum(pairs.rejected_lengths, 1)
 
 
 def softplus(x):

@@ -69,14 +69,8 @@ class Loss:
         if self.f_divergence:
             options += ("f_divergence_type", "f_alpha_divergence_coef")
         if self.needs_reference:
-            options += ("reference_update_steps", "reference_mixup_alpha")
-        if self.unpaired:
-            return options
-        if self.needs_reference:
-            options += ("ld_alpha",)
-        if not self.sorts_batch:
-            options += ("use_weighting",)
-        return options
+            options += ("reference_update_steps", "reference_mixup_alpha", *(() if self.unpaired else ("ld_alpha",)))
+        return options if self.unpaired or self.sorts_batch else (*options, "use_weighting")
 
     def default(self, parameter):
         """The value of `parameter` where the user gives none."""
