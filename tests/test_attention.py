@@ -241,6 +241,26 @@ def test_attention_in_blocks_is_attention(lengths, mask, monkeypatch):
     assert sorted({length for _, length in seen})[0] == (keys - queries + min(32, queries) if causal else keys)
 
 
+@pytest.mark.parametrize("kinds", [(mx.float32, mx.float32, mx.bfloat16), (mx.bfloat16, mx.bfloat16, mx.float32)])
+@pytest.mark.parametrize("on", ["cpu", "blocks"])
+def test_gradients_have_their_arrays_dtypes_where_those_differ(on, kinds, monkeypatch):
+    monkeypatch.setattr(module, "MOST_SCORES", 2 * 4 * 40 * 32)
+    draw = np.random.default_rng(0)
+    arrays = [mx.array(draw.normal(size=(2, 4, 40, 8)), mx.float32).astype(kind) for kind in kinds]
+
+    def given(*arrays, mask="causal"):
+        function = partial(module._blocked, whole) if on == "blocks" else partial(attention, scale=0.4)
+        return function(*arrays, mask=mask)
+
+    weights = mx.array(draw.normal(size=(2, 4, 40, 8)), mx.float32)
+    found, expected = (
+        mx.vjp(function, arrays, [weights.astype(function(*arrays).dtype)])[1]
+        for function in (given, partial(whole, mask="causal"))
+    )
+    assert [slope.dtype for slope in found] == list(kinds)
+    assert max(errors(found, [slope.astype(mx.float32) for slope in expected])) < 0.02
+
+
 def test_memory_of_attention_in_blocks_grows_with_its_length(monkeypatch):
     for where, name in ((module, "MOST_SCORES"), (cpu_attention, "BLOCK_SCORES")):
         monkeypatch.setattr(where, name, 2**16)

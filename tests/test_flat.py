@@ -144,6 +144,16 @@ def test_a_run_is_that_with_each_parameter_by_itself(name, options, tmp_path, mo
     assert largest_difference(weights, trained(tiny_llama(moved=True))) > 1e-4
 
 
+def test_adapters_that_are_not_trained_keep_their_scale_in_a_step():
+    model = tiny_llama(moved=True)
+    model.layers[0].freeze()
+    objective = Objective(Scorer(model), preference_loss("simpo"))
+    batch, reference = make_batch(PAIRS, PACKED)[0], mx.zeros((6, 2, 2))
+    _, expected = objective(batch, reference)
+    sums, _ = Step(model, optim.SGD(0.0), objective, compiled=False).gradient(batch, reference)
+    assert sums[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+
+
 def test_an_optimizer_that_was_used_before_may_be_used_again(tmp_path):
     optimizer, model = optim.Adam(1e-3), tiny_llama()
     optimizer.update(model, model.trainable_parameters())

@@ -81,6 +81,29 @@ def test_a_lean_lora_layer_keeps_dropout_and_trains_its_base_where_that_is_not_f
     assert mx.abs(expected).max().item() > 0.1
 
 
+@pytest.mark.parametrize(
+    "weight, values, bias",
+    [(mx.float32, mx.bfloat16, False), (mx.float32, mx.float16, False), (mx.bfloat16, mx.bfloat16, True)],
+)
+def test_gradients_of_a_layer_wider_than_its_input_have_the_inputs_dtype(weight, values, bias):
+    """An operation before it, such as a norm, reads them as of its own output's dtype."""
+    linear = nn.Linear(24, 40, bias=bias)  # its bias stays float32
+    linear.weight = linear.weight.astype(weight)
+    layer = LoRALinear.from_base(linear, r=4)
+    layer.lora_b = 0.01 * mx.random.normal(layer.lora_b.shape)
+    layer.linear.freeze()
+    x = mx.random.normal((6, 24))
+
+    def slope():
+        return mx.grad(lambda x: mx.sin(layer(x.astype(values)).astype(mx.float32)).sum())(x)
+
+    expected = slope()
+    with lean_layers(layer.modules()):
+        assert mx.linalg.norm(slope() - expected) < 0.02 * mx.linalg.norm(expected)
+        _, (given,) = mx.vjp(layer, [x.astype(values)], [mx.ones((6, 40), layer(x.astype(values)).dtype)])
+    assert given.dtype == values
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("taps", "length"), [(4, 11), (4, 4), (1, 3)])
 def test_a_depthwise_convolution_is_upstreams(taps, length, bias):
@@ -197,6 +220,21 @@ def test_both_ways_to_keep_little_are_swiglu(lean):
     (found, slopes), (expected, expected_slopes) = (total(function)(*inputs) for function in (lean, swiglu))
     assert mx.allclose(found, expected, rtol=1e-5)
     assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(slopes, expected_slopes, strict=True))
+
+
+@pytest.mark.parametrize("dtypes", [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16)])
+def test_activations_of_gates_and_values_of_two_dtypes(dtypes):
+    arrays = [mx.random.normal((7, 9), key=mx.random.key(i)) for i in range(2)]
+
+    def slopes():
+        def total(*arrays):
+            return mx.sin(activations.swiglu(*(x.astype(d) for x, d in zip(arrays, dtypes, strict=True)))).sum()
+
+        return mx.grad(total, argnums=(0, 1))(*arrays)
+
+    expected = slopes()
+    with recomputed_activations():
+        assert all(mx.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(slopes(), expected, strict=True))
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)

@@ -171,6 +171,12 @@ def test_scores_that_leave_a_row_out_or_are_missing():
         RowReader(score_difference="margin")(LAYOUTS["Orca DPO pairs"])
 
 
+def test_a_verdict_that_is_no_number_is_refused():
+    row = {"context": "a", "response1": "b", "response2": "c", "overall_preference": float("nan")}
+    with pytest.raises(ConfigError, match="overall_preference is nan; it must be a number"):
+        RowReader()(row)
+
+
 def test_labelled_completions_are_paired_by_their_prompts():
     rows = [
         {"prompt": prompt, "completion": text, "label": label, "system": "s"}

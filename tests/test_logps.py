@@ -22,6 +22,7 @@ from plain_pass import (
     scored_gradient,
 )
 
+from mlx_lm.models import llama
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference import logps as logps_module
 from mlx_lm.tuner.preference import logps as module
@@ -123,6 +124,11 @@ class Bare(nn.Module):
         return self.model(tokens)
 
 
+class Headed(Bare):
+    def __call__(self, tokens, cache=None):
+        return self.lm_head(self.model(tokens))
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("chunk", [2**20, 4 * 300])
 def test_logps_and_their_gradients_are_those_of_a_softmax(trainable, chunk, monkeypatch):
@@ -148,6 +154,29 @@ def test_logps_and_their_gradients_are_those_of_a_softmax(trainable, chunk, monk
     expected = factors[:, None] * ((np.arange(300) == targets[:, None]) - softmax)
     assert np.allclose(slope, expected, atol=1e-5) and np.abs(expected).max() > 0.1
     assert head.token_logps(states, mx.array(targets), False, True)[1] is None
+
+
+def test_a_heads_gradient_does_not_lose_with_chunks_in_half_precision(monkeypatch):
+    draw = np.random.default_rng(0)
+    states, targets = mx.array(draw.normal(size=(512, 32)) + 0.5), mx.array(draw.integers(0, 200, 512))
+    weight, factors = mx.array(0.05 * draw.normal(size=(200, 32))), mx.concatenate([-mx.ones(256), 0.7 * mx.ones(256)])
+
+    def slope(dtype, chunks):
+        monkeypatch.setattr(module, "CHUNK_LOGITS", 512 * 200 // chunks)
+        model = Bare()
+        model.lm_head = nn.Linear(32, 200, bias=False)
+        model.__class__ = Headed
+        head = Head(model, model.model, 200, ["lm_head.weight"])
+
+        def total(weight):
+            model.lm_head.weight = weight
+            return (factors * head.token_logps(states.astype(dtype), targets, False, True)[0]).sum()
+
+        return mx.grad(total)(weight.astype(dtype)).astype(mx.float32)
+
+    exact = slope(mx.float32, 1)
+    one, many = (mx.linalg.norm(slope(mx.bfloat16, chunks) - exact) / mx.linalg.norm(exact) for chunks in (1, 32))
+    assert many.item() < 1.5 * one.item() < 0.02
 
 
 def test_half_precision_models_are_scored_in_float32():
@@ -387,6 +416,19 @@ def test_a_model_with_a_cache_of_an_unknown_kind_goes_without():
 
     model = make_model(UNTIED)
     model.__class__ = Unknown
+    assert check(add_lora(model)).arrangement == PLAIN
+
+
+def test_a_model_that_takes_its_rows_cache_otherwise_runs_without_one():
+    """What a packed batch needs is a cache: it is not packed then."""
+
+    class Odd(llama.Attention):
+        def __call__(self, x, mask=None, cache=None):
+            return super().__call__(x * 1.5 if cache is not None and isinstance(cache.offset, int) else x, mask, cache)
+
+    model = make_model("llama")
+    for layer in model.layers:
+        layer.self_attn.__class__ = Odd
     assert check(add_lora(model)).arrangement == PLAIN
 
 

@@ -69,6 +69,13 @@ def plain_kl(model, pairs):
     return found
 
 
+def test_the_kl_of_single_responses_is_theirs_alone():
+    model = tiny_llama(moved=True)
+    pairs = [pair._replace(label=bool(i % 2)) for i, pair in enumerate(some_pairs(5))]
+    expected = plain_kl(model, pairs)[: sum(len(pair.chosen) for pair in pairs)]
+    assert mean_kl(Scorer(model), None, pairs, np.arange(5)) == (pytest.approx(np.mean(expected), abs=1e-5), 5)
+
+
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
     monkeypatch.setattr("mlx_lm.tuner.preference.divergence.CHUNK_LOGITS", 8 * 97 * 5)

@@ -59,7 +59,9 @@ def swiglu(gate, x):
     if not _keeps_little:
         return _upstream_swiglu(gate, x)
     # A CPU is slow at the exponentials that would be computed again: it keeps the sigmoid too.
-    return _lean_swiglu(gate, x) if mx.default_device() == mx.gpu else _swiglu_and_sigmoid(gate, x)[0]
+    if mx.default_device() == mx.gpu or gate.dtype != x.dtype:
+        return _lean_swiglu(gate, x)
+    return _swiglu_and_sigmoid(gate, x)[0]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ...models.base import create_causal_mask
+from ...models.base import create_attention_mask, create_causal_mask
 from ...models.cache import ArraysCache
 from .cpu_attention import BLOCK_SCORES, added, blocks_of, causal_attention
 from .cuda_copies import fit, rows_of
@@ -112,11 +112,7 @@ class RowCache:
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What upstream answers where there is no cache."""
-        if N == 1:
-            return None
-        if return_array or (window_size and window_size < N):
-            return create_causal_mask(N, window_size=window_size)
-        return "causal"
+        return create_attention_mask(mx.zeros((1, N)), None, window_size, return_array)
 
     def attend(self, queries, keys, values, scale, mask, sinks):
         """As `base.scaled_dot_product_attention`."""
@@ -314,7 +310,8 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     half, narrow = queries.dtype in (mx.float16, mx.bfloat16), max(queries.shape[3], values.shape[3]) <= 128
     if on_cuda() and half and narrow:
         return tokens_first(call(queries, keys, values, mask=mask))
-    if causal and sinks is None and queries.dtype == mx.float32 and mx.default_device() == mx.cpu:
+    whole = all(x.dtype == mx.float32 for x in (queries, keys, values))
+    if causal and sinks is None and whole and mx.default_device() == mx.cpu:
         return causal_attention(queries, keys, values, scale)
     # Sinks, and masks of numbers, may have gradients of their own.
     plain = sinks is None and (mask is None or causal or mask.dtype == mx.bool_)
@@ -376,6 +373,8 @@ def _blocked(call, queries, keys, values, mask):
             sums = [added(total.astype(mx.float32), x) for total, x in zip(sums, rest, strict=True)] if sums else rest
             # Left for later, the queries' gradients would keep each block's scores.
             sums = mx.depends(sums, [first])
-        return mx.concatenate(slopes, axis=2), *(total.astype(keys.dtype) for total in sums)
+        return mx.concatenate(slopes, axis=2), *(
+            total.astype(x.dtype) for total, x in zip(sums, (keys, values), strict=True)
+        )
 
     return blocks(queries, keys, values)

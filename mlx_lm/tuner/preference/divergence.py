@@ -64,7 +64,9 @@ def token_kl(policy, reference, pairs, evaluate):
     if words[0] != words[1]:
         return None  # they are filled up otherwise
     evaluate([states, reference_states])
-    scored = np.flatnonzero(np.array(batches[0].sequences) < 2 * len(pairs))
+    # Of single responses, those to other prompts do not count.
+    sides = 2 if pairs[0].label is None else 1
+    scored = np.flatnonzero(np.array(batches[0].sequences) < sides * len(pairs))
     values = np.zeros(len(scored), np.float32)
     # Of both models, and what comes of them: a test takes hardly more memory than without.
     size = max(1, CHUNK_LOGITS // 2 // words[0])

@@ -58,7 +58,7 @@ class FlatParameters:
 
     def __init__(self, model, optimizer=None):
         self.vectors, self._model, self._names = nn.Module(), model, []
-        self._lora = lora_layers(model)
+        self._lora = [pair for pair in lora_layers(model) if "lora_b" in pair[0].trainable_parameters()]
         of_lora = {id(x): (dtype, module.scale) for module, dtype in self._lora for x in (module.lora_a, module.lora_b)}
         joins, kinds = optimizer is None or _is_by_element(optimizer), {}
         for name, value in tree_flatten(model.trainable_parameters()):

@@ -59,7 +59,9 @@ def _adapted_product(linear, x, lora_a, lora_b):
         # A plain layer's by itself: MLX's would turn its weight around twice.
         plain = type(linear) is nn.Linear
         passed_on = slope @ linear.weight if plain else mx.vjp(linear, [x], [slope])[1][0]
-        return *own, mx.addmm(passed_on, low_slope, lora_a.T)
+        own.append(mx.addmm(passed_on, low_slope, lora_a.T))
+        # A float32 layer among narrower ones gives gradients of float32, which MLX refuses or misreads.
+        return tuple(found.astype(x.dtype) for found, x in zip(own, arrays, strict=True))
 
     return product(lora_a, lora_b, x)[0]
 

@@ -4,6 +4,7 @@ A layout is known by its keys; what the values hold is read in `rows.py`.
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def _comparison(name, keys, first_wins, reads=()):
 
 def _number(row, key):
     value = row[key]
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or math.isnan(value):
         raise ConfigError(f"{key} is {shown(value)}; it must be a number.")
     return value
 

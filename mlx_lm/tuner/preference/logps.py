@@ -84,9 +84,9 @@ class Scorer:
         self._modules = model.modules()
         self.head = Head.find(model) if response_only else None
         self._caches, self._channels = _key_value_layers(model), convolved_channels(model)
-        self.arrangement = PACKED if share_prompt and self._can_pack() else PLAIN
         if not self._same_logits(PLAIN):
             self._caches = None  # rows that go through no cache are upstream's own
+        self.arrangement = PACKED if share_prompt and self._can_pack() else PLAIN
 
     def __call__(self, batch, alignment=False, gradient=False, by_token=False):
         """The logps of a batch.
@@ -389,7 +389,7 @@ class Head:
 
         @logps.vjp
         def backward(primals, cotangents, outputs):
-            sums = [mx.zeros_like(value) for value in primals[1:]]
+            sums = [mx.zeros(value.shape) for value in primals[1:]]
 
             def function(chunk, targets, cotangents):
                 nonlocal sums
@@ -399,7 +399,7 @@ class Head:
 
             with drawing_from(key):
                 slopes = self._chunked(function, primals[0], targets, cotangents[0], share=GRADIENT_SHARE)
-            return (*slopes, *sums)
+            return (*slopes, *(total.astype(value.dtype) for total, value in zip(sums, primals[1:], strict=True)))
 
         return logps(states, *values)
 
