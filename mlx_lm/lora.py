@@ -73,8 +73,8 @@ CONFIG_DEFAULTS |= DEFAULTS | {"iters": Unset(CONFIG_DEFAULTS["iters"])}
 def build_parser():
     """Upstream's parser with a flag for each preference option, and its help in groups."""
     parser = _upstream_build_parser()
-    # Upstream's default of this flag would hide the configuration file's value.
-    parser.set_defaults(clear_cache_threshold=None)
+    # Upstream's defaults of these flags would hide the configuration file's values.
+    parser.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
     for action in parser._actions:
         if action.dest == "clear_cache_threshold":
             action.type = size
@@ -291,7 +291,9 @@ def _run_supervised(args, training_callback):
 
 def _run(args, loss, training_callback):
     np.random.seed(args.seed)
-    training_callback = (_callbacks(args) if args.train else None) or training_callback
+    # The first worker reports for all.
+    reports = args.train and mx.distributed.init().rank() == 0
+    training_callback = (_callbacks(args) if reports else None) or training_callback
     rprint("Loading pretrained model")
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")

@@ -471,7 +471,17 @@ class TestAdapterFile:
         ],
     )
     def test_one_of_another_shape(self, after, changes, told):
-        after.refused(told, resume_adapter_file=str(after.adapters / "adapters.safetensors"), **changes)
+        elsewhere = after.folder / "elsewhere"
+        shutil.copytree(after.adapters, elsewhere)
+        after.refused(told, resume_adapter_file=str(elsewhere / "adapters.safetensors"), **changes)
+
+    def test_one_that_the_run_would_move_aside(self, after):
+        for name in ("adapters.safetensors", "best/adapters.safetensors"):
+            (after.adapters / "best").mkdir(exist_ok=True)
+            (after.adapters / "best" / "adapters.safetensors").touch()
+            after.refused(
+                "moves what is in its adapter_path aside; give another", resume_adapter_file=str(after.adapters / name)
+            )
 
     def test_one_of_more_layers(self, command, earlier):
         weights = mx.load(str(earlier / "adapters.safetensors"))

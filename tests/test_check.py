@@ -49,6 +49,14 @@ def checked(**values):
 
 
 class TestFileAndFlags:
+    @pytest.mark.parametrize(
+        "text, flags, expected", [("", (), False), ("true", (), True), ("", ("--trust-remote-code",), True)]
+    )
+    def test_flags_without_a_value_leave_the_files(self, read, text, flags, expected):
+        args = read(f"loss_type: dpo\ntrain: true\ntrust_remote_code: {text}\n", *flags)
+        config.check_config(args)
+        assert args.trust_remote_code is expected
+
     def test_the_file_comes_before_the_defaults(self, read):
         args = read("loss_type: ipo\nbeta: 0.3\nshare_prompt: false\nlearning_rate: 3e-6\n")
         assert (args.loss_type, args.beta, args.share_prompt, args.learning_rate) == ("ipo", 0.3, False, 3e-6)

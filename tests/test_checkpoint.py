@@ -1,5 +1,6 @@
 """What a run saves: a resumed run ends with the weights of one that was never interrupted, bit for bit."""
 
+import errno
 import json
 import os
 import re
@@ -219,6 +220,49 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     # Close, not equal: the shorter run took the reference of fewer rows at once, which rounds otherwise.
     for key in expected:
         assert mx.allclose(found[key], expected[key], rtol=1e-3, atol=1e-4).item(), key
+
+
+@pytest.mark.parametrize("every", [2, 3, 6])
+def test_a_run_whose_reference_follows_the_policy_can_be_made_longer(every, tmp_path):
+    options = {"reference_update_steps": every, "steps_per_save": 100}
+    trained(tmp_path / "parted", iters=4, **options)
+    found = trained(tmp_path / "parted", resume=True, iters=9, **options)
+    expected = trained(tmp_path / "whole", iters=9, **options)
+    assert [key for key in expected if not mx.array_equal(found[key], expected[key], equal_nan=True).item()] == []
+
+
+def test_the_reference_of_other_validation_rows_is_not_gone_on_with(tmp_path):
+    options = {"reference_update_steps": 9, "iters": 3}
+    trained(tmp_path, val_batches=1, **options)
+    with pytest.raises(ConfigError, match="the validation data changed"):
+        trained(tmp_path, val_batches=2, resume=True, **options)
+
+
+def test_saves_between_two_reports_lose_no_tokens(tmp_path):
+    options = {"steps_per_report": 4, "keep_checkpoints": 9}
+    trained(tmp_path / "whole", iters=8, **options)
+    (tmp_path / "parted").mkdir()
+    (tmp_path / "parted" / STATE_FILE).write_bytes((tmp_path / "whole" / f"0000006_{STATE_FILE}").read_bytes())
+    trained(tmp_path / "parted", iters=8, resume=True, **options)
+    tokens = [metrics(tmp_path / name)[-2]["trained_tokens"] for name in ("whole", "parted")]
+    assert tokens[0] == tokens[1] > 0
+
+
+def test_the_last_steps_of_a_run_that_ends_early_are_reported(tmp_path):
+    options = {"steps_per_report": 10, "steps_per_eval": 2, "early_stop": 1, "rate": 0.0, "iters": 20}
+    trained(tmp_path, **options)
+    lines = [line for line in metrics(tmp_path) if "loss" in line]
+    assert [line["iteration"] for line in lines] == [2]
+
+
+@pytest.mark.parametrize(
+    "option", [{"steps_per_eval": 0}, {"steps_per_save": 0}, {"batch_size": 0}, {"save_best": "acc"}, {"iters": 0}]
+)
+def test_options_out_of_range_are_refused_before_anything_is_moved(option, tmp_path):
+    trained(tmp_path, iters=1)
+    with pytest.raises(ConfigError, match=" must be "):
+        trained(tmp_path, **option)
+    assert not (tmp_path / "earlier-1").exists()
 
 
 def contents(folder):
@@ -441,6 +485,16 @@ class TestResumeAuto:
 
 
 class TestFolder:
+    def test_a_file_system_without_links_has_copies(self, tmp_path, monkeypatch):
+        def refused(*_):
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", refused)
+        trained(tmp_path, iters=3)
+        assert (tmp_path / "0000003_adapters.safetensors").read_bytes() == (
+            tmp_path / "adapters.safetensors"
+        ).read_bytes()
+
     def test_a_second_run_is_refused_while_the_first_lives(self, tmp_path):
         script = "import sys, time; from mlx_lm.tuner.preference.files import locked\n"
         script += "with locked(sys.argv[1]): print('ready', flush=True); time.sleep(60)"
@@ -460,13 +514,11 @@ class TestFolder:
         before = contents(tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
         for number in (1, 2):
-            trained(tmp_path, iters=2, config=CONFIG | {"resume_adapter_file": str(tmp_path / "adapters.safetensors")})
+            trained(tmp_path, iters=2, config=dict(CONFIG))
             told = " ".join(capsys.readouterr().out.split())
             assert f"The files of an earlier run in {tmp_path} are now in {tmp_path / f'earlier-{number}'}." in told
         assert contents(tmp_path / "earlier-1") == before
         assert (tmp_path / "notes.txt").read_text() == "mine"
-        config = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert config["resume_adapter_file"] == str(tmp_path / "earlier-2" / "adapters.safetensors")
 
     def test_what_killed_runs_left_is_removed_and_nothing_else(self, tmp_path):
         (tmp_path / ".adapters.safetensors.0123456789abcdef.tmp").write_bytes(b"half")

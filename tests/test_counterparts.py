@@ -312,6 +312,13 @@ def test_the_flag_prints_the_file_and_ends(tmp_path):
     assert (values["beta"], values["learning_rate"], values["train"]) == (0.2, 1e-6, True)
 
 
+def test_no_limit_there_is_none_here():
+    given = {"dataset_name": "a/b", "model_name_or_path": "m", "output_dir": "o"}
+    args, comments = config_of(given | {"max_length": None, "save_total_limit": 0, "max_grad_norm": -1})
+    assert (args.max_seq_length, args.keep_checkpoints, args.max_grad_norm) == (2**20, 2, None)
+    assert "max_length" not in " ".join(comments)
+
+
 def test_validations_have_a_split_where_there_are_some():
     given = {"dataset_name": "a/b", "model_name_or_path": "m", "output_dir": "o"}
     args, _ = config_of(given | {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True})

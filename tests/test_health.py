@@ -71,7 +71,11 @@ def test_a_detector_is_set_off(tmp_path, name):
 def test_small_margins_from_a_reference_that_follows_the_policy_are_no_standstill(tmp_path):
     _, validations = run(tmp_path, **SICK["unmoved"])
     assert WORDS["unmoved"] in " ".join(health(validations, DPO))
-    assert health(validations, preference_loss("dpo", beta=0.1, reference_update_steps=2)) == []
+    following = preference_loss("dpo", beta=0.1, reference_update_steps=2)
+    assert health(validations, following) == []
+    # Nor is a loss that is back at log 2 after an exchange overfitting.
+    validations[-1] |= {"eval_loss": 2 * validations[0]["eval_loss"]}
+    assert WORDS["overfitted"] in " ".join(health(validations, DPO)) and health(validations, following) == []
 
 
 @pytest.mark.parametrize(

@@ -76,17 +76,17 @@ def test_a_signal_finishes_the_step_saves_and_names_what_goes_on(whole, tmp_path
     assert [name for name in whole if not mx.array_equal(found[name], whole[name]).item()] == []
 
 
-def test_killed_at_any_time_a_restart_loop_ends_with_the_same_weights(whole, tmp_path):
-    kills, adapters = 0, tmp_path / "adapters"
-    for delay in (2.5, 3.5):  # `benchmarks/soak.py` kills more often
+def test_killed_a_restart_loop_ends_with_the_same_weights(whole, tmp_path):
+    adapters = tmp_path / "adapters"
+    for count in (1, 2):  # `benchmarks/soak.py` kills more often, and at any time
         process = start(tmp_path, "--resume", "auto", save_every=1)
-        time.sleep(delay)
+        wait_for(process, lambda least=2 * count: len(list(adapters.glob("0*_adapters.safetensors"))) > least)
         process.kill()
         process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL
     process = start(tmp_path, "--resume", "auto", save_every=1)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and kills > 0, out + err
+    assert process.returncode == 0, out + err
     found = mx.load(str(adapters / STATE))
     assert [name for name in whole if not mx.array_equal(found[name], whole[name]).item()] == []
     assert not list(adapters.glob(".*"))

@@ -241,6 +241,12 @@ def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, mon
     args = SimpleNamespace(
         adapter_path=str(tmp_path), save_best="accuracy", model="a/b", trust_remote_code=True, iters=5, data="a/prefs"
     )
+    command = ["python", "-W", "ignore", "-m", "mlx_lm.lora", "--train"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/mlx_lm/lora.py", "--train"])
+    monkeypatch.setattr(sys, "orig_argv", command)
+    found = next_commands(args)
+    assert found["fuse"].startswith("python -W ignore -m mlx_lm fuse --model")
+    assert found["resume"].startswith("python -W ignore -m mlx_lm.lora --train --resume")
     for program, expected in (("mlx_lm.lora", "mlx_lm"), ("/usr/bin/mlx_lm_dpo.lora", "/usr/bin/mlx_lm_dpo")):
         monkeypatch.setattr(sys, "argv", [program, "--train"])
         monkeypatch.setattr(sys, "orig_argv", ["python", program, "--train"])
@@ -274,7 +280,7 @@ def test_a_test_is_offered_where_there_is_a_test_set(tmp_path):
 def test_a_new_run_moves_an_earlier_ones_card_aside(tmp_path, text, stays):
     (tmp_path / "adapters.safetensors").touch()
     (tmp_path / "README.md").write_text(text)
-    make_room(tmp_path, None)
+    make_room(tmp_path)
     assert (tmp_path / "README.md").exists() == stays
     assert (tmp_path / "earlier-1" / "README.md").exists() != stays
 

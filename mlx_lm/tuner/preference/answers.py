@@ -49,11 +49,16 @@ def answers(model, tokenizer, prompts, advance=lambda count: None):
     return found
 
 
+def when(iteration):
+    """At which time of a run an answer was given."""
+    return f"after iteration {iteration}" if iteration else "before training"
+
+
 def print_side_by_side(before, now):
     """Print the answers to one prompt at the start and now, two lines of `samples.jsonl`."""
     table = Table(title=Text(_cut(now["prompt"])), box=box.SIMPLE_HEAD, title_justify="left", expand=True)
-    for name in ("before training", f"after iteration {now['iteration']}"):
-        table.add_column(name, ratio=1)
+    for line in (before, now):
+        table.add_column(when(line["iteration"]), ratio=1)
     # As `Text`, in which brackets are no markup.
     table.add_row(Text(_cut(before["answer"])), Text(_cut(now["answer"])))
     make_console().print(table)

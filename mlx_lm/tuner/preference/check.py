@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import mlx.optimizers as optimizers
 import yaml
 
 from ..utils import build_schedule
-from .checkpoint import check_is_file, state_files
+from .checkpoint import RUN_FILES, check_is_file, state_files
 from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
@@ -192,9 +193,30 @@ def check_config(args):
         _check_file_to_write("predictions", args.predictions)
     if args.train:
         _check_folder(args.adapter_path)
+        _refuse_start_that_is_moved(args.resume_adapter_file, args.adapter_path)
+        if args.reference_update_steps and (args.early_stop or args.save_best):
+            print(
+                "[WARNING] reference_update_steps begins rewards and loss anew at each exchange: early_stop and "
+                "save_best compare validations that have different references.",
+                file=sys.stderr,
+            )
         if args.resume is True:
             state_files(args.adapter_path)
     return loss
+
+
+def _refuse_start_that_is_moved(start, folder):
+    if start is None:
+        return
+    try:
+        name = Path(start).resolve().relative_to(Path(folder).resolve()).parts[0]
+    except ValueError:
+        return
+    if any(fnmatch(name, pattern) for pattern in RUN_FILES):
+        raise ConfigError(
+            f"resume_adapter_file is {start!r}, and a run moves what is in its adapter_path aside; give another "
+            "adapter_path, or to go on with the run that left it, resume in its place."
+        )
 
 
 def _at_home(key, path):

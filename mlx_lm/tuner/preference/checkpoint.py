@@ -30,7 +30,8 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        iteration, updates, trained_tokens, skipped: iterations begun, updates made, tokens reported, updates left out.
+        iteration, updates, trained_tokens, skipped: iterations begun, updates made, tokens trained, updates left out.
+        skipped_last: of these, the last ones in a row.
         best, best_iteration: the best validation's figure, None before the first, and where it was.
         without_gain: validations since then.
         saved: the iteration of the state on disk, None where there is none that is sound.
@@ -40,6 +41,7 @@ class Progress:
     updates: int = 0
     trained_tokens: int = 0
     skipped: int = 0
+    skipped_last: int = 0
     best: float | None = None
     best_iteration: int = 0
     without_gain: int = 0

@@ -96,7 +96,10 @@ class Plot(argparse.Action):
     """`--plot FOLDER [FOLDER ...]`: draw runs, say where the picture is, and end."""
 
     def __call__(self, parser, namespace, folders, option_string=None):
-        path = plot_runs(folders)
+        try:
+            path = plot_runs(folders)
+        except OSError as error:
+            raise ConfigError(f"plot: the picture cannot be written ({error}).") from error
         if path is not None:
             print(f"The curves of {' and '.join(folders)} are in {path}.")
         parser.exit(0 if path is not None else 1)

@@ -87,13 +87,11 @@ def without_adapters(model):
     """Within the context, each layer with an adapter is the layer that it wraps; gives whether there is any."""
     adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
     bare = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
-    if adapted:
-        model.update_modules(tree_unflatten(bare))
+    model.update_modules(tree_unflatten(bare))
     try:
         yield bool(adapted)
     finally:
-        if adapted:
-            model.update_modules(tree_unflatten(adapted))
+        model.update_modules(tree_unflatten(adapted))
 
 
 def means_of(figures):

@@ -55,13 +55,13 @@ def give_second_name(path, name):
     Path(name).unlink(missing_ok=True)
     try:
         os.link(path, name)
-    except (PermissionError, NotImplementedError):
+    except (OSError, NotImplementedError):
         replace_file(name, lambda file: file.write(Path(path).read_bytes()))
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files that a killed process left in a folder, and in those in it, which none writes to."""
-    for path in [*Path(folder).glob(".*.tmp"), *Path(folder).glob("*/.*.tmp")]:
+    """Delete the temporary files that a killed run left in its folder, and in those of its saves."""
+    for path in [found for place in (".", "best", "[0-9]" * 7) for found in Path(folder).glob(f"{place}/.*.tmp")]:
         if TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

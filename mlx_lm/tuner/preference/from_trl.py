@@ -219,9 +219,11 @@ def _length(made):
         made.put("iters", updates * accumulated, "max_steps", note=_differs("iters"))
     else:
         made.put("epochs", epochs, "num_train_epochs")
-    unbounded = made.left.get("max_length", 0) is None
-    length = UNBOUNDED if unbounded else made.take("max_length")
-    made.put("max_seq_length", length, "max_length", note="no bound there" if unbounded else _differs("max_seq_length"))
+    if made.left.get("max_length", 0) is None:
+        del made.left["max_length"]
+        made.put("max_seq_length", UNBOUNDED, note="no bound there")
+    else:
+        made.put("max_seq_length", made.take("max_length"), "max_length", note=_differs("max_seq_length"))
     checkpointing = made.take("gradient_checkpointing"), made.take("activation_checkpointing")
     made.put("grad_checkpoint", any(checkpointing), "gradient_checkpointing")
     made.put("seed", made.take("seed"), "seed")
@@ -240,7 +242,7 @@ def _optimizer(made, updates):
     exact = optimizer == name or name.startswith("adamw_torch")
     made.put("optimizer", optimizer, "optim", note="" if exact else f"{name} there")
     made.put("optimizer_config", {optimizer: known.get(optimizer, adam)})
-    if clip := made.take("max_grad_norm"):
+    if (clip := made.take("max_grad_norm") or 0) > 0:
         made.put("max_grad_norm", clip, "max_grad_norm")
     made.put("learning_rate", made.take("learning_rate"), "learning_rate")
     _schedule(made, updates)
@@ -300,7 +302,7 @@ def _reports(made, updates):
         made.note(f"save_every: {saving} there; a save every so many batches here.")
     else:
         put_steps("save_every", "save_steps", made.take("save_steps"))
-    if (limit := made.take("save_total_limit")) is not None:
+    if (limit := made.take("save_total_limit") or 0) > 0:
         made.put("keep_checkpoints", limit, note=_differs("keep_checkpoints"))
     metric = str(made.take("metric_for_best_model", "loss")).removeprefix("eval_")
     if (made.take("load_best_model_at_end") or saving == "best") and strategy != "no":

@@ -25,9 +25,9 @@ def health(validations, loss):
         return [sentence]  # what else is seen follows from that
     found = [displaced(first, last)]
     if last is not first:
-        found += [exploding(sound), overfitted(sound), length_bias(last)]
-        # Margins from a reference that follows the policy stay small.
-        found += [] if loss.parameters.get("reference_update_steps") else [unmoved(first, last)]
+        found += [exploding(sound), length_bias(last)]
+        # With a reference that follows the policy loss and margins begin anew.
+        found += [] if loss.parameters.get("reference_update_steps") else [overfitted(sound), unmoved(first, last)]
     return [sentence for sentence in (*found, too_few(last)) if sentence]
 
 

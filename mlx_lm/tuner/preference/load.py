@@ -216,7 +216,8 @@ def adopt_loss(args):
 
     The options of the loss are changed in place, before their check.
     """
-    path = args.compare[0] if isinstance(args.compare, list) and args.compare else args.adapter_path
+    compared = args.compare if isinstance(args.compare, list) else []
+    path = next((path for path in compared if not is_none(path)), args.adapter_path)
     if (args.train and not args.compare) or not (args.test or args.compare) or not isinstance(path, str):
         return
     try:

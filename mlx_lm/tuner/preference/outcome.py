@@ -12,7 +12,7 @@ from .card import write_card
 from .checkpoint import BEST_FOLDER
 from .curves import PLOT_FILE, plot_metrics
 from .health import health
-from .interruption import given_command
+from .interruption import given_command, module_place
 from .metrics import SAMPLES_FILE, add_lines, begin_lines, best_of, read_metrics, read_validations
 from .nonfinite import places_of
 from .page import PAGE_FILE, table_rows, write_page
@@ -133,7 +133,7 @@ def next_commands(args, epochs=None):
 def _program():
     """How this command's program runs another subcommand."""
     given = given_command()
-    if "-m" in given[:3]:
-        return [*given[: given.index("-m") + 1], "mlx_lm"]
+    if (place := module_place(given)) is not None:
+        return [*given[:place], "mlx_lm"]
     name = "mlx_lm_dpo" if Path(given[0]).name.startswith("mlx_lm_dpo") else "mlx_lm"
     return [str(Path(given[0]).with_name(name)) if "/" in given[0] else name]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jinja2
 
-from .answers import responses_of, texts_of
+from .answers import responses_of, texts_of, when
 from .files import replace_file
 from .metrics import best_of
 from .nonfinite import places_of
@@ -71,6 +71,7 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
         pairs.append(row | of_pair)
     pairs.sort(key=lambda pair: pair["rewards_margins"])
     text = _template().render(
+        when=when,
         title=Path(folder).resolve().name,
         settings={
             name: value if isinstance(value, str) else json.dumps(value, default=str)

@@ -146,5 +146,6 @@ class Cache:
 
 
 def default_cache_folder():
-    """Where reference logps are kept unless `reference_cache` says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_lm" / "reference_logps"
+    """Where reference logps are kept unless `reference_cache` says otherwise; None for a user without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if cache.startswith("~") else Path(cache) / "mlx_lm" / "reference_logps"

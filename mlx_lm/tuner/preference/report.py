@@ -30,7 +30,7 @@ class Window:
     """
 
     def __init__(self):
-        self.sums, self.norms, self.tokens, self.seconds = [], [], np.zeros(2), 0.0
+        self.sums, self.norms, self.tokens, self.seconds, self.counted = [], [], np.zeros(2), 0.0, 0
 
     def add(self, sums, norm, tokens):
         """Add a step; `norm` is None where it made no update."""
@@ -56,29 +56,16 @@ class Reporter:
 
     def __init__(self, ui, callback, check, further=()):
         self.ui, self.callback, self.check, self.further = ui, callback, check, further
-        self._lost = 0
 
     def training(self, window, progress, learning_rate):
-        """Report on the steps since the last report.
+        """Report on the steps since the last report, and count them.
 
         Raises:
             ConfigError: a loss or a gradient is not finite; where that is left out, in MOST_LOST updates in a row.
         """
-        sums, norms = window.figures()
-        if self.check is not None:
-            self.check(sums[:, 0], norms, progress.iteration - len(sums) + 1)
-        lost = [not np.isfinite(norm) for norm in norms if norm is not None]
-        progress.skipped += sum(lost)
-        for skipped in lost:
-            self._lost = self._lost + 1 if skipped else 0
-        if self._lost >= MOST_LOST:
-            raise ConfigError(
-                f"the loss or the gradient was not finite in the last {self._lost} updates, up to iteration "
-                f"{progress.iteration}. {REMEDY}"
-            )
+        sums, norms = self.count(window, progress)
         sound = np.isfinite(sums).all(axis=1)
         figures, pairs, trained = as_means((sums[sound] if sound.any() else sums).sum(axis=0), self.further)
-        progress.trained_tokens += int(trained)
         speed, seconds = trained / window.seconds, window.seconds
         peak, trained_tokens = peak_memory() / 1e9, progress.trained_tokens
         self.ui.report_train(progress.iteration, figures, learning_rate, speed, trained_tokens, peak, progress.skipped)
@@ -96,11 +83,33 @@ class Reporter:
         report |= {"trained_tokens": progress.trained_tokens, "padding_share": padding / processed}
         self.callback.on_train_loss_report(report | {"peak_memory": peak, "held_memory": held_memory() / 1e9})
 
-    def check_window(self, window, progress):
-        """Check the steps since the last report before they are saved; raises as `training`."""
-        if self.check is not None and window.sums:
-            sums, norms = window.figures()
-            self.check(sums[:, 0], norms, progress.iteration - len(sums) + 1)
+    def count(self, window, progress):
+        """Check the steps of a window that were not counted yet, and count them into `progress`; raises as `training`.
+
+        Returns:
+            What `window.figures` does; None where there are no such steps.
+        """
+        if window.counted == len(window.sums):
+            return window.figures() if window.sums else None
+        sums, norms = window.figures()
+        new, new_norms = sums[window.counted :], norms[window.counted :]
+        window.counted = len(sums)
+        if self.check is not None:
+            self.check(new[:, 0], new_norms, progress.iteration - len(new) + 1)
+        for norm in new_norms:
+            if norm is not None:
+                lost = not np.isfinite(norm)
+                progress.skipped += lost
+                progress.skipped_last = progress.skipped_last + 1 if lost else 0
+        if progress.skipped_last >= MOST_LOST:
+            raise ConfigError(
+                f"the loss or the gradient was not finite in the last {progress.skipped_last} updates, up to iteration "
+                f"{progress.iteration}. {REMEDY}"
+            )
+        sound = np.isfinite(new).all(axis=1)
+        if sound.any():
+            progress.trained_tokens += int(as_means(new[sound].sum(axis=0), self.further)[2])
+        return sums, norms
 
     def validation(self, iteration, objective, logps, batch_size):
         """Score the validation pairs of `ReferenceLogps` and report.

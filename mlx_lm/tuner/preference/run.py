@@ -39,7 +39,7 @@ from .memory import bounded_memory, trim_cache
 from .metrics import BEST
 from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
-from .options import ConfigError
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
 from .outcome import Outcome
 from .pairs import Pair
 from .reference import Reference, ReferenceLogps, reference_of
@@ -59,8 +59,8 @@ def train_preference(
         ConfigError: the data or a checkpoint does not fit `args`, another run has the folder, or the training fails.
         Interrupted: a signal asked for the end, and the run is saved.
     """
-    if args.grad_accumulation_steps < 1:
-        raise ConfigError(f"grad_accumulation_steps is {args.grad_accumulation_steps}; it must be at least 1.")
+    for option in UPSTREAM_OPTIONS + RUN_OPTIONS:
+        option.check(getattr(args, "steps_per_save" if option.name == "save_every" else option.name, None))
     refuse_without_gradient(objective.loss)
     if args.epochs is not None:
         args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
@@ -87,6 +87,9 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
+    if args.reference_update_steps:
+        # Where the reference follows the policy, its logps are a part of the run's state.
+        settings["the validation data"] = [check_and_digest(logps.val_dataset), len(logps.val_rows)]
     warn_of_balance(logps.dataset, loss)
     state, iteration = None, 0
     if args.resume is True or (args.resume and has_state(folder)):
@@ -98,7 +101,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     if loss.needs_reference:
         reference = reference or reference_of(scorer, args)
         if not args.check:
-            logps.take(reference, schedule.visited(1, args.iters))
+            exchanged = (args.reference_update_steps or 0) * args.grad_accumulation_steps
+            logps.take(reference, schedule.visited(1, exchanged or args.iters))
         if not args.check and args.reference_model is not None:
             reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
@@ -115,7 +119,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     if first:
         remove_leftovers(folder)
         if state is None:
-            make_room(folder, config)
+            make_room(folder)
         callback = MetricsFile(folder, callback, progress.iteration)
     check = (
         None
@@ -197,10 +201,15 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         if stops:
             break
         if due.save:
-            report.check_window(window, progress)
+            report.count(window, progress)
             numbered = save(numbered=True)
             if numbered is not None:
                 report.ui.report_save(numbered)
+    # What the last report did not tell: one goes on in a run that is resumed, the other is over.
+    if request.number is not None:
+        report.count(window, progress)
+    elif window.sums:
+        report.training(window, progress, step.optimizer.learning_rate.item())
 
 
 class Due(NamedTuple):
@@ -209,7 +218,7 @@ class Due(NamedTuple):
     Attributes:
         last: it is the run's last.
         update: the model is updated. Steps left over at the end make an update of their own: no pair is dropped.
-        refresh: with TR-DPO, the reference is exchanged after it; after the last one no step would read it.
+        refresh: with TR-DPO, the reference is exchanged after it; after the last one for a run that goes on from it.
         norm: the gradient's norm is reported; of other updates it is computed only where those may be left out.
         report, validate, save: as the names say.
     """
@@ -233,7 +242,7 @@ class Due(NamedTuple):
         return cls(
             last=last,
             update=update,
-            refresh=bool(every) and update and not last and (progress.updates + 1) % every == 0,
+            refresh=bool(every) and update and (progress.updates + 1) % every == 0,
             norm=update and (last or next_update > next_report),
             report=last or iteration % args.steps_per_report == 0,
             validate=last or iteration % args.steps_per_eval == 0,
@@ -283,15 +292,11 @@ def _tell_best(folder, progress, args):
         rprint(f"No validation had a better {args.save_best} than the one before training: no best adapters are kept.")
 
 
-def make_room(folder, config):
-    """Move an earlier run's files aside and say so; `config` is told where the adapter that this run began with is."""
+def make_room(folder):
+    """Move an earlier run's files aside, and say so."""
     place = move_aside(folder, (*RUN_FILES, *([CARD_FILE] if has_card(folder) else [])))
-    if place is None:
-        return
-    rprint(f"The files of an earlier run in {folder} are now in {place}.")
-    start = (config or {}).get("resume_adapter_file")
-    if start is not None and Path(start).resolve().parent == folder.resolve():
-        config["resume_adapter_file"] = str(place / Path(start).name)
+    if place is not None:
+        rprint(f"The files of an earlier run in {folder} are now in {place}.")
 
 
 def _refresh(scorer, schedule, logps, progress, args):
@@ -301,7 +306,7 @@ def _refresh(scorer, schedule, logps, progress, args):
         if logps.parameters is not None:
             logps.mix(policy, args.reference_mixup_alpha)
         steps = args.reference_update_steps * args.grad_accumulation_steps
-        rows = schedule.visited(progress.iteration + 1, min(progress.iteration + steps, args.iters))
+        rows = schedule.visited(progress.iteration + 1, progress.iteration + steps)
         with parameters_in(scorer.model, policy if logps.parameters is None else logps.parameters):
             logps.take(Reference(scorer, args.reference_batch_size), rows)
 

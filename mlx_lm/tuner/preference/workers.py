@@ -33,7 +33,7 @@ PROBE, LOST = 123_457, "a worker is gone"
 STATUS = 1  # of a worker that ends because another one did
 # What may differ from worker to worker: files of a machine's own.
 OWN = {"config", "model", "data", "adapter_path", "adapter_file", "resume_adapter_file", "reference_model"}
-OWN |= {"reference_cache", "report_to", "project_name"}
+OWN |= {"reference_cache", "report_to", "project_name", "predictions"}
 # Seconds without an answer after which a machine is taken to be gone: 60 and four times 30.
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 4}
 
