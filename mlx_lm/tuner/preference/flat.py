@@ -140,5 +140,5 @@ def _is_by_element(optimizer):
     """Whether an optimizer, and all that it is made of, are of BY_ELEMENT."""
     if type(optimizer) in BY_ELEMENT:
         return True
-    parts = getattr(optimizer, "optimizers", None) or [getattr(optimizer, "optimizer", None)]
-    return None not in parts and all(map(_is_by_element, parts))
+    parts = getattr(optimizer, "optimizers", ())
+    return bool(parts) and all(map(_is_by_element, parts))

@@ -4,7 +4,7 @@ import re
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from .checkpoint import REMEDY
 from .options import ConfigError
@@ -13,48 +13,13 @@ from .options import ConfigError
 LARGE = 1e3
 
 
-class SkippingOptimizer:
-    """An optimizer that leaves an update out where the gradient is not finite.
-
-    Args:
-        optimizer: MLX's.
-    """
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-
-    @property
-    def state(self):
-        """The optimizer's state."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state):
-        self.optimizer.state = state
-
-    @property
-    def learning_rate(self):
-        """The optimizer's learning rate."""
-        return self.optimizer.learning_rate
-
-    def init(self, parameters):
-        """As the optimizer's."""
-        self.optimizer.init(parameters)
-
-    def update(self, model, gradients):
-        """Update the model, or leave it and the state as they are."""
-        # The norm's squares too, which Adam's second moments would take over.
-        finite = mx.isfinite(sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradients)))
-        parameters = model.trainable_parameters()
-        state = tree_map(lambda value: value, self.state)
-        # Zeros, so that nothing that is not finite goes further.
-        self.optimizer.update(model, tree_map(lambda value: mx.where(finite, value, 0).astype(value.dtype), gradients))
-        model.update(_chosen(finite, model.trainable_parameters(), parameters))
-        _put(self.state, _chosen(finite, self.state, state))
-
-
-def _chosen(finite, new, old):
-    return tree_map(lambda value, before: mx.where(finite, value, before), new, old)
+def update_if(finite, optimizer, module, gradients):
+    """Update a module, or leave it and the optimizer's state as they are where `finite`, a boolean, is false."""
+    before = tree_map(lambda value: value, [module.parameters(), optimizer.state])
+    # Zeros, so that nothing that is not finite goes further.
+    optimizer.update(module, tree_map(lambda value: mx.where(finite, value, 0).astype(value.dtype), gradients))
+    after = [module, optimizer.state]
+    _put(after, tree_map(lambda old, new: mx.where(finite, new, old), before, after))
 
 
 def _put(tree, values):

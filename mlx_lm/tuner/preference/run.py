@@ -37,7 +37,7 @@ from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
 from .memory import bounded_memory, trim_cache
 from .metrics import BEST
-from .nonfinite import SkippingOptimizer, places_of, refuse_non_finite_steps
+from .nonfinite import places_of, refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
 from .outcome import Outcome
@@ -108,9 +108,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
     if args.lora_plus_ratio is not None:
         optimizer = lora_plus(optimizer, args.lora_plus_ratio)
-    if args.on_nonfinite == "skip":
-        optimizer = SkippingOptimizer(optimizer)
-    step = Step(model, optimizer, objective, compiled, args.max_grad_norm)
+    step = Step(model, optimizer, objective, compiled, args.max_grad_norm, args.on_nonfinite == "skip")
     if args.check:
         return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args)
     if args.reference_mixup_alpha is not None:
@@ -121,11 +119,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         if state is None:
             make_room(folder)
         callback = MetricsFile(folder, callback, progress.iteration)
-    check = (
-        None
-        if args.on_nonfinite == "skip"
-        else partial(refuse_non_finite_steps, schedule=schedule, where=places_of(logps.dataset))
-    )
+    check = partial(refuse_non_finite_steps, schedule=schedule, where=places_of(logps.dataset))
     save = partial(save_run, step, logps, progress, settings, args, config)
     with (
         checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
@@ -133,7 +127,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         RunUI(args.iters, rank=0 if first else 1) as ui,
         REQUEST.at_steps() as request,
     ):
-        report, outcome = Reporter(ui, callback, check, objective.further), None
+        report, outcome = Reporter(ui, callback, None if step.skips else check, objective.further), None
         if first:
             outcome = Outcome(folder, objective, logps, args, config, ui, callback, progress.iteration)
         validate = partial(_validate, objective, logps, progress, args, report, config, outcome)
@@ -172,7 +166,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         due = Due.at(progress, args)
         sums, norm = step(batch, reference, due.update)
         progress.updates += due.update
-        norm = norm if due.norm or args.on_nonfinite == "skip" else None
+        norm = norm if due.norm or step.skips else None
         window.add(sums, norm, tokens)
         work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
         if due.update and not measured:

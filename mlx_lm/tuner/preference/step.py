@@ -13,6 +13,7 @@ from .batches import as_batch
 from .flat import FlatParameters
 from .intercept import aside, parameters_in
 from .memory import Need
+from .nonfinite import update_if
 from .routing import experts_of, load_balancing_loss, routed, routers_of
 
 # What is summed over pairs, in this order; TRL's names.
@@ -222,17 +223,18 @@ class Step:
         objective: an `Objective`.
         compiled: whether to compile the step, once for each shape of a batch.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
+        skips: whether an update whose gradient is not finite is left out.
 
     Attributes:
         flat: the `FlatParameters` that are updated; `flat.write` gives the model what they have become.
         accumulated: `(gradient, number of pairs)` of the batches since the last update, or None.
     """
 
-    def __init__(self, model, optimizer, objective, compiled, max_grad_norm=None):
+    def __init__(self, model, optimizer, objective, compiled, max_grad_norm=None, skips=False):
         self.model = model
         self.optimizer = optimizer
         self.objective = objective
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.skips = max_grad_norm, skips
         self.flat = FlatParameters(model, optimizer)
         if optimizer is not None:
             optimizer.init(self.flat.vectors.parameters())
@@ -301,5 +303,9 @@ class Step:
             norm = mx.sqrt(squares) / pairs
         else:
             mean, norm = clip_grad_norm(mean, self.max_grad_norm)
-        self.optimizer.update(self.flat.vectors, mean)
+        if self.skips:
+            # Its square too, which Adam's second moments would take over.
+            update_if(mx.isfinite(mx.square(norm)), self.optimizer, self.flat.vectors, mean)
+        else:
+            self.optimizer.update(self.flat.vectors, mean)
         return norm
