@@ -35,7 +35,7 @@ import mlx_lm.lora  # first: it chooses the BLAS that MLX multiplies with
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.checkpoint import _write_state, find_state
 from mlx_lm.tuner.preference.curves import plot_metrics
-from mlx_lm.tuner.preference.load import check_tokens, load_named, load_trained, read_adapter_config
+from mlx_lm.tuner.preference.load import check_tokens, load_adapter, load_named, read_adapter_config
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.metrics import read_metrics
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
@@ -256,8 +256,8 @@ def adapters(draw, folder):
     (folder / "adapters.safetensors").write_bytes(weights if draw.random() < 0.6 else cut(draw, weights))
 
     def use():
-        read_adapter_config(folder)
-        load_trained(load_named("model", str(MODEL))[0], folder)
+        config = read_adapter_config(folder)
+        load_adapter("adapter_path", load_named("model", str(MODEL))[0], config, folder / "adapters.safetensors")
 
     return content, use, ""
 

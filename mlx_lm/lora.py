@@ -47,9 +47,8 @@ from .tuner.preference.load import (
     check_tokens,
     check_trainable,
     is_none,
+    load_adapter,
     load_named,
-    load_start,
-    load_trained,
     read_adapter_config,
     refuse_other_start,
     tell_other_loss,
@@ -400,14 +399,15 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set):
     if config and args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
         base, _ = _load_model(args)
         if start is not None:
-            load_start(base, config, start)
+            load_adapter("resume_adapter_file", base, config, start)
     scorer = Scorer(base, args.share_prompt)
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])
         scorer = reference.scorer
         logps = _test_logps(reference, test_set, args)
     if config:
-        load_trained(model, args.adapter_path)
+        path = Path(args.adapter_path)
+        load_adapter("adapter_path", model, config, path if path.is_file() else path / "adapters.safetensors")
     return objective_of(model, args, loss), logps, None if scorer.model is model else scorer
 
 

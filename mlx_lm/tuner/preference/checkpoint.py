@@ -314,40 +314,40 @@ def starting_point(model):
     return hashlib.blake2b(repr(sorted(told)).encode(), digest_size=8).hexdigest()
 
 
-def check_is_file(path):
-    """Check that the adapter file at `path` is there.
+def check_is_file(path, key="resume_adapter_file"):
+    """Check that the adapter file at `path`, which `key` names, is there.
 
     Raises:
         ConfigError: it is not, or is a folder.
     """
-    told = f"resume_adapter_file is {str(path)!r}"
+    told = f"{key} is {str(path)!r}"
     if Path(path).is_dir():
         raise ConfigError(f"{told}, which is a folder; give the file, such as the adapters.safetensors in it.")
     if not Path(path).is_file():
         raise ConfigError(f"{told}, and there is no such file.")
 
 
-def check_adapter(model, path):
-    """Check that the adapter file at `path` fits the model's trainable parameters.
+def check_adapter(model, path, key="resume_adapter_file"):
+    """Check that the adapter file at `path`, which `key` names, fits the model's parameters.
 
     Raises:
         ConfigError: the file is missing, damaged, or of another model or other LoRA parameters.
     """
-    check_is_file(path)
+    check_is_file(path, key)
     try:
         weights = mx.load(str(path))
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"resume_adapter_file {path} cannot be read: {first_line(error)}.") from error
+        raise ConfigError(f"{key} {path} cannot be read: {first_line(error)}.") from error
     if not isinstance(weights, dict) or not weights:
-        raise ConfigError(f"resume_adapter_file {path} holds no named weights; give an adapters.safetensors.")
+        raise ConfigError(f"{key} {path} holds no named weights; give an adapters.safetensors.")
     parameters = dict(tree_flatten(model.parameters()))
     advice = "use the fine_tune_type, num_layers and lora_parameters that it was trained with"
     for name, value in weights.items():
         if name not in parameters:
-            raise ConfigError(f"resume_adapter_file {path} has {name}, which this model has not; {advice}.")
+            raise ConfigError(f"{key} {path} has {name}, which this model has not; {advice}.")
         if value.shape != parameters[name].shape:
             raise ConfigError(
-                f"resume_adapter_file {path} has {name} of shape {value.shape}, where this model needs "
+                f"{key} {path} has {name} of shape {value.shape}, where this model needs "
                 f"{parameters[name].shape}; {advice}."
             )
 

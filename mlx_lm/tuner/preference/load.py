@@ -4,8 +4,6 @@ import json
 import os
 import re
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
-from ..utils import linear_to_lora_layers, load_adapters
+from ..utils import linear_to_lora_layers
 from .check import check_lora
 from .checkpoint import check_adapter
 from .layers import is_float32
@@ -266,48 +264,14 @@ def refuse_other_start(given, start):
     rprint(f"resume_adapter_file {given} is not read in a test: the training began with {start}.")
 
 
-def load_trained(model, adapter_path):
-    """Put a folder's adapters, or those of a file, on `model`.
-
-    Raises:
-        ConfigError: they are missing, damaged, or of another model.
-    """
-    path = Path(adapter_path).absolute()
-    with _told_of(f"the adapters in {adapter_path}"):
-        if not path.is_file():
-            load_adapters(model, str(path))
-            return
-        # Upstream reads folders, and in them one name.
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "adapters.safetensors").symlink_to(path)
-            Path(folder, "adapter_config.json").symlink_to(path.with_name("adapter_config.json"))
-            try:
-                load_adapters(model, folder)
-            except (RuntimeError, ValueError) as error:
-                told = str(error).replace(f"{folder}/adapters.safetensors", str(path)).replace(folder, str(path))
-                raise ValueError(told) from error
-            mx.eval(model.parameters())
-
-
-def load_start(model, config, start):
-    """Make `model` the policy that a run with `config` and the adapter file `start` began with.
+def load_adapter(key, model, config, file):
+    """Put a file's adapters, or weights, on `model`, as the `config` of their training says; `key` named the file.
 
     Raises:
         ConfigError: the file is missing, damaged, or of another model.
     """
-    with _told_of(f"the adapter {start} that the training began with"):
-        if config.get("fine_tune_type") != "full":
-            use_dora = config.get("fine_tune_type") == "dora"
-            linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora)
-        check_adapter(model, start)
-        model.load_weights(str(start), strict=False)
-
-
-@contextmanager
-def _told_of(what):
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, OverflowError) as error:
-        raise ConfigError(f"{what} cannot be loaded: {_told(error)}.") from error
+    kind = config.get("fine_tune_type")
+    if kind != "full":
+        add_adapters(None, model, config["num_layers"], config["lora_parameters"], kind == "dora")
+    check_adapter(model, file, key)
+    model.load_weights(str(file), strict=False)
