@@ -25,7 +25,7 @@ from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_ba
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference, ample_tokens, batches_of
-from mlx_lm.tuner.preference.reference_cache import ROW_BYTES, Cache, checksum, fingerprint, row_key
+from mlx_lm.tuner.preference.reference_cache import ROW, Cache, checksum, fingerprint, row_key
 from mlx_lm.utils import get_batched_logps
 
 ROOT = Path(__file__).parents[1]
@@ -437,39 +437,38 @@ def test_no_cache_where_none_is_wanted(tmp_path, computed, monkeypatch):
     assert len(list((tmp_path / "user/mlx_lm/reference_logps").iterdir())) == 1
 
 
-def rewritten(path, **changes):
-    with np.load(path) as entry:
-        arrays = dict(entry)
-    np.savez(path, **arrays | {name: change(arrays[name]) for name, change in changes.items()})
+def rewritten(path, change, sealed=False):
+    """Have an entry hold the rows that `change` returns, with the digest that it had or with one that fits."""
+    content = path.read_bytes()
+    rows = change(np.frombuffer(content[:-16], ROW).copy()).tobytes()
+    path.write_bytes(rows + (Cache(path.parent, path.stem, 1)._digest(rows) if sealed else content[-16:]))
 
 
-def not_a_number(values):
-    values = values.copy()
-    values[0, 0] = np.nan
-    return values
+def not_a_number(rows):
+    rows["values"][0, 0] = np.nan
+    return rows
 
 
-def sealed(path):
-    """NaN with a digest that fits it."""
-    rewritten(path, values=not_a_number)
-    with np.load(path) as entry:
-        arrays = dict(entry)
-    digest = Cache(path.parent, path.stem, 1)._digest(arrays["keys"], arrays["values"])
-    np.savez(path, **arrays | {"digest": np.frombuffer(digest, np.uint8)})
+def more(rows):
+    rows["values"] += np.float32(1e-3)
+    return rows
+
+
+def exchanged(rows):
+    rows["values"] = rows["values"][::-1].copy()
+    return rows
 
 
 DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
     "empty": lambda path: path.write_bytes(b""),
-    "no archive": lambda path: path.write_text("something else"),
-    "another archive": lambda path: np.savez(path, other=np.zeros(3)),
-    "pickled": lambda path: np.savez(path, keys=np.array([{}], object), values=np.zeros(1), digest=np.zeros(1)),
-    "a bomb": lambda path: np.savez_compressed(path, keys=np.zeros((10**6, 16), np.uint8)),
-    "a value changed": lambda path: rewritten(path, values=lambda values: values + np.float32(1e-3)),
-    "values exchanged": lambda path: rewritten(path, values=lambda values: values[::-1]),
-    "a row lost": lambda path: rewritten(path, keys=lambda keys: keys[1:]),
-    "not a number": lambda path: rewritten(path, values=not_a_number),
-    "not a number, with a digest": sealed,
+    "something else": lambda path: path.write_text("something else"),
+    "half a row, with a digest": lambda path: rewritten(path, lambda rows: rows.view(np.uint8)[:-16], sealed=True),
+    "a value changed": lambda path: rewritten(path, more),
+    "values exchanged": lambda path: rewritten(path, exchanged),
+    "a row lost": lambda path: rewritten(path, lambda rows: rows[1:]),
+    "not a number": lambda path: rewritten(path, not_a_number),
+    "not a number, with a digest": lambda path: rewritten(path, not_a_number, sealed=True),
     "of another model": lambda path: path.write_bytes(another_entry(path.parent.parent / "other").read_bytes()),
 }
 
@@ -528,7 +527,7 @@ def test_two_processes_write_at_once(tmp_path):
             writer.kill()
     assert [writer.returncode for writer in writers] == [0, 0] and outputs == ["", ""]
     assert seen <= {1.0, 2.0} and len(cache.read()) == 200
-    assert [path.name for path in tmp_path.iterdir()] == ["0" * 32 + ".npz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["0" * 32 + ".logps"]
 
 
 def rows(count, first=0):
@@ -539,19 +538,19 @@ def test_the_folder_keeps_its_size_and_drops_what_was_used_longest_ago(tmp_path)
     names = [digit * 32 for digit in "abcd"]
     for age, name in enumerate(names[:3]):
         Cache(tmp_path, name, 100).write(rows(1000))
-        os.utime(tmp_path / f"{name}.npz", (age, age))
-    (tmp_path / "results.npz").write_bytes(b"x" * 10**6)
-    (tmp_path / f".{names[0]}.npz.{'0a' * 8}.tmp").write_bytes(b"x" * 1000)  # left by a process that was stopped
-    os.utime(tmp_path / f".{names[0]}.npz.{'0a' * 8}.tmp", (0, 0))
-    entry = (tmp_path / f"{names[0]}.npz").stat().st_size
+        os.utime(tmp_path / f"{name}.logps", (age, age))
+    (tmp_path / "results.logps").write_bytes(b"x" * 10**6)
+    (tmp_path / f".{names[0]}.logps.{'0a' * 8}.tmp").write_bytes(b"x" * 1000)  # left by a process that was stopped
+    os.utime(tmp_path / f".{names[0]}.logps.{'0a' * 8}.tmp", (0, 0))
+    entry = (tmp_path / f"{names[0]}.logps").stat().st_size
     assert Cache(tmp_path, names[0], 100).read()  # in use again: the second is now the oldest
     Cache(tmp_path, names[3], 3.5 * entry / 1e6).write(rows(1000))
-    kept = {f"{name}.npz" for name in (names[0], names[2], names[3])}
-    assert {path.name for path in tmp_path.iterdir()} == kept | {"results.npz"}
+    kept = {f"{name}.logps" for name in (names[0], names[2], names[3])}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"results.logps"}
 
 
 def test_an_entry_larger_than_the_folder_may_be_keeps_its_last_rows(tmp_path):
-    cache = Cache(tmp_path, "e" * 32, 100 * ROW_BYTES / 1e6)
+    cache = Cache(tmp_path, "e" * 32, 100 * ROW.itemsize / 1e6)
     cache.write(rows(90) | rows(60, first=1000))
     assert list(cache.read()) == list(rows(40, first=50) | rows(60, first=1000))
     Cache(tmp_path / "nothing", "e" * 32, 0.0).write(rows(3))
@@ -582,11 +581,10 @@ def test_an_interrupted_write_leaves_the_entry_as_it_was(tmp_path, monkeypatch):
     cache = Cache(tmp_path, "f" * 32, 1.0)
     cache.write(rows(5))
 
-    def interrupted(file, **_):
-        file.write(b"half")
+    def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(np, "savez", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.write(rows(9))
     monkeypatch.undo()

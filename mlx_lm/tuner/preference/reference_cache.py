@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from ...cli_ui import rprint
 from .files import replace_file
 
 # Part of every fingerprint: raise it whenever the way that logps are computed changes.
-FORMAT = 3
-ROW_BYTES = 16 + 4 * 4  # a row's key and its four float32 values
+FORMAT = 4
+ROW = np.dtype([("key", "V16"), ("values", "<f4", 4)])  # `row_key`, and the four numbers of `Reference.logps`
 # An entry of the cache, or one that a process is still writing or was stopped at: nothing else is ever deleted.
-ENTRY = re.compile(r"[0-9a-f]{32}\.npz|\.[0-9a-f]{32}\.npz\.[0-9a-f]{16}\.tmp")
+ENTRY = re.compile(r"[0-9a-f]{32}\.logps|\.[0-9a-f]{32}\.logps\.[0-9a-f]{16}\.tmp")
+DIGEST_BYTES = 16
 CHECKSUM_WORDS = 2**22  # words in one part of a checksum: its temporaries take some 100 MB
 
 
@@ -78,50 +78,43 @@ def checksum(array):
 
 
 class Cache:
-    """Reference logps on disk, one file a fingerprint."""
+    """Reference logps on disk, one file a fingerprint: a ROW for each pair, and a digest behind them."""
 
     def __init__(self, folder, name, size):
         self.folder = Path(folder).expanduser()
         self.name = name
-        self.path = self.folder / f"{name}.npz"
+        self.path = self.folder / f"{name}.logps"
         self.size = size
 
     def read(self):
         """`{row key: (4,) float32}`; empty where the entry is missing, damaged or not of this fingerprint."""
         try:
-            # What is written is not compressed: an archive that unpacks to more than itself is not one of ours.
-            with zipfile.ZipFile(self.path) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > self.path.stat().st_size:
-                raise ValueError(f"it would unpack to {unpacked} bytes")
-            with np.load(self.path, allow_pickle=False) as entry:
-                keys, values, digest = entry["keys"], entry["values"], entry["digest"].tobytes()
+            content = self.path.read_bytes()
+            rows, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+            if digest != self._digest(rows):
+                raise ValueError("it is damaged, or another model's")
+            table = np.frombuffer(rows, ROW)
+            if not np.isfinite(table["values"]).all():
+                raise ValueError("it has values that are not finite")
         except FileNotFoundError:
             return {}
-        except Exception as error:
-            # Whatever a damaged file raises, the remedy is the same: compute again.
+        except (OSError, ValueError) as error:
             rprint(f"[WARNING] The reference cache {self.path} cannot be read ({error}); it is computed again.")
-            return {}
-        sound = keys.shape[1:] == (16,) and keys.dtype == np.uint8 and values.shape == (len(keys), 4)
-        if not sound or digest != self._digest(keys, values) or not np.isfinite(values).all():
-            rprint(f"[WARNING] The reference cache {self.path} is damaged; it is computed again.")
             return {}
         # The time of use decides what goes first; a folder that cannot be written to is still good to read.
         with suppress(OSError):
             os.utime(self.path)
-        return {key.tobytes(): value for key, value in zip(keys, values, strict=True)}
+        return {key.tobytes(): values for key, values in zip(table["key"], table["values"], strict=True)}
 
     def write(self, known):
         """Replace the entry by the rows of `known`, the last ones where the folder's size does not hold them all."""
-        kept = min(len(known), int(self.size * 1e6 // ROW_BYTES))
+        kept = min(len(known), int(self.size * 1e6 // ROW.itemsize))
         if kept == 0 or mx.distributed.init().rank() != 0:
             return
-        keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16)[-kept:]
-        values = np.array(list(known.values()), np.float32).reshape(-1, 4)[-kept:]
+        rows = b"".join(key + values.tobytes() for key, values in list(known.items())[-kept:])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            digest = np.frombuffer(self._digest(keys, values), np.uint8)
-            replace_file(self.path, lambda file: np.savez(file, keys=keys, values=values, digest=digest))
+            replace_file(self.path, lambda file: file.write(rows + self._digest(rows)))
             self._drop_oldest()
         except OSError as error:
             rprint(f"[WARNING] The reference logps could not be kept in {self.folder} ({error}).")
@@ -140,9 +133,8 @@ class Cache:
                 total -= size
                 path.unlink(missing_ok=True)
 
-    def _digest(self, keys, values):
-        content = self.name.encode() + keys.tobytes() + np.ascontiguousarray(values, np.float32).tobytes()
-        return hashlib.blake2b(content, digest_size=16).digest()
+    def _digest(self, rows):
+        return hashlib.blake2b(self.name.encode() + rows, digest_size=DIGEST_BYTES).digest()
 
 
 def default_cache_folder():
