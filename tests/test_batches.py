@@ -358,7 +358,7 @@ def test_fillers_count_for_nothing(arrangement):
     for loss_type in ("dpo", "aot", ["dpo", "sft"]):
         objective = Objective(Scorer(model), preference_loss(loss_type))
         exact = objective(make_batch(pairs, arrangement)[0], reference)[1]
-        fuller = make_batch(pairs, arrangement, size=5)[0]
+        fuller = make_batch([*pairs, pairs[0], pairs[0]], arrangement, counted=len(pairs))[0]
         assert fuller.counts.tolist() == [1, 1, 1, 0, 0]
         padded = mx.concatenate([reference, mx.full((2, 2, 2), 1e3)])
         assert np.allclose(np.array(objective(fuller, padded)[1]), np.array(exact), rtol=1e-5), loss_type

@@ -85,7 +85,7 @@ def test_the_correlation_of_lengths_is_pearsons(scored):
     assert means_of(figures)[CORRELATION] == pytest.approx(expected)
     # From a batch's sums, as a step has them.
     objective, logps, _ = scored
-    batch = make_batch(PAIRS, objective.scorer.arrangement, size=8)[0]
+    batch = make_batch([*PAIRS, *PAIRS[:1] * 2], objective.scorer.arrangement, counted=6)[0]
     filled = np.concatenate([logps, logps[:1], logps[:1]])
     sums = objective(batch, mx.array(filled))[1]
     means, pairs, _ = as_means(np.array(sums, np.float64))

@@ -199,5 +199,5 @@ def test_a_compiled_step_under_recomputation_balances_as_an_eager_one(tmp_path):
 def test_responses_to_other_prompts_do_not_count():
     pairs = [pair._replace(label=True) for pair in PAIRS]
     for arrangement in ARRANGEMENTS:
-        batch = make_batch(pairs, arrangement, size=5)[0]
+        batch = make_batch([*pairs, pairs[0], pairs[0]], arrangement, counted=len(pairs))[0]
         assert batch.reads.sum().item() == sum(len(pair.prompt) + len(pair.chosen) - 1 for pair in pairs)

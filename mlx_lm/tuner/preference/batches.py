@@ -193,23 +193,20 @@ def filled(lengths, most, arrangement, share=None):
     return [*batches, np.array(rows)] if rows else batches
 
 
-def make_batch(pairs, arrangement, shape=None, size=None):
+def make_batch(pairs, arrangement, shape=None, counted=None):
     """Arrays for a list of pairs.
 
     Args:
         pairs: B `Pair`s.
         arrangement: PACKED or PLAIN.
         shape: the `Shape` to pad to; by default the least that suits the device.
-        size: fill up to so many pairs with repetitions that count for nothing.
+        counted: how many of the pairs count, by default all; those behind them fill up the batch.
 
     Returns:
         `(Batch, processed, padding)`: the tokens that the model's body will run over, padding included, and
         how many of them are padding.
     """
-    counts = [1.0] * len(pairs)
-    if size is not None and len(pairs) < size:
-        counts += [0.0] * (size - len(pairs))
-        pairs = list(pairs) + [pairs[0]] * (size - len(pairs))
+    counts = [float(counted is None or i < counted) for i in range(len(pairs))]
     shape = shape or shape_of([pair_lengths(pair) for pair in pairs], arrangement)
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     lay_out = _pack if arrangement == PACKED else _rows
@@ -258,11 +255,6 @@ def _words(values):
     """An array's values as int32, filled up to a multiple of ALIGNMENT."""
     values = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     return np.concatenate([values, np.zeros(-len(values) % ALIGNMENT, np.uint8)]).view(np.int32)
-
-
-def emptied(batch):
-    """The batch, so that it counts for nothing."""
-    return batch._replace(**{name: mx.zeros_like(getattr(batch, name)) for name in ("counts", "reads", "ntoks")})
 
 
 def _tokens(pair):
@@ -406,13 +398,10 @@ class Schedule:
 
     def batch(self, iteration, reference):
         """This worker's `(batch, reference logps)` of an iteration, and its tokens: processed and padding."""
-        mine, all_rows = self._share_of(self.rows(iteration), self.rank)
-        taken = [self.pairs[int(i)] for i in (mine if len(mine) else all_rows[:1])]
-        batch, processed, padding = make_batch(taken, self.arrangement, self.shape(iteration), len(all_rows))
-        if not len(mine):
-            # A worker without a row of its own runs one that counts for nothing.
-            batch = emptied(batch)
-        return batch, reference_rows(reference, all_rows), (processed, padding)
+        mine, rows = self._share_of(self.rows(iteration), self.rank)
+        pairs = [self.pairs[int(i)] for i in rows]
+        batch, processed, padding = make_batch(pairs, self.arrangement, self.shape(iteration), len(mine))
+        return batch, reference_rows(reference, rows), (processed, padding)
 
 
 def iterations(epochs, pairs, batch_size):

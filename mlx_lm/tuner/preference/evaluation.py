@@ -7,7 +7,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
-from .batches import emptied, make_batch, reference_rows
+from .batches import make_batch, reference_rows
 from .intercept import evaluating
 from .layers import multiplied_once
 from .logps import Scorer
@@ -156,8 +156,7 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
             return None, here, len(places)
         # One without a row of its own runs one that counts for nothing.
         taken = here if len(here) else places[:1]
-        batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement)
-        batch = batch if len(here) else emptied(batch)
+        batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement, counted=len(here))
         losses, figures = objective.each(batch, reference_rows(reference, taken), by_token=True)
         return mx.stack([losses, *figures]), here, len(places)
 
