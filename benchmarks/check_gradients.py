@@ -31,7 +31,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm._backend import prepare_for_training
 from mlx_lm.tuner.datasets import load_dataset
-from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, make_batch, pair_lengths, shape_of
+from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, lengths_of, make_batch, shape_of
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
@@ -184,7 +184,7 @@ def compare(model, pairs, batch_size, most):
         expected, reference = plain_gradient(exact, batch)
         shapes = {kind: schedule.shape(iteration) for kind, schedule in schedules.items()}
         if len(batch) < batch_size:
-            shapes = {kind: shape_of([pair_lengths(pair) for pair in batch], kind) for kind in shapes}
+            shapes = {kind: shape_of(lengths_of(batch), kind) for kind in shapes}
         rounded = exact if dtype_of(model) == mx.float32 else model
         compared[PLAIN_PASS].append(products(plain_gradient(rounded, batch, reference)[0], expected))
         for way, gradient in ways(batch, reference, shapes):

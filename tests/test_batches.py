@@ -23,6 +23,7 @@ from mlx_lm.tuner.preference.batches import (
     drawn,
     filled,
     ladder,
+    lengths_of,
     make_batch,
     plan,
     shape_of,
@@ -32,10 +33,6 @@ from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import FIGURES, Objective
 from mlx_lm.utils import get_batched_logps
-
-
-def lengths_of(pairs):
-    return np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
 
 
 @pytest.mark.parametrize("rows, size, sizes", [(8, 4, [4, 4]), (9, 4, [4, 4, 1]), (3, 8, [3]), (1, 1, [1])])

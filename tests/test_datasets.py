@@ -126,7 +126,7 @@ def test_options_reach_the_rows(tmp_path):
     data = write(tmp_path, train=[{"q": "Who?", "good": "It is Lima.", "bad": "Paris."}], valid=[])
     train, *_ = load(data=data, prompt_feature="q", chosen_feature="good", rejected_feature="bad", max_seq_length=7)
     assert chosen(train) == ["It is Lima."]
-    assert train.max_seq_length == 7 and sum(train.lengths(0)[:2]) == 7
+    assert train.max_seq_length == 7 and len(train[0].prompt) + len(train[0].chosen) == 7
     thinking = datasets.load_dataset(
         config(data=write(tmp_path, train=[ROW]), chat_template_kwargs={"enable_thinking": False}), tokenizers.qwen3()
     )

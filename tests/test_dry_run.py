@@ -14,6 +14,7 @@ from chat_tokenizers import smollm
 import mlx_lm.lora
 from mlx_lm.tuner.datasets import PreferenceDataset
 from mlx_lm.tuner.preference import dry_run, memory
+from mlx_lm.tuner.preference.batches import lengths_of
 from mlx_lm.tuner.preference.dry_run import describe_data, text_of, with_marks
 
 EXAMPLES = Path(mlx_lm.lora.__file__).parent / "examples"
@@ -162,7 +163,7 @@ def test_quantiles_of_lengths_and_marks_around_what_is_scored(capsys):
     data = PreferenceDataset([row, {**row, "chosen": "So it is, and so on and on."}], tokenizer)
     describe_data({"train": data, "valid": []}, tokenizer)
     out = capsys.readouterr().out
-    lengths = [data.lengths(i) for i in range(2)]
+    lengths = lengths_of(data).tolist()
     for name, place in (("prompt", 0), ("chosen", 1), ("rejected", 2)):
         found = re.search(rf"^  {name} +(\d+) .* (\d+)$", out, re.M).groups()
         assert [int(value) for value in found] == [min(x[place] for x in lengths), max(x[place] for x in lengths)]

@@ -5,6 +5,7 @@ import pytest
 
 from mlx_lm.tuner.datasets import CacheDataset, Pair, PreferenceDataset, truncate
 from mlx_lm.tuner.preference import pairs
+from mlx_lm.tuner.preference.batches import lengths_of
 from mlx_lm.tuner.preference.options import ConfigError
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
@@ -33,8 +34,9 @@ def test_truncation_is_counted_and_said_once(capsys):
     rows += [{"prompt": "123456789", "chosen": "4", "rejected": "567"}]
     rows += [{"prompt": "123", "chosen": "1234567", "rejected": "92345678"}]
     dataset = PreferenceDataset(rows, tokenizer, max_seq_length=8, name="digits")
-    assert [dataset.lengths(i) for i in range(5)] == [(4, 2, 4)] * 4 + [(1, 7, 7)]
-    assert [prompt + max(sides) for prompt, *sides in map(dataset.lengths, range(5))] == [8] * 5
+    lengths = lengths_of(dataset).tolist()
+    assert lengths == [[4, 2, 4]] * 4 + [[1, 7, 7]]
+    assert [prompt + max(sides) for prompt, *sides in lengths] == [8] * 5
     assert tokenizer.decode(dataset[3].prompt) == "6789"
     assert tokenizer.decode(dataset[4].prompt) == "3"
     assert tokenizer.decode(dataset[4].chosen) == "1234567"

@@ -87,9 +87,9 @@ def multiple():
     return CUDA_TILE if on_cuda() else 32
 
 
-def pair_lengths(pair):
-    """Tokens of prompt, chosen and rejected."""
-    return [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
+def lengths_of(pairs):
+    """Tokens of prompt, chosen and rejected of each pair, `(n, 3)` int."""
+    return np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs], int).reshape(-1, 3)
 
 
 def shape_of(lengths, arrangement, to=None):
@@ -207,7 +207,7 @@ def make_batch(pairs, arrangement, shape=None, counted=None):
         how many of them are padding.
     """
     counts = [float(counted is None or i < counted) for i in range(len(pairs))]
-    shape = shape or shape_of([pair_lengths(pair) for pair in pairs], arrangement)
+    shape = shape or shape_of(lengths_of(pairs), arrangement)
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     lay_out = _pack if arrangement == PACKED else _rows
     alone = [pair.label is not None for pair in pairs]
@@ -351,7 +351,7 @@ class Schedule:
         self.iters = iters or self.epoch_steps
         # Where shapes are compiled, what is left for the last batch is filled up.
         self._share = batch_size // self.workers if multiple() > 1 else 0
-        self._lengths = np.array([pair_lengths(pair) for pair in pairs])
+        self._lengths = lengths_of(pairs)
         self._by_length = np.concatenate(plan(self._lengths, batch_size))
         self._bucket = batch_size * (BUCKET if grouped else self.epoch_steps)
         self._epoch, self._batches = None, None

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ...cli_ui import rprint
 from .answers import answers
-from .batches import make_batch, pair_lengths, reference_rows
+from .batches import lengths_of, make_batch, reference_rows
 from .curves import plot_metrics
 from .divergence import validated_pairs
 from .intercept import evaluating
@@ -51,7 +51,7 @@ def describe_data(splits, tokenizer):
             f"{counts['responses cut']:13}"
         )
     data = next(iter(splits.values()))
-    prompt, chosen, rejected = np.array([data.lengths(i) for i in range(len(data))]).T
+    prompt, chosen, rejected = lengths_of(data).T
     kinds = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen - rejected": chosen - rejected}
     rprint("\ntokens             " + "".join(f"{name:>7}" for name in QUANTILES))
     for name, lengths in kinds.items():
@@ -191,7 +191,7 @@ def time_largest(scorer, evaluate, sets, size, again):
     batches = []
     for dataset, rows in sets:
         if len(rows):
-            lengths = lengths_of(dataset, rows)
+            lengths = lengths_of(dataset[int(row)] for row in rows)
             for places in batches_of(scorer, dataset, rows, size):
                 batches.append((lengths[places].sum(), dataset, rows[places]))
     if not batches:
@@ -205,11 +205,6 @@ def time_largest(scorer, evaluate, sets, size, again):
             seconds = time.perf_counter() - tic
         trim_cache()
     return seconds / processed
-
-
-def lengths_of(dataset, rows):
-    """Tokens of prompt, chosen and rejected of some rows, `(n, 3)`."""
-    return np.array([pair_lengths(dataset[int(row)]) for row in rows]).reshape(-1, 3)
 
 
 def refuse_too_large(resting, needed):
@@ -247,7 +242,7 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
     seconds = (time.perf_counter() - tic) / len(usual) * tokens.mean() / tokens[usual].mean()
     parts = {f"{args.iters} steps of {seconds:.3f} s": args.iters * seconds}
     validation, reference = scoring
-    lengths = lengths_of(logps.val_dataset, logps.val_rows).sum(axis=1)
+    lengths = lengths_of(logps.val_dataset[int(row)] for row in logps.val_rows).sum(axis=1)
     referenced = lengths.sum() * reference
     count = 1 + -(-args.iters // args.steps_per_eval)
     if len(lengths):
@@ -258,8 +253,8 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
             each = args.sample_prompts * time_answer(objective.scorer.model, logps)
             parts[f"{count} times {args.sample_prompts} answers of {each:.3f} s"] = count * each
     if objective.loss.needs_reference:
-        visited = lengths_of(logps.dataset, schedule.visited(1, args.iters)).sum() * reference
-        parts["reference, where none of it is kept"] = visited + referenced
+        visited = lengths_of(logps.dataset[int(row)] for row in schedule.visited(1, args.iters)).sum()
+        parts["reference, where none of it is kept"] = visited * reference + referenced
         if every := args.reference_update_steps:
             exchanges = (-(-args.iters // args.grad_accumulation_steps) - 1) // every
             again = every * args.grad_accumulation_steps * tokens.mean() * reference + referenced

@@ -109,7 +109,7 @@ class PreferenceDataset:
             score_scale=score_scale,
             min_score_difference=min_score_difference,
         )
-        self._counts, self._read = Counter(), len(rows)
+        self._counts = Counter(read=len(rows))
         self._useless = {}
         self._notes = {}
         self.layout = ""
@@ -143,8 +143,7 @@ class PreferenceDataset:
     @property
     def counts(self):
         """How many rows were read and left out, prompts cut and responses cut, by these names."""
-        names = ("left out", "prompts cut", "responses cut")
-        return {"read": self._read} | {name: self._counts[name] for name in names}
+        return {name: self._counts[name] for name in ("read", "left out", "prompts cut", "responses cut")}
 
     def where(self, idx):
         """The place of a pair's row, such as its file and line."""
@@ -153,10 +152,6 @@ class PreferenceDataset:
     def source(self, idx):
         """What a pair's row gives as its `source`, as text, or None."""
         return self._sources.get(idx)
-
-    def lengths(self, idx):
-        """Tokens of the prompt, the chosen and the rejected response of a pair."""
-        return tuple(len(tokens) for tokens in self._pairs[idx][:3])
 
     @classmethod
     def joined(cls, datasets):
@@ -169,7 +164,6 @@ class PreferenceDataset:
         places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
         whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
         whole._counts = sum((dataset._counts for dataset in datasets), Counter())
-        whole._read = sum(dataset._read for dataset in datasets)
         sources = {number: dataset.source(i) for number, (dataset, i) in enumerate(places)}
         whole._sources = {number: source for number, source in sources.items() if source is not None}
         return whole

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from .batches import filled, make_batch, pair_lengths, plan
+from .batches import filled, lengths_of, make_batch, plan
 from .intercept import evaluating
 from .load import check_same_tokens, is_none, load_named
 from .logps import Scorer
@@ -171,7 +171,7 @@ def batches_of(scorer, dataset, rows, size=None, workers=1, share=None):
         workers: how many take a batch together.
         share: pairs in a batch at most, or None.
     """
-    lengths = np.array([pair_lengths(dataset[int(row)]) for row in rows])
+    lengths = lengths_of(dataset[int(row)] for row in rows)
     if size is not None:
         return plan(lengths, size)
     most = workers * ample_tokens(scorer, int(lengths.sum(axis=1).max()))
