@@ -93,7 +93,6 @@ def step_flops(model, shape, prompt, response, pairs):
 def loop(queries, keys, values, log_gates, betas, state=None, mask=None):
     """The recurrence as upstream trains it, in the place of the one in chunks."""
     import mlx.core as mx
-
     from mlx_lm.models.gated_delta import gated_delta_ops
 
     return gated_delta_ops(queries, keys, values, mx.exp(log_gates), betas, state, mask)
@@ -107,7 +106,7 @@ def measure_step(
     import mlx.core as mx
 
     from mlx_lm._backend import prepare_for_training
-    from mlx_lm.tuner.preference import recurrent
+    from mlx_lm.tuner.preference import pieces, recurrent
 
     prepare_for_training()
     mx.set_default_device(getattr(mx, device))
@@ -116,7 +115,7 @@ def measure_step(
     rate = harness.matmul_rate(dtype, 8192 if on_gpu else 1024)
     model = qwen(shape, dtype)
     if recurrence == "loop":
-        recurrent.gated_delta_rule = loop
+        pieces.gated_delta_rule = loop
     elif recurrence == "chunks":
         recurrent.on_cuda = lambda: False  # where kernels stand in for them
     batch = harness.make_pairs(pairs, prompt, response, SHAPES[shape][-1])
@@ -219,7 +218,7 @@ def measure_relative(name, length, chunked, device="cpu"):
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     from mlx_lm._backend import prepare_for_training
-    from mlx_lm.tuner.preference.recurrent import chunked_recurrences
+    from mlx_lm.tuner.preference.pieces import recurrences_in_pieces
 
     prepare_for_training()
     mx.set_default_device(getattr(mx, device))
@@ -239,7 +238,7 @@ def measure_relative(name, length, chunked, device="cpu"):
     model.freeze()
     linear_to_lora_layers(model, len(model.layers), {"rank": 4, "scale": 2.0, "dropout": 0.0})
     tokens = mx.random.randint(0, 101, (1, length))
-    with chunked_recurrences(model.modules()) if chunked else nullcontext():
+    with recurrences_in_pieces(model.modules()) if chunked else nullcontext():
         peaks = []
         for _ in range(2):
             mx.synchronize()

@@ -1,5 +1,7 @@
 """Recurrences that run in pieces, against upstream's over whole sequences."""
 
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,11 +9,12 @@ import pytest
 from architectures import ARCHITECTURES, make_model
 from mlx.utils import tree_flatten
 from plain_pass import add_lora, make_pairs
+from test_recurrent import GATED
 
 from mlx_lm.tuner.preference import pieces
 from mlx_lm.tuner.preference.batches import PACKED, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.pieces import FUNCTIONS, METHODS, recurrences_in_pieces
+from mlx_lm.tuner.preference.pieces import FUNCTIONS, recurrences_in_pieces
 from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, split
 
 TYPES = (
@@ -30,9 +33,16 @@ LENGTH = 2 * CHUNK + 5
 
 
 def in_pieces(model):
-    """Whether the context would exchange anything of the model."""
-    names = {(type(module).__module__.rpartition(".")[2], type(module).__name__) for module in model.modules()}
-    return any(file in FUNCTIONS or name in METHODS for file, name in names)
+    """Whether the context exchanges a function of the model's files, or a method of its modules."""
+
+    def found():
+        types = [type(module) for module in model.modules()]
+        files = [sys.modules[kind.__module__] for kind in types]
+        return types, [getattr(file, name, None) for file in files for _, name in FUNCTIONS]
+
+    before = found()
+    with recurrences_in_pieces(model.modules()):
+        return found() != before
 
 
 def logits_and_gradients(model, tokens):
@@ -52,7 +62,7 @@ def assert_same(found, expected):
 
 
 def test_the_types_that_run_in_pieces_are_known():
-    assert [name for name in ARCHITECTURES if in_pieces(make_model(name))] == list(TYPES)
+    assert {name for name in ARCHITECTURES if in_pieces(make_model(name))} == {*TYPES, *GATED}
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -6,12 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, make_model
+from architectures import make_model
 from mlx.utils import tree_flatten
 
 from mlx_lm.models import gated_delta
 from mlx_lm.tuner.preference import recurrent
-from mlx_lm.tuner.preference.recurrent import CHUNK, chunked_recurrences, gated_delta_rule, uses_gated_delta
+from mlx_lm.tuner.preference.pieces import recurrences_in_pieces
+from mlx_lm.tuner.preference.recurrent import CHUNK, gated_delta_rule
 
 NAMES = ("queries", "keys", "values", "log_gates", "betas", "state")
 # Lengths within a chunk, of whole chunks and beside them.
@@ -180,15 +181,11 @@ def refuse(*_):
     raise AssertionError("the loop over tokens ran")
 
 
-def test_the_types_with_gated_delta_layers_are_known():
-    assert [name for name in ARCHITECTURES if uses_gated_delta(make_model(name).modules())] == list(GATED)
-
-
 @pytest.mark.parametrize("name", GATED)
 def test_a_model_in_chunks_has_upstreams_logits_and_gradients(name, monkeypatch):
     model, tokens = make_gated(name)
     expected = logits_and_gradients(model, tokens)
-    with chunked_recurrences(model.modules()), monkeypatch.context() as patch:
+    with recurrences_in_pieces(model.modules()), monkeypatch.context() as patch:
         patch.setattr(gated_delta, "gated_delta_ops", refuse)
         found = logits_and_gradients(model, tokens)
     assert len(found) > 3 and found.keys() == expected.keys()
@@ -201,7 +198,7 @@ def test_a_model_in_chunks_has_upstreams_logits_and_gradients(name, monkeypatch)
 def test_a_cached_prompt_goes_on_in_chunks():
     model, tokens = make_gated("qwen3_5")
     expected = model(tokens)[:, 30:]
-    with chunked_recurrences(model.modules()):
+    with recurrences_in_pieces(model.modules()):
         cache = model.make_cache()
         model(tokens[:, :30], cache=cache)
         found = model(tokens[:, 30:], cache=cache)
@@ -211,7 +208,7 @@ def test_a_cached_prompt_goes_on_in_chunks():
 def test_outside_the_context_the_loop_runs_as_it_does_upstream(monkeypatch):
     model, tokens = make_gated("qwen3_5")
     before = model(tokens)
-    with pytest.raises(KeyError), chunked_recurrences(model.modules()):
+    with pytest.raises(KeyError), recurrences_in_pieces(model.modules()):
         raise KeyError
     assert mx.array_equal(model(tokens), before)
     monkeypatch.setattr(gated_delta, "gated_delta_ops", refuse)

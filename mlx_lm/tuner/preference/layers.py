@@ -11,7 +11,7 @@ from ..lora import LoRALinear
 from .attention import PackedCache, PackedState, RowCache, Window, on_cuda
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
-from .recurrent import chunked_recurrences
+from .pieces import recurrences_in_pieces
 
 STATELESS = (PackedCache, PackedState, RowCache, Window)
 
@@ -188,7 +188,7 @@ def lean_layers(modules, packed=None):
     try:
         with ExitStack() as stack:
             stack.enter_context(recomputed_activations())
-            stack.enter_context(chunked_recurrences(modules, packed))
+            stack.enter_context(recurrences_in_pieces(modules, packed))
             for module in modules if packed is not None else ():
                 if _is_depthwise(module):
                     stack.enter_context(intercepted(module, "__call__", _in_rows(type(module).__call__, packed)))

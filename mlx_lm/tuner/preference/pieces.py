@@ -1,8 +1,9 @@
-"""Upstream's other recurrences, a piece of the sequence at a time, each computed again in the backward pass.
+"""Upstream's recurrences without a loop over tokens, a piece of the sequence at a time where memory is short.
 
-Upstream loops over the tokens of Mamba, Jamba, RWKV-7 and Bailing's linear attention and keeps a state for each; of
-state-space models of the second generation it runs 256 tokens at once and keeps their products with each other. Here
-they run as `state_space` has them, in pieces where memory is short, and nothing but the states between pieces is kept.
+Upstream loops over the tokens of Mamba, Jamba, RWKV-7, Bailing's linear attention and the gated delta rule and keeps a
+state for each; of state-space models of the second generation it runs 256 tokens at once and keeps their products with
+each other. Here the gated delta rule runs as `recurrent` has it, and the others as `state_space` has them, in pieces
+that are computed again in the backward pass: nothing but the states between pieces is kept.
 """
 
 import sys
@@ -18,6 +19,7 @@ from ...models.activations import swiglu
 from .attention import on_cuda
 from .cuda_scan import fits, selective_loops
 from .intercept import exchanged, intercepted, recomputed
+from .recurrent import gated_delta_rule
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
 # Numbers of an array, where all of a piece is computed at once.
@@ -30,28 +32,21 @@ def recurrences_in_pieces(modules, packed=None):
 
     Args:
         modules: all of an mlx-lm model, with or without such layers.
-        packed: the `PackedCache` of a packed batch, or None; functions that can then run on each sequence's tokens.
+        packed: the `PackedCache` of a packed batch, on each of whose sequences they can then run, or None.
     """
-    modules = [module for module in modules if _is_upstreams(type(module))]
-    files = {type(module).__module__.rpartition(".")[2]: type(module).__module__ for module in modules}
+    files = {type(module).__module__ for module in modules}
     with ExitStack() as stack:
-        for file in FUNCTIONS.keys() & files.keys():
-            (name, in_pieces), namespace = FUNCTIONS[file], sys.modules[files[file]]
-            if _is_upstreams(function := getattr(namespace, name)):
-                function = in_pieces(function)
-                if packed is not None and in_pieces in SEQUENCES:
-                    function = packed.in_rows(function, SEQUENCES[in_pieces])
-                stack.enter_context(exchanged(namespace, name, function))
+        for namespace in (sys.modules[file] for file in files if file in sys.modules):
+            for (file, name), in_pieces in FUNCTIONS.items():
+                function = getattr(namespace, name, None)
+                # Within another such context it is not upstream's.
+                if getattr(function, "__module__", None) == MODELS + file:
+                    stack.enter_context(exchanged(namespace, name, in_pieces(function, packed)))
         for module in modules:
-            if type(module).__name__ in METHODS:
+            if type(module).__name__ in METHODS and type(module).__module__.startswith(MODELS):
                 name, in_pieces = METHODS[type(module).__name__]
                 stack.enter_context(intercepted(module, name, in_pieces(packed)))
         yield
-
-
-def _is_upstreams(thing):
-    """Whether a class or function is as upstream has it: within another such context it is not."""
-    return thing.__module__.startswith("mlx_lm.models.")
 
 
 def scan(step, sequences, state, piece, shared=()):
@@ -89,7 +84,34 @@ def _at_once(chunk, numbers):
     return chunk * max(1, AT_ONCE[mx.default_device().type] // max(1, numbers * chunk))
 
 
-def _state_space(upstream):
+def _gated_delta(upstream, packed):
+    """`gated_delta_update` of Qwen3-Next and Qwen3.5, Kimi Linear and OLMo's hybrids.
+
+    Where upstream has a kernel, on Metal but in training, that runs, unless the batch is packed; and where there is a
+    mask, the loop.
+    """
+    rule = gated_delta_rule if packed is None else packed.in_rows(gated_delta_rule, range(5))
+
+    def update(
+        q, k, v, a, b, A_log, dt_bias, state=None, mask=None,
+        *, use_kernel=True, lower_bound=None, allow_neg_eigval=False,
+    ):  # fmt: skip
+        has_kernel = use_kernel and mx.default_device() == mx.gpu and mx.metal.is_available()
+        if mask is not None or (has_kernel and packed is None):
+            options = {"use_kernel": use_kernel, "lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
+            return upstream(q, k, v, a, b, A_log, dt_bias, state, mask, **options)
+        rate, beta = mx.exp(A_log.astype(mx.float32)), mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
+        # The logarithm of upstream's gates, which may be 0 or 1 when rounded.
+        if lower_bound is None:
+            log_gates = -rate * nn.softplus(a + dt_bias)
+        else:
+            log_gates = lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
+        return rule(q, k, v, log_gates, beta, state)
+
+    return update
+
+
+def _state_space(upstream, packed):
     """`ssm_update` of Mamba 2, Falcon H1, Granite, Nemotron H and PLaMo 2."""
 
     def update(x, A_log, B, C, D, dt, dt_bias, state=None, time_step_limit=(0.001, 100.0), mask=None, lengths=None):
@@ -103,10 +125,10 @@ def _state_space(upstream):
 
         return scan(step, [x, B, C, dt], state, _at_once(CHUNK, CHUNK * x[:, 0, :, 0].size), [A_log, D, dt_bias])
 
-    return update
+    return update if packed is None else packed.in_rows(update, (0, 2, 3, 5))
 
 
-def _linear_attention(_):
+def _linear_attention(_, __):
     """`recurrent_gla` of Bailing's linear attention, whose axis of tokens is the third."""
 
     def attend(q, k, v, g, scale, h=None):
@@ -197,14 +219,14 @@ def _rwkv(_):
     return process
 
 
-# What upstream's files call by name, and methods of its classes, and what makes each run in pieces.
-STATE_SPACE = ("falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "plamo2")
+MODELS = "mlx_lm.models."
+# What upstream's files call by name, by the file that defines it, and methods of its classes; and what makes each run
+# in pieces.
 FUNCTIONS = {
-    **dict.fromkeys(STATE_SPACE, ("ssm_update", _state_space)),
-    "bailing_moe_linear": ("recurrent_gla", _linear_attention),
+    ("gated_delta", "gated_delta_update"): _gated_delta,
+    ("ssm", "ssm_update"): _state_space,
+    ("bailing_moe_linear", "recurrent_gla"): _linear_attention,
 }
-# Of functions that know nothing of the layer around them, which arguments are sequences.
-SEQUENCES = {_state_space: (0, 2, 3, 5)}
 METHODS = {
     "MambaBlock": ("_process_sequence", _mamba),
     "JambaMambaMixer": ("ssm_step", _jamba),

@@ -25,48 +25,19 @@ sums, which loses digits.
 Sources: arXiv 2406.06484 (the delta rule in parallel), 2412.06464 (its gate), 2510.26692 (a gate for each channel).
 """
 
-import sys
-from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ...models import gated_delta
 from . import cuda_delta
 from .attention import on_cuda
 from .chunk_products import decayed_products, decayed_products_by_channel, in_chunks, inverse_of, states_between
-from .pieces import recurrences_in_pieces
 
 # Tokens a chunk, a power of two. Products of a chunk's tokens with each other grow with it, and the number of
 # products in a row shrinks.
 CHUNK = 64
 # Tokens, times heads and sequences, whose chunks are in memory at a time. A GPU works on many at once.
 TOKENS_AT_ONCE = {mx.DeviceType.cpu: 2**12, mx.DeviceType.gpu: 2**17}
-
-
-@contextmanager
-def chunked_recurrences(modules, packed=None):
-    """Within the context, gated delta layers run in chunks wherever upstream's would loop over tokens.
-
-    Other recurrent layers run in pieces. The context must last around the backward pass too where layers are computed
-    again; within another one of the same batch it changes nothing more.
-
-    Args:
-        modules: all of an mlx-lm model, with or without such layers.
-        packed: the `PackedCache` of a packed batch, or None.
-    """
-    chunks = nullcontext()
-    if uses_gated_delta(modules):
-        rule = gated_delta_rule if packed is None else packed.in_rows(gated_delta_rule, range(5))
-        chunks = gated_delta.computed_by(rule, always=packed is not None)
-    with chunks, recurrences_in_pieces(modules, packed):
-        yield
-
-
-def uses_gated_delta(modules):
-    """Whether a module comes from a file that calls mlx-lm's `gated_delta_update`."""
-    files = {sys.modules.get(type(module).__module__) for module in modules}
-    return any(getattr(file, "gated_delta_update", None) is gated_delta.gated_delta_update for file in files)
 
 
 def gated_delta_rule(queries, keys, values, log_gates, betas, state=None):
