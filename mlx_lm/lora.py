@@ -23,7 +23,6 @@ from types import SimpleNamespace
 from .cli_ui import print_header_panel
 from .tuner.callbacks import SUPPORT_CALLBACK
 from .tuner.preference import workers
-from .tuner.preference.adapters import rslora_scale
 from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
@@ -157,8 +156,9 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         args.iters = iterations(epochs, len(train_set), args.batch_size)
         rprint(f"{epochs:g} epochs of {len(train_set)} pairs are {args.iters} iterations.")
     if args.use_rslora:
-        # The scale that plain mlx-lm has to load the adapters with is saved.
-        scale = rslora_scale(args.lora_parameters["scale"], args.lora_parameters["rank"])
+        # alpha / sqrt(rank), where mlx-lm's scale is alpha / rank (arXiv 2312.03732). It is what is saved: plain mlx-lm
+        # has to load the adapters with it.
+        scale = args.lora_parameters["scale"] * math.sqrt(args.lora_parameters["rank"])
         args.use_rslora, args.lora_parameters = False, {**args.lora_parameters, "scale": scale}
     if args.fine_tune_type == "full" and args.resume_adapter_file is not None:
         check_adapter(model, args.resume_adapter_file)

@@ -12,7 +12,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 import mlx_lm.lora
-from mlx_lm.tuner.preference.adapters import lora_plus, rslora_scale
+from mlx_lm.tuner.preference.adapters import lora_plus
 from mlx_lm.tuner.preference.batches import PLAIN, Schedule, make_batch
 from mlx_lm.tuner.preference.check import check_config
 from mlx_lm.tuner.preference.logps import Scorer
@@ -68,20 +68,14 @@ def test_a_run_follows_the_ratio(tmp_path):
 # Rank-stabilized LoRA
 
 
-def test_the_scale_keeps_alpha_over_the_root_of_the_rank():
-    alpha = 32.0
-    for rank in (1, 4, 64):
-        assert rslora_scale(alpha / rank, rank) == pytest.approx(alpha / rank**0.5)
-
-
 def config(**changes):
     given = {"model": "mlx_lm/examples/tiny_chat_model", "data": "mlx_lm/examples/preferences", "train": True}
     return type("Config", (), {**mlx_lm.lora.CONFIG_DEFAULTS, **given, "loss_type": "dpo", **changes})()
 
 
-def test_the_effective_scale_is_trained_and_saved(tmp_path, monkeypatch):
+def test_the_scale_of_alpha_over_the_root_of_the_rank_is_trained_and_saved(tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
-    lora = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    lora = {"rank": 16, "scale": 2.0, "dropout": 0.0}
     parts = {
         "adapter_path": str(tmp_path),
         "iters": 1,
@@ -98,7 +92,7 @@ def test_the_effective_scale_is_trained_and_saved(tmp_path, monkeypatch):
     mlx_lm.lora.train_model(args, model, train, valid, loss=loss)
     scales = {module.scale for module in model.modules() if isinstance(module, LoRALinear)}
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert scales == {4.0} and saved["lora_parameters"]["scale"] == 4.0 and saved["use_rslora"] is False
+    assert scales == {8.0} and saved["lora_parameters"]["scale"] == 8.0 and saved["use_rslora"] is False
     assert lora["scale"] == 2.0
 
 

@@ -1,20 +1,8 @@
-"""Variants of LoRA's training: how large an adapter's scale and its second matrix's learning rate are."""
+"""LoRA+: another learning rate for an adapter's second matrix."""
 
 import copy
-import math
 
 import mlx.optimizers as optim
-
-
-def rslora_scale(scale, rank):
-    """A scale whose effect on a trained adapter does not shrink with its rank: alpha / sqrt(rank).
-
-    mlx-lm's `scale` is alpha / rank. Source: arXiv 2312.03732.
-
-    >>> rslora_scale(2.0, 16)
-    8.0
-    """
-    return scale * math.sqrt(rank)
 
 
 def lora_plus(optimizer, ratio):
