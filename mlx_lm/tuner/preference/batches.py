@@ -228,7 +228,8 @@ def make_batch(pairs, arrangement, shape=None, counted=None):
         margins=np.array([pair.margin for pair in pairs], np.float32),
         labels=np.array([pair.label is not False for pair in pairs], np.float32),
         reads=reads,
-        ntoks=np.array(sum(int(count) * _tokens(pair) for count, pair in zip(counts, pairs, strict=True)), np.int32),
+        # Each heard response has a last token too, which predicts nothing and is not among those that are read.
+        ntoks=np.array(reads.sum() + heard.sum(), np.int32),
     )
     return at_once(batch), tokens.size, tokens.size - own
 
@@ -255,11 +256,6 @@ def _words(values):
     """An array's values as int32, filled up to a multiple of ALIGNMENT."""
     values = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     return np.concatenate([values, np.zeros(-len(values) % ALIGNMENT, np.uint8)]).view(np.int32)
-
-
-def _tokens(pair):
-    one = len(pair.prompt) + len(pair.chosen)
-    return one + len(pair.prompt) + len(pair.rejected) if pair.label is None else one
 
 
 def _pack(pairs, responses, heard, shape):
