@@ -5,7 +5,7 @@ Rows are read in `rows.py` and tokenized in `tokens.py`; `datasets.py` loads the
 
 import os
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -110,8 +110,8 @@ class PreferenceDataset:
             min_score_difference=min_score_difference,
         )
         self._counts = Counter(read=len(rows))
-        self._useless = {}
-        self._notes = {}
+        # The numbers of the rows that are left out, and of those that there is something to tell of, by what it is.
+        self._useless, self._notes = defaultdict(list), defaultdict(list)
         self.layout = ""
         self._longest = 0
         self._pairs, self._numbers = [], array("i")
@@ -127,7 +127,7 @@ class PreferenceDataset:
         if unpaired:
             self._pairs = mismatched(self._pairs, max_seq_length, name)
         self.layout = self._layouts() + (f"; the first one:\n{self.layout}" if self.layout else "")
-        del self._encoder, self._reader
+        del self._encoder, self._reader, self._useless, self._notes
 
     def __len__(self):
         return len(self._pairs)
@@ -176,21 +176,20 @@ class PreferenceDataset:
                 conversation = self._reader.labelled(row) if self._unpaired and is_kto(row) else self._reader(row)
                 read.append((number, conversation, self._encoder.texts(conversation)))
             except UselessRow as useless:
-                self._leave_out(number, str(useless))
+                self._useless[str(useless)].append(number)
             except (ConfigError, RecursionError) as error:
                 told = error if isinstance(error, ConfigError) else "the row is nested too deep."
                 raise ConfigError(f"{self._where(number)}: {told}") from error
         tokens = self._encoder.encode([texts for _, _, texts in read])
         for (number, conversation, texts), (prompt, chosen, rejected) in zip(read, tokens, strict=True):
             for note in texts.notes:
-                count, first = self._notes.get(note, (0, number))
-                self._notes[note] = count + 1, first
+                self._notes[note].append(number)
             if useless := self._why_useless(prompt, chosen, rejected, conversation.label):
-                self._leave_out(number, useless)
+                self._useless[useless].append(number)
                 continue
             cut = truncate(prompt, chosen, rejected, self.max_seq_length)
             if cut[1] == cut[2] and not self._unpaired:
-                self._leave_out(number, EQUAL_WHEN_CUT)
+                self._useless[EQUAL_WHEN_CUT].append(number)
                 continue
             self._counts["disputed"] += texts.disputed
             self._counts["prompts cut"] += len(cut[0]) < len(prompt)
@@ -229,17 +228,13 @@ class PreferenceDataset:
         names = ("prompt", "completion") if texts.chosen == texts.rejected else ("prompt", "chosen", "rejected")
         return "\n".join(f"  {name:10} {shown(text)}" for name, text in zip(names, parts, strict=False))
 
-    def _leave_out(self, number, why):
-        count, first = self._useless.get(why, (0, number))
-        self._useless[why] = count + 1, first
-        self._counts["left out"] += 1
-
     def _report(self, total):
         """Say once what was left out and what was cut."""
+        self._counts["left out"] = sum(map(len, self._useless.values()))
         kept = total - self._counts["left out"]
         if self._useless:
             reasons = ", ".join(
-                f"{count} {why} (first: {self._where(first)})" for why, (count, first) in self._useless.items()
+                f"{len(numbers)} {why} (first: {self._where(numbers[0])})" for why, numbers in self._useless.items()
             )
             if kept == 0:
                 raise ConfigError(f"{self.name} has no pair to learn from; of its {total} rows, {reasons}.")
@@ -250,8 +245,9 @@ class PreferenceDataset:
                 f"{self._longest} tokens; of {kept}, {self._counts['prompts cut']} lost the beginning of the prompt "
                 f"and {self._counts['responses cut']} the end of a response. Raise max_seq_length to keep them whole."
             )
-        for note, (count, first) in self._notes.items():
-            rprint(f"[WARNING] {self.name}: in {count} of {total} rows {note} (first: {self._where(first)}).")
+        for note, numbers in self._notes.items():
+            first = self._where(numbers[0])
+            rprint(f"[WARNING] {self.name}: in {len(numbers)} of {total} rows {note} (first: {first}).")
         if self._counts["disputed"]:
             rprint(
                 f"[WARNING] {self.name}: in {self._counts['disputed']} of {kept} pairs the chat template's generation "
