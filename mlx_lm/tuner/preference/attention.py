@@ -119,7 +119,7 @@ class RowCache:
         return attention(queries, keys, values, scale, mask, sinks)
 
 
-class PackedCache:
+class PackedCache(RowCache):
     """In every layer's cache's place on a packed batch of N sequences of one token.
 
     Args:
@@ -133,10 +133,6 @@ class PackedCache:
         self._queries = Rows(queries, layout.outputs[None])
         self._keys = Rows(keys, layout.uses)
         self._outputs = Rows(layout.outputs, layout.answered[None])
-
-    def update_and_fetch(self, keys, values):
-        """The keys and values as they are: `attend` finds each sequence's."""
-        return keys, values
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What `attend` reads; a mask to compute with cannot be had."""

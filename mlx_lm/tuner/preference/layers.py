@@ -8,12 +8,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ...models.activations import recomputed_activations
 from ..lora import LoRALinear
-from .attention import PackedCache, PackedState, RowCache, Window, on_cuda
+from .attention import PackedState, RowCache, Window, on_cuda
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .pieces import recurrences_in_pieces
 
-STATELESS = (PackedCache, PackedState, RowCache, Window)
+STATELESS = (PackedState, RowCache, Window)
 
 
 class LeanLoRALinear(LoRALinear):
