@@ -12,9 +12,9 @@ from mlx_lm.tuner.lora import LoRALinear
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 import mlx_lm.lora
-from mlx_lm.tuner.preference.adapters import lora_plus
 from mlx_lm.tuner.preference.batches import PLAIN, Schedule, make_batch
 from mlx_lm.tuner.preference.check import check_config
+from mlx_lm.tuner.preference.flat import lora_plus
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError

@@ -10,9 +10,8 @@ from mlx_lm.tuner.lora import LoRALinear
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.preference import flat as flat_module
-from mlx_lm.tuner.preference.adapters import lora_plus
 from mlx_lm.tuner.preference.batches import PACKED, make_batch
-from mlx_lm.tuner.preference.flat import FlatParameters
+from mlx_lm.tuner.preference.flat import FlatParameters, lora_plus
 from mlx_lm.tuner.preference.layers import lean_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss

@@ -15,7 +15,6 @@ from ..._backend import slow_blas_hint
 from ...cli_ui import rprint
 from ...utils import maybe_set_recommended_wired_limit
 from ..callbacks import MetricsFile
-from .adapters import lora_plus
 from .batches import Schedule, iterations
 from .card import CARD_FILE, has_card
 from .checkpoint import (
@@ -32,6 +31,7 @@ from .checkpoint import (
 from .dry_run import rehearse
 from .evaluation import evaluated_rows, unwrapped
 from .files import locked, move_aside, remove_leftovers
+from .flat import lora_plus
 from .intercept import parameters_in
 from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
