@@ -25,8 +25,6 @@ sums, which loses digits.
 Sources: arXiv 2406.06484 (the delta rule in parallel), 2412.06464 (its gate), 2510.26692 (a gate for each channel).
 """
 
-from typing import NamedTuple
-
 import mlx.core as mx
 
 from . import cuda_delta
@@ -87,8 +85,7 @@ def gated_delta_chunks(queries, keys, values, log_gates, betas, state):
     def run(state, *arrays):
         outputs, all_states = [], []
         for part in zip(*map(in_parts, arrays), strict=True):
-            chunks = _prepare(*part)
-            states, state, read, own = _run(chunks, state)
+            states, state, read, own = _run(part, state)
             outputs.append(_as_sequence(read, own, part[2]))
             all_states.append(states)
         return _joined(outputs), state, *all_states
@@ -125,36 +122,12 @@ def _part_slopes(arrays, states, last, output_slope, last_slope):
     """
 
     def part(state, *arrays):
-        return _run(_prepare(*arrays), state, (states, last))[1:]
+        return _run(arrays, state, (states, last))[1:]
 
-    # Without waiting for the gradient, all layers could prepare again before the first of them is done with.
+    # Without waiting for the gradient, all layers could compute again before the first of them is done with.
     arrays = mx.depends(arrays, [output_slope, last_slope])
     output_slope = _in_chunks(output_slope, states.shape[2])
     return mx.vjp(part, [states[:1].squeeze(0), *arrays], [last_slope, output_slope, output_slope])[1]
-
-
-class _Chunks(NamedTuple):
-    """What the chunks of a sequence are before the states are known, float32.
-
-    Leading axes N, B, Hk and R: chunks, sequences, key heads, value heads a key head; C tokens a chunk.
-
-    Attributes:
-        queries: `(..., C, Dk)`, Q.
-        scores: `(..., C, C)`, P.
-        solve: `(..., C, C)`, T B.
-        values: `(..., C, Dv)`, V.
-        early: `(..., C, Dk)`, K.
-        late: `(..., C, Dk)`, K'.
-        decays: `(..., 1, 1 or Dk)`, of the state over the whole chunk.
-    """
-
-    queries: mx.array
-    scores: mx.array
-    solve: mx.array
-    values: mx.array
-    early: mx.array
-    late: mx.array
-    decays: mx.array
 
 
 def _in_chunks(x, key_heads):
@@ -173,37 +146,14 @@ def _as_sequence(x, y, like):
     return (x + y).astype(like.dtype).reshape(len(like), -1, *like.shape[2:])[:, : like.shape[1]]
 
 
-def _prepare(queries, keys, values, log_gates, betas):
-    """`_Chunks` of a part of a sequence.
+def _run(arrays, state, known=None):
+    """The states of a part of a sequence, in chunks, and its outputs in two parts; all is in float32.
+
+    Leading axes N, B, Hk and R: chunks, sequences, key heads, value heads a key head; C tokens a chunk.
 
     Args:
-        queries, keys, values, log_gates, betas: `(B, T, heads, width)`, as for `gated_delta_rule`; a width of 1 for
-            betas, and for gates that all channels share.
-    """
-    key_heads = keys.shape[2]
-    arrays = queries, keys, values, log_gates, betas
-    queries, keys, values, log_gates, betas = (_in_chunks(x, key_heads) for x in arrays)
-    # Of all channels: one sum over them does for the gradients of both products.
-    before = mx.broadcast_to(mx.exp(mx.cumsum(log_gates, axis=-2)), (*betas.shape[:-1], keys.shape[-1]))
-    after = mx.exp(mx.cumsum(log_gates, axis=-2, reverse=True, inclusive=False))
-    products = decayed_products if log_gates.shape[-1] == 1 else decayed_products_by_channel
-    key_scores, scores = products(keys, queries, log_gates)
-    inverse = inverse_of(betas * key_scores)
-    return _Chunks(
-        queries=before * queries,
-        scores=scores,
-        solve=inverse * betas.swapaxes(-1, -2),
-        values=values,
-        early=before * keys,
-        late=after * keys,
-        decays=mx.exp(log_gates.sum(-2, keepdims=True)),
-    )
-
-
-def _run(chunks, state, known=None):
-    """The states of a sequence of chunks, and its outputs in two parts.
-
-    Args:
+        arrays: queries, keys, values, gates' logarithms and betas `(B, T, heads, width)`, as for `gated_delta_rule`; a
+            width of 1 for betas, and for gates that all channels share.
         state: `(..., Dv, Dk)`, before the first chunk.
         known: as for `states_between`.
 
@@ -211,9 +161,17 @@ def _run(chunks, state, known=None):
         `(states, last, read, own)`: the state `(N, ..., Dv, Dk)` before each chunk, and the one after the last; what
         the outputs `(N, ..., C, Dv)` are of the states, and what they are without one.
     """
+    queries, keys, values, log_gates, betas = (_in_chunks(x, arrays[1].shape[2]) for x in arrays)
+    # Of all channels: one sum over them does for the gradients of both products.
+    before = mx.broadcast_to(mx.exp(mx.cumsum(log_gates, axis=-2)), (*betas.shape[:-1], keys.shape[-1]))
+    after = mx.exp(mx.cumsum(log_gates, axis=-2, reverse=True, inclusive=False))
+    products = decayed_products if log_gates.shape[-1] == 1 else decayed_products_by_channel
+    key_scores, scores = products(keys, queries, log_gates)  # scores: P
+    solve = inverse_of(betas * key_scores) * betas.swapaxes(-1, -2)  # T B
     # T B V and T B K: a chunk's updates are the first less the second S^T.
-    updates, reads = chunks.solve @ chunks.values, chunks.solve @ chunks.early
-    turns, additions = (x.swapaxes(-1, -2) @ chunks.late for x in (reads, updates))
-    queries = mx.addmm(chunks.queries, chunks.scores, reads, alpha=-1.0)
-    states, last = states_between(state, chunks.decays, turns, additions, known)
-    return states, last, queries @ states.swapaxes(-1, -2), chunks.scores @ updates
+    updates, reads = solve @ values, solve @ (before * keys)
+    late = after * keys  # K'
+    turns, additions = (x.swapaxes(-1, -2) @ late for x in (reads, updates))
+    queries = mx.addmm(before * queries, scores, reads, alpha=-1.0)
+    states, last = states_between(state, mx.exp(log_gates.sum(-2, keepdims=True)), turns, additions, known)
+    return states, last, queries @ states.swapaxes(-1, -2), scores @ updates

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -163,7 +163,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         tic = time.perf_counter()
         batch, reference, tokens = upcoming or schedule.batch(progress.iteration + 1, logps.train)
         progress.iteration += 1
-        due = Due.at(progress, args)
+        due = due_at(progress, args)
         sums, norm = step(batch, reference, due.update)
         progress.updates += due.update
         norm = norm if due.norm or step.skips else None
@@ -206,42 +206,25 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         report.training(window, progress, step.optimizer.learning_rate.item())
 
 
-class Due(NamedTuple):
-    """What comes with an iteration.
-
-    Attributes:
-        last: it is the run's last.
-        update: the model is updated. Steps left over at the end make an update of their own: no pair is dropped.
-        refresh: with TR-DPO, the reference is exchanged after it; after the last one for a run that goes on from it.
-        norm: the gradient's norm is reported; of other updates it is computed only where those may be left out.
-        report, validate, save: as the names say.
-    """
-
-    last: bool
-    update: bool
-    refresh: bool
-    norm: bool
-    report: bool
-    validate: bool
-    save: bool
-
-    @classmethod
-    def at(cls, progress, args):
-        """What is due at `progress`, whose iteration has begun and whose update is not counted yet."""
-        iteration, last = progress.iteration, progress.iteration == args.iters
-        update = last or iteration % args.grad_accumulation_steps == 0
-        every = args.reference_update_steps
-        next_update = min(iteration + args.grad_accumulation_steps, args.iters)
-        next_report = -(-iteration // args.steps_per_report) * args.steps_per_report
-        return cls(
-            last=last,
-            update=update,
-            refresh=bool(every) and update and (progress.updates + 1) % every == 0,
-            norm=update and (last or next_update > next_report),
-            report=last or iteration % args.steps_per_report == 0,
-            validate=last or iteration % args.steps_per_eval == 0,
-            save=iteration % args.steps_per_save == 0,
-        )
+def due_at(progress, args):
+    """What comes with the iteration of `progress`, which has begun and whose update is not counted yet."""
+    iteration, last = progress.iteration, progress.iteration == args.iters
+    # Steps left over at the end make an update of their own: no pair is dropped.
+    update = last or iteration % args.grad_accumulation_steps == 0
+    every = args.reference_update_steps
+    next_update = min(iteration + args.grad_accumulation_steps, args.iters)
+    next_report = -(-iteration // args.steps_per_report) * args.steps_per_report
+    return SimpleNamespace(
+        last=last,
+        update=update,
+        # With TR-DPO, the reference is exchanged; after the last iteration for a run that goes on from it.
+        refresh=bool(every) and update and (progress.updates + 1) % every == 0,
+        # The gradient's norm is reported; of other updates it is computed only where those may be left out.
+        norm=update and (last or next_update > next_report),
+        report=last or iteration % args.steps_per_report == 0,
+        validate=last or iteration % args.steps_per_eval == 0,
+        save=iteration % args.steps_per_save == 0,
+    )
 
 
 def _validate(objective, logps, progress, args, report, config, outcome):
