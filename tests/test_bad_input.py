@@ -651,6 +651,9 @@ class TestTestAlone:
         done = command("--compare", "none", str(command.folder / "b"))
         # At such a rate three steps make the answers worse than they were.
         assert "They differ: none has the better reward accuracy" in done.out
+        # Of the two, the one that was trained says with which loss.
+        done = command("--compare", "none", str(command.folder / "b"), loss_type=None)
+        assert done.status == 0 and "They differ: none has the better reward accuracy" in done.out
         command.refused("compare takes two adapters", "--compare", trained)
 
     def test_a_file_that_is_no_adapter(self, after):

@@ -1,6 +1,7 @@
 """What a run leaves to look at, by the command: answers, the page in a browser, the model card, and what comes next."""
 
 import contextlib
+import errno
 import html
 import io
 import json
@@ -24,7 +25,7 @@ from tiny import short_run, some_pairs, tiny_llama
 
 import mlx_lm.lora
 from mlx_lm import load
-from mlx_lm.tuner.preference.answers import MOST_TOKENS
+from mlx_lm.tuner.preference.answers import MOST_TOKENS, print_side_by_side
 from mlx_lm.tuner.preference.card import MARK, write_card
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
@@ -274,6 +275,25 @@ def test_a_test_is_offered_where_there_is_a_test_set(tmp_path):
     (tmp_path / "test.jsonl").touch()
     assert offered(data=str(tmp_path))
     assert offered(hf_dataset={"path": "a", "test_split": "quiz"}) and not offered(hf_dataset=[{"path": "a"}])
+
+
+def test_a_picture_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 0.7}\n')
+    monkeypatch.setattr("mlx_lm.tuner.preference.curves.replace_file", refused)
+    with pytest.raises(SystemExit, match="2"):
+        call(mlx_lm.lora.main, "--plot", str(tmp_path))
+    assert "error: plot: the picture cannot be written (" in capsys.readouterr().err
+
+
+def test_answers_side_by_side_say_when_each_was_given(capsys):
+    one, two = ({"iteration": iteration, "prompt": "Who?", "answer": "I."} for iteration in (15, 20))
+    print_side_by_side(one, two)
+    print_side_by_side(one | {"iteration": 0}, two)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "after iteration 20" in line)
+    assert "after iteration 15" in first and "before training" in second
 
 
 @pytest.mark.parametrize("text, stays", [(MARK, False), ("# Mine\n", True)])

@@ -597,6 +597,9 @@ def test_the_folder_is_the_users_cache_unless_the_run_names_one(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert module.default_cache_folder() == Path.home() / ".cache/mlx_lm/reference_logps"
     assert Cache("~/kept", "a", 1).folder == Path.home() / "kept"
+    # A user without a home, as in some containers.
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert module.default_cache_folder() is None
 
 
 def test_weights_in_another_order_are_the_same_model():
