@@ -55,7 +55,16 @@ from .tuner.preference.load import (
 from .tuner.preference.logps import Scorer
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
 from .tuner.preference.objective import describe_losses, loss_of
-from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, Unset, is_preference, size
+from .tuner.preference.options import (
+    GROUPS,
+    UPSTREAM_GROUP,
+    ConfigError,
+    FloatOfFlag,
+    IntOfFlag,
+    Unset,
+    is_preference,
+    size,
+)
 from .tuner.preference.outcome import print_closing
 from .tuner.preference.reference import reference_of
 from .tuner.preference.run import check_and_digest, train_preference
@@ -112,13 +121,11 @@ def build_parser():
     )
     parse = parser.parse_args
 
-    def parse_args(*given):
-        args = parse(*given)
-        # A flag that says how long to train wins over the other key in a file.
-        if args.epochs is not None and args.iters is None:
-            args.iters = CONFIG_DEFAULTS["iters"]
-        elif args.iters is not None and args.epochs is None:
-            args.epochs = Unset()
+    def parse_args(*given, **named):
+        args = parse(*given, **named)
+        # Both say how long to train, and a flag of one wins over the other in a file.
+        args.iters = None if args.iters is None else IntOfFlag(args.iters)
+        args.epochs = None if args.epochs is None else FloatOfFlag(args.epochs)
         return args
 
     parser.parse_args = parse_args

@@ -216,7 +216,7 @@ class TestData:
 
     def test_a_missing_test_set_is_told_before_training(self, command):
         data = write_rows(command.folder / "data", test=None)
-        command.refused("test.jsonl is missing.* or leave test out", test=True, data=data)
+        command.refused("test.jsonl is missing.* set test: false, or give --no-test", test=True, data=data)
 
     def test_folders(self, command, data):
         command.refused("data is '.*/nothing', and there is no such folder", data=str(command.folder / "nothing"))
@@ -562,7 +562,7 @@ class TestAdapterFolder:
         config = json.loads((after.adapters / "adapter_config.json").read_text())
         config["lora_parameters"]["rank"] = 8
         (after.adapters / "adapter_config.json").write_text(json.dumps(config))
-        told = "adapter_path .* of shape .*, where this model needs .*; use the fine_tune_type"
+        told = "adapter_path .* of shape .*, where this model needs .*; the model, or what its adapter_config.json says"
         after.refused(told, train=False, test=True)
 
     def test_the_adapter_that_they_began_with_is_gone(self, after):

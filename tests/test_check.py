@@ -152,14 +152,17 @@ class TestEpochs:
     def test_a_flag_of_one_wins_over_the_other_in_a_file(self, read):
         args = read("loss_type: dpo\ntrain: true\niters: 30\n", "--epochs", "0.5")
         config.check_config(args)
-        assert args.epochs == 0.5 and args.iters == 1000
+        assert args.epochs == 0.5
         args = read("loss_type: dpo\ntrain: true\nepochs: 2\n", "--iters", "30")
         config.check_config(args)
         assert args.epochs is None and args.iters == 30
 
-    def test_iters_of_supervised_training_is_no_key_of_preferences(self, read, capsys):
-        config.warn_of_preference_keys(read("train: true\n", "--iters", "30"))
-        assert capsys.readouterr().err == ""
+    def test_flags_of_supervised_training_leave_its_file_alone(self, read, capsys):
+        args = read("train: true\n", "--iters", "30")
+        config.warn_of_preference_keys(args)
+        assert capsys.readouterr().err == "" and (args.iters, args.epochs) == (30, None)
+        assert read("train: true\niters: 3\n", "--epochs", "1").iters == 3
+        assert mlx_lm.lora.build_parser().parse_args(args=["--iters", "4"]).iters == 4
 
     @pytest.mark.parametrize(
         "epochs, pairs, batch_size, expected", [(1, 8, 4, 2), (2, 9, 4, 6), (0.1, 120, 4, 3), (0.01, 8, 4, 1)]

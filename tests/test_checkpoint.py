@@ -255,6 +255,20 @@ def test_the_last_steps_of_a_run_that_ends_early_are_reported(tmp_path):
     assert [line["iteration"] for line in lines] == [2]
 
 
+def test_a_gradient_that_will_be_left_out_stops_no_save(tmp_path, monkeypatch):
+    heavy = [pair._replace(weight=3e38 if i % 2 else 1.0) for i, pair in enumerate(pairs())]
+    monkeypatch.setattr(sys.modules[__name__], "pairs", lambda *_, **__: heavy)
+    options = {"grad_accumulation_steps": 2, "steps_per_save": 1, "iters": 5, "on_nonfinite": "skip"}
+    trained(tmp_path, **options)
+    assert metrics(tmp_path)[-2]["skipped_updates"] > 0
+    with pytest.raises(ConfigError, match="not finite"):
+        trained(tmp_path / "refused", **options | {"on_nonfinite": "stop"})
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    trained(tmp_path, iters=np.int64(1), batch_size=np.int32(2), clear_cache_threshold="1MB")
+
+
 @pytest.mark.parametrize(
     "option", [{"steps_per_eval": 0}, {"steps_per_save": 0}, {"batch_size": 0}, {"save_best": "acc"}, {"iters": 0}]
 )

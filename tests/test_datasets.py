@@ -265,6 +265,12 @@ def test_hf_dataset(hub):
     assert load(hf_dataset=entry("a"))[2] == []
 
 
+def test_a_split_that_is_no_text_is_told(hub):
+    hub["a"] = {"train": [ROW]}
+    with pytest.raises(ConfigError, match=r"the hf_dataset a cannot be loaded \(Unknown split"):
+        load(hf_dataset={"path": "a", "train_split": 1})
+
+
 @pytest.mark.parametrize("share, valid", [(None, 2), (0.25, 5)])
 def test_of_a_whole_split_that_is_named_alone_some_rows_validate(hub, share, valid):
     rows = [ROW | {"chosen": f"c{i}"} for i in range(20)]

@@ -98,7 +98,7 @@ def test_what_it_tells(tmp_path, capsys):
         "2 validations of T",
         "2 times 3 answers of T",
         "reference, where none of it is kept",
-        "exchanges of the reference, 2",  # after the fourth and the eighth update: none follows the last
+        "exchanges of the reference, 3",  # after the fourth, the eighth and the last update
         "pictures, 1",
         "in all, but for loading, saving, test",
     ]

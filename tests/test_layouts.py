@@ -171,6 +171,11 @@ def test_scores_that_leave_a_row_out_or_are_missing():
         RowReader(score_difference="margin")(LAYOUTS["Orca DPO pairs"])
 
 
+def test_a_verdict_may_be_a_number_in_quotes():
+    row = {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": "-2"}
+    assert RowReader()(row).chosen[0]["content"] == "b"
+
+
 def test_a_verdict_that_is_no_number_is_refused():
     row = {"context": "a", "response1": "b", "response2": "c", "overall_preference": float("nan")}
     with pytest.raises(ConfigError, match="overall_preference is nan; it must be a number"):
@@ -225,6 +230,11 @@ def test_labelled_completions_of_different_prompts_are_no_pairs(asked, feature):
     found, _ = paired(rows, "rows", str, feature)
     said = [[row[key] if asked("") else row[key][-1]["content"] for key in ("chosen", "rejected")] for row in found]
     assert said == [["good a", "bad a"], ["good b", "bad b"]]
+
+
+def test_an_empty_prompt_is_one():
+    rows = [{"prompt": "", "completion": text, "label": label} for text, label in (("a", True), ("b", False))]
+    assert paired(rows, "rows", str)[0] == [{"prompt": "", "chosen": "a", "rejected": "b"}]
 
 
 def test_labelled_completions_without_a_prompt_are_not_paired():

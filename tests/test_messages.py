@@ -115,6 +115,15 @@ def test_strings_that_hold_messages():
         '[{"value":',
     ):
         assert decoded(text, "m") is None
+    # Message columns as pandas writes them into a table, and a list that is cut off.
+    for text in (
+        "[{'content': 'q', 'role': 'user'}\n {'content': 'a', 'role': 'assistant'}]",
+        '[{"from": "human", "value": "',
+    ):
+        with pytest.raises(ConfigError, match="m is a string that begins as messages do but is not JSON"):
+            decoded(text, "m")
+    # Of messages of which one is none it is told which.
+    assert decoded('[{"role": "user", "content": "hi"}, {"content": "x"}]', "m")[1] == {"content": "x"}
     for text in ('{"role": 3', "[1, 2]", "a [{'role': 'x'}]", '[{"name": "a"}]'):
         if text.startswith('{"role'):
             with pytest.raises(ConfigError, match="m is a string that begins as messages do but is not JSON"):

@@ -371,6 +371,39 @@ def test_turns_that_say_the_same_are_told_apart(family, earlier):
     assert len({text.partition("OK then")[2] for text in scored}) == 1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_a_conversation_each_turn_of_the_models_is_scored_and_no_other_or_it_is_refused(family):
+    tokenizer = templates.tokenizer(family)
+    think = {"role": "assistant", "content": "<think>\nzzhm\n</think>\n\nzza", "mine": "zza"}
+    turns = {
+        "a": {"role": "assistant", "content": "zza"},
+        "A": think,
+        "e": {"role": "assistant", "content": "zze"},
+        "u": {"role": "user", "content": "qqu"},
+        "v": {"role": "user", "content": "zza"},
+        "c": CALL,
+        "t": RESULT | {"content": '{"t": "qqt"}'},
+    }
+    for said in ("aue", "aua", "aueua", "Aue", "aua", "cta", "ctcta", "ctaue", "ave", "avava"):
+        response = [{key: value for key, value in turns[name].items() if key != "mine"} for name in said]
+        row = ROW | {"chosen": response, **({"tools": TOOLS} if "c" in said else {})}
+        try:
+            pair = PreferenceDataset([row], tokenizer)[0]
+        except ConfigError:
+            continue
+        scored, unscored, last = "", "", 0
+        for start, stop in pair.unscored[0] if pair.unscored else ():
+            scored += tokenizer.decode(pair.chosen[last:start])
+            unscored += tokenizer.decode(pair.chosen[start:stop])
+            last = stop
+        scored += tokenizer.decode(pair.chosen[last:])
+        assert "qq" not in scored and "zze" not in unscored, said
+        assert unscored.count("qqu") == said.count("u") and unscored.count("qqt") == said.count("t"), said
+        assert unscored.count("zza") == said.count("v"), said
+        assert scored.count("zza") == said.lower().count("a") and scored.count("zze") == said.count("e"), said
+        assert scored.count("look") == said.count("c"), said
+
+
 def test_a_call_that_is_tried_again_is_scored_twice():
     tokenizer = templates.tokenizer("qwen3")
     turns = [CALL, RESULT | {"content": "error"}, CALL, RESULT, LIMA]

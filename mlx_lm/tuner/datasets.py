@@ -97,7 +97,7 @@ def load_local_dataset(data_path, tokenizer, config):
         rows = joined(parts) if parts else None
         if wanted and split != "valid" and (rows is None or len(rows.rows) == 0):
             state = "holds no rows" if paths else "is missing" if data_path.is_dir() else f"is no {split} set"
-            advice = ", or leave test out" if split == "test" else ""
+            advice = ", set test: false, or give --no-test" if split == "test" else ""
             raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line{advice}.")
         found[split] = (rows, str(path)) if rows is not None and len(rows.rows) else None
     return _made(found, tokenizer, config)
@@ -167,7 +167,7 @@ def _default_splits(hub, entry, args):
     Without either they are the first 80 % and the last 10 % of `train`, which upstream's slices are too, but that those
     overlap where a tenth of the rows is less than one. Of a whole split that is named the last 10 % are not trained on.
     """
-    name = entry.get("train_split", "train")
+    name = str(entry.get("train_split", "train"))
     if "valid_split" in entry or "[" in name or "+" in name or not args.train:
         return {}
     count = len(hub.load_dataset(entry["path"], split=name, **entry.get("config", {})))

@@ -13,6 +13,7 @@ from .template import STAND_IN
 
 EARLIER_REASONING = "the chat template leaves the reasoning of earlier turns out"
 EMPTY_THOUGHT = "a response without reasoning closes at once the thought that the generation prompt opens"
+TURNS_CHANGE = "the chat template writes the turns of this response otherwise when others follow them."
 CLOSED_REASONING = "the chat template leaves reasoning out of responses, whose thought is over where they begin"
 
 
@@ -80,14 +81,17 @@ class ChatTexts:
             elif message["role"] != "assistant" and following and following["role"] == "assistant":
                 spans.append((start, self._shared(conversation, messages, whole, start, add_generation_prompt=True)))
         if any(stop <= start for start, stop in spans):
-            raise ConfigError("the chat template writes the turns of this response otherwise when others follow them.")
+            raise ConfigError(TURNS_CHANGE)
         return tuple(spans)
 
     def _shared(self, conversation, messages, whole, after=0, add_generation_prompt=False):
-        """The end, within a text of all messages and behind `after`, of the text of some of them; 0 if it is not found.
+        """The end, within a text of all messages and behind `after`, of the text of some of them.
 
         What the template writes otherwise once more messages follow, such as dropped reasoning, stands before the
-        content of the last of the given messages.
+        content of the last of the given messages, or at least before the end of it.
+
+        Raises:
+            ConfigError: it is not found.
         """
         text = self.template.render(conversation, messages, add_generation_prompt)
         # A generation prompt may open a thought that no turn before the last one has.
@@ -95,23 +99,24 @@ class ChatTexts:
         for begun in texts:
             if whole.startswith(begun):
                 return len(begun)
-        found = []
-        for begun in texts:
-            own = self._last_text(messages[-1]["content"], begun)
-            if own and (at := whole.find(own, after)) >= 0:
-                found.append((at, -len(own)))
         # The first one behind `after`: later turns may say the same.
-        at, size = min(found, default=(0, 0))
-        return at - size
+        for choices in (
+            [self._last_text(messages[-1]["content"], begun) for begun in texts],
+            *([begun[-size:] for begun in texts] for size in range(400, 7, -1)),
+        ):
+            if found := [(at, -len(own)) for own in choices if own and (at := whole.find(own, after)) >= 0]:
+                at, size = min(found)
+                return at - size
+        raise ConfigError(TURNS_CHANGE)
 
     def _last_text(self, content, text):
-        """The end of a text, from the content of its last message on, without a thought."""
+        """The end of a text, from the content of its last message on, without a thought; empty if it is not there."""
         answer, end = content.strip(), self.thinking.end
         if end:
             answer = answer.rpartition(end)[2].lstrip()
             if not answer:
                 return text.rpartition(end)[2].lstrip()
-        return text[text.rfind(answer) :] if answer else text
+        return text[text.rfind(answer) :] if answer and answer in text else ""
 
     def _whole(self, conversation, prompt, response):
         """The text of prompt and response; it begins with `prompt`, or with all of it but the generation prompt."""

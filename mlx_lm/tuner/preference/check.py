@@ -17,7 +17,7 @@ from .checkpoint import RUN_FILES, check_is_file, state_files
 from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
-from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, Option, Unset, nearest, shown
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, OfFlag, Option, Unset, nearest, shown
 
 # What a preference run's configuration adds to upstream's, and what stands where nothing is given. A loss's
 # parameter is None: its default depends on the loss.
@@ -94,12 +94,7 @@ def warn_of_unread_keys(args, known):
 def warn_of_preference_keys(args):
     """Name the keys of preference training that are set in a run without a preference loss."""
     options = [option for option in OPTIONS if option.name not in ("loss_type", "prompt_feature")]
-    values = {option: getattr(args, option.name, None) for option in options}
-    given = [
-        option.name
-        for option, value in values.items()
-        if value not in (None, option.default) and not isinstance(value, Unset)
-    ]
+    given = [option.name for option in options if getattr(args, option.name, None) not in (None, option.default)]
     if given:
         print(
             f"[WARNING] {', '.join(given)} {'is' if len(given) == 1 else 'are'} set, but loss_type is sft, and "
@@ -134,8 +129,10 @@ def check_config(args):
         ConfigError: a value of a wrong type or out of range, or settings that exclude each other.
     """
     iters = args.iters
-    if isinstance(args.epochs, Unset):
+    if isinstance(iters, OfFlag) and not isinstance(args.epochs, OfFlag):
         args.epochs = None
+    elif isinstance(args.epochs, OfFlag) and not isinstance(iters, OfFlag):
+        iters = Unset(iters)
     if args.compare:
         args.train, args.test = False, True
     for option in UPSTREAM_OPTIONS + OPTIONS:

@@ -119,7 +119,8 @@ def save_run(step, logps, progress, settings, args, config, numbered=False):
     written = [trained, step.optimizer.state, accumulated or []]
     mx.eval(written)
     confirm()
-    refuse_non_finite(written, progress.iteration)
+    # A gradient that the next update would leave out does no harm.
+    refuse_non_finite(written[:2] if step.skips else written, progress.iteration)
     if world.rank() != 0:
         return None
     arrays = {f"model.{name}": value for name, value in tree_flatten(trained)}
@@ -327,7 +328,10 @@ def check_is_file(path, key="resume_adapter_file"):
         raise ConfigError(f"{told}, and there is no such file.")
 
 
-def check_adapter(model, path, key="resume_adapter_file"):
+TRAINED_WITH = "use the fine_tune_type, num_layers and lora_parameters that it was trained with"
+
+
+def check_adapter(model, path, key="resume_adapter_file", advice=TRAINED_WITH):
     """Check that the adapter file at `path`, which `key` names, fits the model's parameters.
 
     Raises:
@@ -341,7 +345,6 @@ def check_adapter(model, path, key="resume_adapter_file"):
     if not isinstance(weights, dict) or not weights:
         raise ConfigError(f"{key} {path} holds no named weights; give an adapters.safetensors.")
     parameters = dict(tree_flatten(model.parameters()))
-    advice = "use the fine_tune_type, num_layers and lora_parameters that it was trained with"
     for name, value in weights.items():
         if name not in parameters:
             raise ConfigError(f"{key} {path} has {name}, which this model has not; {advice}.")

@@ -253,11 +253,12 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
             each = args.sample_prompts * time_answer(objective.scorer.model, logps)
             parts[f"{count} times {args.sample_prompts} answers of {each:.3f} s"] = count * each
     if objective.loss.needs_reference:
-        visited = lengths_of(logps.dataset[int(row)] for row in schedule.visited(1, args.iters)).sum()
+        every = (args.reference_update_steps or 0) * args.grad_accumulation_steps
+        visited = lengths_of(logps.dataset[int(row)] for row in schedule.visited(1, every or args.iters)).sum()
         parts["reference, where none of it is kept"] = visited * reference + referenced
-        if every := args.reference_update_steps:
-            exchanges = (-(-args.iters // args.grad_accumulation_steps) - 1) // every
-            again = every * args.grad_accumulation_steps * tokens.mean() * reference + referenced
+        if every:
+            exchanges = -(-args.iters // args.grad_accumulation_steps) // args.reference_update_steps
+            again = every * tokens.mean() * reference + referenced
             parts[f"exchanges of the reference, {exchanges}"] = exchanges * again
     drawn, (first, other) = count - 1 if len(lengths) else 1, time_pictures()
     parts[f"pictures, {drawn}"] = first + (drawn - 1) * other

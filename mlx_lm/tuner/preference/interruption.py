@@ -88,13 +88,14 @@ def given_command():
     """The words of this command's line."""
     # Of a program with subcommands, such as `mlx_lm lora`, sys.argv has lost the second word.
     program = sys.orig_argv[1:] if sys.orig_argv[1:2] == sys.argv[:1] else sys.argv
-    return list(program if module_place(sys.orig_argv) is None else sys.orig_argv)
+    return list(program if module_place() is None else sys.orig_argv)
 
 
-def module_place(words):
-    """Where a command line names a module of this package to Python's `-m`; None where it does not."""
-    pairs = enumerate(zip(words, words[1:], strict=False), 1)
-    return next((i for i, (flag, name) in pairs if flag == "-m" and name.partition(".")[0] == "mlx_lm"), None)
+def module_place():
+    """Where this command's line names a module to Python's `-m`; None where it does not."""
+    # Behind these words stand the module's own.
+    words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    return words.index("-m") + 1 if "-m" in words else None
 
 
 def resume_command():

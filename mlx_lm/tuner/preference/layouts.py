@@ -7,9 +7,10 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
-from .messages import OTHER_ROLES, kind, transcript
+from .messages import OTHER_ROLES, decoded, kind, transcript
 from .options import ConfigError, shown
 from .overlap import shared_text
 
@@ -93,6 +94,9 @@ def _comparison(name, keys, first_wins, reads=()):
 
 def _number(row, key):
     value = row[key]
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
     if not isinstance(value, (int, float)) or math.isnan(value):
         raise ConfigError(f"{key} is {shown(value)}; it must be a number.")
     return value
@@ -207,18 +211,19 @@ def prompt_of(row, prompt_feature=None, chosen_feature="chosen", rejected_featur
     chosen, rejected = ("completion", "completion") if is_kto(row) else (chosen_feature, rejected_feature)
     try:
         laid, _, _ = recognised(row, prompt_feature, chosen, rejected)
+        asked = laid["prompt"] if "prompt" in laid else row.get("prompt")
+        if asked is None:
+            asked = _begun(laid.get("chosen", row.get(chosen)), laid.get("rejected", row.get(rejected))) or None
     except (ConfigError, UselessRow):
         return None
-    asked = laid["prompt"] if "prompt" in laid else row.get("prompt")
-    if asked is None:
-        asked = _begun(laid.get("chosen", row.get(chosen)), laid.get("rejected", row.get(rejected)))
-    return json.dumps(asked, sort_keys=True, default=str) if asked else None
+    return None if asked is None else json.dumps(asked, sort_keys=True, default=str)
 
 
 def _begun(chosen, rejected):
     """The prompt that two responses begin with."""
-    if isinstance(chosen, str) and (turns := transcript(chosen)):
-        chosen = [message for message, _ in turns]
+    if isinstance(chosen, str):
+        turns = transcript(chosen)
+        chosen = [message for message, _ in turns] if turns else decoded(chosen, "chosen") or chosen
     if isinstance(chosen, list):
         return chosen[:-1]
     both_texts = isinstance(chosen, str) and isinstance(rejected, str)

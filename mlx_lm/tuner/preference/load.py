@@ -272,6 +272,9 @@ def load_adapter(key, model, config, file):
     """
     kind = config.get("fine_tune_type")
     if kind != "full":
-        add_adapters(None, model, config["num_layers"], config["lora_parameters"], kind == "dora")
-    check_adapter(model, file, key)
+        try:
+            add_adapters(None, model, config["num_layers"], config["lora_parameters"], kind == "dora")
+        except ConfigError as error:
+            raise ConfigError(f"{key} is {str(file)!r}, and by its adapter_config.json {error}") from error
+    check_adapter(model, file, key, "the model, or what its adapter_config.json says, is another one")
     model.load_weights(str(file), strict=False)

@@ -23,8 +23,8 @@ KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call
 REASONING = ("reasoning_content", "thinking", "reasoning")
 MOST_DIGITS = 300
 LOOKS_LIKE_MESSAGES = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
-# An answer may be JSON, cut off too; what begins like this is hardly one.
-BROKEN_MESSAGES = re.compile(r"\s*(?:\[\s*\{\s*['\"](role|from)|\{\s*['\"]role)['\"]\s*:")
+# An answer may be JSON, cut off too; what has both of these keys, or begins with a role, is hardly one.
+WHO, WHAT = re.compile(r"['\"](role|from)['\"]\s*:"), re.compile(r"['\"](content|value)['\"]\s*:")
 TURN = re.compile(r"(?:\A|(?<=\S)(?=\s*\n\n))\s*(Human|Assistant):")
 
 
@@ -101,7 +101,7 @@ def decoded(text, key):
     Raises:
         ConfigError: the string begins as messages do, and is none.
     """
-    if not LOOKS_LIKE_MESSAGES.match(text):
+    if not (begins := LOOKS_LIKE_MESSAGES.match(text)):
         return None
     for read in (from_json, ast.literal_eval):
         try:
@@ -109,8 +109,9 @@ def decoded(text, key):
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         listed = found if isinstance(found, list) else [found]
-        return found if all(_is_message(item) for item in listed) else None
-    if BROKEN_MESSAGES.match(text):
+        # If there are any, what is none is told.
+        return found if any(_is_message(item) for item in listed) else None
+    if begins[1] == "role" or (WHO.search(text) and WHAT.search(text)):
         raise ConfigError(f"{key} is a string that begins as messages do but is not JSON; give the messages as a list.")
     return None
 

@@ -5,6 +5,7 @@ The options of the losses stand with the table of losses in `objective.py`.
 
 import argparse
 import difflib
+import numbers
 import operator
 import re
 import sys
@@ -140,7 +141,7 @@ class Option:
             expected += f", {self.range}"
         if self.kind is not str and isinstance(value, str):
             expected += ", without quotes"
-        kinds = (int, float) if self.kind is float else self.kind
+        kinds = {int: numbers.Integral, float: numbers.Real}.get(self.kind, self.kind)
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
             raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
         if self.choices and value not in self.choices:
@@ -158,6 +159,18 @@ class Option:
 
 class Unset(int):
     """A number that stands where nobody gave one, told from the same number given."""
+
+
+class OfFlag:
+    """What a flag gave, told from the same in a file."""
+
+
+class IntOfFlag(OfFlag, int):
+    """A whole number."""
+
+
+class FloatOfFlag(OfFlag, float):
+    """A number."""
 
 
 # The options' groups, in the order of `--help` and LORA.md.

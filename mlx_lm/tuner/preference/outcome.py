@@ -133,7 +133,7 @@ def next_commands(args, epochs=None):
 def _program():
     """How this command's program runs another subcommand."""
     given = given_command()
-    if (place := module_place(given)) is not None:
+    if (place := module_place()) is not None:
         return [*given[:place], "mlx_lm"]
     name = "mlx_lm_dpo" if Path(given[0]).name.startswith("mlx_lm_dpo") else "mlx_lm"
     return [str(Path(given[0]).with_name(name)) if "/" in given[0] else name]

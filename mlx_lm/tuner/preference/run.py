@@ -59,8 +59,10 @@ def train_preference(
         ConfigError: the data or a checkpoint does not fit `args`, another run has the folder, or the training fails.
         Interrupted: a signal asked for the end, and the run is saved.
     """
-    for option in UPSTREAM_OPTIONS + RUN_OPTIONS:
-        option.check(getattr(args, "steps_per_save" if option.name == "save_every" else option.name, None))
+    checks = {option.name: option for option in UPSTREAM_OPTIONS + RUN_OPTIONS}
+    checks["steps_per_save"] = replace(checks.pop("save_every"), name="steps_per_save")
+    known = {name: getattr(args, name) for name in checks if hasattr(args, name)}
+    args = replace(args, **{name: checks[name].check(value) for name, value in known.items()})
     refuse_without_gradient(objective.loss)
     if args.epochs is not None:
         args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)

@@ -140,7 +140,8 @@ def held_out(rows, share, seed, **features):
     """
     groups = {}
     for i in range(len(rows)):
-        asked = prompt_of(rows[i], **features) if isinstance(rows[i], Mapping) else None
+        row = rows[i]
+        asked = prompt_of(row, **features) if isinstance(row, Mapping) else None
         groups.setdefault(i if asked is None else asked, []).append(i)
     order = list(groups.values())
     random.Random(seed or 0).shuffle(order)
