@@ -17,8 +17,11 @@ run_upstream(
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from signal import SIGINT
 from types import SimpleNamespace
+
+from rich.markup import escape
 
 from .cli_ui import print_header_panel
 from .tuner.callbacks import SUPPORT_CALLBACK
@@ -211,10 +214,12 @@ def _print_header(console, args, loss, layers):
     # Of the parameters, beta and what is not at its default.
     shown = {name: value for name, value in loss.parameters.items() if name == "beta" or value != LOSS_DEFAULTS[name]}
     told = " · ".join([" + ".join(names), *(f"{name} {value}" for name, value in shown.items())])
-    header = rebound(
-        print_lora_run_header,
-        print_header_panel=lambda console, title, rows: print_header_panel(console, title, [*rows, ("loss", told)]),
-    )
+
+    def panel(console, title, rows):
+        # A path may hold what the console takes for markup.
+        print_header_panel(console, title, [(name, escape(str(text))) for name, text in [*rows, ("loss", told)]])
+
+    header = rebound(print_lora_run_header, print_header_panel=panel)
     counted = {"num_layers": layers if args.num_layers == -1 else args.num_layers}
     header(console, SimpleNamespace(**vars(args) | counted))
 
@@ -328,6 +333,9 @@ def _compare(args, loss, model, tokenizer, test_set):
     """Test two adapters, and say whether they differ."""
     found = []
     for path in args.compare:
+        if not is_none(path):
+            read_adapter_config(path, "compare")  # both are there before the first is tested
+    for path in args.compare:
         model, args.adapter_path = model or _load_model(args)[0], path
         objective, *reference = _adopt_adapters(args, loss, model, tokenizer, test_set)
         found.append(score(objective, test_set, args, *reference))
@@ -370,11 +378,13 @@ def _callbacks(args):
     if args.check:
         # Services are told of runs alone; that there are such may be checked.
         names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
-        unknown = [name for name in names if name not in (*SUPPORT_CALLBACK, "none")]
-        if unknown:
-            raise ConfigError(
-                f"report_to is {args.report_to!r}, and {unknown[0]} is none of {', '.join(SUPPORT_CALLBACK)}."
-            )
+        for name in names:
+            if name not in (*SUPPORT_CALLBACK, "none"):
+                raise ConfigError(
+                    f"report_to is {args.report_to!r}, and {name} is none of {', '.join(SUPPORT_CALLBACK)}."
+                )
+            if name != "none" and find_spec(name) is None:
+                raise ConfigError(f"report_to is {args.report_to!r}, and {name} is not installed.")
         return None
     try:
         return get_reporting_callbacks(

@@ -655,6 +655,17 @@ class TestTestAlone:
         done = command("--compare", "none", str(command.folder / "b"), loss_type=None)
         assert done.status == 0 and "They differ: none has the better reward accuracy" in done.out
         command.refused("compare takes two adapters", "--compare", trained)
+        # Which is told before anything is tested, and not as a loss that is missing.
+        typo, told = trained + "typo", "typo', and there is no such folder"
+        assert "reward accuracy" not in command.refused("compare is .*" + told, "--compare", trained, typo).out
+        for flags in (("--compare", typo, trained), ("--no-train", "--test", "--adapter-path", typo)):
+            command.refused(told, *flags, loss_type=None)
+        told = "predictions are of one test, and compare makes two"
+        command.refused(told, "--compare", "none", trained, predictions=str(command.folder / "p.jsonl"))
+
+    def test_a_service_that_is_not_installed_stops_the_check_too(self, command, monkeypatch):
+        monkeypatch.setattr("mlx_lm.lora.find_spec", lambda name: None)
+        command.refused("report_to is 'wandb', and wandb is not installed", "--check", report_to="wandb")
 
     def test_a_file_that_is_no_adapter(self, after):
         path = after.adapters / "checkpoint.safetensors"

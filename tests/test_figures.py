@@ -10,7 +10,7 @@ from mlx_lm.tuner.preference.evaluation import as_means, correlation, means_of, 
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.tuner.preference.step import CORRELATION, Objective
+from mlx_lm.tuner.preference.step import CORRELATION, FIGURES, Objective
 from mlx_lm.utils import token_logps
 
 PAIRS = some_pairs(6, seed=3)
@@ -37,6 +37,15 @@ def plain(model, pair):
         entropies = -(shares * np.log(shares)).sum(axis=1)
         found.append((logits.mean(axis=1), entropies, logits.argmax(axis=1) == np.array(response)))
     return found
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_what_is_no_number_is_no_tie(loss):
+    objective = Objective(Scorer(tiny_llama()), preference_loss(loss))
+    batch, reference = make_batch(PAIRS, objective.scorer.arrangement)[0], mx.zeros((6, 2, 2))
+    objective.scorer.model.lm_head.weight *= mx.nan
+    _, figures = objective.each(batch, reference)
+    assert mx.array_equal(figures[FIGURES.index("rewards/accuracies") - 1], mx.zeros(6))
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["head apart", "whole logits"])

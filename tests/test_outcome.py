@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from mlx_lm.cli_ui import make_console
@@ -25,13 +26,16 @@ from tiny import short_run, some_pairs, tiny_llama
 
 import mlx_lm.lora
 from mlx_lm import load
+from mlx_lm.tuner.preference import curves
 from mlx_lm.tuner.preference.answers import MOST_TOKENS, print_side_by_side
 from mlx_lm.tuner.preference.card import MARK, write_card
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import next_commands, print_closing
+from mlx_lm.tuner.preference.page import write_page
 from mlx_lm.tuner.preference.run import make_room
+from mlx_lm.tuner.preference.step import DESIRABLE
 
 EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"
 MODEL = str(EXAMPLES / "tiny_chat_model")
@@ -311,6 +315,53 @@ def test_the_last_panel_has_no_sign_before_a_zero(tmp_path, capsys):
     args = SimpleNamespace(adapter_path=tmp_path, save_best=None, model="m", trust_remote_code=False, iters=1, data="m")
     print_closing(args, None)
     assert "loss 0.693, accuracy 0.500, margin 0.000 (iteration 0)" in capsys.readouterr().out
+
+
+def test_paths_are_no_markup(tmp_path, capsys):
+    folder = tmp_path / "a [red]b [/b]"
+    folder.mkdir(parents=True)
+    args = SimpleNamespace(adapter_path=folder, save_best=None, model="m", trust_remote_code=False, iters=1, data="m")
+    print_closing(args, None)
+    assert "a [red]b [/b]" in "".join(capsys.readouterr().out.split("\n")[:12])
+
+
+def test_the_page_of_single_responses_has_each_on_its_own_side(tmp_path):
+    rows = [{"place": f"row {i}", "note": "", "prompt": "Who?", "chosen": "", "rejected": ""} for i in range(2)]
+    figures = {name: np.zeros(2) for name in ("loss", "rewards/margins")}
+    figures |= {DESIRABLE: np.array([1.0, 0.0])}
+    for name in ("rewards", "logps", "lengths"):
+        figures |= {f"{name}/chosen": np.array([1.0, 0.0]), f"{name}/rejected": np.array([0.0, 2.0])}
+    reference = np.array([[[-11.0, 0], [-77.0, 0]], [[-22.0, 0], [-88.0, 0]]])
+    write_page(tmp_path, {}, [], [], [], None, 3, rows, figures, reference)
+    text = (tmp_path / "report.html").read_text()
+    assert re.findall(r"logps ([\d.]+), reference (-[\d.]+)", text) == [("1.00", "-11.00"), ("2.00", "-22.00")]
+
+
+def test_runs_of_any_name_are_in_the_legend(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure))
+    folders = [tmp_path / name for name in ("_under", "cost $x^2_a$ $", "only validations")]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        key = "eval_loss" if i == 2 else "loss"
+        (folder / "metrics.jsonl").write_text(json.dumps({"iteration": 1, key: 0.7}) + "\n")
+        (folder / "adapter_config.json").write_text(json.dumps({f"a key of some length {j}": i for j in range(9)}))
+    curves.plot_runs(folders)
+    drawn[0].canvas.draw()
+    texts = [text.get_text().replace("\n", " ") for text in drawn[0].legends[0].get_texts()]
+    assert all(text.startswith(str(folder)) for text, folder in zip(texts, folders, strict=True))
+    width = drawn[0].legends[0].get_window_extent().width
+    assert width < drawn[0].bbox.width
+
+
+def test_a_card_tells_a_schedule_and_a_command_that_a_shell_reads(run, tmp_path):
+    schedule = {"name": "cosine_decay", "arguments": [5e-4, 900], "warmup": 2}
+    config = run.config | {"model": str(tmp_path / "my model's"), "lr_schedule": schedule}
+    write_card(tmp_path, config, preference_loss("dpo"), [])
+    text = (tmp_path / "README.md").read_text()
+    assert "| learning_rate | name cosine_decay, arguments [0.0005, 900], warmup 2 |" in text
+    command = re.search(r"^mlx_lm.generate .*$", text, re.MULTILINE)[0]
+    assert shlex.split(command)[1:3] == ["--model", "my model's"]
 
 
 def test_the_best_validation_is_the_one_that_save_best_asks_for():

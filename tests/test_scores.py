@@ -23,7 +23,7 @@ from mlx_lm.tuner.preference.scores import (
     wilson,
     write_predictions,
 )
-from mlx_lm.tuner.preference.step import FIGURES, TOKEN_FIGURES, Objective
+from mlx_lm.tuner.preference.step import DESIRABLE, FIGURES, TOKEN_FIGURES, Objective
 
 
 class Pairs(list):
@@ -175,3 +175,35 @@ def test_a_comparison_tells_who_is_better_or_nobody():
     assert compared(["A", "B"], [better, worse], loss).endswith("A has the better reward accuracy, margin, loss.")
     assert compared(["A", "B"], [worse, worse], loss).endswith("No difference is shown on these pairs.")
     assert "loss" not in compared(["A", "B"], [worse, better], preference_loss("aot"))
+    broken = made([0] * 20, np.full(20, np.nan), np.full(20, np.nan))
+    told = compared(["A", "B"], [broken, better], loss)
+    assert told.count("cannot be compared: not all pairs have one that is finite") == 2
+    first, second, third = described(broken._replace(figures=broken.figures | OTHERS)).splitlines()
+    assert third == "  The loss of 20 of them is not finite, the first at 0."
+
+
+OTHERS = {f"{name}/{side}": np.zeros(20) for name in ("rewards", "logps", "lengths") for side in ("chosen", "rejected")}
+
+
+def test_margins_of_single_responses_are_compared_label_by_label():
+    """A reward that all responses gain, good or bad, is no margin."""
+    good = np.arange(20) % 5 > 0
+    rewards = np.random.default_rng(0).normal(size=20)
+
+    def made(rewards, good=good):
+        figures = {"rewards/chosen": good * rewards, "rewards/rejected": ~good * rewards, DESIRABLE: good * 1.0}
+        figures |= {"rewards/accuracies": good * 1.0, "rewards/margins": (2 * good - 1) * rewards, "loss": -rewards}
+        return Scores(figures, None, list(range(20)), [None] * 20, None)
+
+    def margin(*rewards, **labels):
+        told = compared(["A", "B"], [made(each, **labels) for each in rewards], preference_loss("kto"))
+        return next(line.split()[1:] for line in told.splitlines() if line.strip().startswith("margin"))
+
+    assert float(margin(rewards, rewards + 3)[0]) == pytest.approx(0, abs=1e-3)
+    mean, low, _, high = margin(rewards, rewards + np.where(good, 1, -1) + 0.1 * rewards)
+    shift = 0.1 * rewards
+    expected = 2 + shift[good].mean() - shift[~good].mean()
+    half = 1.96 * np.sqrt(shift[good].var(ddof=1) / good.sum() + shift[~good].var(ddof=1) / (~good).sum())
+    found = [float(text.strip("()")) for text in (mean, low, high)]
+    assert found == pytest.approx([expected, expected - half, expected + half], abs=2e-3)
+    assert margin(rewards, rewards + 1, good=np.ones(20, bool))[0] == "cannot"

@@ -1,6 +1,7 @@
 """A model card beside the adapters: `README.md` with the Hub's metadata, so that uploading the folder shares them."""
 
 import re
+import shlex
 from pathlib import Path
 
 from .files import replace_file
@@ -61,13 +62,15 @@ def _body(folder, config, loss, validations, kind):
     yield f"{what} for `{model}`, trained on the preferences of {data} with the loss {names}, by mlx-lm with DPO."
     yield ""
     yield "```shell"
-    yield f'mlx_lm.generate --model {model} --adapter-path . --prompt "Hello"'
+    yield f'mlx_lm.generate --model {shlex.quote(model)} --adapter-path . --prompt "Hello"'
     yield "```"
     yield ""
     yield "| setting | value |"
     yield "| --- | --- |"
     yield f"| loss | {names} |"
     parameters = {name: value for name, value in config.items() if name in SETTINGS} | loss.parameters
+    if schedule := config.get("lr_schedule"):
+        parameters["learning_rate"] = ", ".join(f"{name} {value}" for name, value in schedule.items())
     if kind != "full":
         parameters |= {name: value for name, value in (config.get("lora_parameters") or {}).items() if name != "keys"}
     for name, value in parameters.items():

@@ -148,6 +148,8 @@ def check_config(args):
         args.compare = [_at_home("compare", path) for path in args.compare if isinstance(args.compare, list)]
         if len(args.compare) != 2:
             raise ConfigError("compare takes two adapters, each a folder, a file or none; give two.")
+        if args.predictions is not None:
+            raise ConfigError("predictions are of one test, and compare makes two; leave one of them out.")
     args.reference_model, args.resume_adapter_file = args.reference_model or None, args.resume_adapter_file or None
     if isinstance(args.loss_type, list) and len(args.loss_type) == 1:
         (args.loss_type,) = args.loss_type

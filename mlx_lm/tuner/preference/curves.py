@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from ...cli_ui import rprint
@@ -25,6 +26,7 @@ COMPARED = (
 # Where a run wrote, and what it did besides training: no difference of the runs' own.
 NOT_COMPARED = {"adapter_path", "check", "config", "predictions", "project_name", "report_to", "resume"}
 NOT_COMPARED |= {"sample_prompts", "test", "train"}
+LEGEND_WIDTH = 110  # letters that the picture is wide
 STYLES = (("", "-", "training"), ("eval_", "o--", "validation"))
 
 
@@ -64,13 +66,20 @@ def plot_runs(folders):
         return plot_metrics(folders[0])
     if (figure := _figure("constrained")) is None:
         return None
+    from matplotlib.lines import Line2D
+
     for axes, (title, key) in zip(figure.subplots(2, 2).flat, COMPARED, strict=True):
-        for color, (name, lines) in enumerate(zip(differences(folders), runs, strict=True)):
-            for prefix, style, kind in STYLES:
-                _draw(axes, lines, prefix + key, style, f"C{color % 10}", name if kind == "training" else None)
+        for color, lines in enumerate(runs):
+            for prefix, style, _ in STYLES:
+                _draw(axes, lines, prefix + key, style, f"C{color % 10}", None)
         _finish(axes, title, legend=False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize="small", title="lines: training, points: valid")
+    handles = [Line2D([], [], color=f"C{color % 10}") for color in range(len(runs))]
+    names = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in differences(folders)]
+    legend = figure.legend(
+        handles, names, loc="outside lower center", fontsize="small", title="lines: training, points: valid"
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return _written(figure, Path(folders[0]) / COMPARISON_FILE)
 
 

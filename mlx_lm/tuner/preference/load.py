@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers
-from .check import check_lora
+from .check import check_lora, holds_preferences
 from .checkpoint import check_adapter
 from .layers import is_float32
 from .objective import ALIASES
@@ -176,15 +176,15 @@ def is_none(path):
     return path in (None, "", "none", "None")
 
 
-def read_adapter_config(adapter_path):
-    """Contents of the `adapter_config.json` in a folder, or beside a file of adapters.
+def read_adapter_config(adapter_path, key="adapter_path"):
+    """Contents of the `adapter_config.json` in a folder, or beside a file of adapters; `key` names it.
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
     """
     folder = Path(adapter_path).parent if Path(adapter_path).is_file() else Path(adapter_path)
     path = folder / "adapter_config.json"
-    told = f"adapter_path is {str(adapter_path)!r}"
+    told = f"{key} is {str(adapter_path)!r}"
     if not folder.is_dir():
         raise ConfigError(
             f"{told}, and there is no such folder; a test without train needs one with {ADAPTER_FILES}, a file beside "
@@ -214,16 +214,20 @@ def adopt_loss(args):
 
     The options of the loss are changed in place, before their check.
     """
-    compared = args.compare if isinstance(args.compare, list) else []
-    path = next((path for path in compared if not is_none(path)), args.adapter_path)
-    if (args.train and not args.compare) or not (args.test or args.compare) or not isinstance(path, str):
+    paths = args.compare if isinstance(args.compare, list) else [args.adapter_path]
+    if (args.train and not args.compare) or not (args.test or args.compare):
         return
-    try:
-        config = {} if is_none(path) else read_adapter_config(os.path.expanduser(path))
-    except ConfigError:
-        return  # told when it is needed
+    configs = {}
+    for path in paths:
+        try:
+            configs[path] = {} if is_none(path) else read_adapter_config(os.path.expanduser(str(path)))
+        except ConfigError:
+            # Without preferences it is upstream's to tell.
+            if args.loss_type is None and (args.compare or holds_preferences(args.data)):
+                raise
+    path, config = next(((p, c) for p, c in configs.items() if is_preference(c.get("loss_type"))), (None, {}))
     trained = config.get("loss_type")
-    if not is_preference(trained):
+    if not config:
         return
     if args.loss_type is not None and _names(args.loss_type) != _names(trained):
         return

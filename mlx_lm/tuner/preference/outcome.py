@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import mlx.core as mx
+from rich.markup import escape
 
 from ...cli_ui import make_console, print_header_panel
 from ..callbacks import send_samples
@@ -96,7 +97,7 @@ def print_closing(args, epochs):
     looks = [name for name in (PAGE_FILE, PLOT_FILE) if (folder / name).exists()]
     if looks:
         rows.append(("to look at", " · ".join(str(folder / name) for name in looks)))
-    print_header_panel(console, "done", rows)
+    print_header_panel(console, "done", [(name, escape(text)) for name, text in rows])
     for name, command in next_commands(args, epochs).items():
         # Not wrapped, so that a terminal copies a command as one line.
         console.print(f"  [ui.label]{name:8}[/ui.label] ", end="")

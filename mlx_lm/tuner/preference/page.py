@@ -15,6 +15,8 @@ from .files import replace_file
 from .metrics import best_of
 from .nonfinite import places_of
 from .options import shortened
+from .scores import of_one_side
+from .step import DESIRABLE
 
 PAGE_FILE, TEMPLATE = "report.html", "report.html"
 # Pairs on a page, and letters of a text: a browser sorts so many at once.
@@ -63,12 +65,13 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
     """
     pairs = []
     for i, row in enumerate(rows):
-        of_pair = {name.replace("/", "_"): float(values[i]) for name, values in figures.items()}
+        of_pair = {name: float(values[i]) for name, values in figures.items()}
         if reference is not None:
-            of_pair |= dict(
-                zip(("reference_chosen", "reference_rejected"), map(float, reference[i, :, 0]), strict=True)
-            )
-        pairs.append(row | of_pair)
+            known = zip(("chosen", "rejected"), reference[i, :, 0].tolist(), strict=True)
+            of_pair |= {f"reference_logps/{side}": value for side, value in known}
+        if DESIRABLE in of_pair:
+            of_pair = of_one_side(of_pair)
+        pairs.append(row | {name.replace("/", "_"): value for name, value in of_pair.items()})
     pairs.sort(key=lambda pair: pair["rewards_margins"])
     text = _template().render(
         when=when,

@@ -96,6 +96,27 @@ def paired_interval(differences, shares=False):
     return float(differences.mean()), float(middle - half), float(middle + half)
 
 
+def unpaired_interval(first, second):
+    """By how much the margin of single responses differs: the good ones' mean reward less the bad ones'.
+
+    Args:
+        first, second: `(n,)` of each figure, of the same responses.
+
+    Returns:
+        As `paired_interval`; NaN where all responses have one label. The two means' errors are independent.
+    """
+    good = first[DESIRABLE] > 0
+    sides = ("rewards/chosen", good), ("rewards/rejected", ~good)
+    chosen, rejected = ((second[key] - first[key])[where] for key, where in sides)
+    if not (len(chosen) and len(rejected)):
+        return math.nan, math.nan, math.nan
+    mean = float(chosen.mean() - rejected.mean())
+    if min(len(chosen), len(rejected)) < 2:
+        return mean, -math.inf, math.inf
+    half = Z * math.sqrt(sum(side.var(ddof=1) / len(side) for side in (chosen, rejected)))
+    return mean, mean - half, mean + half
+
+
 def described(scores):
     """A test's figures in two lines, and below them those of each source, where rows have one."""
     figures, count = scores.means, len(scores.places)
@@ -109,6 +130,9 @@ def described(scores):
         f"  margin {signed(figures['rewards/margins'])}, chosen {signed(figures['rewards/chosen'])}, "
         f"rejected {signed(figures['rewards/rejected'])}{kl}.",
     ]
+    lost = np.flatnonzero(~np.isfinite(scores.figures["loss"]))
+    if len(lost):
+        lines.append(f"  The loss of {len(lost)} of them is not finite, the first at {scores.places[lost[0]]}.")
     if any(scores.sources):
         named = [source or "(no source)" for source in scores.sources]
         width = max(map(len, [*named, "source"]))
@@ -144,7 +168,7 @@ def write_predictions(path, scores):
                 zip(("reference_logps/chosen", "reference_logps/rejected"), scores.reference[i].tolist(), strict=True)
             )
         if DESIRABLE in line:
-            line = _of_one_side(line)
+            line = of_one_side(line)
         lines.append(json.dumps(finite(line)) + "\n")
     if mx.distributed.init().rank() != 0:
         return
@@ -154,7 +178,7 @@ def write_predictions(path, scores):
         raise ConfigError(f"predictions is {str(path)!r}, which cannot be written ({error.strerror}).") from error
 
 
-def _of_one_side(line):
+def of_one_side(line):
     """A single response's line without the other side's figures, which are 0 or of a response to another prompt."""
     reference, own = line.get("reference_logps/chosen"), "chosen" if line[DESIRABLE] else "rejected"
     line = {key: value for key, value in line.items() if "/" not in key or key.partition("/")[2] not in SIDES - {own}}
@@ -169,7 +193,13 @@ def compared(names, scores, loss):
     for key, name in COMPARED.items():
         if key == "loss" and loss.sorts_batch:
             continue  # a value of the loss belongs to no pair
-        mean, low, high = paired_interval(second[key] - first[key], shares=key == "rewards/accuracies")
+        if DESIRABLE in first and key == "rewards/margins":
+            mean, low, high = unpaired_interval(first, second)
+        else:
+            mean, low, high = paired_interval(second[key] - first[key], shares=key == "rewards/accuracies")
+        if not math.isfinite(mean):
+            lines.append(f"  {name:15}  cannot be compared: not all pairs have one that is finite")
+            continue
         lines.append(f"  {name:15}  {signed(mean)}  ({signed(low)} to {signed(high)})")
         if low > 0 or high < 0:
             better[names[(mean < 0) == (key == "loss")]].append(name)

@@ -140,11 +140,13 @@ class Objective:
 
         A policy that still equals its reference ties with it, although it was run in batches of other shapes.
         """
-        if not self.loss.needs_reference:
-            return mx.sign(margins)
-        sizes = 1 + mx.abs(pairs.policy_chosen) + mx.abs(pairs.policy_rejected)
-        tied = mx.abs(margins) <= ROUNDING * self.loss.parameters["beta"] * mx.stop_gradient(sizes)
-        return mx.where(tied, 0.0, mx.sign(margins))
+        if self.loss.needs_reference:
+            sizes = 1 + mx.abs(pairs.policy_chosen) + mx.abs(pairs.policy_rejected)
+            tied = mx.abs(margins) <= ROUNDING * self.loss.parameters["beta"] * mx.stop_gradient(sizes)
+        else:
+            tied = margins == 0
+        # What is no number is no tie.
+        return mx.where(tied, 0.0, mx.where(margins > 0, 1.0, -1.0))
 
     def _pair_logps(self, rows, batch, reference):
         weighed = partial(ld_weighed, ld_alpha=self.loss.ld_alpha)
