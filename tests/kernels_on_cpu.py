@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
-from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -90,19 +89,12 @@ def cuda_kernels(monkeypatch, tmp_path_factory):
     """Has `mx.fast.cuda_kernel` make kernels that run on the CPU; gives the names of those that ran."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    from mlx_lm.tuner.preference import cuda_copies, cuda_delta, cuda_scan
+    from mlx_lm.tuner.preference import cuda_kernel
 
     folder, ran = tmp_path_factory.getbasetemp(), []
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: _Kernel(folder, ran, **options))
-    kernels = (
-        (cuda_delta, "_kernel"),
-        (cuda_scan, "_kernel"),
-        (cuda_copies, "_rows_kernel"),
-        (cuda_copies, "_joining_kernel"),
-    )
-    for module, name in kernels:
-        # With a cache of its own: these kernels are of this test alone.
-        monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
+    # These kernels are of this test alone.
+    monkeypatch.setattr(cuda_kernel, "_made", {})
     return ran
 
 

@@ -5,6 +5,8 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from .cuda_kernel import run_kernel
+
 # Threads a block, and bytes that each copies at a time.
 THREADS, WORD = 256, 8
 # Arrays that one kernel may read: CUDA's bound is 4 KB of arguments.
@@ -49,17 +51,10 @@ ROWS = """
 
 
 @cache
-def _rows_kernel(count):
-    """Copies rows of so many arrays."""
-    numbers = range(count)
-    return mx.fast.cuda_kernel(
-        name=f"rows_of_{count}",
-        input_names=[f"{kind}_{i}" for i in numbers for kind in ("x", "index")],
-        output_names=[f"out_{i}" for i in numbers],
-        source="  size_t at = blockIdx.x * size_t(blockDim.x) + threadIdx.x;\n"
-        + "".join(ROWS.replace("@", str(i)) for i in numbers),
-        header=HEADER,
-    )
+def _rows_source(count):
+    """The text that copies rows of so many arrays."""
+    place = "  size_t at = blockIdx.x * size_t(blockDim.x) + threadIdx.x;\n"
+    return place + "".join(ROWS.replace("@", str(i)) for i in range(count))
 
 
 def fit(arrays):
@@ -74,15 +69,13 @@ def rows_of(arrays, indices):
         arrays: such as `fit`.
         indices: one for each.
     """
-    shapes = [(index.shape[1], *x.shape[1:]) for x, index in zip(arrays, indices, strict=True)]
-    words = sum(index.shape[1] * (x.nbytes // len(x) // WORD) for x, index in zip(arrays, indices, strict=True))
-    return _rows_kernel(len(arrays))(
-        inputs=[array for pair in zip(arrays, indices, strict=True) for array in pair],
-        grid=(-(-words // THREADS) * THREADS, 1, 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=shapes,
-        output_dtypes=[x.dtype for x in arrays],
-    )
+    inputs, outputs, words = {}, {}, 0
+    for i, (x, index) in enumerate(zip(arrays, indices, strict=True)):
+        inputs[f"x_{i}"], inputs[f"index_{i}"] = x, index
+        outputs[f"out_{i}"] = (index.shape[1], *x.shape[1:]), x.dtype
+        words += index.shape[1] * (x.nbytes // len(x) // WORD)
+    grid, count = (-(-words // THREADS) * THREADS, 1, 1), len(arrays)
+    return run_kernel(f"rows_of_{count}", _rows_source(count), inputs, outputs, grid, THREADS, HEADER)
 
 
 JOINED = """
@@ -98,15 +91,10 @@ CASES
 
 
 @cache
-def _joining_kernel(count):
-    """Joins so many arrays."""
+def _joining_source(count):
+    """The text that joins so many arrays."""
     cases = [f"    case {i}: from = part_{i}; break;" for i in range(count - 1)]
-    return mx.fast.cuda_kernel(
-        name=f"joined_{count}",
-        input_names=[*(f"part_{i}" for i in range(count)), "places"],
-        output_names=["joined"],
-        source=JOINED.replace("CASES", "\n".join([*cases, f"    default: from = part_{count - 1};"])),
-    )
+    return JOINED.replace("CASES", "\n".join([*cases, f"    default: from = part_{count - 1};"]))
 
 
 def joined(arrays, aligned):
@@ -121,12 +109,15 @@ def joined(arrays, aligned):
         sizes = np.array([x.size for x in some], np.int32)
         ends = np.cumsum(sizes + -sizes % aligned, dtype=np.int32)
         starts = np.append(0, ends[:-1]).astype(np.int32)
-        vectors += _joining_kernel(len(some))(
-            inputs=[*some, mx.array(np.stack([starts, sizes, ends]))],
-            template=[("T", some[0].dtype)],
+        inputs = {f"part_{i}": x for i, x in enumerate(some)}
+        inputs["places"] = mx.array(np.stack([starts, sizes, ends]))
+        vectors += run_kernel(
+            f"joined_{len(some)}",
+            _joining_source(len(some)),
+            inputs,
+            outputs={"joined": ((int(ends[-1]),), some[0].dtype)},
             grid=(-(-int(sizes.max()) // (4 * THREADS)) * THREADS, len(some), 1),
-            threadgroup=(THREADS, 1, 1),
-            output_shapes=[(int(ends[-1]),)],
-            output_dtypes=[some[0].dtype],
+            threads=THREADS,
+            T=some[0].dtype,
         )
     return mx.concatenate(vectors) if len(vectors) > 1 else vectors[0]

@@ -22,9 +22,9 @@ Chunks, as matrix products, need fewer operations and some 250 kernels a layer; 
 GPU runs them.
 """
 
-from functools import cache
-
 import mlx.core as mx
+
+from .cuda_kernel import run_kernel
 
 # Threads a block, and tokens that are in shared memory at a time.
 THREADS, TILE = 128, 8
@@ -285,25 +285,11 @@ COLUMNS_OF_STATES = (
 )
 
 
-@cache
-def _kernel(name):
-    """One of the three kernels, as `mx.fast.cuda_kernel` makes it."""
-    source, inputs, outputs = {
-        "forward": (ROWS_OF_STATES.replace("EACH_ROW", FORWARD), ["before", "rows"], ["outputs", "errors", "after"]),
-        "updates": (ROWS_OF_STATES.replace("EACH_ROW", UPDATE_SLOPES), ["before", "rows"], ["update_slopes", "after"]),
-        "keys": (
-            COLUMNS_OF_STATES,
-            ["before", "after_slope", "slopes", "errors", "update_slopes"],
-            ["query_slopes", "read_slopes", "write_slopes"],
-        ),
-    }[name]
-    return mx.fast.cuda_kernel(
-        name=f"gated_delta_{name}",
-        input_names=["keys", "queries", "gates", "betas", *inputs],
-        output_names=outputs,
-        source=source,
-        header=HEADER,
-    )
+SOURCES = {
+    "forward": ROWS_OF_STATES.replace("EACH_ROW", FORWARD),
+    "updates": ROWS_OF_STATES.replace("EACH_ROW", UPDATE_SLOPES),
+    "keys": COLUMNS_OF_STATES,
+}
 
 
 def fits(key_width, value_width):
@@ -340,38 +326,37 @@ def gated_delta_loops(queries, keys, values, log_gates, betas, state):
     per_value = batch, length, value_heads, value_width
     per_key = batch, length, value_heads, key_width
 
-    def run(name, rows, columns, inputs, *outputs):
+    def run(name, rows, columns, inputs, outputs, **template):
         lanes = _lanes(columns)
         count = _rows_a_thread(name, rows, lanes)
-        template = {"T": values.dtype, "DK": key_width, "DV": value_width, "H": value_heads, "CHANNELS": channels}
-        template |= {"RATIO": value_heads // key_heads, "TILE": TILE, "THREADS": THREADS}
-        template |= {"LANES": lanes, "ROWS": count} | ({"BACKWARDS": name == "updates"} if name != "keys" else {})
-        shapes, dtypes = zip(*outputs, strict=True)
-        return _kernel(name)(
-            inputs=inputs,
-            template=list(template.items()),
-            grid=(rows * lanes // count, value_heads, 2 * batch if name == "keys" else batch),
-            threadgroup=(THREADS, 1, 1),
-            output_shapes=shapes,
-            output_dtypes=dtypes,
-        )
+        template |= {"T": values.dtype, "DK": key_width, "DV": value_width, "H": value_heads, "CHANNELS": channels}
+        template |= {"RATIO": value_heads // key_heads, "TILE": TILE, "THREADS": THREADS, "LANES": lanes, "ROWS": count}
+        grid = (rows * lanes // count, value_heads, 2 * batch if name == "keys" else batch)
+        return run_kernel(f"gated_delta_{name}", SOURCES[name], inputs, outputs, grid, THREADS, HEADER, **template)
 
-    def of_rows(name, common, before, rows, *outputs):
-        return run(name, value_width, key_width, [*common, before, rows], *outputs, (before.shape, mx.float32))
+    def of_rows(name, common, before, rows, outputs):
+        inputs, outputs = {**common, "before": before, "rows": rows}, {**outputs, "after": (before.shape, mx.float32)}
+        return run(name, value_width, key_width, inputs, outputs, BACKWARDS=name == "updates")
 
     @mx.custom_function
     def loop(queries, keys, values, log_gates, betas, state):
-        common = [keys, queries, mx.exp(log_gates), betas]
-        return tuple(of_rows("forward", common, state, values, (per_value, values.dtype), (per_value, mx.float32)))
+        common = {"keys": keys, "queries": queries, "gates": mx.exp(log_gates), "betas": betas}
+        outputs = {"outputs": (per_value, values.dtype), "errors": (per_value, mx.float32)}
+        return tuple(of_rows("forward", common, state, values, outputs))
 
     @loop.vjp
     def backward(inputs, cotangents, outputs):
         queries, keys, _, log_gates, betas, state = inputs
         (slopes, _, last_slope), (_, errors, last) = cotangents, outputs
-        common, slopes = [keys, queries, mx.exp(log_gates), betas], mx.contiguous(slopes)
-        updates, first_slope = of_rows("updates", common, last_slope, slopes, (per_value, mx.float32))
-        columns = [state.swapaxes(-1, -2), last_slope.swapaxes(-1, -2), slopes, errors, updates]
-        found = run("keys", key_width, value_width, [*common, *columns], *[(per_key, mx.float32)] * 3)
+        common = {"keys": keys, "queries": queries, "gates": mx.exp(log_gates), "betas": betas}
+        slopes = mx.contiguous(slopes)
+        updates, first_slope = of_rows(
+            "updates", common, last_slope, slopes, {"update_slopes": (per_value, mx.float32)}
+        )
+        columns = {"before": state.swapaxes(-1, -2), "after_slope": last_slope.swapaxes(-1, -2)}
+        columns |= {"slopes": slopes, "errors": errors, "update_slopes": updates}
+        written = dict.fromkeys(("query_slopes", "read_slopes", "write_slopes"), (per_key, mx.float32))
+        found = run("keys", key_width, value_width, common | columns, written)
         query_slopes, key_slopes, passed = _slopes(queries, keys, *found)
         at_end = (last * last_slope).sum(-2)
         if channels == 1:

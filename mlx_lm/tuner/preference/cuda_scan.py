@@ -11,10 +11,11 @@ forward pass has written, and goes back through them. All sums are in float32.
 As single operations of MLX a layer is hundreds of kernels, which take a host longer to launch than a GPU to run.
 """
 
-from functools import cache
 from math import log
 
 import mlx.core as mx
+
+from .cuda_kernel import run_kernel
 
 # Threads a block, numbers of a state that a thread has, and tokens that are in shared memory at a time.
 THREADS, NUMBERS, TILE = 256, 4, 16
@@ -170,29 +171,6 @@ BACKWARD = (
 """
 )
 
-INPUTS = ["x", "steps", "writes", "reads", "A"]
-OF_KERNELS = {
-    "forward": (FORWARD, ["before"], ["outputs", "starts", "after"]),
-    "backward": (
-        BACKWARD,
-        ["starts", "output_slopes", "after_slope"],
-        ["x_slopes", "step_slopes", "slopes_b", "slopes_c", "slopes_a", "before_slope"],
-    ),
-}
-
-
-@cache
-def _kernel(name):
-    """One of the two kernels, as `mx.fast.cuda_kernel` makes it."""
-    source, inputs, outputs = OF_KERNELS[name]
-    return mx.fast.cuda_kernel(
-        name=f"selective_scan_{name}",
-        input_names=[*INPUTS, *inputs],
-        output_names=outputs,
-        source=source,
-        header=HEADER,
-    )
-
 
 def fits(width, states):
     """Whether so many channels are whole blocks, and their states numbers of neighbouring threads, in shared memory."""
@@ -210,38 +188,33 @@ def selective_loops(x, steps, write, read, A, state=None):
     of_state, numbers = (batch, width, states), (blocks, batch, length, states)
     of_tiles = (batch, -(-length // TILE), width, states)
 
-    def run(name, inputs, *outputs):
-        shapes, dtypes = zip(*outputs, strict=True)
-        return _kernel(name)(
-            inputs=inputs,
-            template=[("STATES", states), ("NUMBERS", NUMBERS), ("TILE", TILE), ("THREADS", THREADS)],
-            grid=(blocks * THREADS, batch, 1),
-            threadgroup=(THREADS, 1, 1),
-            output_shapes=shapes,
-            output_dtypes=dtypes,
-        )
+    def run(name, source, inputs, outputs):
+        grid = (blocks * THREADS, batch, 1)
+        sizes = {"STATES": states, "NUMBERS": NUMBERS, "TILE": TILE, "THREADS": THREADS}
+        return run_kernel(f"selective_scan_{name}", source, inputs, outputs, grid, THREADS, HEADER, **sizes)
 
-    def forward(inputs):
-        return run("forward", inputs, (x.shape, x.dtype), (of_tiles, mx.float32), (of_state, mx.float32))
-
-    def for_kernels(x, steps, write, read, A, before):
-        return [x, steps, write, read, A / log(2), before]
+    def forward(x, steps, write, read, A, before):
+        """The inputs of both kernels, and what the first one gives."""
+        common = {"x": x, "steps": steps, "writes": write, "reads": read, "A": A / log(2)}
+        outputs = {"outputs": (x.shape, x.dtype), "starts": (of_tiles, mx.float32), "after": (of_state, mx.float32)}
+        return common, *run("forward", FORWARD, {**common, "before": before}, outputs)
 
     @mx.custom_function
     def loop(*inputs):
-        outputs, _, after = forward(for_kernels(*inputs))
+        _, outputs, _, after = forward(*inputs)
         return outputs, after
 
     @loop.vjp
     def backward(inputs, slopes, _):
         # The states wait for the gradient: before it comes they would only take memory.
-        inputs = for_kernels(*mx.depends(list(inputs), list(slopes)))
-        _, starts, _ = forward(inputs)
-        *common, _ = inputs
+        common, _, starts, _ = forward(*mx.depends(list(inputs), list(slopes)))
+        given = {"starts": starts, "output_slopes": slopes[0], "after_slope": slopes[1]}
+        outputs = {"x_slopes": (x.shape, x.dtype), "step_slopes": (steps.shape, steps.dtype)}
+        outputs |= dict.fromkeys(("slopes_b", "slopes_c"), (numbers, mx.float32))
+        outputs |= dict.fromkeys(("slopes_a", "before_slope"), (of_state, mx.float32))
         x_slopes, step_slopes, slopes_b, slopes_c, slopes_a, before_slope = run(
-            "backward", [*common, starts, *slopes], (x.shape, x.dtype), (steps.shape, steps.dtype),
-            *[(numbers, mx.float32)] * 2, *[(of_state, mx.float32)] * 2,
-        )  # fmt: skip
+            "backward", BACKWARD, common | given, outputs
+        )
         of_tokens = slopes_b.sum(0).astype(write.dtype), slopes_c.sum(0).astype(read.dtype)
         return x_slopes, step_slopes, *of_tokens, slopes_a.sum(0), before_slope
 
