@@ -241,20 +241,21 @@ def logps_and_more(logits, targets, alignment, by_token=False):
     Args:
         logits: `(N, V)`.
         targets: `(N,)` int.
-        alignment: whether log sum_v p(v)^2 is wanted too, else None.
+        alignment: whether log sum_v p(v)^2 is wanted too, else zeros.
         by_token: whether mean logit, entropy and whether the target is the likeliest are wanted too.
 
     Returns:
         A list.
     """
-    squares, figures, logps = None, [], None if by_token else token_logps(logits, targets)
+    figures, logps = [], None if by_token else token_logps(logits, targets)
     logits = mx.stop_gradient(logits.astype(mx.float32))
-    if alignment:
-        squares = mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
     if by_token:
         # Compiled, a GPU reads the logits half as often; a CPU would have each shape's kernel compiled by g++.
         figures_of = _compiled_figures if mx.default_device() == mx.gpu else _token_figures
         logps, *figures = figures_of(logits, targets)
+    squares = mx.zeros_like(logps)
+    if alignment:
+        squares = mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
     return [logps, squares, *figures]
 
 
@@ -343,17 +344,11 @@ class Head:
     def token_logps(self, states, targets, alignment, gradient, by_token=False):
         """As `logps_and_more` of the logits of `states` `(N, D)`, with bounded memory forward and backward."""
         if gradient:
-            out = (self._recomputed if self.trainable else self._with_gradient)(states, targets, alignment)
-        else:
-            out = self._chunked(
-                partial(self._logps, alignment=alignment, by_token=by_token),
-                states,
-                targets,
-                share=FIGURES_SHARE if by_token else 1,
-            )
-        # Behind them is what the backward pass keeps.
-        squares, more = (mx.stop_gradient(out[1]), out[2:]) if alignment else (None, out[1:])
-        return out[0], squares, *(more if by_token else ())
+            found = (self._recomputed if self.trainable else self._with_gradient)(states, targets, alignment)
+            # Behind these two is what the backward pass keeps.
+            return found[0], mx.stop_gradient(found[1])
+        function = partial(self._logps, alignment=alignment, by_token=by_token)
+        return self._chunked(function, states, targets, share=FIGURES_SHARE if by_token else 1)
 
     def _chunked(self, function, states, *rows, share=1):
         """`function(states, *rows)` on one chunk after another, each array of its outputs joined again."""
@@ -367,8 +362,7 @@ class Head:
         return [mx.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
 
     def _logps(self, states, targets, alignment, by_token=False):
-        found = logps_and_more(self.logits(states), targets, alignment, by_token)
-        return [part for part in found if part is not None]
+        return logps_and_more(self.logits(states), targets, alignment, by_token)
 
     def _recomputed(self, states, targets, alignment):
         """As `_logps` for a head with trainable parameters: the backward pass computes each chunk's logits again."""
@@ -391,14 +385,14 @@ class Head:
         def backward(primals, cotangents, outputs):
             sums = [mx.zeros(value.shape) for value in primals[1:]]
 
-            def function(chunk, targets, cotangents):
+            def function(chunk, targets, *cotangents):
                 nonlocal sums
-                _, (slope, *slopes) = mx.vjp(partial(chunk_logps, targets=targets), [chunk, *primals[1:]], [cotangents])
+                _, (slope, *slopes) = mx.vjp(partial(chunk_logps, targets=targets), [chunk, *primals[1:]], cotangents)
                 sums = [total + new for total, new in zip(sums, slopes, strict=True)]
                 return mx.depends([slope], sums)
 
             with drawing_from(key):
-                slopes = self._chunked(function, primals[0], targets, cotangents[0], share=GRADIENT_SHARE)
+                slopes = self._chunked(function, primals[0], targets, *cotangents, share=GRADIENT_SHARE)
             return (*slopes, *(total.astype(value.dtype) for total, value in zip(sums, primals[1:], strict=True)))
 
         return logps(states, *values)
@@ -415,7 +409,7 @@ class Head:
             seeds = _seeds if mx.default_device() == mx.gpu else _seeds_on_cpu
             logps, squares, slope = seeds(logits.astype(mx.float32), targets[:, None], alignment)
             _, (gradient,) = mx.vjp(self.logits, [states], [slope.astype(logits.dtype)])
-            return [logps, *([squares] if alignment else []), gradient]
+            return [logps, squares, gradient]
 
         @mx.custom_function
         def logps(states):
@@ -445,13 +439,15 @@ def _seeds(logits, column, alignment):
         alignment: whether log sum_v p(v)^2 is wanted too.
 
     Returns:
-        `(logps, squares, gradient)`: `(N,)`, `(N,)` or None, and `(N, V)`.
+        `(logps, squares, gradient)`: `(N,)`, `(N,)`, zeros where it is not wanted, and `(N, V)`.
     """
     normalizers = mx.logsumexp(logits, axis=-1, keepdims=True)
     # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
     gradient = mx.exp(logits - normalizers) - (mx.arange(logits.shape[-1]) == column)
     logps = (mx.take_along_axis(logits, column, axis=-1) - normalizers).squeeze(-1)
-    squares = mx.logsumexp(2 * logits, axis=-1) - 2 * normalizers.squeeze(-1) if alignment else None
+    squares = mx.zeros_like(logps)
+    if alignment:
+        squares = mx.logsumexp(2 * logits, axis=-1) - 2 * normalizers.squeeze(-1)
     return logps, squares, gradient
 
 
@@ -463,7 +459,7 @@ def _seeds_on_cpu(logits, column, alignment):
     logps = (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1)
     own = mx.take_along_axis(exponentials, column, axis=-1)
     gradient = mx.put_along_axis(exponentials, column, own - totals, axis=-1) / totals
-    squares = None
+    squares = mx.zeros_like(logps)
     if alignment:
         squares = mx.log(mx.square(exponentials).sum(axis=-1)) - 2 * mx.log(totals.squeeze(-1))
     return logps, squares, gradient
