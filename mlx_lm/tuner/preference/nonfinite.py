@@ -47,14 +47,13 @@ def refuse_non_finite_steps(losses, norms, first, schedule, where):
     for iteration, loss, norm in zip(range(first, first + len(losses)), losses, norms, strict=True):
         if np.isfinite(loss) and (norm is None or np.isfinite(norm)):
             continue
-        what = "the gradient" if np.isfinite(loss) else f"the loss is {loss:g}"
-        what += f" at iteration {iteration}" if not np.isfinite(loss) else f" is not finite at iteration {iteration}"
+        what = "the gradient is not finite" if np.isfinite(loss) else f"the loss is {loss:g}"
         rows = schedule.rows(iteration).tolist()
         # A step may leave weights or moments that only the next one shows not to be finite.
         before = [row for earlier in range(first, iteration) for row in schedule.rows(earlier).tolist()]
         places = listed([where(row) for row in rows[:4]]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
         raise ConfigError(
-            f"{what}, on the pairs {places}; the adapters saved before stay as they are. "
+            f"{what} at iteration {iteration}, on the pairs {places}; the adapters saved before stay as they are. "
             f"{_cause(schedule, before + rows, where)}"
         )
 
