@@ -222,7 +222,7 @@ def test_where_shapes_are_compiled_few_serve_a_run_and_the_last_batch_is_filled(
     pairs = some_pairs(81, prompt=(20, 200), response=(5, 300))
     schedule = Schedule(pairs, 4, 0, arrangement)
     logps = np.arange(81 * 4, dtype=np.float32).reshape(81, 2, 2)
-    shapes, counts, processed = set(), [], 0
+    shapes, counts = set(), []
     for iteration in range(1, 22):
         batch, reference, (tokens, padding) = schedule.batch(iteration, logps)
         shapes.add(shapes_in(batch))
@@ -231,11 +231,10 @@ def test_where_shapes_are_compiled_few_serve_a_run_and_the_last_batch_is_filled(
         assert reference.shape == (4, 2, 2) and mx.array_equal(reference[: len(rows)], mx.array(logps[rows]))
         assert batch.ntoks.item() == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in
                                          (pairs[row] for row in rows))  # fmt: skip
-        assert tokens == batch.tokens.size and tokens % multiple == 0 and tokens <= schedule.most_tokens()
+        assert tokens == batch.tokens.size == schedule.tokens(iteration) and tokens % multiple == 0
         shape, needed = schedule.shape(iteration), shape_of(lengths_of([pairs[row] for row in rows]), arrangement)
         assert all(have >= need and have % multiple == 0 for have, need in zip(shape, needed, strict=True))
-        processed = max(processed, tokens)
-    assert len(shapes) <= MOST_SHAPES and processed == schedule.most_tokens()
+    assert len(shapes) <= MOST_SHAPES
     assert sorted(counts) == [[1.0, 0.0, 0.0, 0.0]] + [[1.0] * 4] * 20
 
 
@@ -247,7 +246,7 @@ def test_where_nothing_is_compiled_every_batch_has_its_own_shape(monkeypatch):
     assert all(padding == 0 for *_, (_, padding) in made)
     assert sorted(len(batch.counts) for batch, *_ in made) == [2] + [4] * 7
     assert not any(reference.any() for _, reference, _ in made)
-    assert max(batch.tokens.size for batch, *_ in made) == schedule.most_tokens()
+    assert [batch.tokens.size for batch, *_ in made] == [schedule.tokens(iteration) for iteration in range(1, 9)]
 
 
 def one_at_a_time(model, pairs):

@@ -380,10 +380,10 @@ class Schedule:
             return np.arange(len(self.pairs))  # two epochs hold every row
         return np.unique(np.concatenate([self.rows(i) for i in range(first, last + 1)]))
 
-    def most_tokens(self):
-        """The tokens that the largest batch's body runs over."""
-        rows = max(self._share, min(self.batch_size, len(self.pairs))) * 2
-        return max(shape.tokens or rows * shape.width for shape in self._shapes)
+    def tokens(self, iteration):
+        """The tokens of this worker's batch of an iteration that the model's body runs over."""
+        shape = self.shape(iteration)
+        return shape.tokens or 2 * len(self._share_of(self.rows(iteration), self.rank)[1]) * shape.width
 
     def _share_of(self, rows, rank):
         """A worker's rows of a batch, and the same filled up to its share; one of another's where it has none."""

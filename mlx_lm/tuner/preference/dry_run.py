@@ -114,9 +114,8 @@ def rehearse(step, objective, reference, schedule, logps, args):
     epochs = args.iters * args.batch_size / len(logps.dataset)
     updates = -(-args.iters // args.grad_accumulation_steps)
     rprint(f"\n{args.iters} iterations of {args.batch_size} pairs are {epochs:.2f} epochs and {updates} updates")
-    iterations = range(1, args.iters + 1)
     # The most of all workers, which average what they find and so take the same steps.
-    tokens = np.array(mx.distributed.all_max(mx.array([tokens_of(schedule, iteration) for iteration in iterations])))
+    tokens = np.array(mx.distributed.all_max(mx.array([*map(schedule.tokens, range(1, args.iters + 1))])))
     with checkpointed_layers(step.model) if args.grad_checkpoint else nullcontext(), bounded_memory() as evaluate:
         scoring = score_largest(objective, reference, logps, schedule, args)
         if args.reference_model is not None and reference is not None:
@@ -140,12 +139,6 @@ def rehearse(step, objective, reference, schedule, logps, args):
         if args.steps:
             tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
     rprint("\nNothing that can be told beforehand stops this run.")
-
-
-def tokens_of(schedule, iteration):
-    """Tokens that the body runs over in a step."""
-    shape = schedule.shape(iteration)
-    return shape.tokens or 2 * len(schedule.rows(iteration)) * shape.width
 
 
 def run_step(step, schedule, iteration, args):

@@ -172,7 +172,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         window.add(sums, norm, tokens)
         work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
         if due.update and not measured:
-            evaluate(work, schedule.most_tokens() / tokens[0])
+            evaluate(work, max(map(schedule.tokens, range(1, args.iters + 1))) / tokens[0])
             measured = True
         mx.async_eval(work)
         # The next batch is made while the device works on this one, unless another reference comes first.
