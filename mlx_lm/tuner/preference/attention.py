@@ -169,14 +169,12 @@ class PackedCache(RowCache):
 
     def _answers(self, parts):
         """The tokens' `(N, ...)` of what the parts' queries have, `(K, Q, ...)`."""
-        parts = [part.flatten(0, 1) for part in parts]
-        joined = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-        return gathered([joined], [self._outputs])[0]
+        return gathered([mx.concatenate([part.flatten(0, 1) for part in parts])], [self._outputs])[0]
 
     def _split(self, x, column, shape):
         """The parts' `(K, T, *shape)` of `x` `(number of queries or keys, ...)`."""
         sizes = [own[0] * own[column] for own in self._shapes]
-        parts = mx.split(x, np.cumsum(sizes)[:-1].tolist()) if len(sizes) > 1 else [x]
+        parts = mx.split(x, np.cumsum(sizes)[:-1].tolist())
         return [part.reshape(own[0], own[column], *shape) for part, own in zip(parts, self._shapes, strict=True)]
 
     def in_rows(self, function, sequences):

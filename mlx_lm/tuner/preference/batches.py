@@ -372,7 +372,7 @@ class Schedule:
         rows = self.rows(iteration)
         ranks = range(self.workers) if multiple() > 1 else [self.rank]
         shapes = [shape_of(self._lengths[self._share_of(rows, rank)[1]], self.arrangement) for rank in ranks]
-        return Shape(*map(max, *shapes)) if len(shapes) > 1 else shapes[0]
+        return Shape(*map(max, zip(*shapes, strict=True)))
 
     def visited(self, first, last):
         """The rows of the iterations from `first` to `last`, each once, in order."""

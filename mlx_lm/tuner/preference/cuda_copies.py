@@ -120,4 +120,4 @@ def joined(arrays, aligned):
             threads=THREADS,
             T=some[0].dtype,
         )
-    return mx.concatenate(vectors) if len(vectors) > 1 else vectors[0]
+    return mx.concatenate(vectors)

@@ -359,7 +359,7 @@ class Head:
                 # Without an order, or with an output left for later, several chunks' logits could be alive at once.
                 chunk = mx.depends([chunk], parts[-1])[0]
             parts.append(function(chunk, *(row[start:stop] for row in rows)))
-        return [mx.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)]
+        return [mx.concatenate(column) for column in zip(*parts, strict=True)]
 
     def _logps(self, states, targets, alignment, by_token=False):
         return logps_and_more(self.logits(states), targets, alignment, by_token)

@@ -88,7 +88,7 @@ def gated_delta_chunks(queries, keys, values, log_gates, betas, state):
             states, state, read, own = _run(part, state)
             outputs.append(_as_sequence(read, own, part[2]))
             all_states.append(states)
-        return _joined(outputs), state, *all_states
+        return mx.concatenate(outputs, axis=1), state, *all_states
 
     @run.vjp
     def backward(inputs, cotangents, outputs):
@@ -101,15 +101,10 @@ def gated_delta_chunks(queries, keys, values, log_gates, betas, state):
             # Left for later, they would keep what they are made of.
             slope = mx.depends([slope], part_slopes)[0]
             slopes.append(part_slopes)
-        return slope, *(_joined(parts[::-1]) for parts in zip(*slopes, strict=True))
+        return slope, *(mx.concatenate(parts[::-1], axis=1) for parts in zip(*slopes, strict=True))
 
     outputs, last, *_ = run(state, *arrays)
     return outputs, last.reshape(batch, value_heads, value_width, key_width)
-
-
-def _joined(parts):
-    """Parts of sequences `(B, T, ...)` as one."""
-    return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def _part_slopes(arrays, states, last, output_slope, last_slope):
