@@ -347,9 +347,7 @@ def _blocked(call, queries, keys, values, mask):
     def blocks(queries, keys, values):
         parts = []
         for start, stop in spans:
-            own = queries[:, :, start:stop]
-            if parts:
-                own = mx.depends([own], [parts[-1]])[0]
+            own = mx.depends([queries[:, :, start:stop]], parts[-1:])[0]
             parts.append(block(own, keys[:, :, : seen(stop)], values[:, :, : seen(stop)], start, stop))
         return mx.concatenate(parts, axis=2)
 
@@ -358,9 +356,7 @@ def _blocked(call, queries, keys, values, mask):
         queries, keys, values = inputs
         slopes, sums = [], []
         for start, stop in spans:
-            own, slope = queries[:, :, start:stop], cotangent[:, :, start:stop]
-            if sums:
-                own, slope = mx.depends([own, slope], sums)
+            own, slope = mx.depends([queries[:, :, start:stop], cotangent[:, :, start:stop]], sums)
             others = [x[:, :, : seen(stop)] for x in (keys, values)]
             _, (first, *rest) = mx.vjp(partial(block, start=start, stop=stop), [own, *others], [slope])
             slopes.append(first)

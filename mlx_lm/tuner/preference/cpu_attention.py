@@ -63,9 +63,8 @@ def causal_attention(queries, keys, values, scale):
     def attend(queries, keys, values):
         scaled, outs, tops, totals = scale * queries, [], [], []
         for start, stop in spans:
-            if outs:
-                # Side by side, blocks would all have their scores at once.
-                scaled = mx.depends([scaled], [outs[-1]])[0]
+            # Side by side, blocks would all have their scores at once.
+            scaled = mx.depends([scaled], outs[-1:])[0]
             scores = exponents(scaled, up_to(keys, stop), start, stop)
             top = fast_max(scores)
             weights = fast_exp(scores - top)
@@ -86,21 +85,17 @@ def causal_attention(queries, keys, values, scale):
         shares = (slope * out).sum(axis=-1, keepdims=True)
         own, sums = [], []
         for start, stop in spans:
-            if sums:
-                scaled, slope = mx.depends([scaled, slope], sums)
+            scaled, slope = mx.depends([scaled, slope], sums)
             near = up_to(keys, stop)
             scores = exponents(scaled, near, start, stop)
             tall = (batch, shared, -1, near.shape[2])
             weights = fast_exp(scores.reshape(tall) - rows(tops, start, stop))
             slopes = rows(slope, start, stop) @ up_to(values, stop).swapaxes(-1, -2)
             slopes = weights * (slopes - rows(shares, start, stop))
-            parts = (
-                slopes.swapaxes(-1, -2) @ rows(scaled, start, stop),
-                weights.swapaxes(-1, -2) @ rows(slope, start, stop),
-            )
+            parts = [x.swapaxes(-1, -2) @ rows(y, start, stop) for x, y in ((slopes, scaled), (weights, slope))]
             own.append((slopes @ near).reshape(batch, heads, stop - start, -1))
             # Left for later, the queries' gradients would keep every block's scores.
-            sums = mx.depends(list(map(added, sums, parts)) if sums else list(parts), [own[-1]])
+            sums = mx.depends(list(map(added, sums, parts)) if sums else parts, [own[-1]])
         return scale * mx.concatenate(own, axis=2), *sums
 
     return attend(queries, keys, values)[0]
