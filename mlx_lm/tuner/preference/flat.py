@@ -58,7 +58,7 @@ class FlatParameters:
     """
 
     def __init__(self, model, optimizer=None):
-        self.vectors, self._model, self._names = nn.Module(), model, []
+        self.vectors, self._model = nn.Module(), model
         self._lora = [pair for pair in lora_layers(model) if "lora_b" in pair[0].trainable_parameters()]
         of_lora = {id(x): (dtype, module.scale) for module, dtype in self._lora for x in (module.lora_a, module.lora_b)}
         joins, kinds = optimizer is None or _is_by_element(optimizer), {}
@@ -68,7 +68,6 @@ class FlatParameters:
             alone = "" if joins and value.size <= LARGEST else name
             kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
             kinds.setdefault(kind, []).append((name, value.shape))
-            self._names.append(name)
         self._parts = {f"part_{i}": part for i, part in enumerate(kinds.items())}
         self.read()
 
@@ -98,7 +97,7 @@ class FlatParameters:
             for name, shape in parameters:
                 found[name] = vector if kind.name else mx.as_strided(vector, shape, offset=start)
                 start += found[name].size + -found[name].size % ALIGNED
-        return tree_unflatten([(name, found[name]) for name in self._names])
+        return tree_unflatten(found)
 
     def join(self, tree, as_multiplied=False):
         """The vectors of a tree like the model's.
