@@ -13,7 +13,7 @@ import mlx.optimizers as optimizers
 import yaml
 
 from ..utils import build_schedule
-from .checkpoint import RUN_FILES, check_is_file, state_files
+from .checkpoint import RUN_FILES, check_is_file, refuse_without_state
 from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
@@ -200,7 +200,7 @@ def check_config(args):
                 file=sys.stderr,
             )
         if args.resume is True:
-            state_files(args.adapter_path)
+            refuse_without_state(args.adapter_path)
     return loss
 
 

@@ -193,22 +193,20 @@ def read_state(path):
 
 
 def state_files(folder):
-    """The paths of a folder's states, the newest first.
+    """The paths of a folder's states, the newest first."""
+    earlier = sorted(Path(folder).glob(EARLIER_STATES), reverse=True)
+    return [path for path in (Path(folder) / STATE_FILE, *earlier) if path.is_file()]
+
+
+def refuse_without_state(folder):
+    """Check that there is a state in a folder.
 
     Raises:
         ConfigError: there is none.
     """
-    path = Path(folder) / STATE_FILE
-    found = [path] if path.is_file() else []
-    found += sorted(Path(folder).glob(EARLIER_STATES), reverse=True)
-    if not found:
-        raise ConfigError(f"resume needs {path}, and there is none; leave resume out to start anew.")
-    return found
-
-
-def has_state(folder):
-    """Whether there is a state in a folder."""
-    return Path(folder, STATE_FILE).is_file() or any(Path(folder).glob(EARLIER_STATES))
+    if not state_files(folder):
+        told = f"resume needs {Path(folder) / STATE_FILE}, and there is none"
+        raise ConfigError(f"{told}; leave resume out to start anew.")
 
 
 def find_state(folder, model, settings, iters):
@@ -220,6 +218,7 @@ def find_state(folder, model, settings, iters):
     Raises:
         ConfigError: there is no state, all are damaged, or it is of a run with other settings or weights.
     """
+    refuse_without_state(folder)
     faults = []
     for path in state_files(folder):
         try:
@@ -234,7 +233,7 @@ def find_state(folder, model, settings, iters):
             told = f"{path} is at iteration {progress.iteration}, and iters is {iters}"
             raise ConfigError(f"{told}; raise iters to go on.")
         expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-        if {name: value.shape for name, value in _part(arrays, "model")} != expected:
+        if {name: value.shape for name, value in _part(arrays, "model").items()} != expected:
             raise ConfigError(
                 f"{path} holds other weights than this run trains; use the num_layers that it began with."
             )
@@ -261,19 +260,19 @@ def restore_run(path, step, logps):
     try:
         arrays, progress, _ = read_state(path)
         high, low = arrays["random"].tolist()
-        state = dict(_part(arrays, "optimizer"))
+        state = _part(arrays, "optimizer")
         missing = {name for name, _ in tree_flatten(step.optimizer.state)} - set(state)
         if missing and progress.updates > 0:
             raise ValueError(f"it has no {min(missing)} of the optimizer's")
-        tables = dict(_part(arrays, "logps"))
+        tables = _part(arrays, "logps")
         logps.train = np.array(tables["reference"]) if "reference" in tables else logps.train
         logps.valid = np.array(tables["val_reference"]) if "val_reference" in tables else logps.valid
         if logps.parameters is not None:
-            parts = dict(_part(arrays, "reference"))
+            parts = _part(arrays, "reference")
             logps.parameters = tree_map_with_path(lambda name, _: parts[name], logps.parameters)
         if "pairs" in arrays:
             # Parts of the tree that hold no array have left no trace in the file.
-            parts = dict(_part(arrays, "gradient"))
+            parts = _part(arrays, "gradient")
             share = 1 / mx.distributed.init().size()
             gradient = tree_map_with_path(lambda name, _: parts[name] * share, step.flat.vectors.parameters())
             step.accumulated = (gradient, arrays["pairs"] * share)
@@ -282,7 +281,7 @@ def restore_run(path, step, logps):
         raise ConfigError(f"{path} lacks a part ({told}); leave resume out to start anew.") from error
     step.model.update(tree_unflatten(_part(arrays, "model")))
     step.flat.read()
-    step.optimizer.state = tree_unflatten(list(state.items()))
+    step.optimizer.state = tree_unflatten(state)
     # The state is a key, and a seed becomes the key of its two halves; the state itself takes no assignment.
     mx.random.seed(high << 32 | low)
     mx.eval(step.model.parameters(), step.state())
@@ -292,8 +291,8 @@ def restore_run(path, step, logps):
 
 
 def _part(arrays, part):
-    """The arrays whose names begin with a part's, without it, as pairs."""
-    return [(name.removeprefix(part + "."), value) for name, value in arrays.items() if name.startswith(part + ".")]
+    """The arrays whose names begin with a part's, by the rest of their names."""
+    return {name.removeprefix(part + "."): value for name, value in arrays.items() if name.startswith(part + ".")}
 
 
 def starting_point(model):

@@ -22,11 +22,11 @@ from .checkpoint import (
     RUN_FILES,
     Progress,
     find_state,
-    has_state,
     kept_settings,
     restore_run,
     save_adapters,
     save_run,
+    state_files,
 )
 from .dry_run import rehearse
 from .evaluation import evaluated_rows, unwrapped
@@ -94,7 +94,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         settings["the validation data"] = [check_and_digest(logps.val_dataset), len(logps.val_rows)]
     warn_of_balance(logps.dataset, loss)
     state, iteration = None, 0
-    if args.resume is True or (args.resume and has_state(folder)):
+    if args.resume is True or (args.resume and state_files(folder)):
         # One that does not fit is told before the reference pass, which may be long.
         state, iteration = find_state(folder, model, settings, args.iters)
         rprint(f"Going on after iteration {iteration} of {args.iters}, from {state}.")
