@@ -56,6 +56,7 @@ from .tuner.preference.load import (
     tell_other_loss,
 )
 from .tuner.preference.logps import Scorer
+from .tuner.preference.memory import LESS
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
 from .tuner.preference.objective import describe_losses, loss_of
 from .tuner.preference.options import (
@@ -369,8 +370,7 @@ def _told_plainly(args):
         if isinstance(error, RuntimeError) and not re.search("memory|alloc", str(error), re.IGNORECASE):
             raise
         raise ConfigError(
-            f"memory does not suffice ({first_line(error)}); a smaller batch_size with more grad_accumulation_steps, a "
-            "smaller max_seq_length, or grad_checkpoint takes less. Files saved before are complete."
+            f"memory does not suffice ({first_line(error)}); {LESS}. Files saved before are complete."
         ) from error
 
 

@@ -17,7 +17,7 @@ from .curves import plot_metrics
 from .divergence import validated_pairs
 from .intercept import evaluating
 from .layers import checkpointed_layers
-from .memory import begin_peak_anew, bounded_memory, peak_memory, trim_cache
+from .memory import LESS, begin_peak_anew, bounded_memory, peak_memory, trim_cache
 from .metrics import METRICS_FILE, add_lines
 from .options import ConfigError
 from .reference import batches_of, device_memory
@@ -205,8 +205,7 @@ def refuse_too_large(resting, needed):
     if resting + needed > device_memory():
         raise ConfigError(
             f"a step of the longest batch seems to need {(resting + needed) / 1e9:.1f} GB, and the device has "
-            f"{device_memory() / 1e9:.1f}; a smaller batch_size with more grad_accumulation_steps, a smaller "
-            "max_seq_length, or grad_checkpoint takes less."
+            f"{device_memory() / 1e9:.1f}; {LESS}."
         )
 
 

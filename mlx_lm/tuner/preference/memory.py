@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from .attention import on_cuda
 
+LESS = "a smaller batch_size with more grad_accumulation_steps, a smaller max_seq_length, or grad_checkpoint takes less"
 # What may be kept between two evaluations, with what lies there, as a share of what was seen to be needed.
 MOST_HELD = 1.3
 # Calls of `trim_cache` from one giving back on CUDA to the next. After every step it took a third of the speed.
