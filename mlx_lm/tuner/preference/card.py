@@ -10,16 +10,8 @@ from .page import SUMMARY, summary
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by the training, which writes it anew; take this line out to keep what you write. -->"
-SETTINGS = (
-    "beta",
-    "learning_rate",
-    "batch_size",
-    "iters",
-    "grad_accumulation_steps",
-    "num_layers",
-    "optimizer",
-    "seed",
-)
+SETTINGS = ("beta", "learning_rate", "batch_size", "iters", "grad_accumulation_steps")
+SETTINGS += ("num_layers", "optimizer", "seed")
 FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "kl")
 
 

@@ -15,14 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ...models.activations import fast_exp, fast_max
-from ...models.cache import (
-    CacheList,
-    ChunkedKVCache,
-    ConcatenateKVCache,
-    KVCache,
-    RotatingKVCache,
-    make_prompt_cache,
-)
+from ...models.cache import CacheList, ChunkedKVCache, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from ...utils import token_logps
 from .attention import PackedCache, PackedState, RowCache, on_cuda
 from .batches import PACKED, PLAIN, make_batch

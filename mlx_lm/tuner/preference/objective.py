@@ -142,12 +142,7 @@ TABLE = (
         **REFERENCE_FREE,
         reads_batch=True,
     ),
-    Loss(
-        "kto",
-        "w sigma(beta kl - r) if desirable, else w sigma(r - beta kl)",
-        "2402.01306",
-        unpaired=True,
-    ),
+    Loss("kto", "w sigma(beta kl - r) if desirable, else w sigma(r - beta kl)", "2402.01306", unpaired=True),
 )
 
 ALIASES = {"sigmoid": "dpo"}
