@@ -142,10 +142,8 @@ class Scorer:
         return self.states(batch.tokens, cache).flatten(0, 1)
 
     def _can_pack(self):
-        if self._caches is None:
-            return False
         # Of layers without keys and values, those that convolve are known.
-        known = self._channels or all(kind is True for kind in self._caches)
+        known = self._channels or all(kind is True for kind in self._caches or ())
         return bool(known) and self._same_logits(PACKED)
 
     def _same_logits(self, arrangement):
