@@ -45,11 +45,8 @@ def describe_data(splits, tokenizer):
     splits = {name: data for name, data in splits.items() if len(data)}
     rprint("\nrows        read  left out  prompts cut  responses cut")
     for name, data in splits.items():
-        counts = data.counts
-        rprint(
-            f"  {name:7} {counts['read']:7}  {counts['left out']:8}  {counts['prompts cut']:11}  "
-            f"{counts['responses cut']:13}"
-        )
+        read, left_out, prompts, responses = data.counts.values()
+        rprint(f"  {name:7} {read:7}  {left_out:8}  {prompts:11}  {responses:13}")
     data = next(iter(splits.values()))
     prompt, chosen, rejected = lengths_of(data).T
     kinds = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen - rejected": chosen - rejected}
