@@ -344,14 +344,13 @@ class Schedule:
         self.pairs, self.seed, self.arrangement, self.batch_size = pairs, seed, arrangement, batch_size
         self.rank, self.workers = world.rank(), world.size()
         self.epoch_steps = -(-len(pairs) // batch_size)
-        self.iters = iters or self.epoch_steps
         # Where shapes are compiled, what is left for the last batch is filled up.
         self._share = batch_size // self.workers if multiple() > 1 else 0
         self._lengths = lengths_of(pairs)
         self._by_length = np.concatenate(plan(self._lengths, batch_size))
         self._bucket = batch_size * (BUCKET if grouped else self.epoch_steps)
         self._epoch, self._batches = None, None
-        self._shapes = [self._own_shape(i) for i in range(1, self.iters + 1)]
+        self._shapes = [self._own_shape(i) for i in range(1, 1 + (iters or self.epoch_steps))]
         if multiple() > 1:
             self._shapes = ladder(self._shapes, self._share)
 
