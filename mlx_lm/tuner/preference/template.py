@@ -98,11 +98,11 @@ class Template:
 
     def leaves_out(self, conversation, messages, i, **change):
         """Whether the text of messages stays the same when message `i` is changed."""
-        return self._same(conversation, messages, [*messages[:i], {**messages[i], **change}, *messages[i + 1 :]])
+        others = [*messages[:i], {**messages[i], **change}, *messages[i + 1 :]]
+        return self._same(conversation, messages, conversation, others)
 
-    def _same(self, conversation, messages, others, tools=...):
+    def _same(self, conversation, messages, changed, others):
         text = self.render(conversation, messages)
-        changed = conversation if tools is ... else conversation._replace(tools=tools)
         try:
             return self.render(changed, others) == text
         except ConfigError:
@@ -115,7 +115,7 @@ class Template:
         for side in (conversation.chosen, conversation.rejected):
             messages = _spoken(conversation.prompt, side)
             text = self.render(conversation, messages)
-            if conversation.tools and self._same(conversation, messages, messages, tools=None):
+            if conversation.tools and self._same(conversation, messages, conversation._replace(tools=None), messages):
                 return ConfigError(
                     "the tokenizer's chat template does not write tools; leave them out of the rows, or take a model "
                     "that was made for them."
