@@ -287,10 +287,8 @@ class PreferenceLoss:
         parameters: every option that takes effect, with its value.
         needs_reference: whether reference logps are read; not where beta is 0, which multiplies them away.
         reads_wpo: whether `__call__` needs WPO's weights.
-        reads_margins: whether a pair's margin takes effect.
+        reads_margins, sorts_batch, unpaired: what a `Loss` has, where one of them has it.
         reads_batch: whether a pair's value depends on the other pairs of its batch.
-        sorts_batch: whether values belong to quantiles of the batch, so that weights of pairs have no meaning.
-        unpaired: whether it is of single responses with labels.
         ld_alpha: weight of the tokens beyond the shorter response's length, or None.
     """
 
