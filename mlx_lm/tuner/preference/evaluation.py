@@ -166,8 +166,7 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
                 found[:, here] = np.array(values)
             if progress_callback is not None:
                 progress_callback(count)
-    if world.size() > 1:
-        found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
+    found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
     return dict(zip(names, found, strict=True))
 
 

@@ -97,13 +97,12 @@ class Reference:
             for found, turn in one_behind(evaluate, map(logps_of, turns)):
                 values[batches[turn]] = np.array(found).reshape(-1, 4)
                 bars.advance(task, sum(map(len, batches[turn : turn + world.size()])))
-        if world.size() > 1:
-            mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
-            shares = np.zeros_like(values)
-            shares[mine] = values[mine]
-            summed = np.array(mx.distributed.all_sum(mx.array(shares)))
-            confirm()
-            values[:] = summed
+        mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
+        shares = np.zeros_like(values)
+        shares[mine] = values[mine]
+        summed = np.array(mx.distributed.all_sum(mx.array(shares)))
+        confirm()
+        values[:] = summed
         bad = (~np.isfinite(values).all(axis=1)).sum()
         if bad:
             raise ConfigError(

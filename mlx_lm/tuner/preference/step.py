@@ -295,9 +295,8 @@ class Step:
         return sums, self.flat.join(gradient, as_multiplied=True)
 
     def _update(self, gradient, pairs):
-        world = mx.distributed.init()
-        if world.size() > 1:
-            gradient, pairs = average_gradients(gradient), mx.distributed.all_sum(pairs) / world.size()
+        gradient = average_gradients(gradient)
+        pairs = mx.distributed.all_sum(pairs) / mx.distributed.init().size()
         mean = tree_map(lambda value: (value / pairs).astype(value.dtype), gradient)
         if self.max_grad_norm is None:
             # Of the sum: the mean, which the optimizer alone reads then, is no array of its own in a compiled update.
