@@ -74,9 +74,9 @@ def token_kl(policy, reference, pairs, evaluate):
     def kl_from(start):
         """`(KL of a chunk's tokens (n,), where they begin)`."""
         chunk = mx.array(scored[start : start + size])
-        logits = _logits(policy, states[chunk])
+        logits = policy.logits(states[chunk])
         with bare(reference.model):
-            return kl_of_logits(logits, _logits(reference, reference_states[chunk])), start
+            return kl_of_logits(logits, reference.logits(reference_states[chunk])), start
 
     for found, start in one_behind(evaluate, map(kl_from, range(0, len(scored), size))):
         values[start : start + size] = np.array(found)
@@ -88,13 +88,9 @@ def _vocabulary(scorer, states):
     return scorer.head.vocabulary if scorer.head else states.shape[-1]
 
 
-def _logits(scorer, states):
-    """Logits `(M, V)` float32 of a scorer's response states."""
-    return (scorer.head.logits(states) if scorer.head else states).astype(mx.float32)
-
-
 def kl_of_logits(logits, others):
     """The KL from the distributions of `others` to those of `logits`, both `(M, V)`, with one exponential of each."""
+    logits, others = logits.astype(mx.float32), others.astype(mx.float32)
     tops = [fast_max(x) for x in (logits, others)]
     weights, other_weights = (fast_exp(x - top) for x, top in zip((logits, others), tops, strict=True))
     totals = [x.sum(axis=-1) for x in (weights, other_weights)]

@@ -130,6 +130,10 @@ class Scorer:
         """Hidden states `(B, T, D)` of tokens `(B, T)`, or logits `(B, T, V)` where there is no head."""
         return self.head.hidden_states(tokens, cache) if self.head else _run(self.model, tokens, cache)
 
+    def logits(self, states):
+        """Logits `(M, V)` of such states, `(M, D)` or logits already."""
+        return self.head.logits(states) if self.head else states
+
     def _batch_states(self, batch):
         """The same of all the batch's tokens, `(N, D)` or `(N, V)`."""
         cache = None
@@ -160,8 +164,7 @@ class Scorer:
                 expected = _run(self.model, rows.tokens, None).flatten(0, 1)[rows.positions]
             try:
                 with self.lean_layers(tried):
-                    found = self._batch_states(tried)[tried.positions]
-                    found = self.head.logits(found) if self.head else found
+                    found = self.logits(self._batch_states(tried)[tried.positions])
                     mx.eval(found)
             except Exception:  # in a batch that it was not written for, a model's own code may fail in any way
                 return False
