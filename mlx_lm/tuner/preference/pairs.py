@@ -217,7 +217,7 @@ class PreferenceDataset:
 
     def _layouts(self):
         """The layouts that the rows were read in, most frequent first, and the keys that nothing reads."""
-        found = sorted(self._reader.layouts.items(), key=lambda item: -item[1])
+        found = self._reader.layouts.most_common()
         names = [name if len(found) == 1 else f"{name} ({count})" for name, count in found]
         unread = f"; not read: {', '.join(map(str, self._reader.unread))}" if self._reader.unread else ""
         return "rows are read as " + " and ".join(names) + unread

@@ -6,6 +6,7 @@ and hub data sets read in `datasets.py`.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -76,7 +77,7 @@ class RowReader:
     score_difference: str | None = None
     score_scale: float = 1.0
     min_score_difference: float | None = None
-    layouts: dict = field(default_factory=dict)
+    layouts: Counter = field(default_factory=Counter)
     unread: dict = field(default_factory=dict)
 
     def __call__(self, row):
@@ -119,8 +120,7 @@ class RowReader:
             prompt, chosen, rejected, form = self._texts(prompt, chosen, rejected)
         if self.chosen == self.rejected:
             layout = LABELLED
-        name = ", ".join(filter(None, (layout, form)))
-        self.layouts[name] = self.layouts.get(name, 0) + 1
+        self.layouts[", ".join(filter(None, (layout, form)))] += 1
         return Conversation(prompt, chosen, rejected, tools_, kwargs, margin, weight)
 
     def labelled(self, row):
