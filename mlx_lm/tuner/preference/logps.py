@@ -5,7 +5,7 @@ head on a bounded chunk of response positions at a time; both are tried on a few
 """
 
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from functools import partial
 from typing import NamedTuple
@@ -207,20 +207,14 @@ def _in_place(kind, own, others):
 def narrow_windows(model):
     """Within the context, the model's attention windows and chunks that PROBE would not fill are short ones."""
     longest = max(len(pair.prompt) + len(pair.chosen) for pair in PROBE)
-    windows = [
-        (place, name, value)
-        for module in model.modules()
-        for place in _settings(module)
-        for name, value in place.items()
-        if type(value) is int and value > longest and re.search("window|chunk", name)
-    ]
-    for place, name, _ in windows:
-        place[name] = PROBE_WINDOW
-    try:
+    with ExitStack() as stack:
+        for place in (place for module in model.modules() for place in _settings(module)):
+            sizes = ((name, size) for name, size in place.items() if re.search("window|chunk", name))
+            wide = {name: size for name, size in sizes if type(size) is int and size > longest}
+            # As a dict, which takes a value where a frozen configuration takes none.
+            stack.callback(place.update, wide)
+            place.update(dict.fromkeys(wide, PROBE_WINDOW))
         yield
-    finally:
-        for place, name, value in windows:
-            place[name] = value
 
 
 def _settings(value):
