@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
 
@@ -74,14 +74,12 @@ def handled_signals():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # What is ignored (nohup) stays so.
-    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, REQUEST) for number in wanted}
-    try:
+    with ExitStack() as stack:
+        for number in SIGNALS:
+            # What is ignored (nohup) stays so.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                stack.callback(signal.signal, number, signal.signal(number, REQUEST))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def given_command():
