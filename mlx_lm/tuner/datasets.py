@@ -25,7 +25,7 @@ _upstream = SimpleNamespace(**{name: globals()[name] for name in LOADERS})
 
 # What a row's origin hands down to the data set made of it.
 ROW_KEYS = ("use_chat_template", "score", "score_difference", "score_scale", "min_score_difference")
-DATA_KEYS = (*FEATURES, "chat_template_kwargs", "max_seq_length", *ROW_KEYS, "loss_type")
+DATA_KEYS = ("chat_template_kwargs", "max_seq_length", *ROW_KEYS)
 ENTRY_KEYS = (*FEATURES, *ROW_KEYS, "chat_template_kwargs", "path", "config", *(f"{split}_split" for split in SPLITS))
 
 
@@ -147,7 +147,8 @@ def load_custom_hf_dataset(args, tokenizer):
         return _upstream.load_custom_hf_dataset(args, tokenizer)
     hub = _hub_package("hf_dataset is set: loading from the Hugging Face hub")
     entries = args.hf_dataset if isinstance(args.hf_dataset, list) else [args.hf_dataset]
-    shared = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key, None) is not None}
+    keys = (*FEATURES, *DATA_KEYS, "loss_type")
+    shared = {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
     collection = []
     for entry in entries:
         _check_entry(entry, args)
@@ -186,8 +187,8 @@ def _features(config):
 
 
 def _preferences(rows, tokenizer, config, name):
-    keys = {key: getattr(config, key) for key in DATA_KEYS[:-1] if getattr(config, key, None) is not None}
-    keys = {key: value for key, value in keys.items() if key not in FEATURES} | _features(config)
+    keys = {key: getattr(config, key) for key in DATA_KEYS if getattr(config, key, None) is not None}
+    keys |= _features(config)
     loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     keys["unpaired"] = any(loss in LOSSES and LOSSES[loss].unpaired for loss in loss_type)
     if is_kto(rows.rows[0]) and not keys["unpaired"]:
