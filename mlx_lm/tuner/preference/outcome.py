@@ -79,7 +79,7 @@ class Outcome:
                 iteration, self._rows, figures, self.logps.valid,
             )  # fmt: skip
         if ended and self.config and "model" in self.config:
-            write_card(Path(self.folder), self.config, self.objective.loss, read_validations(self.folder))
+            write_card(self.folder, self.config, self.objective.loss, read_validations(self.folder))
 
 
 def print_closing(args, epochs):
