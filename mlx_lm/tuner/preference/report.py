@@ -27,6 +27,7 @@ class Window:
         norms: of each step, the gradient's norm, None where it made no update.
         tokens: `(2,)`, processed ones and of these padding.
         seconds: that the steps took, without validations and saves.
+        counted: steps that are in `Progress` already.
     """
 
     def __init__(self):
@@ -87,10 +88,10 @@ class Reporter:
         """Check the steps of a window that were not counted yet, and count them into `progress`; raises as `training`.
 
         Returns:
-            What `window.figures` does; None where there are no such steps.
+            What `window.figures` does; None where there are no steps.
         """
-        if window.counted == len(window.sums):
-            return window.figures() if window.sums else None
+        if not window.sums:
+            return None
         sums, norms = window.figures()
         new, new_norms = sums[window.counted :], norms[window.counted :]
         window.counted = len(sums)
