@@ -8,7 +8,7 @@ from test_recurrent import assert_close, values_and_gradients
 from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, wkv7
 
 
-def loop(queries, keys, values, log_gates, state, _=None):
+def loop(queries, keys, values, log_gates, state):
     """The recurrence as it is written down, in the arrays' own dtype, without a product of matrices."""
     repeats = values.shape[2] // keys.shape[2]
     queries, keys = (mx.repeat(x, repeats, axis=2) for x in (queries, keys))
@@ -28,7 +28,7 @@ def make_inputs(length, batch=2, key_heads=2, heads=6, key_width=8, value_width=
     return [queries, keys, values, gates, mx.random.normal((batch, heads, value_width, key_width))]
 
 
-def scan_loop(x, steps, write, read, A, state, _=None):
+def scan_loop(x, steps, write, read, A, state):
     """Mamba's recurrence as it is written down."""
     outputs = []
     for t in range(x.shape[1]):
@@ -46,7 +46,7 @@ def make_tokens(length, batch=2, width=6, states=4, strength=1.0):
     return [x, steps, write, read, A, mx.random.normal((batch, width, states))]
 
 
-def wkv_loop(r, w, k, v, a, b, state, _=None):
+def wkv_loop(r, w, k, v, a, b, state):
     """RWKV-7's recurrence as it is written down."""
     outputs = []
     for t in range(r.shape[1]):
