@@ -378,13 +378,12 @@ def _callbacks(args):
     if args.check:
         # Services are told of runs alone; that there are such may be checked.
         names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
-        for name in names:
-            if name not in (*SUPPORT_CALLBACK, "none"):
-                raise ConfigError(
-                    f"report_to is {args.report_to!r}, and {name} is none of {', '.join(SUPPORT_CALLBACK)}."
-                )
-            if name != "none" and find_spec(name) is None:
-                raise ConfigError(f"report_to is {args.report_to!r}, and {name} is not installed.")
+        unknown = [name for name in names if name not in (*SUPPORT_CALLBACK, "none")]
+        missing = [name for name in names if name != "none" and find_spec(name) is None]
+        if unknown or missing:
+            known = f"none of {', '.join(SUPPORT_CALLBACK)}"
+            told = f"{unknown[0]} is {known}" if unknown else f"{missing[0]} is not installed"
+            raise ConfigError(f"report_to is {args.report_to!r}, and {told}.")
         return None
     try:
         return get_reporting_callbacks(
