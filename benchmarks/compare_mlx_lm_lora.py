@@ -275,6 +275,14 @@ def print_results(prompt, response, results, options):
         )
 
 
+def names(text):
+    """Some of RUNS; the names of two hold a comma."""
+    found = [name.strip() for name in text.split(";" if ";" in text or text in RUNS else ",")]
+    if unknown := [name for name in found if name not in RUNS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {'; '.join(RUNS)}")
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default=sys.executable, help="interpreter that has mlx-lm-lora")
@@ -288,7 +296,7 @@ def main():
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="times that each run is made; all their steps count")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds that one process may take")
-    parser.add_argument("--runs", type=lambda text: text.split(","), default=list(RUNS), help="by comma, of all")
+    parser.add_argument("--runs", type=names, default=list(RUNS), help=f"with ; or , between, of {'; '.join(RUNS)}")
     parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

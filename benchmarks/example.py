@@ -21,6 +21,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import say  # noqa: E402
+from programs import command_line, machine  # noqa: E402
 from records import RESULTS, keep  # noqa: E402
 
 import mlx_lm.lora  # noqa: E402
@@ -171,10 +172,15 @@ def main():
     for row in losses(names) if names else MODES[mode]():
         say(json.dumps(row))
         rows.append(row)
-    if names:
-        kept = {row["loss"]: row for row in [*json.loads(path.read_text())["rows"], *rows]}
-        rows = [kept[name] for name in LOSSES if name in kept]
-    keep(path, rows)
+    if not names:
+        keep(path, rows)
+        return
+    # The others are of another machine and command, which stay at the file's head.
+    found = json.loads(path.read_text())
+    rows = [row | {"machine": machine(), "command": command_line()} for row in rows]
+    kept = {row["loss"]: row for row in [*found["rows"], *rows]}
+    found["rows"] = [kept[name] for name in LOSSES if name in kept]
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

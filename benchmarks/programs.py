@@ -28,7 +28,7 @@ GIVEN = {
     for name, value in os.environ.items()
     if name.startswith(("MLX_", "OPENBLAS_")) and not name.endswith("_DIR")
 }
-PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "trl", "peft", "liger-kernel")
+PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "trl", "peft", "liger-kernel", "mlx-lm-lora")
 
 
 @dataclass
@@ -238,7 +238,10 @@ def watch(command, environment, timeout=None, measure_memory=True):
     held = resident if memory.peak_gb is None else memory.peak_gb
     if process.returncode != 0:
         words = [line for line in said.splitlines() if line.strip()] or [line for _, line in lines]
-        raise NotRun(f"exit status {process.returncode}: {words[-1] if words else 'nothing said'}")
+        ended = (
+            f"no end within {timeout:g} s" if timeout and seconds >= timeout else f"exit status {process.returncode}"
+        )
+        raise NotRun(f"{ended}: {words[-1] if words else 'nothing said'}")
     return Watched(lines, started, seconds, usage.ru_utime + usage.ru_stime, held)
 
 

@@ -94,9 +94,10 @@ def rate_text():
     words = row["answer"].split()
     answer = " ".join(words[:6]) + (" ..." if len(words) > 6 else "")
     return paragraph(
-        f"On the embedded example with `--learning-rate {settings['learning_rate']:g} --iters {settings['iters']}` the "
-        f"validation's rewards go from 0 to {after['chosen']:+.1f} and {after['rejected']:+.1f}, its loss from "
-        f'{before["loss"]:.2f} to {after["loss"]:.2f}, and the model answers "{row["prompt"]}" with "{answer}" '
+        f"On one machine the embedded example with `--learning-rate {settings['learning_rate']:g} "
+        f"--iters {settings['iters']}` takes the validation's rewards from 0 to {after['chosen']:+.1f} and "
+        f"{after['rejected']:+.1f}, its loss from "
+        f'{before["loss"]:.2f} to {after["loss"]:.2f}, and the model then answers "{row["prompt"]}" with "{answer}" '
         "(`benchmarks/example.py rate`)."
     )
 
@@ -288,15 +289,17 @@ def mlx_lm_lora_table():
         rows = []
         for row in found["rows"]:
             for name, run in row["runs"].items():
-                seconds, peak = (statistics.median(run["seconds"]), run["peak_gb"])
-                ours = row["runs"]["ours"]
-                ratios = (seconds / statistics.median(ours["seconds"]), peak / ours["peak_gb"])
+                mine, ours = (
+                    (seconds := statistics.median(found["seconds"]), seconds + found["reference_seconds"],
+                     found["peak_gb"], found["resident_gb"])
+                    for found in (run, row["runs"]["ours"])
+                )  # fmt: skip
                 named = {"ours": "here", "ours, each prompt twice": "here, `share_prompt: false`"}.get(name, name)
-                processor = statistics.median(run["cpu_seconds"])
-                cells = (f"{x:.2f}" for x in (seconds, processor, peak, *ratios))
+                cells = (f"{x:.2f}" for x in (*mine, *(theirs / own for theirs, own in zip(mine, ours, strict=True))))
                 rows.append((f"{row['prompt']} / {row['response']}", named, *cells))
         header = (
-            "prompt / response", "program", "s a step", "processor s", "peak GB", "times our time", "times our memory",
+            "prompt / response", "program", "s a step", "with reference", "peak GB", "process GB", "times our step",
+            "with reference", "times our peak", "our process",
         )  # fmt: skip
         tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
     return "\n\n".join(tables)
@@ -348,7 +351,10 @@ def recurrent_table():
         "recurrence", "prompt / response", "pairs", "device", "ms a step", "peak GB", "KB a token above weights",
         "of the rate of matrix products",
     )  # fmt: skip
-    made = "`python benchmarks/recurrent.py cpu` (or `gpu`); the row of kernels by `harness.measure_step` on its model."
+    made = (
+        "`python benchmarks/recurrent.py cpu` (or `gpu`); the row of kernels by `harness.measure_step` on its model, "
+        "its share of the rate that was measured then. The rows of chunks on the H200 are an earlier state's."
+    )
     return markdown_table(header, rows) + "\n\n" + made
 
 
@@ -364,7 +370,10 @@ def shared_table():
         "shape", "prompt / response", "pairs", "device", "ms a step, packed", "plain", "ratio", "peak GB, packed",
         "plain", "ratio",
     )  # fmt: skip
-    made = "`python benchmarks/recurrent.py shared`; the H200's rows by `harness.measure_step` on its model."
+    made = (
+        "`python benchmarks/recurrent.py shared`; the H200's rows by `harness.measure_step` on its model, at other "
+        "times than the table above."
+    )
     return markdown_table(header, rows) + "\n\n" + made
 
 

@@ -379,7 +379,7 @@ def _callbacks(args):
         # Services are told of runs alone; that there are such may be checked.
         names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
         unknown = [name for name in names if name not in (*SUPPORT_CALLBACK, "none")]
-        missing = [name for name in names if name != "none" and find_spec(name) is None]
+        missing = [name for name in names if name in SUPPORT_CALLBACK and find_spec(name) is None]
         if unknown or missing:
             known = f"none of {', '.join(SUPPORT_CALLBACK)}"
             told = f"{unknown[0]} is {known}" if unknown else f"{missing[0]} is not installed"

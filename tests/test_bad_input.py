@@ -216,7 +216,9 @@ class TestData:
 
     def test_a_missing_test_set_is_told_before_training(self, command):
         data = write_rows(command.folder / "data", test=None)
-        command.refused("test.jsonl is missing.* set test: false, or give --no-test", test=True, data=data)
+        command.refused(
+            "test.jsonl is missing.* To train without a test set test: false or give --no-test", test=True, data=data
+        )
 
     def test_folders(self, command, data):
         command.refused("data is '.*/nothing', and there is no such folder", data=str(command.folder / "nothing"))
@@ -562,7 +564,7 @@ class TestAdapterFolder:
         config = json.loads((after.adapters / "adapter_config.json").read_text())
         config["lora_parameters"]["rank"] = 8
         (after.adapters / "adapter_config.json").write_text(json.dumps(config))
-        told = "adapter_path .* of shape .*, where this model needs .*; the model, or what its adapter_config.json says"
+        told = "adapter_path .* of shape .*, where this model needs .*; the model, or what the adapter_config.json beside it says"
         after.refused(told, train=False, test=True)
 
     def test_the_adapter_that_they_began_with_is_gone(self, after):
@@ -666,6 +668,10 @@ class TestTestAlone:
     def test_a_service_that_is_not_installed_stops_the_check_too(self, command, monkeypatch):
         monkeypatch.setattr("mlx_lm.lora.find_spec", lambda name: None)
         command.refused("report_to is 'wandb', and wandb is not installed", "--check", report_to="wandb")
+
+    @pytest.mark.parametrize("name", ["foo.bar", ".x"])
+    def test_a_service_that_there_is_not_stops_the_check(self, command, name):
+        command.refused(f"and {re.escape(name)} is none of wandb, swanlab, tensorboard", "--check", report_to=name)
 
     def test_a_file_that_is_no_adapter(self, after):
         path = after.adapters / "checkpoint.safetensors"

@@ -156,6 +156,10 @@ class TestEpochs:
         args = read("loss_type: dpo\ntrain: true\nepochs: 2\n", "--iters", "30")
         config.check_config(args)
         assert args.epochs is None and args.iters == 30
+        for broken in ("many", ".inf", "[3]", "0"):
+            args = read(f"loss_type: dpo\ntrain: true\niters: {broken}\n", "--epochs", "0.5")
+            config.check_config(args)
+            assert args.epochs == 0.5 and args.iters == 1000
 
     def test_flags_of_supervised_training_leave_its_file_alone(self, read, capsys):
         args = read("train: true\n", "--iters", "30")

@@ -237,6 +237,19 @@ def test_an_empty_prompt_is_one():
     assert paired(rows, "rows", str)[0] == [{"prompt": "", "chosen": "a", "rejected": "b"}]
 
 
+def test_an_empty_prompt_beside_whole_conversations_is_theirs():
+    rows = [
+        {
+            "prompt": "",
+            "completion": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+            "label": label,
+        }
+        for q, a, label in (("p", "a", True), ("q", "b", False), ("q", "c", True), ("p", "d", False))
+    ]
+    found = [[row[side][-1]["content"] for side in ("chosen", "rejected")] for row in paired(rows, "rows", str)[0]]
+    assert found == [["a", "d"], ["c", "b"]]
+
+
 def test_labelled_completions_without_a_prompt_are_not_paired():
     rows = [{"asked": "a", "completion": "x", "label": label} for label in (True, False)]
     with pytest.raises(ConfigError, match="0: there is no prompt to pair it by; name its key with prompt_feature"):

@@ -115,6 +115,11 @@ def test_strings_that_hold_messages():
         '[{"value":',
     ):
         assert decoded(text, "m") is None
+    for text in (
+        '{"from": "EUR", "to": "USD", "value": 1.08}\n\nThe rate is approximate.',
+        '{"content": "Hi", "from": "Bob"}\nThis is the JSON.',
+    ):
+        assert decoded(text, "m") is None
     # Message columns as pandas writes them into a table, and a list that is cut off.
     for text in (
         "[{'content': 'q', 'role': 'user'}\n {'content': 'a', 'role': 'assistant'}]",

@@ -404,6 +404,12 @@ def test_of_a_conversation_each_turn_of_the_models_is_scored_and_no_other_or_it_
         assert scored.count("look") == said.count("c"), said
 
 
+def test_eos_behind_the_last_turn_alone_is_no_other_text():
+    turns = [LIMA, {"role": "user", "content": "Sure?"}, LIMA]
+    pair = PreferenceDataset([ROW | {"chosen": turns}], templates.tokenizer("phi3"))[0]
+    assert templates.tokenizer("phi3").decode(pair.chosen[slice(*pair.unscored[0][0])]).count("Sure?") == 1
+
+
 def test_a_call_that_is_tried_again_is_scored_twice():
     tokenizer = templates.tokenizer("qwen3")
     turns = [CALL, RESULT | {"content": "error"}, CALL, RESULT, LIMA]

@@ -97,8 +97,9 @@ def load_local_dataset(data_path, tokenizer, config):
         rows = joined(parts) if parts else None
         if wanted and split != "valid" and (rows is None or len(rows.rows) == 0):
             state = "holds no rows" if paths else "is missing" if data_path.is_dir() else f"is no {split} set"
-            advice = ", set test: false, or give --no-test" if split == "test" else ""
-            raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line{advice}.")
+            trains = split == "test" and config.train
+            advice = " To train without a test set test: false or give --no-test." if trains else ""
+            raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line.{advice}")
         found[split] = (rows, str(path)) if rows is not None and len(rows.rows) else None
     return _made(found, tokenizer, config)
 

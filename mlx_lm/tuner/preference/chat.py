@@ -94,8 +94,8 @@ class ChatTexts:
             ConfigError: it is not found.
         """
         text = self.template.render(conversation, messages, add_generation_prompt)
-        # A generation prompt may open a thought that no turn before the last one has.
-        texts = text, self.thinking.unopened(text)
+        # A generation prompt may open a thought, and EOS stand behind the last turn, that no turn before it has.
+        texts = text, self.thinking.unopened(text), text.removesuffix(self.template.tokenizer.eos_token or "\0")
         for begun in texts:
             if whole.startswith(begun):
                 return len(begun)

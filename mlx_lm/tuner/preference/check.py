@@ -132,7 +132,7 @@ def check_config(args):
     if isinstance(iters, OfFlag) and not isinstance(args.epochs, OfFlag):
         args.epochs = None
     elif isinstance(args.epochs, OfFlag) and not isinstance(iters, OfFlag):
-        iters = Unset(iters)
+        iters = args.iters = None  # its default comes below
     if args.compare:
         args.train, args.test = False, True
     for option in UPSTREAM_OPTIONS + OPTIONS:

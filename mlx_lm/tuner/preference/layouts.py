@@ -212,8 +212,10 @@ def prompt_of(row, prompt_feature=None, chosen_feature="chosen", rejected_featur
     try:
         laid, _, _ = recognised(row, prompt_feature, chosen, rejected)
         asked = laid["prompt"] if "prompt" in laid else row.get("prompt")
-        if asked is None:
-            asked = _begun(laid.get("chosen", row.get(chosen)), laid.get("rejected", row.get(rejected))) or None
+        own = laid.get("chosen", row.get(chosen))
+        # As a row is read, which may hold an empty prompt beside whole conversations.
+        if asked is None or (isinstance(asked, str) and not asked.strip() and _whole(own)):
+            asked = _begun(own, laid.get("rejected", row.get(rejected))) or None
     except (ConfigError, UselessRow):
         return None
     return None if asked is None else json.dumps(asked, sort_keys=True, default=str)

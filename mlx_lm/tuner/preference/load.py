@@ -217,13 +217,13 @@ def adopt_loss(args):
     paths = args.compare if isinstance(args.compare, list) else [args.adapter_path]
     if (args.train and not args.compare) or not (args.test or args.compare):
         return
-    configs = {}
+    configs, key = {}, "compare" if args.compare else "adapter_path"
     for path in paths:
         try:
-            configs[path] = {} if is_none(path) else read_adapter_config(os.path.expanduser(str(path)))
+            configs[path] = {} if is_none(path) else read_adapter_config(os.path.expanduser(str(path)), key)
         except ConfigError:
             # Without preferences it is upstream's to tell.
-            if args.loss_type is None and (args.compare or holds_preferences(args.data)):
+            if args.loss_type is None and (args.compare or holds_preferences(str(args.data))):
                 raise
     path, config = next(((p, c) for p, c in configs.items() if is_preference(c.get("loss_type"))), (None, {}))
     trained = config.get("loss_type")
@@ -280,5 +280,5 @@ def load_adapter(key, model, config, file):
             add_adapters(None, model, config["num_layers"], config["lora_parameters"], kind == "dora")
         except ConfigError as error:
             raise ConfigError(f"{key} is {str(file)!r}, and by its adapter_config.json {error}") from error
-    check_adapter(model, file, key, "the model, or what its adapter_config.json says, is another one")
+    check_adapter(model, file, key, "the model, or what the adapter_config.json beside it says, is another one")
     model.load_weights(str(file), strict=False)

@@ -23,8 +23,9 @@ KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call
 REASONING = ("reasoning_content", "thinking", "reasoning")
 MOST_DIGITS = 300
 LOOKS_LIKE_MESSAGES = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
-# An answer may be JSON, cut off too; what has both of these keys, or begins with a role, is hardly one.
-WHO, WHAT = re.compile(r"['\"](role|from)['\"]\s*:"), re.compile(r"['\"](content|value)['\"]\s*:")
+# An answer may be JSON, cut off too; what has both of these, or begins with a role, is hardly one.
+WHO = re.compile(rf"['\"](role|from)['\"]\s*:\s*['\"]({'|'.join((*ROLES, *OTHER_ROLES))})['\"]")
+WHAT = re.compile(r"['\"](content|value)['\"]\s*:")
 TURN = re.compile(r"(?:\A|(?<=\S)(?=\s*\n\n))\s*(Human|Assistant):")
 
 

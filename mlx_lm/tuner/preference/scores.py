@@ -198,7 +198,9 @@ def compared(names, scores, loss):
         else:
             mean, low, high = paired_interval(second[key] - first[key], shares=key == "rewards/accuracies")
         if not math.isfinite(mean):
-            lines.append(f"  {name:15}  cannot be compared: not all pairs have one that is finite")
+            one_label = DESIRABLE in first and len(set(first[DESIRABLE])) == 1 and key == "rewards/margins"
+            why = "all responses have one label" if one_label else "not all pairs have one that is finite"
+            lines.append(f"  {name:15}  cannot be compared: {why}")
             continue
         lines.append(f"  {name:15}  {signed(mean)}  ({signed(low)} to {signed(high)})")
         if low > 0 or high < 0:
