@@ -564,7 +564,7 @@ class TestAdapterFolder:
         config = json.loads((after.adapters / "adapter_config.json").read_text())
         config["lora_parameters"]["rank"] = 8
         (after.adapters / "adapter_config.json").write_text(json.dumps(config))
-        told = "adapter_path .* of shape .*, where this model needs .*; the model, or what the adapter_config.json beside it says"
+        told = "adapter_path .* of shape .*, where this model needs .*; the model, or what the adapter_config.json"
         after.refused(told, train=False, test=True)
 
     def test_the_adapter_that_they_began_with_is_gone(self, after):
