@@ -15,8 +15,7 @@ from .files import replace_file
 from .metrics import best_of
 from .nonfinite import places_of
 from .options import shortened
-from .scores import of_one_side
-from .step import DESIRABLE
+from .scores import figures_of
 
 PAGE_FILE, TEMPLATE = "report.html", "report.html"
 # Pairs on a page, and letters of a text: a browser sorts so many at once.
@@ -65,12 +64,7 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
     """
     pairs = []
     for i, row in enumerate(rows):
-        of_pair = {name: float(values[i]) for name, values in figures.items()}
-        if reference is not None:
-            known = zip(("chosen", "rejected"), reference[i, :, 0].tolist(), strict=True)
-            of_pair |= {f"reference_logps/{side}": value for side, value in known}
-        if DESIRABLE in of_pair:
-            of_pair = of_one_side(of_pair)
+        of_pair = figures_of(i, figures, None if reference is None else reference[:, :, 0])
         pairs.append(row | {name.replace("/", "_"): value for name, value in of_pair.items()})
     pairs.sort(key=lambda pair: pair["rewards_margins"])
     text = _template().render(

@@ -19,7 +19,7 @@ from .step import DESIRABLE
 
 # Two-sided 95 %.
 Z = NormalDist().inv_cdf(0.975)
-SIDES = {"chosen", "rejected"}
+SIDES = "chosen", "rejected"
 COMPARED = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}
 
 
@@ -162,13 +162,7 @@ def write_predictions(path, scores):
         line = {"file": found[1], "line": int(found[2])} if found and ":" in place else {"row": place}
         if scores.sources[i] is not None:
             line["source"] = scores.sources[i]
-        line |= {name: float(values[i]) for name, values in scores.figures.items()}
-        if scores.reference is not None:
-            line |= dict(
-                zip(("reference_logps/chosen", "reference_logps/rejected"), scores.reference[i].tolist(), strict=True)
-            )
-        if DESIRABLE in line:
-            line = of_one_side(line)
+        line |= figures_of(i, scores.figures, scores.reference)
         lines.append(json.dumps(finite(line)) + "\n")
     if mx.distributed.init().rank() != 0:
         return
@@ -178,11 +172,24 @@ def write_predictions(path, scores):
         raise ConfigError(f"predictions is {str(path)!r}, which cannot be written ({error.strerror}).") from error
 
 
-def of_one_side(line):
-    """A single response's line without the other side's figures, which are 0 or of a response to another prompt."""
-    reference, own = line.get("reference_logps/chosen"), "chosen" if line[DESIRABLE] else "rejected"
-    line = {key: value for key, value in line.items() if "/" not in key or key.partition("/")[2] not in SIDES - {own}}
-    return line if reference is None else line | {f"reference_logps/{own}": reference}
+def figures_of(i, figures, reference):
+    """Pair number `i`'s figures by name, the reference's logps among them.
+
+    Of a single response those of the other side, which are 0 or of a response to another prompt, are left out.
+
+    Args:
+        figures: `(n,)` of each name.
+        reference: `(n, 2)`, the reference's logps of chosen and rejected, or None.
+    """
+    found = {name: float(values[i]) for name, values in figures.items()}
+    logps = {} if reference is None else dict(zip(SIDES, reference[i].tolist(), strict=True))
+    if DESIRABLE in found:
+        own = "chosen" if found[DESIRABLE] else "rejected"
+        others = {side for side in SIDES if side != own}
+        found = {name: value for name, value in found.items() if name.partition("/")[2] not in others}
+        # The chosen side's are of the response itself, whatever its label.
+        logps = {own: logps["chosen"]} if logps else {}
+    return found | {f"reference_logps/{side}": value for side, value in logps.items()}
 
 
 def compared(names, scores, loss):
