@@ -334,9 +334,6 @@ def _compare(args, loss, model, tokenizer, test_set):
     """Test two adapters, and say whether they differ."""
     found = []
     for path in args.compare:
-        if not is_none(path):
-            read_adapter_config(path, "compare")  # both are there before the first is tested
-    for path in args.compare:
         model, args.adapter_path = model or _load_model(args)[0], path
         objective, *reference = _adopt_adapters(args, loss, model, tokenizer, test_set)
         found.append(score(objective, test_set, args, *reference))

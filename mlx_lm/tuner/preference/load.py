@@ -214,7 +214,8 @@ def adopt_loss(args):
 
     The options of the loss are changed in place, before their check.
     """
-    paths = args.compare if isinstance(args.compare, list) else [args.adapter_path]
+    # What is given to compare in another form is told by its check.
+    paths = args.compare if isinstance(args.compare, list) else [] if args.compare else [args.adapter_path]
     if (args.train and not args.compare) or not (args.test or args.compare):
         return
     configs, key = {}, "compare" if args.compare else "adapter_path"
@@ -223,7 +224,7 @@ def adopt_loss(args):
             configs[path] = {} if is_none(path) else read_adapter_config(os.path.expanduser(str(path)), key)
         except ConfigError:
             # Without preferences it is upstream's to tell.
-            if args.loss_type is None and (args.compare or holds_preferences(str(args.data))):
+            if args.compare or (args.loss_type is None and holds_preferences(str(args.data))):
                 raise
     path, config = next(((p, c) for p, c in configs.items() if is_preference(c.get("loss_type"))), (None, {}))
     trained = config.get("loss_type")
