@@ -123,7 +123,7 @@ class Ways:
         self.arrangements = [PACKED, PLAIN] if scorer.arrangement == PACKED else [PLAIN]
         objective = Objective(scorer, preference_loss("dpo", beta=BETA))
         self.steps = {
-            (arrangement, how, checkpoint): Step(model, None, objective, compiled=how == "compiled")
+            (arrangement, how, checkpoint): Step(model, None, objective, how == "compiled", together=not checkpoint)
             for arrangement in self.arrangements
             for how in ("eager", "compiled")
             for checkpoint in (False, True)

@@ -78,16 +78,16 @@ def matmul_rate(dtype, size=8192, repeats=10):
 
 
 def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=True, response_only=True,
-                 checkpoint=False, online_reference=False, loss="dpo"):  # fmt: skip
+                 checkpoint=False, online_reference=False, loss="dpo", together=None):  # fmt: skip
     """Time a training step on one batch.
 
     Returns:
         A dict of `ms` a step, `laid_out_ms` of these until its graph is there, and `cpu_ms` of the processor (medians),
         `pairs_per_second`, `peak_gb`, and `tokens` run by the body.
     """
-    scorer = Scorer(model, share_prompt, response_only)
+    scorer = Scorer(model, share_prompt, response_only, together)
     optimizer = optim.Adam(1e-5)
-    step = Step(model, optimizer, Objective(scorer, preference_loss(loss)), compiled)
+    step = Step(model, optimizer, Objective(scorer, preference_loss(loss)), compiled, together=not checkpoint)
     batch, processed, _ = make_batch(pairs, scorer.arrangement)
     reference = mx.zeros((len(pairs), 2, 2))
     model.train()

@@ -18,6 +18,7 @@ PIECES = {
     "a prompt run once for both responses (`share_prompt`)": ({}, {"share_prompt": False}),
     "the vocabulary's projection on response positions alone": ({}, {"response_only": False}),
     "the reference's logps taken once, not in each step": ({}, {"online_reference": True}),
+    "LoRA layers that read one input computed as one": ({"together": True}, {"together": False}),
     "a compiled step (`compile`)": ({"compiled": True}, {"compiled": False}),
     "layers computed again in the backward pass (`grad_checkpoint`)": ({"checkpoint": True}, {}),
 }

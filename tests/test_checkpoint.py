@@ -32,12 +32,14 @@ from mlx_lm.tuner.preference.checkpoint import (
     starting_point,
 )
 from mlx_lm.tuner.preference.files import replace_file, replace_files
+from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps
+from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import Outcome
 from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.preference.reference import ReferenceLogps
-from mlx_lm.tuner.preference.step import Step
+from mlx_lm.tuner.preference.step import Objective, Step
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 from mlx_lm.utils import load_model
 
@@ -362,7 +364,8 @@ def test_resume_without_a_checkpoint_is_told(tmp_path):
 
 def test_the_random_state_is_that_of_the_saved_run(tmp_path):
     model, _ = load_model(GOLDEN)
-    step = Step(model, optimizers.Adam(learning_rate=0.1), None, compiled=False)
+    objective = Objective(Scorer(model), preference_loss("dpo"))
+    step = Step(model, optimizers.Adam(learning_rate=0.1), objective, compiled=False)
     args, logps = TrainingArgs(adapter_file=tmp_path / "adapters.safetensors"), ReferenceLogps([], [], [])
     mx.random.seed(2**40 + 12345)
     mx.random.normal((3,))

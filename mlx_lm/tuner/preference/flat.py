@@ -5,18 +5,20 @@ kernels, and a GPU waits for whoever launches them: so that is done to all at on
 """
 
 import copy
+import math
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .attention import on_cuda
 from .batches import ALIGNMENT
 from .cuda_copies import joined
-from .intercept import exchanged
+from .intercept import exchanged, parameters_in
 from .layers import lora_layers
 
 # Values from one parameter's start to the next are a multiple of this, in half precision too. Zeros fill up, whose
@@ -24,6 +26,8 @@ from .layers import lora_layers
 ALIGNED = ALIGNMENT // 2
 # Values of the largest parameter that is joined with others: a copy of its gradient must cost little.
 LARGEST = 2**20
+# What stands in a tree of parameters for those of layers that are computed together.
+SIBLINGS, LEAVES = "siblings", ("lora_a", "lora_b")
 # Optimizers that read and write each value by itself.
 BY_ELEMENT = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad)
 
@@ -46,18 +50,39 @@ class Kind(NamedTuple):
     name: str
 
 
+class Rearranged(NamedTuple):
+    """A vector in another order, with zeros between.
+
+    Attributes:
+        index, back: `(rows,)` int32: which row of the vector stands where, -1 standing for zeros, and the reverse.
+        size: values in a row.
+        parameters: names and shapes of what the vector holds then.
+    """
+
+    index: mx.array
+    back: mx.array
+    size: int
+    parameters: list
+
+    def of(self, vector, index):
+        """The rows of `vector` that `index`, one of the two, names."""
+        rows = vector.reshape(-1, self.size)[mx.maximum(index, 0)]
+        return mx.where(index[:, None] >= 0, rows, 0).reshape(-1)
+
+
 class FlatParameters:
     """A model's trainable parameters as vectors, which are an optimizer's parameters in their place.
 
     Args:
         model: its trainable parameters are read once, and again by `read`.
         optimizer: what will update them, or None; unless it is one of BY_ELEMENT, nothing is joined.
+        siblings: the model's `Siblings`, for which the model is given joined matrices.
 
     Attributes:
         vectors: a module whose parameters they are.
     """
 
-    def __init__(self, model, optimizer=None):
+    def __init__(self, model, optimizer=None, siblings=()):
         self.vectors, self._model = nn.Module(), model
         self._lora = [pair for pair in lora_layers(model) if "lora_b" in pair[0].trainable_parameters()]
         of_lora = {id(x): (dtype, module.scale) for module, dtype in self._lora for x in (module.lora_a, module.lora_b)}
@@ -69,7 +94,39 @@ class FlatParameters:
             kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
             kinds.setdefault(kind, []).append((name, value.shape))
         self._parts = {f"part_{i}": part for i, part in enumerate(kinds.items())}
+        self._siblings, self._rearranged = [], {}
+        self._rearrange(siblings)
         self.read()
+
+    def _rearrange(self, siblings):
+        """Find out how vectors are rearranged so that each of `siblings` has its joined matrices in one place."""
+        names = {id(value): name for name, value in tree_flatten(self._model.trainable_parameters())}
+        starts = {}
+        for kind, parameters in self._parts.values():
+            sizes = [_whole(math.prod(shape)) for _, shape in parameters]
+            # Others are not scaled before they are multiplied by.
+            if not kind.name and kind.rounded is not None:
+                starts |= zip((name for name, _ in parameters), np.cumsum([0, *sizes]).tolist(), strict=False)
+        size = siblings[0].layers[0].lora_a.shape[1] if siblings else 0
+        joined = {}
+        for own in siblings:
+            matrices = [[layer[leaf] for layer in own.layers] for leaf in LEAVES]
+            told = [[names[id(x)] for x in of_leaf] for of_leaf in matrices]
+            # Rows of the vectors are as wide as a first matrix, and each matrix is whole rows.
+            whole = ALIGNED % size == 0 and all(x.shape[1] % size == 0 for x in matrices[1])
+            if matrices[0][0].shape[1] != size or not whole or not starts.keys() >= {*told[0], *told[1]}:
+                continue
+            rows = [
+                [_rows(starts[name], x.shape, size) for name, x in zip(*of_leaf, strict=True)]
+                for of_leaf in zip(told, matrices, strict=True)
+            ]
+            for leaf, of_leaf, shape, index in zip(LEAVES, told, own.shapes, own.joined(*rows, np, -1), strict=True):
+                joined |= dict.fromkeys(of_leaf)
+                joined[of_leaf[0]] = f"{SIBLINGS}.{len(self._siblings)}.{leaf}", shape, index
+            self._siblings.append(own)
+        for place, (_, parameters) in self._parts.items():
+            if any(name in joined for name, _ in parameters):
+                self._rearranged[place] = _in_order(parameters, joined, size)
 
     def read(self):
         """Take the values that the model has, which has views of the vectors then."""
@@ -93,10 +150,13 @@ class FlatParameters:
             vector = vectors[place][kind.leaf]
             if as_multiplied and kind.rounded is not None:
                 vector = (vector if kind.scale == 1.0 else kind.scale * vector).astype(kind.rounded)
+            if as_multiplied and place in self._rearranged:
+                other = self._rearranged[place]
+                vector, parameters = other.of(vector, other.index), other.parameters
             start = 0
             for name, shape in parameters:
                 found[name] = vector if kind.name else mx.as_strided(vector, shape, offset=start)
-                start += found[name].size + -found[name].size % ALIGNED
+                start += _whole(found[name].size)
         return tree_unflatten(found)
 
     def join(self, tree, as_multiplied=False):
@@ -108,10 +168,13 @@ class FlatParameters:
         """
         values, vectors = dict(tree_flatten(tree)), {}
         for place, (kind, parameters) in self._parts.items():
-            parts = [values[name] for name, _ in parameters]
+            other = self._rearranged.get(place) if as_multiplied else None
+            parts = [values[name] for name, _ in (other.parameters if other else parameters)]
             # MLX copies one after another. To compile a kernel does not pay for what is done once a run.
             at_once = as_multiplied and on_cuda()
             vector = parts[0] if kind.name else (joined(parts, ALIGNED) if at_once else _side_by_side(parts))
+            if other:
+                vector = other.of(vector, other.back)
             if as_multiplied and kind.rounded is not None:
                 vector = vector.astype(kind.dtype)
                 vector = vector if kind.scale == 1.0 else kind.scale * vector
@@ -125,6 +188,49 @@ class FlatParameters:
             for module, _ in self._lora:
                 stack.enter_context(exchanged(module, "scale", 1.0))
             yield
+
+    @contextmanager
+    def in_model(self, parameters):
+        """Within the context, the model has these parameters, of `views` as multiplied."""
+        parameters = dict(parameters)
+        joined = parameters.pop(SIBLINGS, [])
+        with ExitStack() as stack:
+            stack.enter_context(parameters_in(self._model, parameters))
+            for own, matrices in zip(self._siblings, joined, strict=True):
+                stack.enter_context(own.holding(matrices["lora_a"], matrices["lora_b"]))
+            yield
+
+
+def _rows(start, shape, size):
+    """Which rows of `size` values a parameter that starts there is, `(shape[0], shape[1] / size)`."""
+    return (start // size + np.arange(math.prod(shape) // size)).reshape(shape[0], -1)
+
+
+def _in_order(parameters, joined, size):
+    """The `Rearranged` of a vector of parameters.
+
+    Args:
+        parameters: names and shapes.
+        joined: name, shape and rows of what stands in a parameter's place, or None where it is a part of another's.
+        size: values in a row.
+    """
+    found, index, start = [], [], 0
+    for name, shape in parameters:
+        stop = start + _whole(math.prod(shape))
+        own = joined.get(name, (name, shape, np.arange(start // size, stop // size)))
+        if own is not None:
+            found.append(own[:2])
+            index += [own[2].ravel(), np.full(_whole(own[2].size * size) // size - own[2].size, -1)]
+        start = stop
+    index = np.concatenate(index).astype(np.int32)
+    back = np.full(start // size, -1, np.int32)
+    back[index[index >= 0]] = np.flatnonzero(index >= 0)
+    return Rearranged(mx.array(index), mx.array(back), size, found)
+
+
+def _whole(size):
+    """So many values filled up to a multiple of ALIGNED."""
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def _side_by_side(arrays):

@@ -12,6 +12,7 @@ from .attention import PackedState, RowCache, Window, on_cuda
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .pieces import recurrences_in_pieces
+from .siblings import siblings_of
 
 STATELESS = (PackedState, RowCache, Window)
 
@@ -24,13 +25,20 @@ class LeanLoRALinear(LoRALinear):
     """
 
     def __call__(self, x):
+        siblings = siblings_of(self)
+        if siblings is not None and (out := siblings.take(self, x, _adapted)) is not None:
+            return out
         lora_a, lora_b = self.lora_a, self.lora_b if self.scale == 1.0 else self.scale * self.lora_b
-        lora_a, lora_b = lora_a.astype(x.dtype), lora_b.astype(x.dtype)
         dropped = self.dropout(x)
         if dropped is x and not self.linear.trainable_parameters():
-            out = _adapted_product(self.linear, x.reshape(-1, x.shape[-1]), lora_a, lora_b)
-            return out.reshape(*x.shape[:-1], out.shape[-1])
-        return mx.addmm(self.linear(x), dropped @ lora_a, lora_b)
+            return _adapted(self.linear, x, lora_a, lora_b)
+        return mx.addmm(self.linear(x), dropped @ lora_a.astype(x.dtype), lora_b.astype(x.dtype))
+
+
+def _adapted(linear, x, lora_a, lora_b):
+    """`linear(x) + x @ lora_a @ lora_b`, `(..., out)` of `x` `(..., in)`, in its dtype; `linear` is frozen."""
+    out = _adapted_product(linear, x.reshape(-1, x.shape[-1]), lora_a.astype(x.dtype), lora_b.astype(x.dtype))
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _adapted_product(linear, x, lora_a, lora_b):
@@ -206,11 +214,15 @@ def multiplied_once(model):
     where a layer's input has its weight's dtype, as `flat` has it in training.
     """
     with ExitStack() as stack:
-        for module, dtype in lora_layers(model):
+        layers = lora_layers(model)
+        for module, dtype in layers:
             lora_b = (module.scale * module.lora_b).astype(dtype)
             stack.enter_context(exchanged(module, "lora_a", module.lora_a.astype(dtype)))
             stack.enter_context(exchanged(module, "lora_b", lora_b))
             stack.enter_context(exchanged(module, "scale", 1.0))
+        for own in {id(own): own for layer, _ in layers if (own := siblings_of(layer)) is not None}.values():
+            matrices = ([layer[leaf] for layer in own.layers] for leaf in ("lora_a", "lora_b"))
+            stack.enter_context(own.holding(*own.joined(*matrices)))
         yield
 
 

@@ -22,6 +22,7 @@ from .batches import PACKED, PLAIN, make_batch
 from .intercept import drawing_from, evaluating, intercepted, parameters_in
 from .layers import convolved_channels, is_float32, layers_of, lean_layers
 from .pairs import Pair
+from .siblings import find_siblings
 
 # Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for a GPU; a CPU is as fast
 # with an eighth of them.
@@ -65,14 +66,19 @@ class Scorer:
         model: an mlx-lm model.
         share_prompt: run a prompt once for both its responses, where the model allows it.
         response_only: run the output head on response positions only, where the body can be found.
+        together: compute LoRA layers that read one input as one, where they allow it; by default on CUDA.
 
     Attributes:
         arrangement: how batches for it are arranged, PACKED or PLAIN.
+        siblings: the `Siblings` that are computed together.
         head: the `Head`, or None where the full projection has to run.
     """
 
-    def __init__(self, model, share_prompt=True, response_only=True):
+    def __init__(self, model, share_prompt=True, response_only=True, together=None):
         self.model, self._is_lean = model, False
+        together = on_cuda() if together is None else together
+        tokens = mx.arange(1, 13).reshape(2, 6)
+        self.siblings = find_siblings(model, lambda: _run(model, tokens, None)) if together else []
         # To look for them for each batch took a fifth of the time to lay out 30 layers.
         self._modules = model.modules()
         self.head = Head.find(model) if response_only else None

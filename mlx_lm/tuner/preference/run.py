@@ -110,7 +110,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
     if args.lora_plus_ratio is not None:
         optimizer = lora_plus(optimizer, args.lora_plus_ratio)
-    step = Step(model, optimizer, objective, compiled, args.max_grad_norm, args.on_nonfinite == "skip")
+    skips, together = args.on_nonfinite == "skip", not args.grad_checkpoint
+    step = Step(model, optimizer, objective, compiled, args.max_grad_norm, skips, together)
     if args.check:
         return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args)
     if args.reference_mixup_alpha is not None:

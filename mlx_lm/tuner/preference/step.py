@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
 from .batches import as_batch
 from .flat import FlatParameters
-from .intercept import aside, parameters_in
+from .intercept import aside
 from .memory import Need
 from .nonfinite import update_if
 from .routing import experts_of, load_balancing_loss, routed, routers_of
@@ -226,18 +226,20 @@ class Step:
         compiled: whether to compile the step, once for each shape of a batch.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
         skips: whether an update whose gradient is not finite is left out.
+        together: whether the scorer's `siblings` are computed together: not where layers are computed again in the
+            backward pass, which are given their own matrices.
 
     Attributes:
         flat: the `FlatParameters` that are updated; `flat.write` gives the model what they have become.
         accumulated: `(gradient, number of pairs)` of the batches since the last update, or None.
     """
 
-    def __init__(self, model, optimizer, objective, compiled, max_grad_norm=None, skips=False):
+    def __init__(self, model, optimizer, objective, compiled, max_grad_norm=None, skips=False, together=True):
         self.model = model
         self.optimizer = optimizer
         self.objective = objective
         self.max_grad_norm, self.skips = max_grad_norm, skips
-        self.flat = FlatParameters(model, optimizer)
+        self.flat = FlatParameters(model, optimizer, objective.scorer.siblings if together else ())
         if optimizer is not None:
             optimizer.init(self.flat.vectors.parameters())
         self.compiled = compiled
@@ -286,7 +288,7 @@ class Step:
         parameters = self.flat.views(as_multiplied=True)
 
         def loss(parameters):
-            with parameters_in(self.model, parameters):
+            with self.flat.in_model(parameters):
                 return self.objective(batch, reference, gradient=True)
 
         # Around the backward pass too, for layers that it computes again.

@@ -1,0 +1,178 @@
+"""LoRA layers that read one input, such as queries', keys' and values', computed as one layer.
+
+A small model's step on an NVIDIA GPU takes as long as its host needs to launch kernels, two thirds of which are
+products. Of layers that read one input the weights lie in one array, their first matrices side by side, and their
+second ones along the diagonal of a larger one: three products forward and five backward do for all of them.
+"""
+
+import copy
+import weakref
+from contextlib import ExitStack, contextmanager, suppress
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..lora import LoRALinear
+from .intercept import evaluating, exchanged, intercepted
+
+# Columns that the first matrices have together at most: off the diagonal the second ones are zeros, which cost more
+# than launching does where ranks are large.
+MOST_COLUMNS = 64
+
+
+class Siblings:
+    """Layers that are computed together, whose weights become parts of one array.
+
+    Args:
+        layers: `LoRALinear`s such as `find_siblings` takes together.
+
+    Attributes:
+        layers: these.
+        linear: the layer of all their weights.
+        shapes: of the joined `lora_a` `(in, n rank)` and `lora_b` `(n rank, out)`, n being the layers.
+    """
+
+    def __init__(self, layers):
+        self.layers, linears = layers, [layer.linear for layer in layers]
+        ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
+        self._columns = [slice(end - len(linear.weight), end) for end, linear in zip(ends, linears, strict=True)]
+        inputs, rank = layers[0].lora_a.shape
+        self._rows = [slice(rank * i, rank * (i + 1)) for i in range(len(layers))]
+        self.shapes = (inputs, rank * len(layers)), (rank * len(layers), ends[-1])
+        self.linear = copy.copy(linears[0])
+        for name in linears[0].parameters():
+            self.linear[name] = mx.concatenate([linear[name] for linear in linears])
+            for linear, own in zip(linears, self._columns, strict=True):
+                linear[name] = self.linear[name][own]
+        mx.eval(self.linear.parameters(), [linear.parameters() for linear in linears])
+        self._joined = self._input = self._outputs = None
+        for layer in layers:
+            # A circle would keep a model that is let go of until Python looks for such.
+            layer.siblings = weakref.ref(self)
+
+    @staticmethod
+    def joined(firsts, seconds, lib=mx, nothing=0):
+        """The joined matrices of one of each kind a layer, MLX's or numpy's; `nothing` is where no layer's is."""
+        second = lib.full((sum(map(len, seconds)), sum(x.shape[1] for x in seconds)), nothing, seconds[0].dtype)
+        row = column = 0
+        for own in seconds:
+            second[row : row + len(own), column : column + own.shape[1]] = own
+            row, column = row + len(own), column + own.shape[1]
+        return lib.concatenate(firsts, axis=1), second
+
+    @contextmanager
+    def holding(self, first, second):
+        """Within the context, the layers are computed together, with these joined matrices."""
+        parts = [(first[:, own], second[own, out]) for own, out in zip(self._rows, self._columns, strict=True)]
+        with ExitStack() as stack:
+            for layer, (lora_a, lora_b) in zip(self.layers, parts, strict=True):
+                stack.enter_context(exchanged(layer, "lora_a", lora_a))
+                stack.enter_context(exchanged(layer, "lora_b", lora_b))
+            self._joined = first, second, parts
+            try:
+                yield
+            finally:
+                self._joined = self._input = self._outputs = None
+
+    def take(self, layer, x, product):
+        """A layer's output for `x`, computed for all at the first one's call; None where it is to compute it itself.
+
+        Args:
+            layer: one of the layers.
+            x: its input.
+            product: takes a linear layer, `x` and joined matrices.
+        """
+        if self._joined is None:
+            return None
+        first, second, parts = self._joined
+        # A layer that is computed again in the backward pass is given copies, which gradients have to reach.
+        if any(own.lora_a is not a or own.lora_b is not b for own, (a, b) in zip(self.layers, parts, strict=True)):
+            return None
+        if self._input is not x:
+            self._input, self._outputs = x, _split(product(self.linear, x, first, second), self._columns)
+        place = next(i for i, own in enumerate(self.layers) if own is layer)
+        out = self._outputs[place]
+        if place == len(self.layers) - 1:
+            self._input = self._outputs = None
+        return out
+
+
+def _split(x, columns):
+    """Parts `(..., D)` of the last axis of `x`, whose gradients are put side by side."""
+
+    @mx.custom_function
+    def parts(x):
+        return tuple(x[..., own] for own in columns)
+
+    @parts.vjp
+    def side_by_side(_, slopes, __):
+        return mx.concatenate(slopes, axis=-1)
+
+    return parts(x)
+
+
+def find_siblings(model, run):
+    """The layers of a model that read one input one after another and can be computed together, as `Siblings`.
+
+    Args:
+        model: an mlx-lm model.
+        run: runs it on a few tokens.
+
+    Returns:
+        A list; none where the model cannot be run so.
+    """
+    calls = []
+
+    def listened(layer, x):
+        calls.append((layer, x))
+        return LoRALinear.__call__(layer, x)
+
+    layers = [module for module in model.modules() if type(module) is LoRALinear]
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for layer in layers:
+            stack.enter_context(intercepted(layer, "__call__", listened))
+        # A model's own code may fail in any way.
+        with suppress(Exception):
+            run()
+    groups, counts = [], {}
+    for layer, x in calls:
+        counts[id(layer)] = counts.get(id(layer), 0) + 1
+        if not groups or groups[-1][0] is not x:
+            groups.append((x, []))
+        groups[-1][1].append(layer)
+    once = [own for _, own in groups if all(counts[id(layer)] == 1 for layer in own)]
+    return [_siblings(own) for own in once if _go_together(own)]
+
+
+def siblings_of(layer):
+    """The `Siblings` that a layer belongs to, or None."""
+    known = getattr(layer, "siblings", None)
+    return None if known is None else known()
+
+
+def _siblings(layers):
+    """The `Siblings` of layers, while there are some the same at each call."""
+    known = siblings_of(layers[0])
+    same = known is not None and list(map(id, known.layers)) == list(map(id, layers))
+    return known if same else Siblings(layers)
+
+
+def _go_together(layers):
+    """Whether layers are more than one, and alike in all but the width of what they make."""
+    if len(layers) < 2 or len({_kind(layer) for layer in layers}) > 1 or _kind(layers[0]) is None:
+        return False
+    return len(layers) * layers[0].lora_a.shape[1] <= MOST_COLUMNS
+
+
+def _kind(layer):
+    """What layers must have in common to be computed together; None where one cannot be."""
+    linear = layer.linear
+    plain = type(linear) in (nn.Linear, nn.QuantizedLinear) and not linear.trainable_parameters()
+    trained = {"lora_a", "lora_b"} <= set(layer.trainable_parameters())
+    if not plain or not trained or layer.dropout._p_1 < 1:
+        return None
+    arrays = tuple((name, value.dtype, value.shape[1:]) for name, value in sorted(linear.parameters().items()))
+    packing = tuple(getattr(linear, name, None) for name in ("group_size", "bits", "mode"))
+    return type(linear), arrays, packing, layer.scale, layer.lora_a.dtype, layer.lora_a.shape
