@@ -77,71 +77,36 @@ class Loss:
         return self.defaults.get(parameter, OPTION[parameter].default)
 
 
-# 1 / (2 beta) squared must stay far below float32's largest number.
-SMALLEST_DIVISOR = {"beta": 1e-6}
-
+# What several rows have in common.
 PAIR = {"f_divergence": True, "reads_margins": True}
-REFERENCE_FREE = {"needs_reference": False, "reads_margins": True}
+FREE = {"needs_reference": False, "reads_margins": True}
+MEAN = FREE | {"mean_rewards": True}
+LIKELIHOOD = {"needs_reference": False, "is_likelihood": True, "reads_batch": True}
+# 1 / (2 beta) squared must stay far below float32's largest number.
+DIVIDES = {"lowest": {"beta": 1e-6}}
+# The logarithm of eps is taken.
+SMOOTHED = {"defaults": {"label_smoothing": 1e-3}, "lowest": {"label_smoothing": 1e-12}}
 
 TABLE = (
     Loss("dpo", "-(1 - eps) log sigma(h) - eps log sigma(-h)", "2305.18290", **PAIR),
     Loss("robust", "(-(1 - eps) log sigma(h) + eps log sigma(-h)) / (1 - 2 eps)", "2403.00409", **PAIR),
     Loss("hinge", "max(0, 1 - h)", "2305.10425", **PAIR),
-    Loss("ipo", "(mean logratio gap - (1/2 + margin) / beta)^2", "2310.12036", **PAIR, lowest=SMALLEST_DIVISOR),
+    Loss("ipo", "(mean logratio gap - (1/2 + margin) / beta)^2", "2310.12036", **PAIR, **DIVIDES),
     Loss("sigmoid_norm", "-log sigma(beta x mean logratio gap - margin)", "2405.14734", **PAIR),
-    Loss(
-        "exo_pair",
-        "KL of (sigma(h), sigma(-h)) from (1 - eps, eps)",
-        "2402.00856",
-        **PAIR,
-        defaults={"label_smoothing": 1e-3},
-        lowest={"label_smoothing": 1e-12},
-    ),
+    Loss("exo_pair", "KL of (sigma(h), sigma(-h)) from (1 - eps, eps)", "2402.00856", **PAIR, **SMOOTHED),
     Loss("nca_pair", "-log sigma(rc) - 1/2 log sigma(-rc) - 1/2 log sigma(-rr)", "2402.05369"),
     Loss("bco_pair", "-log sigma(rc) - log sigma(-rr)", "2404.04656"),
-    Loss(
-        "sppo_hard",
-        "(chosen logratio - 1/(2 beta))^2 + (rejected logratio + 1/(2 beta))^2",
-        "2405.00675",
-        lowest=SMALLEST_DIVISOR,
-    ),
+    Loss("sppo_hard", "(chosen logratio - 1/(2 beta))^2 + (rejected logratio + 1/(2 beta))^2", "2405.00675", **DIVIDES),
     Loss("apo_zero", "1 - sigma(rc) + sigma(rr)", "2408.06266"),
     Loss("apo_down", "sigma(rc) + 1 - sigma(h)", "2408.06266", reads_margins=True),
     Loss("discopop", "-log sigma(h) x (1 - m) + exp(-h) x m, m = sigma(h / tau)", "2406.08414", **PAIR),
     Loss("aot", "dpo between sorted policy gaps and sorted reference gaps", "2406.05882", sorts_batch=True),
     Loss("aot_unpaired", "dpo between sorted chosen and sorted rejected logratios", "2406.05882", sorts_batch=True),
-    Loss(
-        "sft",
-        "in a list: mean NLL of the chosen tokens",
-        "2411.10442",
-        needs_reference=False,
-        is_likelihood=True,
-        reads_batch=True,
-    ),
+    Loss("sft", "in a list: mean NLL of the chosen tokens", "2411.10442", **LIKELIHOOD),
     Loss("dpop", "dpo with h - beta x lambda x max(0, -chosen logratio)", "2402.13228", reads_margins=True),
-    Loss(
-        "simpo",
-        "dpo's with h = beta x mean logp gap - gamma - margin",
-        "2405.14734",
-        **REFERENCE_FREE,
-        mean_rewards=True,
-        defaults={"beta": 2.0},
-    ),
-    Loss(
-        "orpo",
-        "sft - beta x log sigma(log odds gap - margin)",
-        "2403.07691",
-        **REFERENCE_FREE,
-        mean_rewards=True,
-        reads_batch=True,
-    ),
-    Loss(
-        "cpo",
-        "dpo's with h = beta x logp gap - margin, + alpha x sft",
-        "2401.08417",
-        **REFERENCE_FREE,
-        reads_batch=True,
-    ),
+    Loss("simpo", "dpo's with h = beta x mean logp gap - gamma - margin", "2405.14734", **MEAN, defaults={"beta": 2.0}),
+    Loss("orpo", "sft - beta x log sigma(log odds gap - margin)", "2403.07691", **MEAN, reads_batch=True),
+    Loss("cpo", "dpo's with h = beta x logp gap - margin, + alpha x sft", "2401.08417", **FREE, reads_batch=True),
     Loss("kto", "w sigma(beta kl - r) if desirable, else w sigma(r - beta kl)", "2402.01306", unpaired=True),
 )
 
