@@ -77,6 +77,11 @@ class _Translation:
             told.insert(0, "TRL's default")
         self.lines.append(f"{key}: {_text(value)}" + (f"  # {'; '.join(told)}" if told else ""))
 
+    def carry(self, key, name, note=""):
+        """A setting here that has the value of a key there, unless that is off."""
+        if (value := self.take(name)) not in NOTHING:
+            self.put(key, value, name, note=note)
+
     def note(self, text):
         self.lines.append("# " + " ".join(str(text).split()))
 
@@ -172,10 +177,8 @@ def _loss(made, default):
     if synced:
         made.put("reference_update_steps", every, "ref_model_sync_steps")
         made.put("reference_mixup_alpha", share, "ref_model_mixup_alpha")
-    if (size := made.take("precompute_ref_batch_size")) is not None:
-        made.put("reference_batch_size", size)
-    if coef := made.take("router_aux_loss_coef"):
-        made.put("router_aux_loss_coef", coef)
+    made.carry("reference_batch_size", "precompute_ref_batch_size")
+    made.carry("router_aux_loss_coef", "router_aux_loss_coef")
 
 
 def _adapters(made):
@@ -198,21 +201,14 @@ def _adapters(made):
     if modules != ["all-linear"]:
         parameters["keys"] = [PATHS.get(module, module) for module in modules]
     made.put("lora_parameters", parameters)
-    if made.take("use_rslora"):
-        made.put("use_rslora", True)
-    if (ratio := made.take("loraplus_lr_ratio")) is not None:
-        made.put("lora_plus_ratio", ratio)
+    made.carry("use_rslora", "use_rslora")
+    made.carry("lora_plus_ratio", "loraplus_lr_ratio")
 
 
 def _length(made):
     """Steps, and what bounds them; the number of updates where the file says it."""
     accumulated = made.take("gradient_accumulation_steps")
-    made.put(
-        "batch_size",
-        made.take("per_device_train_batch_size"),
-        "per_device_train_batch_size",
-        note=_differs("batch_size"),
-    )
+    made.carry("batch_size", "per_device_train_batch_size", _differs("batch_size"))
     made.put("grad_accumulation_steps", accumulated, "gradient_accumulation_steps")
     epochs, updates = made.take("num_train_epochs"), made.take("max_steps")
     if updates > 0:
@@ -223,7 +219,7 @@ def _length(made):
         del made.left["max_length"]
         made.put("max_seq_length", UNBOUNDED, note="no bound there")
     else:
-        made.put("max_seq_length", made.take("max_length"), "max_length", note=_differs("max_seq_length"))
+        made.carry("max_seq_length", "max_length", _differs("max_seq_length"))
     checkpointing = made.take("gradient_checkpointing"), made.take("activation_checkpointing")
     made.put("grad_checkpoint", any(checkpointing), "gradient_checkpointing")
     made.put("seed", made.take("seed"), "seed")
@@ -316,13 +312,11 @@ def _reports(made, updates):
     services = [services] if isinstance(services, str) else services
     if told := [name for name in services if name in ("wandb", "swanlab", "tensorboard")]:
         made.put("report_to", ",".join(told))
-        if (project := made.take("project")) is not None:
-            made.put("project_name", project)
+        made.carry("project_name", "project")
     if others := [name for name in services if name not in told and name != "none"]:
         made.note(f"report_to: {', '.join(others)} cannot be reported to.")
-    for name, key in (("trust_remote_code", "trust_remote_code"), ("torch_compile", "compile")):
-        if made.take(name):
-            made.put(key, True)
+    made.carry("trust_remote_code", "trust_remote_code")
+    made.carry("compile", "torch_compile")
 
 
 def _rest(made):
