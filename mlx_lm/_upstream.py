@@ -64,11 +64,7 @@ def run_upstream(namespace, needs=()):
 
 
 def stand_aside(namespace):
-    """Make the calling package upstream's: its code, its modules, nothing of the overlay.
-
-    Raises:
-        UpstreamError: mlx-lm is not installed.
-    """
+    """Make the calling package upstream's, without the overlay; `UpstreamError` where mlx-lm is not installed."""
     spec = _find_upstream("mlx_lm")
     if spec is None:
         _refuse()

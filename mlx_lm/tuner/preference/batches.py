@@ -400,11 +400,7 @@ class Schedule:
 
 
 def iterations(epochs, pairs, batch_size):
-    """Batches that so many rounds through so many pairs take; a part of a round counts too.
-
-    Raises:
-        ConfigError: there are more than `iters` may be.
-    """
+    """Batches of so many rounds, or a part of one, through so many pairs; `ConfigError` beyond MOST_ITERS."""
     # Rounded first: 0.1 x 30 is more than 3 in floating point.
     found = max(1, math.ceil(round(epochs * -(-pairs // batch_size), 6)))
     if found > MOST_ITERS:

@@ -43,11 +43,7 @@ class ChatTexts:
         self.template, self.thinking, self.score = template, thinking, score
 
     def __call__(self, conversation):
-        """A `Conversation` of messages as `Texts`.
-
-        Raises:
-            ConfigError: the chat template refuses it or loses something of it.
-        """
+        """A `Conversation` of messages as `Texts`; `ConfigError` where the template refuses it or loses a part."""
         conversation = self.template.fitted(conversation)
         sides = (conversation.chosen, conversation.rejected)
         if conversation.prompt[-1]["role"] == "assistant":

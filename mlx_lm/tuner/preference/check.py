@@ -266,11 +266,7 @@ def _check_keys(name, value, known, form, hints=()):
 
 
 def check_lora(parameters):
-    """Check `lora_parameters`.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value is out of range.
-    """
+    """Raise `ConfigError` where a key of `lora_parameters` is unknown or missing, or a value is out of range."""
     form = "it holds rank, scale, dropout and, if wanted, keys"
     hints = {"alpha": " (mlx-lm's scale is alpha / rank)"}
     _check_keys("lora_parameters", parameters, ("rank", "scale", "dropout", "keys"), form, hints)

@@ -86,11 +86,7 @@ def save_adapters(model, adapter_file, iteration=None, config=None):
 
 
 def refuse_non_finite(tree, iteration):
-    """Check what is about to be saved.
-
-    Raises:
-        ConfigError: an array of `tree` holds a value that is not finite.
-    """
+    """Raise `ConfigError` where an array of `tree`, which is about to be saved, holds a value that is not finite."""
     arrays = [value for _, value in tree_flatten(tree) if mx.issubdtype(value.dtype, mx.floating)]
     if arrays and not mx.stack([mx.isfinite(value).all() for value in arrays]).all().item():
         raise ConfigError(
@@ -199,11 +195,7 @@ def state_files(folder):
 
 
 def refuse_without_state(folder):
-    """Check that there is a state in a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Raise `ConfigError` where there is no state in a folder."""
     if not state_files(folder):
         told = f"resume needs {Path(folder) / STATE_FILE}, and there is none"
         raise ConfigError(f"{told}; leave resume out to start anew.")
@@ -252,11 +244,7 @@ def _check_settings(folder, saved, now):
 
 
 def restore_run(path, step, logps):
-    """Put back what `save_run` wrote, and return its `Progress`.
-
-    Raises:
-        ConfigError: a part is missing.
-    """
+    """Put back what `save_run` wrote, and return its `Progress`; `ConfigError` where a part is missing."""
     try:
         arrays, progress, _ = read_state(path)
         high, low = arrays["random"].tolist()
@@ -315,11 +303,7 @@ def starting_point(model):
 
 
 def check_is_file(path, key="resume_adapter_file"):
-    """Check that the adapter file at `path`, which `key` names, is there.
-
-    Raises:
-        ConfigError: it is not, or is a folder.
-    """
+    """Raise `ConfigError` where the adapter file at `path`, which `key` names, is not there, or is a folder."""
     told = f"{key} is {str(path)!r}"
     if Path(path).is_dir():
         raise ConfigError(f"{told}, which is a folder; give the file, such as the adapters.safetensors in it.")
@@ -331,11 +315,7 @@ TRAINED_WITH = "use the fine_tune_type, num_layers and lora_parameters that it w
 
 
 def check_adapter(model, path, key="resume_adapter_file", advice=TRAINED_WITH):
-    """Check that the adapter file at `path`, which `key` names, fits the model's parameters.
-
-    Raises:
-        ConfigError: the file is missing, damaged, or of another model or other LoRA parameters.
-    """
+    """Raise `ConfigError` where the file at `path`, which `key` names, is missing, damaged or not the model's."""
     check_is_file(path, key)
     try:
         weights = mx.load(str(path))

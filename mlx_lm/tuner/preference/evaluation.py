@@ -19,11 +19,7 @@ from .step import CORRELATION, DESIRABLE, FIGURES, MOMENTS, SHARES, TOKEN_FIGURE
 
 
 def objective_of(model, args, loss=None):
-    """The `Objective` of a model and the loss that `args`, a namespace with the options, ask for, or that one.
-
-    Raises:
-        ConfigError: a value is out of range, or the options exclude each other.
-    """
+    """The `Objective` of a model and `loss`, by default what `args`, a namespace, ask for; raises as `loss_of`."""
     return Objective(Scorer(model, args.share_prompt), loss or loss_of(args), args.router_aux_loss_coef)
 
 

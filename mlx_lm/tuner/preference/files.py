@@ -68,11 +68,7 @@ def remove_leftovers(folder):
 
 @contextmanager
 def locked(folder):
-    """Within the context, the folder is this process's to write to. A process that dies lets go of it.
-
-    Raises:
-        ConfigError: another process has it.
-    """
+    """Within the context, the folder is this process's, until it dies; `ConfigError` where another process has it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -101,11 +101,7 @@ def check_tokens(model, datasets, key):
 
 
 def check_same_tokens(tokenizer, other, name):
-    """Check that a reference model's tokenizer reads tokens as the policy's does.
-
-    Raises:
-        ConfigError: a text has other token ids in `other`.
-    """
+    """Raise `ConfigError` where a token has another id in a reference model's tokenizer, `other`."""
     if not hasattr(tokenizer, "get_vocab") or not hasattr(other, "get_vocab"):
         return
     ids, theirs = tokenizer.get_vocab(), other.get_vocab()
@@ -156,11 +152,7 @@ def _warn_of_scale(file, scale):
 
 
 def check_trainable(model):
-    """Check that a model to be fully trained has weights that can be.
-
-    Raises:
-        ConfigError: nothing is to be trained, or quantized weights, which have no gradient.
-    """
+    """Raise `ConfigError` where a model has nothing to train, or quantized weights, which have no gradient."""
     trainable = [value for _, value in tree_flatten(model.trainable_parameters())]
     if not trainable:
         raise ConfigError("there is nothing to train in the model's layers; use fine_tune_type lora.")

@@ -223,11 +223,7 @@ def loss_of(args):
 
 
 def refuse_without_gradient(loss):
-    """Check that a loss moves a policy: with beta 0 most are constant.
-
-    Raises:
-        ConfigError: the loss's gradient is zero whatever the logps.
-    """
+    """Raise `ConfigError` where a loss's gradient is zero whatever the logps, as that of most is with beta 0."""
     if loss.parameters["beta"] != 0:
         return
 

@@ -118,11 +118,7 @@ class Option:
         return " and ".join(f"{sign} {bound:{form}}" for sign, bound in bounds if bound is not None)
 
     def check(self, value):
-        """`value` as this option's type.
-
-        Raises:
-            ConfigError: the value is of another type or out of range; the sentence names the key.
-        """
+        """`value` as this option's type; `ConfigError`, which names the key, for another type or range."""
         if value is None or self.kind is dict:
             return value
         if self.kind not in EXPECTED:
@@ -189,11 +185,7 @@ EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str
 
 
 def size(value):
-    """A number of bytes, given as such or as text like 500MB or 1.5GB.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    """A number of bytes, given as such or as text like 500MB or 1.5GB; `ConfigError` for anything else."""
     found = re.fullmatch(r"(\d{1,18}|\d{0,18}\.\d{1,18})\s*([MG]B?)?", str(value).strip(), re.IGNORECASE | re.ASCII)
     if found is None or isinstance(value, (bool, float)):
         raise ConfigError(

@@ -124,11 +124,7 @@ class RowReader:
         return Conversation(prompt, chosen, rejected, tools_, kwargs, margin, weight)
 
     def labelled(self, row):
-        """The `Conversation` of a row with one `completion` and its `label`: both its responses are the completion.
-
-        Raises:
-            As a call.
-        """
+        """As a call, of a row with a `label` and one `completion`, which are both of the `Conversation`'s responses."""
         if row["label"] not in (True, False, 0, 1):
             raise ConfigError(f"label is {row['label']!r}; it must be true or false.")
         if row.get(self.prompt or "prompt") is None and isinstance(row["completion"], str):

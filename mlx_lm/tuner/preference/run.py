@@ -308,11 +308,7 @@ def warn_of_balance(dataset, loss):
 
 
 def check_and_digest(dataset, loss=None):
-    """A digest of the pairs, which are checked to have nothing that the loss would not heed.
-
-    Raises:
-        ConfigError: a pair has a margin or a weight, and the loss reads none.
-    """
+    """A digest of the pairs; `ConfigError` where one has a margin, a weight or a label that the loss does not heed."""
     digest, where = hashlib.blake2b(digest_size=8), places_of(dataset)
     for i in range(len(dataset)):
         pair = dataset[i]

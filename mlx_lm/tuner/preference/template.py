@@ -21,11 +21,7 @@ SECONDS, MEGABYTE, MOST_TIMES = 2, 10**6, 10
 
 @contextmanager
 def limited(seconds):
-    """Within the context, what computes for more than some seconds is stopped; in the main thread alone.
-
-    Raises:
-        TimeoutError: it was stopped.
-    """
+    """Within the context, `TimeoutError` ends what computes for more than some seconds; in the main thread alone."""
 
     def stop(number, frame):
         raise TimeoutError(f"it takes more than {seconds} s")

@@ -64,11 +64,7 @@ class PairEncoder:
         return tuple(mark for mark in (text.strip() for text in found) if len(mark) > 2 and not mark.isalpha())
 
     def texts(self, conversation):
-        """A `Conversation` as `Texts`.
-
-        Raises:
-            ConfigError: the chat template refuses it, or text and template do not fit together.
-        """
+        """A `Conversation` as `Texts`; `ConfigError` where the template refuses it or a text cannot be encoded."""
         if not self.chat:
             prompt = conversation.prompt
             texts = Texts(prompt, prompt + conversation.chosen, prompt + conversation.rejected)

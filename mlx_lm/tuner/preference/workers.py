@@ -41,11 +41,7 @@ _several, _watch = False, None  # whether MLX has found other workers; the Watch
 
 
 def gathered(text):
-    """The texts that all workers give, in their order.
-
-    Raises:
-        RuntimeError: a worker is gone.
-    """
+    """The texts that all workers give, in their order; `RuntimeError` where a worker is gone."""
     content = text.encode()
     content = np.frombuffer(_digest(content) + content, np.uint8)
     sizes = _of_all(np.array([len(content)]))
@@ -69,12 +65,9 @@ def _digest(content):
 
 
 def confirm():
-    """Check that all workers are there, before what they computed together is kept.
+    """Raise `RuntimeError` where a worker is gone, before what all computed together is kept.
 
-    MLX does not always tell that a worker is gone: what a collective operation gives then is any memory.
-
-    Raises:
-        RuntimeError: a worker is gone.
+    MLX does not always tell that one is gone: what a collective operation gives then is any memory.
     """
     world = mx.distributed.init()
     if world.size() > 1 and mx.distributed.all_sum(mx.array(PROBE)).item() != PROBE * world.size():
@@ -82,11 +75,7 @@ def confirm():
 
 
 def refuse_different_workers(settings):
-    """Check that all workers are to do the same; of `settings`, files of a worker's own are not compared.
-
-    Raises:
-        ConfigError: on every worker, where one has other settings; the sentence names what differs.
-    """
+    """Raise `ConfigError` on every worker where one has other `settings`, but for files of a worker's own."""
     if mx.distributed.init().size() == 1:
         return
     own = {name: str(value) for name, value in settings.items() if name not in OWN}
@@ -108,11 +97,7 @@ def _compare(workers):
 
 
 def find_others():
-    """Have MLX find the other workers, if there are any.
-
-    Raises:
-        ConfigError: they cannot be found.
-    """
+    """Have MLX find the other workers, if there are any; `ConfigError` where they cannot be found."""
     global _several
     # MLX waits for them without looking at what Python has to do: Ctrl-C has to end it by itself, and where they do not
     # come, because one has died already, a thread that does without Python.
