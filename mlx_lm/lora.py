@@ -63,10 +63,9 @@ from .tuner.preference.options import (
     GROUPS,
     UPSTREAM_GROUP,
     ConfigError,
-    FloatOfFlag,
-    IntOfFlag,
     Unset,
     is_preference,
+    of_flag,
     size,
 )
 from .tuner.preference.outcome import print_closing
@@ -86,11 +85,6 @@ def build_parser():
     parser = _upstream_build_parser()
     # Upstream's defaults of these flags would hide the configuration file's values.
     parser.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
-    for action in parser._actions:
-        if action.dest == "clear_cache_threshold":
-            action.type = size
-        if action.dest == "report_to":
-            action.help = "Where reports are sent to: wandb, swanlab, tensorboard, several with commas, or none."
     parser.usage = "%(prog)s [-h] [-c FILE] [--OPTION VALUE ...]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     upstreams = [action for action in parser._actions if action.dest not in ("help", "config")]
@@ -106,6 +100,14 @@ def build_parser():
     for action in upstreams:
         parser._optionals._group_actions.remove(action)
         group._group_actions.append(action)
+    for action in parser._actions:
+        if action.dest == "clear_cache_threshold":
+            action.type = size
+        elif action.dest == "report_to":
+            action.help = "Where reports are sent to: wandb, swanlab, tensorboard, several with commas, or none."
+        elif action.dest in ("iters", "epochs"):
+            # Both say how long to train, and a flag of one wins over the other in a file.
+            action.type = of_flag(action.type)
     group.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
     group.add_argument("--no-test", dest="test", action="store_false", default=None, help="Only train.")
     parser.add_argument(
@@ -123,16 +125,6 @@ def build_parser():
         metavar="FILE",
         help="Print TRL's DPOConfig or KTOConfig in FILE (YAML or JSON) in this command's words, and end.",
     )
-    parse = parser.parse_args
-
-    def parse_args(*given, **named):
-        args = parse(*given, **named)
-        # Both say how long to train, and a flag of one wins over the other in a file.
-        args.iters = None if args.iters is None else IntOfFlag(args.iters)
-        args.epochs = None if args.epochs is None else FloatOfFlag(args.epochs)
-        return args
-
-    parser.parse_args = parse_args
     return parser
 
 

@@ -161,12 +161,9 @@ class OfFlag:
     """What a flag gave, told from the same in a file."""
 
 
-class IntOfFlag(OfFlag, int):
-    """A whole number."""
-
-
-class FloatOfFlag(OfFlag, float):
-    """A number."""
+def of_flag(kind):
+    """The type of a flag's values, int or float under its own name, which the parser tells."""
+    return type(kind.__name__, (OfFlag, kind), {})
 
 
 # The options' groups, in the order of `--help` and LORA.md.
