@@ -54,16 +54,7 @@ def train(
         return train_preference(
             objective, optimizer, train_dataset, val_dataset, args, reference, training_callback, config
         )
-    return _upstream_train(
-        model=model,
-        optimizer=optimizer,
-        train_dataset=train_dataset,
-        val_dataset=val_dataset,
-        args=args,
-        loss=loss,
-        iterate_batches=iterate_batches,
-        training_callback=training_callback,
-    )
+    return _upstream_train(model, optimizer, train_dataset, val_dataset, args, loss, iterate_batches, training_callback)
 
 
 def evaluate(
@@ -97,16 +88,7 @@ def evaluate(
         ConfigError: a value of `args` is out of range, or nothing tells what the reference is.
     """
     if args is None or not is_preference(args.loss_type):
-        return _upstream_evaluate(
-            model=model,
-            dataset=dataset,
-            batch_size=batch_size,
-            num_batches=num_batches,
-            max_seq_length=max_seq_length,
-            loss=loss,
-            iterate_batches=iterate_batches,
-            clear_cache_threshold=clear_cache_threshold,
-            progress_callback=progress_callback,
-        )
+        upstreams = max_seq_length, loss, iterate_batches, clear_cache_threshold, progress_callback
+        return _upstream_evaluate(model, dataset, batch_size, num_batches, *upstreams)
     objective = objective_of(model, args)
     return evaluate_preference(objective, dataset, args, batch_size, num_batches, reference, progress_callback)
