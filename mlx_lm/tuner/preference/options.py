@@ -198,9 +198,9 @@ def nearest(word, known):
     return f" (did you mean {known[close[0]]}?)" if close else ""
 
 
-# Options of a preference run besides those of its loss, which stand with the losses in `losses.py`.
-_data = partial(Option, group="data")
-DATA_OPTIONS = (
+_data, _reference, _step, _watch, _save, _test = (partial(Option, group=group) for group in GROUPS if group != "loss")
+# Options of a preference run besides those of its loss, which stand with the losses in `objective.py`.
+RUN_OPTIONS = (
     _data("prompt_feature", "prompt", str, "Key of a row's prompt"),
     _data("chosen_feature", "chosen", str, "Key of a row's preferred response"),
     _data("rejected_feature", "rejected", str, "Key of a row's rejected response"),
@@ -216,10 +216,6 @@ DATA_OPTIONS = (
     _data(
         "valid_share", None, float, "Share of training rows to validate on, without a validation set", above=0, below=1
     ),
-)
-
-_reference = partial(Option, group="reference")
-REFERENCE_OPTIONS = (
     _reference(
         "reference_model", None, str, "Folder or hub repo of the reference; not set, the model as it begins", keep=True
     ),
@@ -236,10 +232,6 @@ REFERENCE_OPTIONS = (
     _reference(
         "reference_cache_size", 256.0, float, "Megabytes that it may hold; the entries used longest ago go first", low=0
     ),
-)
-
-_step = partial(Option, group="step")
-STEP_OPTIONS = (
     _step(
         "use_rslora", False, bool, "Multiply LoRA's scale by its rank's square root: rank does not weaken it (rsLoRA)"
     ),
@@ -263,10 +255,9 @@ STEP_OPTIONS = (
     _step(
         "max_grad_norm", None, float, "Clip the gradient of each update to this norm; not set, none", above=0, keep=True
     ),
-)
-
-_save = partial(Option, group="save")
-SAVE_OPTIONS = (
+    _watch(
+        "sample_prompts", 0, int, "Validation prompts to answer, greedily, before training and at validations", low=0
+    ),
     _save(
         "resume",
         False,
@@ -295,10 +286,6 @@ SAVE_OPTIONS = (
         choices=("stop", "skip"),
         keep=True,
     ),
-)
-
-_test = partial(Option, group="test")
-TEST_OPTIONS = (
     _test("check", False, bool, "A dry run: print what a run would read, the memory it takes, and what would stop it"),
     _test("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1),
     _test("predictions", None, str, "File of JSON lines for each tested pair's logps, rewards and line; not set, none"),
@@ -311,15 +298,6 @@ TEST_OPTIONS = (
         allowed="a list of two",
     ),
 )
-
-_watch = partial(Option, group="watch")
-WATCH_OPTIONS = (
-    _watch(
-        "sample_prompts", 0, int, "Validation prompts to answer, greedily, before training and at validations", low=0
-    ),
-)
-
-RUN_OPTIONS = DATA_OPTIONS + REFERENCE_OPTIONS + STEP_OPTIONS + WATCH_OPTIONS + SAVE_OPTIONS + TEST_OPTIONS
 
 # mlx-lm's own keys, in the order of a run, with its defaults: it takes any value and fails later.
 UPSTREAM_OPTIONS = (
