@@ -55,11 +55,7 @@ def _installed(package):
 
 
 def load_fast_blas():
-    """Load the first library of LIBRARIES that there is, unless MLX is loaded already.
-
-    Returns:
-        The library's name, or None.
-    """
+    """Load the first library of LIBRARIES that there is, unless MLX is loaded already; its name, or None."""
     if "mlx.core" in sys.modules or not is_linux_cpu():
         return None
     for name in LIBRARIES:

@@ -220,11 +220,7 @@ class PackedState(ArraysCache):
         return None if i else self._before
 
     def __setitem__(self, i, value):
-        """What was convolved last is not needed here; anything else tells of a recurrence that is unknown here.
-
-        Raises:
-            ValueError: it is a state.
-        """
+        """What was convolved last is not needed; `ValueError` for a state, of a recurrence that is unknown here."""
         if value is not None and value.shape[-1] not in self._channels:
             raise ValueError("a packed batch has no states of a model's own")
 

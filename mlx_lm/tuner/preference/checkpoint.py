@@ -164,14 +164,7 @@ def _digest(arrays, metadata):
 
 
 def read_state(path):
-    """The arrays and the metadata of a state.
-
-    Returns:
-        `(arrays by name, Progress, settings)`.
-
-    Raises:
-        ValueError: the file is damaged, or no state.
-    """
+    """`(arrays by name, Progress, settings)` of a state; `ValueError` where the file is damaged, or none."""
     try:
         arrays, metadata = mx.load(str(path), return_metadata=True)
         digest = metadata.pop("digest")

@@ -31,11 +31,7 @@ STYLES = (("", "-", "training"), ("eval_", "o--", "validation"))
 
 
 def plot_metrics(folder):
-    """Draw a run's curves, training and validation, from `metrics.jsonl` into `training.png`.
-
-    Returns:
-        The path of the plot, or None where matplotlib is missing or there is nothing to draw.
-    """
+    """Draw a run's curves from `metrics.jsonl` into `training.png`; its path, or None without matplotlib or figures."""
     lines = read_metrics(Path(folder) / METRICS_FILE)
     if not lines or (figure := _figure()) is None:
         return None

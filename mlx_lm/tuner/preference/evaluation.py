@@ -34,11 +34,7 @@ def evaluated_rows(dataset, batch_size, num_batches):
 
 
 def evaluate_preference(objective, dataset, args, batch_size, num_batches, reference=None, progress_callback=None):
-    """Score pairs, each exactly once; see `trainer.evaluate`.
-
-    Returns:
-        A dict of the means of FIGURES over the pairs.
-    """
+    """The means of FIGURES over pairs, each scored exactly once, as a dict; see `trainer.evaluate`."""
     dataset = unwrapped(dataset)
     rows = evaluated_rows(dataset, batch_size, num_batches)
     reference = reference_logps(objective, dataset, args, rows, reference)

@@ -250,11 +250,7 @@ def is_float32(model):
 
 @contextmanager
 def checkpointed_layers(model):
-    """Within the context, each layer's activations are computed again in the backward pass.
-
-    Raises:
-        ConfigError: the model does not name its layers.
-    """
+    """Within the context, the backward pass computes each layer again; `ConfigError` for a model without `layers`."""
     layers = layers_of(model)
     if not layers:
         raise ConfigError("grad_checkpoint computes layer by layer, and this model has no `layers`; leave it out.")

@@ -169,11 +169,7 @@ def is_none(path):
 
 
 def read_adapter_config(adapter_path, key="adapter_path"):
-    """Contents of the `adapter_config.json` in a folder, or beside a file of adapters; `key` names it.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
+    """The `adapter_config.json` in a folder, or beside a file, that `key` names; `ConfigError` where there is none."""
     folder = Path(adapter_path).parent if Path(adapter_path).is_file() else Path(adapter_path)
     path = folder / "adapter_config.json"
     told = f"{key} is {str(adapter_path)!r}"
@@ -246,11 +242,7 @@ def _names(loss_type):
 
 
 def refuse_other_start(given, start):
-    """Check that a test without training is not told to start from another adapter than the training's `start`.
-
-    Raises:
-        ConfigError: the training started from none.
-    """
+    """Tell that a test reads no `resume_adapter_file` but the training's `start`; `ConfigError` where that was none."""
     if given is None or (start is not None and Path(given).resolve() == Path(start).resolve()):
         return
     if start is None:
@@ -262,11 +254,7 @@ def refuse_other_start(given, start):
 
 
 def load_adapter(key, model, config, file):
-    """Put a file's adapters, or weights, on `model`, as the `config` of their training says; `key` named the file.
-
-    Raises:
-        ConfigError: the file is missing, damaged, or of another model.
-    """
+    """Put a file's adapters or weights on `model` by their `config`; `ConfigError` names `key` if they do not fit."""
     kind = config.get("fine_tune_type")
     if kind != "full":
         try:

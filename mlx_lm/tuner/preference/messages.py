@@ -44,11 +44,7 @@ def _whole(digits):
 
 
 def messages(value, key):
-    """A list of checked messages, of one or of one message alone; `key` is where they stand.
-
-    Raises:
-        ConfigError: something in it is no message that can be trained on.
-    """
+    """A list of checked messages, of one or of one alone, which stand at `key`; `ConfigError` for what is none."""
     if isinstance(value, Mapping) and isinstance(value.get("role", value.get("from")), list):
         # A column of messages that is stored by the messages' keys.
         columns = list(value.values())
@@ -97,11 +93,7 @@ def speaks(value):
 
 
 def decoded(text, key):
-    """The messages that a string holds as JSON or as Python writes them; None where it is text, other JSON too.
-
-    Raises:
-        ConfigError: the string begins as messages do, and is none.
-    """
+    """The messages that a string holds as JSON or as Python writes them; None for text, `ConfigError` if broken."""
     if not (begins := LOOKS_LIKE_MESSAGES.match(text)):
         return None
     for read in (from_json, ast.literal_eval):

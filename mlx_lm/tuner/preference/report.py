@@ -85,11 +85,7 @@ class Reporter:
         self.callback.on_train_loss_report(report | {"peak_memory": peak, "held_memory": held_memory() / 1e9})
 
     def count(self, window, progress):
-        """Check the steps of a window that were not counted yet, and count them into `progress`; raises as `training`.
-
-        Returns:
-            What `window.figures` does; None where there are no steps.
-        """
+        """Check and count a window's new steps; its `figures()`, or None without a step. Raises as `training`."""
         if not window.sums:
             return None
         sums, norms = window.figures()
@@ -113,11 +109,7 @@ class Reporter:
         return sums, norms
 
     def validation(self, iteration, objective, logps, batch_size):
-        """Score the validation pairs of `ReferenceLogps` and report.
-
-        Returns:
-            `(means, figures)`: of `means_of` and of `pair_figures`.
-        """
+        """Score the validation pairs of `ReferenceLogps` and report; `(means_of, pair_figures)` of them."""
         tic = time.perf_counter()
         with self.ui.val_task(len(logps.val_rows)) as advance:
             found = pair_figures(objective, logps.val_dataset, logps.val_rows, logps.valid, batch_size, advance)

@@ -151,11 +151,7 @@ def described(scores):
 
 
 def write_predictions(path, scores):
-    """Write a JSON line for each pair: where it stands, its logps, rewards, loss, and its source if it has one.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
+    """Write each pair's place, figures and source as a JSON line; `ConfigError` where the file cannot be written."""
     lines = []
     for i, place in enumerate(scores.places):
         found = re.fullmatch(r"(.*?)(?::|, row |row )(\d+)", place, re.DOTALL)

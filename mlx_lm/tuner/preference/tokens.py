@@ -89,11 +89,7 @@ class PairEncoder:
         return any(special in content for content in contents for special in self.specials)
 
     def encode(self, batch):
-        """Tokens of many `Texts`, each distinct text tokenized once.
-
-        Returns:
-            For each row `(prompt, chosen, rejected)`, lists of token ids; the responses without the prompt.
-        """
+        """`(prompt, chosen, rejected)` of each of many `Texts`, token ids; equal texts are tokenized once."""
         if not batch:
             return []
         distinct = list(dict.fromkeys(text for texts in batch for text in texts[:3]))
