@@ -119,23 +119,19 @@ def save_run(step, logps, progress, settings, args, config, numbered=False):
     refuse_non_finite(written[:2] if step.skips else written, progress.iteration)
     if world.rank() != 0:
         return None
-    arrays = {f"model.{name}": value for name, value in tree_flatten(trained)}
-    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(step.optimizer.state)}
-    arrays["random"] = mx.array(mx.random.state[0])
+    state = {"model": trained, "optimizer": step.optimizer.state, "random": mx.array(mx.random.state[0])}
     if args.reference_update_steps:
         tables = {"reference": logps.train, "val_reference": logps.valid}
-        arrays |= {f"logps.{name}": mx.array(table) for name, table in tables.items() if table is not None}
-        if logps.parameters is not None:
-            arrays |= {f"reference.{name}": value for name, value in tree_flatten(logps.parameters)}
+        state["logps"] = {name: mx.array(table) for name, table in tables.items() if table is not None}
+        state["reference"] = logps.parameters or {}
     if accumulated is not None:
-        gradient, pairs = accumulated
-        arrays |= {"pairs": pairs} | {f"gradient.{name}": value for name, value in tree_flatten(gradient)}
+        state["gradient"], state["pairs"] = accumulated
     saved = save_adapters(step.model, args.adapter_file, progress.iteration if numbered else None, config)
     folder = Path(args.adapter_file).parent
     _keep_earlier(folder, progress, args.keep_checkpoints)
     progress.saved = progress.iteration
     told = {"iteration": str(progress.iteration), "progress": _json(asdict(progress)), "settings": _json(settings)}
-    _write_state(folder / STATE_FILE, arrays, told)
+    _write_state(folder / STATE_FILE, dict(tree_flatten(state)), told)
     return saved
 
 
