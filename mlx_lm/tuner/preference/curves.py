@@ -38,10 +38,7 @@ def plot_metrics(folder):
     # Placed by hand, which takes half the time of a layout that is computed.
     figure.subplots_adjust(left=0.07, right=0.98, top=0.95, bottom=0.07, hspace=0.28, wspace=0.18)
     for axes, (title, keys) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for color, key in enumerate(keys):
-            for prefix, style, kind in STYLES:
-                _draw(axes, lines, prefix + key, style, f"C{color}", f"{key.rpartition('/')[2]}, {kind}")
-        _finish(axes, title)
+        _draw(axes, title, [(lines, key, f"{key.rpartition('/')[2]}, ") for key in keys])
     return _written(figure, Path(folder) / PLOT_FILE)
 
 
@@ -65,10 +62,7 @@ def plot_runs(folders):
     from matplotlib.lines import Line2D
 
     for axes, (title, key) in zip(figure.subplots(2, 2).flat, COMPARED, strict=True):
-        for color, lines in enumerate(runs):
-            for prefix, style, _ in STYLES:
-                _draw(axes, lines, prefix + key, style, f"C{color % 10}", None)
-        _finish(axes, title, legend=False)
+        _draw(axes, title, [(lines, key, None) for lines in runs])
     handles = [Line2D([], [], color=f"C{color % 10}") for color in range(len(runs))]
     names = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in differences(folders)]
     legend = figure.legend(
@@ -119,19 +113,19 @@ def _figure(layout=None):
     return Figure(figsize=(10, 7), layout=layout)
 
 
-def _draw(axes, lines, key, style, color, label):
-    points = [(line["iteration"], line.get(key)) for line in lines]
-    # Beyond any figure of a run, and what no axis can show.
-    points = [point for point in points if isinstance(point[1], (int, float)) and abs(point[1]) < 1e30]
-    if points:
-        axes.plot(*zip(*points, strict=True), style, color=color, label=label)
-
-
-def _finish(axes, title, legend=True):
+def _draw(axes, title, curves):
+    """Draw a panel of `(lines, key, label)`s, a color each; a label of None is in no legend."""
+    for color, (lines, key, label) in enumerate(curves):
+        for prefix, style, kind in STYLES:
+            points = [(line["iteration"], line.get(prefix + key)) for line in lines]
+            # Beyond any figure of a run, and what no axis can show.
+            points = [point for point in points if isinstance(point[1], (int, float)) and abs(point[1]) < 1e30]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=f"C{color % 10}", label=label and label + kind)
     axes.set_title(title)
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.3)
-    if legend and axes.lines:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
 
 
