@@ -53,7 +53,7 @@ def describe_data(splits, tokenizer):
     rprint("\ntokens             " + "".join(f"{name:>7}" for name in QUANTILES))
     for name, lengths in kinds.items():
         rprint(f"  {name:17}" + "".join(f"{np.quantile(lengths, share):7.0f}" for share in QUANTILES.values()))
-    rprint(f"\npairs as the model sees them; {marked('what is scored', True)} is marked")
+    rprint(f"\npairs as the model sees them; {marked('what is scored')} is marked")
     for i in range(min(SHOWN_PAIRS, len(data))):
         pair = data[i]
         rprint(f"  {data.where(i)}")
@@ -70,16 +70,14 @@ def with_marks(tokenizer, tokens, unscored):
     """A response's text, with marks around what is scored of it; `unscored` are the other spans `(start, stop)`."""
     parts, at = [], 0
     for start, stop in (*unscored, (len(tokens), len(tokens))):
-        parts.append(marked(text_of(tokenizer, tokens[at:start]), True) if at < start else "")
+        parts.append(marked(text_of(tokenizer, tokens[at:start])) if at < start else "")
         parts.append(text_of(tokenizer, tokens[start:stop]))
         at = stop
     return "".join(parts)
 
 
-def marked(text, scored):
-    """A text in green on a terminal, and between brackets elsewhere, where it is scored."""
-    if not scored:
-        return text
+def marked(text):
+    """What is scored of a text, in green on a terminal, and between brackets elsewhere."""
     return f"\033[32m{text}\033[0m" if sys.stdout.isatty() else f"\u27e6{text}\u27e7"
 
 
