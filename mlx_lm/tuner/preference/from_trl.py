@@ -70,17 +70,16 @@ class _Translation:
         self.left.pop(name, None)
         return self.given.get(name, DEFAULTS.get(name, default))
 
-    def put(self, key, value, *names, note=""):
-        """A setting here, made of keys there."""
-        told = [note] if note else []
-        if names and not any(name in self.given for name in names):
-            told.insert(0, "TRL's default")
-        self.lines.append(f"{key}: {_text(value)}" + (f"  # {'; '.join(told)}" if told else ""))
+    def put(self, key, value, name=None, note=""):
+        """A setting here, made of a key there."""
+        default = "TRL's default" if name is not None and name not in self.given else ""
+        told = "; ".join(filter(None, (default, note)))
+        self.lines.append(f"{key}: {_text(value)}" + (f"  # {told}" if told else ""))
 
     def carry(self, key, name, note=""):
         """A setting here that has the value of a key there, unless that is off."""
         if (value := self.take(name)) not in NOTHING:
-            self.put(key, value, name, note=note)
+            self.put(key, value, name, note)
 
     def note(self, text):
         self.lines.append("# " + " ".join(str(text).split()))
@@ -274,17 +273,13 @@ def _schedule_of(kind, rate, decay, warmup):
 def _reports(made, updates):
     accumulated = made.take("gradient_accumulation_steps")
 
-    def batches(key, value):
-        """Batches here for updates there, or for a share of them; None where their number is not known."""
+    def put_steps(key, name, value):
+        """Batches here for updates there, or for a share of them, where their number is known."""
         if value < 1:
             if updates is None:
                 return made.note(f"{key}: every {value} of the run there, whose updates the file does not say.")
             value = math.ceil(value * updates)
-        return int(value) * accumulated
-
-    def put_steps(key, name, value):
-        if (count := batches(key, value)) is not None:
-            made.put(key, count, name, note=_differs(key) if accumulated > 1 else "")
+        made.put(key, int(value) * accumulated, name, note=_differs(key) if accumulated > 1 else "")
 
     logging, evaluating = made.take("logging_steps"), made.take("eval_steps")
     put_steps("steps_per_report", "logging_steps", logging)
