@@ -85,7 +85,9 @@ class Scorer:
         self._caches, self._channels = _key_value_layers(model), convolved_channels(model)
         if not self._same_logits(PLAIN):
             self._caches = None  # rows that go through no cache are upstream's own
-        self.arrangement = PACKED if share_prompt and self._can_pack() else PLAIN
+        # Of layers without keys and values, those that convolve are known.
+        known = self._channels or all(kind is True for kind in self._caches or ())
+        self.arrangement = PACKED if share_prompt and known and self._same_logits(PACKED) else PLAIN
 
     def __call__(self, batch, alignment=False, gradient=False, by_token=False):
         """The logps of a batch.
@@ -150,11 +152,6 @@ class Scorer:
                 others = PackedState(len(batch.tokens), self._channels)
             cache = [_in_place(kind, own, others) for kind in self._caches]
         return self.states(batch.tokens, cache).flatten(0, 1)
-
-    def _can_pack(self):
-        # Of layers without keys and values, those that convolve are known.
-        known = self._channels or all(kind is True for kind in self._caches or ())
-        return bool(known) and self._same_logits(PACKED)
 
     def _same_logits(self, arrangement):
         """Whether the model gives batches so arranged the logits of plain rows: tried on a few tokens.

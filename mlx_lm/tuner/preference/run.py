@@ -127,7 +127,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     with (
         checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
         bounded_memory() as evaluate,
-        RunUI(args.iters, rank=0 if first else 1) as ui,
+        RunUI(args.iters, 0 if first else 1, progress.iteration) as ui,
         REQUEST.at_steps() as request,
     ):
         report, outcome = Reporter(ui, callback, None if step.skips else check, objective.further), None
@@ -158,7 +158,6 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         request: a `Request` of signals, which ends the steps.
     """
     window, upcoming, earlier, measured = Window(), None, [], False
-    report.ui.start_at(progress.iteration)
     if progress.iteration == 0:
         validate()
     step.model.train()

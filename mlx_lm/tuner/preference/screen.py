@@ -46,20 +46,17 @@ def shown(value, sign=""):
 class RunUI(TrainUI):
     """Upstream's `TrainUI` with a preference run's figures, a line a report."""
 
-    def __init__(self, total_iters, rank=0):
+    def __init__(self, total_iters, rank=0, done=0):
         super().__init__(total_iters, rank)
         self._progress = make_bars(rank)
-        self._task = self._progress.add_task("train", total=total_iters)
+        # A resumed run's earlier iterations are done.
+        self._task = self._progress.add_task("train", total=total_iters, completed=done)
 
     def __enter__(self):
         if self._rank == 0:
             self._console.print(f"[ui.heading]{HEADER}[/ui.heading]")
         self._progress.__enter__()
         return self
-
-    def start_at(self, iteration):
-        """Show a resumed run's earlier iterations as done."""
-        self._progress.update(self._task, completed=iteration)
 
     def report_train(self, iteration, figures, learning_rate, speed, tokens, memory, skipped=0):
         """Print a training report: means of FIGURES, tokens a second and so far, the peak memory so far in GB."""
