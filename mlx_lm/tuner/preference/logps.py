@@ -110,9 +110,7 @@ class Scorer:
         own = batch.sequences == mx.arange(len(batch.lengths))[:, None]  # (2B, M)
         total = mx.where(own, logps, 0).sum(-1)
         common = mx.where(own & batch.common, logps, 0).sum(-1)
-        aligned = mx.zeros_like(total)
-        if alignment:
-            aligned = mx.where(own, mx.stop_gradient(logps) - squares, 0).sum(-1)
+        aligned = mx.where(own, mx.stop_gradient(logps) - squares, 0).sum(-1) if alignment else mx.zeros_like(total)
         return RowLogps(total, common, aligned, tuple(mx.where(own, values, 0).sum(-1) for values in figures))
 
     def response_states(self, batch):
@@ -244,9 +242,7 @@ def logps_and_more(logits, targets, alignment, by_token=False):
         # Compiled, a GPU reads the logits half as often; a CPU would have each shape's kernel compiled by g++.
         figures_of = _compiled_figures if mx.default_device() == mx.gpu else _token_figures
         logps, *figures = figures_of(logits, targets)
-    squares = mx.zeros_like(logps)
-    if alignment:
-        squares = mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
+    squares = mx.logsumexp(2 * logits, -1) - 2 * mx.logsumexp(logits, -1) if alignment else mx.zeros_like(logps)
     return [logps, squares, *figures]
 
 
@@ -436,9 +432,7 @@ def _seeds(logits, column, alignment):
     # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
     gradient = mx.exp(logits - normalizers) - (mx.arange(logits.shape[-1]) == column)
     logps = (mx.take_along_axis(logits, column, axis=-1) - normalizers).squeeze(-1)
-    squares = mx.zeros_like(logps)
-    if alignment:
-        squares = mx.logsumexp(2 * logits, axis=-1) - 2 * normalizers.squeeze(-1)
+    squares = mx.logsumexp(2 * logits, axis=-1) - 2 * normalizers.squeeze(-1) if alignment else mx.zeros_like(logps)
     return logps, squares, gradient
 
 

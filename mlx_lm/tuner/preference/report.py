@@ -39,12 +39,6 @@ class Window:
         self.norms.append(norm)
         self.tokens += tokens
 
-    def figures(self):
-        """`(sums over all workers (k, n), norms)` as numbers."""
-        sums = np.array(mx.distributed.all_sum(mx.stack(self.sums)), np.float64)
-        confirm()
-        return sums, [None if norm is None else norm.item() for norm in self.norms]
-
 
 class Reporter:
     """Reports on a run's training and validation.
@@ -85,10 +79,16 @@ class Reporter:
         self.callback.on_train_loss_report(report | {"peak_memory": peak, "held_memory": held_memory() / 1e9})
 
     def count(self, window, progress):
-        """Check and count a window's new steps; its `figures()`, or None without a step. Raises as `training`."""
+        """Check and count a window's new steps, and raise as `training`.
+
+        Returns:
+            `(sums over all workers (k, n), norms)` as numbers; None where there are no steps.
+        """
         if not window.sums:
             return None
-        sums, norms = window.figures()
+        sums = np.array(mx.distributed.all_sum(mx.stack(window.sums)), np.float64)
+        confirm()
+        norms = [None if norm is None else norm.item() for norm in window.norms]
         new, new_norms = sums[window.counted :], norms[window.counted :]
         window.counted = len(sums)
         if self.check is not None:
