@@ -120,11 +120,7 @@ class RowCache:
 
 
 class PackedCache(RowCache):
-    """In every layer's cache's place on a packed batch of N sequences of one token.
-
-    Args:
-        layout: a `Layout`.
-    """
+    """In every layer's cache's place on a packed batch of N sequences of one token, which a `Layout` tells."""
 
     def __init__(self, layout):
         self.offset = layout.places
@@ -290,11 +286,7 @@ def _taken(x, index):
 
 
 def attention(queries, keys, values, scale, mask=None, sinks=None):
-    """MLX's attention with a backward pass that is right, and keeps no score for each query and key.
-
-    Args:
-        queries, keys, values, scale, mask, sinks: as for `mx.fast.scaled_dot_product_attention`.
-    """
+    """MLX's attention with a backward pass that is right, and keeps no score for each query and key."""
     call = partial(mx.fast.scaled_dot_product_attention, scale=scale, sinks=sinks)
     causal = isinstance(mask, str)
     half, narrow = queries.dtype in (mx.float16, mx.bfloat16), max(queries.shape[3], values.shape[3]) <= 128

@@ -47,11 +47,7 @@ def mean_kl(policy, reference, dataset, rows, most=None, need=None):
 
 
 def token_kl(policy, reference, pairs, evaluate):
-    """The KL at each scored token of some pairs, `(M,)` float32; arguments and None as for `mean_kl`.
-
-    Args:
-        evaluate: what `bounded_memory` gives.
-    """
+    """The KL at each scored token of some pairs, `(M,)` float32, or None, as `mean_kl` within `bounded_memory`."""
     bare = without_adapters if reference is None else nullcontext
     reference = reference or policy
     batches = [make_batch(pairs, scorer.arrangement)[0] for scorer in (policy, reference)]

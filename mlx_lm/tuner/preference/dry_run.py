@@ -36,12 +36,7 @@ class NotMade(type(Path())):
 
 
 def describe_data(splits, tokenizer):
-    """Print how many rows were read, quantiles of their lengths, and two pairs as the model sees them.
-
-    Args:
-        splits: `PreferenceDataset`s by their names, some of them empty lists.
-        tokenizer: the model's.
-    """
+    """Print how many rows the named data sets read, quantiles of lengths, and two pairs as the model sees them."""
     splits = {name: data for name, data in splits.items() if len(data)}
     rprint("\nrows        read  left out  prompts cut  responses cut")
     for name, data in splits.items():

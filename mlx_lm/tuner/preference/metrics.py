@@ -36,12 +36,7 @@ def read_validations(folder):
 
 
 def best_of(validations, by=None):
-    """The best validation and the last one, None where there is none.
-
-    Args:
-        validations: lines of `metrics.jsonl`.
-        by: a value of save_best, or None for the loss.
-    """
+    """The best validation, by a value of save_best or the loss, and the last one of lines; None where there is none."""
     name, sign = BEST[by or "eval_loss"]
     sound = [line for line in validations if isinstance(line.get(f"eval_{name}"), (int, float))]
     best = max(sound, key=lambda line: sign * line[f"eval_{name}"], default=None)

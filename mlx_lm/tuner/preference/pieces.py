@@ -28,11 +28,9 @@ AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**25}
 
 @contextmanager
 def recurrences_in_pieces(modules, packed=None):
-    """Within the context, which must last around the backward pass, such layers run in pieces.
+    """Within the context, which must last around the backward pass, such layers of a model's `modules` run in pieces.
 
-    Args:
-        modules: all of an mlx-lm model, with or without such layers.
-        packed: the `PackedCache` of a packed batch, on each of whose sequences they can then run, or None.
+    With the `PackedCache` of a packed batch they do so on each of its sequences.
     """
     files = {type(module).__module__ for module in modules}
     with ExitStack() as stack:

@@ -64,11 +64,7 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None):
 
 
 def gated_delta_chunks(queries, keys, values, log_gates, betas, state):
-    """The same in chunks; of each the backward pass keeps a state.
-
-    Args:
-        queries, keys, values, log_gates, betas, state: as there; gates and state are float32.
-    """
+    """The same in chunks, of each of which the backward pass keeps a state; gates and state are float32."""
     batch, length, key_heads, key_width = keys.shape
     value_heads, value_width = values.shape[2:]
     state = state.reshape(batch, key_heads, -1, value_width, key_width)

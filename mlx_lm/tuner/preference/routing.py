@@ -59,11 +59,7 @@ def _outputs(module):
 
 @contextmanager
 def routed(routers):
-    """Within the context, the routers tell aside logits and choices, the latter float32, 0 or 1, each `(..., E)`.
-
-    Args:
-        routers: what `routers_of` gave.
-    """
+    """Within the context, `routers_of` tell aside logits and choices, the latter float32, 0 or 1, each `(..., E)`."""
     with ExitStack() as stack:
         for router, experts in routers:
             for part, call in zip((router, experts), _calls(router, experts), strict=True):
