@@ -31,20 +31,12 @@ def shared_text(chosen, rejected, specials=()):
     """
     end = len(os.path.commonprefix([chosen, rejected]))
     end = min(end, len(chosen.rstrip()) - 1, len(rejected.rstrip()) - 1)
-    pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
-    while end > 0:
-        cut = end
-        if pattern:
-            for text in (chosen, rejected):
-                inside = [m.start() for m in pattern.finditer(text) if m.start() < cut < m.end()]
-                cut = min([cut, *inside])
-        while cut > 0 and any(_joined(text[cut - 1], text[cut]) for text in (chosen, rejected)):
-            cut -= 1
-        while cut > 0 and chosen[cut - 1] == " ":
-            cut -= 1
-        if cut == end:
-            break
-        end = cut
+    pattern, texts = re.compile("|".join(map(re.escape, specials)) or r"\Z"), (chosen, rejected)
+    inside = {i for text in texts for found in pattern.finditer(text) for i in range(found.start() + 1, found.end())}
+    while end > 0 and (
+        end in inside or chosen[end - 1] == " " or any(_joined(text[end - 1], text[end]) for text in texts)
+    ):
+        end -= 1
     return max(end, 0)
 
 
