@@ -47,19 +47,12 @@ def write_card(folder, config, loss, validations):
 def _body(folder, config, loss, validations, kind):
     model = shared_name(config["model"])
     names = " + ".join(loss.names)
-    yield f"# {folder.resolve().name}"
-    yield ""
+    yield f"# {folder.resolve().name}\n"
     what = "Weights" if kind == "full" else f"{ {'lora': 'LoRA', 'dora': 'DoRA'}.get(kind, kind) } adapters"
     data = " and ".join(f"`{name}`" for name in _data_sets(config))
-    yield f"{what} for `{model}`, trained on the preferences of {data} with the loss {names}, by mlx-lm with DPO."
-    yield ""
-    yield "```shell"
-    yield f'mlx_lm.generate --model {shlex.quote(model)} --adapter-path . --prompt "Hello"'
-    yield "```"
-    yield ""
-    yield "| setting | value |"
-    yield "| --- | --- |"
-    yield f"| loss | {names} |"
+    yield f"{what} for `{model}`, trained on the preferences of {data} with the loss {names}, by mlx-lm with DPO.\n"
+    yield f'```shell\nmlx_lm.generate --model {shlex.quote(model)} --adapter-path . --prompt "Hello"\n```\n'
+    yield f"| setting | value |\n| --- | --- |\n| loss | {names} |"
     parameters = {name: value for name, value in config.items() if name in SETTINGS} | loss.parameters
     if schedule := config.get("lr_schedule"):
         parameters["learning_rate"] = ", ".join(f"{name} {value}" for name, value in schedule.items())
@@ -71,9 +64,7 @@ def _body(folder, config, loss, validations, kind):
     by = config.get("save_best")
     if table := summary(validations, {key: SUMMARY[key] for key in FIGURES}, by):
         count = best_of(validations, by)[1].get("eval_pairs")
-        yield ""
-        yield f"Figures of {count} held-out pairs:" if count else "Figures of held-out pairs:"
-        yield ""
+        yield f"\nFigures of {count} held-out pairs:\n" if count else "\nFigures of held-out pairs:\n"
         table.insert(1, ["---"] * 4)
         yield from (f"| {' | '.join(row)} |" for row in table)
 

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from .options import ConfigError
@@ -96,10 +97,8 @@ def move_aside(folder, patterns):
     found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not found:
         return None
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    place = folder / f"earlier-{number}"
+    places = (folder / f"earlier-{number}" for number in count(1))
+    place = next(place for place in places if not place.exists())
     place.mkdir()
     for path in found:
         path.rename(place / path.name)
