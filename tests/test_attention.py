@@ -360,7 +360,7 @@ def test_packed_logits_are_those_of_rows_of_their_own():
     assert scorer.arrangement == PACKED
     batch, *_ = make_batch(PAIRS, PACKED)
     assert batch.tokens.shape == (sum(map(len, (part for pair in PAIRS for part in pair[:3]))) - 2 * len(PAIRS), 1)
-    found = scorer.head.logits(scorer._batch_states(batch)[batch.positions])
+    found = scorer.head.logits(scorer.response_states(batch))
     expected = []
     for response in ("chosen", "rejected"):
         for pair in PAIRS:

@@ -102,7 +102,7 @@ class Scorer:
             `RowLogps`.
         """
         with self.lean_layers(batch):
-            states = self._batch_states(batch)[batch.positions]
+            states = self.response_states(batch)
             if self.head is None:
                 logps, squares, *figures = logps_and_more(states, batch.targets, alignment, by_token)
             else:
@@ -115,8 +115,15 @@ class Scorer:
 
     def response_states(self, batch):
         """Hidden states `(M, D)`, or logits `(M, V)` where there is no head, that the batch's targets are read from."""
+        cache = None
+        if self._caches is not None and (batch.layout or any(self._caches)):
+            own, others = RowCache(), None
+            if batch.layout:
+                own = PackedCache(batch.layout)
+                others = PackedState(len(batch.tokens), self._channels)
+            cache = [_in_place(kind, own, others) for kind in self._caches]
         with self.lean_layers(batch):
-            return self._batch_states(batch)[batch.positions]
+            return self.states(batch.tokens, cache).flatten(0, 1)[batch.positions]
 
     @contextmanager
     def lean_layers(self, batch):
@@ -140,17 +147,6 @@ class Scorer:
         """Logits `(M, V)` of such states, `(M, D)` or logits already."""
         return self.head.logits(states) if self.head else states
 
-    def _batch_states(self, batch):
-        """The same of all the batch's tokens, `(N, D)` or `(N, V)`."""
-        cache = None
-        if self._caches is not None and (batch.layout or any(self._caches)):
-            own, others = RowCache(), None
-            if batch.layout:
-                own = PackedCache(batch.layout)
-                others = PackedState(len(batch.tokens), self._channels)
-            cache = [_in_place(kind, own, others) for kind in self._caches]
-        return self.states(batch.tokens, cache).flatten(0, 1)
-
     def _same_logits(self, arrangement):
         """Whether the model gives batches so arranged the logits of plain rows: tried on a few tokens.
 
@@ -165,7 +161,7 @@ class Scorer:
                 expected = _run(self.model, rows.tokens, None).flatten(0, 1)[rows.positions]
             try:
                 with self.lean_layers(tried):
-                    found = self.logits(self._batch_states(tried)[tried.positions])
+                    found = self.logits(self.response_states(tried))
                     mx.eval(found)
             except Exception:  # in a batch that it was not written for, a model's own code may fail in any way
                 return False
