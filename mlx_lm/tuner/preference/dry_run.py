@@ -167,17 +167,16 @@ def time_largest(scorer, evaluate, sets, size, again):
     Returns:
         The seconds that a token takes, 0 where there is no row.
     """
-    batches = []
-    for dataset, rows in sets:
-        if len(rows):
-            lengths = lengths_of(dataset[int(row)] for row in rows)
-            for places in batches_of(scorer, dataset, rows, size):
-                batches.append((lengths[places].sum(), dataset, rows[places]))
-    if not batches:
+    batches = (
+        [dataset[int(row)] for row in rows[places]]
+        for dataset, rows in sets
+        for places in (batches_of(scorer, dataset, rows, size) if len(rows) else [])
+    )
+    pairs = max(batches, key=lambda pairs: lengths_of(pairs).sum(), default=None)
+    if pairs is None:
         return 0.0
-    _, dataset, rows = max(batches, key=lambda batch: batch[0])
     with evaluating(scorer.model):
-        batch, processed, _ = make_batch([dataset[int(row)] for row in rows], scorer.arrangement)
+        batch, processed, _ = make_batch(pairs, scorer.arrangement)
         for _ in range(2 if again and mx.default_device() == mx.gpu else 1):
             tic = time.perf_counter()
             mx.eval(evaluate(batch))

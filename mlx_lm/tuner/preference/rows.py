@@ -250,7 +250,7 @@ class RowReader:
         return prompt, chosen, rejected, form
 
     def _end_of_prompt(self, chosen, rejected):
-        if (sides := [transcript(text) for text in (chosen, rejected)]) and all(sides):
+        if all(sides := [transcript(text) for text in (chosen, rejected)]):
             same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))
             ends = [end for (_, end), _ in same]
             shared = min(len(ends), *(len(side) - 1 for side in sides))
@@ -267,10 +267,8 @@ class RowReader:
 
     def _shared_messages(self, chosen, rejected, form):
         """The number of shared leading messages, which are the prompt, with a response left on each side."""
-        limit = max(min(len(chosen), len(rejected)) - 1, 0)
-        shared = 0
-        while shared < limit and chosen[shared] == rejected[shared]:
-            shared += 1
+        both = zip(chosen[:-1], rejected[:-1], strict=False)
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))
         if shared == 0:
             if form:
                 raise UselessRow(NO_ANSWER)
