@@ -37,7 +37,7 @@ from .tuner.preference.check import (
     warn_of_preference_keys,
     warn_of_unread_keys,
 )
-from .tuner.preference.checkpoint import STATE_FILE, check_adapter, first_line
+from .tuner.preference.checkpoint import STATE_FILE, check_adapter
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
@@ -64,6 +64,7 @@ from .tuner.preference.options import (
     UPSTREAM_GROUP,
     ConfigError,
     Unset,
+    first_line,
     is_preference,
     of_flag,
     size,

@@ -247,7 +247,7 @@ def test_bad_hub_data_sets_are_named(hub, rows, sentence):
 
 
 def test_unknown_hub_data_set(hub):
-    sentence = r"data is 'some/other': there is no such folder, and .* cannot be loaded \(Dataset .* on the Hub\.\)"
+    sentence = r"data is 'some/other': there is no such folder, and .* cannot be loaded \(Dataset .* on the Hub\)"
     with pytest.raises(ConfigError, match=sentence):
         load(data="some/other")
     with pytest.raises(ConfigError, match=r"the hf_dataset some/other cannot be loaded \(Dataset"):

@@ -15,7 +15,7 @@ from .._upstream import run_upstream
 from ..cli_ui import rprint
 from .preference.layouts import is_kto, paired
 from .preference.objective import LOSSES
-from .preference.options import ConfigError, is_preference, nearest
+from .preference.options import ConfigError, first_line, is_preference, nearest
 from .preference.pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
 from .preference.sources import SPLITS, Rows, files_of, held_out, is_saved, joined, of_hub, read_file
 
@@ -227,8 +227,7 @@ def _hub_errors(hub, what):
     except ConfigError:
         raise
     except (OSError, ValueError, hub.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{what} cannot be loaded ({reason}).") from error
+        raise ConfigError(f"{what} cannot be loaded ({first_line(error)}).") from error
 
 
 def _check_entry(entry, args):

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ...cli_ui import rprint
 from .files import give_second_name, replace_file, replace_files
-from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, first_line
 from .workers import confirm
 
 STATE_FILE = "checkpoint.safetensors"
@@ -321,11 +321,6 @@ def check_adapter(model, path, key="resume_adapter_file", advice=TRAINED_WITH):
                 f"{key} {path} has {name} of shape {value.shape}, where this model needs "
                 f"{parameters[name].shape}; {advice}."
             )
-
-
-def first_line(error):
-    """An exception's message, its first line only and without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def _json(settings):

@@ -215,13 +215,10 @@ def adopt_loss(args):
             if args.compare or (args.loss_type is None and holds_preferences(str(args.data))):
                 raise
     path, config = next(((p, c) for p, c in configs.items() if is_preference(c.get("loss_type"))), (None, {}))
-    trained = config.get("loss_type")
-    if not config:
+    if not config or (args.loss_type is not None and _names(args.loss_type) != _names(config["loss_type"])):
         return
-    if args.loss_type is not None and _names(args.loss_type) != _names(trained):
-        return
-    names = [option.name for option in LOSS_OPTIONS]
-    adopted = {name: config[name] for name in names if getattr(args, name) is None and config.get(name) is not None}
+    names = [option.name for option in LOSS_OPTIONS if getattr(args, option.name) is None]
+    adopted = {name: config[name] for name in names if config.get(name) is not None}
     vars(args).update(adopted)
     if told := [f"{name} {value}" for name, value in adopted.items() if value != LOSS_DEFAULTS.get(name)]:
         rprint(f"As the adapters {path} were trained: {', '.join(told)}.")

@@ -34,6 +34,11 @@ class ConfigError(ValueError):
         super().__init__(shortened(printable(str(message)), LONGEST_MESSAGE))
 
 
+def first_line(error):
+    """An exception's message, its first line only and without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
 def printable(text):
     """A text with a space for each of its control characters."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

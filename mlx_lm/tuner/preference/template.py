@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 
 from .messages import REASONING
-from .options import ConfigError
+from .options import ConfigError, first_line
 
 # Stands in for a text, to see where the chat template writes it.
 STAND_IN = "\u241fresponse\u241f"
@@ -65,8 +65,7 @@ class Template:
             return text
         except Exception as error:
             # A template is a program that comes with the model: it may raise anything at a row it was not made for.
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"the tokenizer's chat template refuses the row ({reason}).") from error
+            raise ConfigError(f"the tokenizer's chat template refuses the row ({first_line(error)}).") from error
 
     def fitted(self, conversation):
         """The conversation with tool calls and reasoning in the form that this template writes.
