@@ -133,7 +133,10 @@ EXAMPLES = {
         {"dataset_name": "a/b", "dataset_test_split": "v"},
         {"hf_dataset": [{"path": "a/b", "train_split": "train", "valid_split": "v"}]},
     ),
-    "model_name_or_path": ({"model_name_or_path": "a/b"}, {"model": "a/b", "fine_tune_type": "full"}),
+    "model_name_or_path": (
+        {"model_name_or_path": "a/b"},
+        {"model": "a/b", "fine_tune_type": "full", "num_layers": -1},
+    ),
     "use_peft": (PEFT, {"fine_tune_type": "lora", "num_layers": -1}),
     "use_dora": (PEFT | {"use_dora": True}, {"fine_tune_type": "dora"}),
     "lora_r": (PEFT | {"lora_r": 32}, {"lora_parameters": {"rank": 32, "scale": 1.0, "dropout": 0.0}}),

@@ -188,7 +188,8 @@ def _adapters(made):
     if not of_model:
         return made.note("lora_parameters: a DPOConfig has none; see fine_tune_type and lora_parameters in LORA.md.")
     if not peft["use_peft"]:
-        return made.put("fine_tune_type", "full", "use_peft")
+        made.put("fine_tune_type", "full", "use_peft", note="trains the layers; there embeddings and head, too")
+        return made.put("num_layers", -1)
     made.put("fine_tune_type", "dora" if dora else "lora")
     made.put("num_layers", -1)
     parameters = {"rank": peft["lora_r"], "scale": peft["lora_alpha"] / peft["lora_r"]}
