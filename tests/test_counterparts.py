@@ -219,6 +219,12 @@ def test_each_key_without_a_counterpart_is_named_in_a_comment(kind, loss):
     assert "bf16: the model runs" not in told and "bf16: the model runs" in "\n".join(config_of({"bf16": True})[1])
 
 
+def test_smoothing_that_reaches_dpo_here_alone_is_told():
+    smoothed = {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}
+    assert "label_smoothing: 0.1  # smooths `dpo` too, which TRL 1.16 does not\n" in translate(smoothed, "dpo.yaml")
+    assert "label_smoothing: 0.1\n" in translate(smoothed | {"loss_type": ["exo_pair", "robust"]}, "dpo.yaml")
+
+
 def rate_of_trl(update, rate, updates, warmup):
     """The rate of an update of transformers' linear schedule with warmup."""
     return rate * (update / warmup if update < warmup else (updates - update) / (updates - warmup))

@@ -167,7 +167,8 @@ def _loss(made, default):
             continue
         value = made.take(key)
         if key in read:
-            made.put(key, value)
+            smooths_dpo = key == "label_smoothing" and value and LOSSES["dpo"] in (LOSSES[name] for name in names)
+            made.put(key, value, note=_differs(key) if smooths_dpo else "")
         elif value != OPTION[key].default:
             made.note(f"{key}: {value} is not read there with {', '.join(names)}.")
     every, share, synced = (
