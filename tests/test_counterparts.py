@@ -116,22 +116,29 @@ EXAMPLES = {
         {"datasets": [{"path": "a/b"}, {"path": "c/d", "split": "train[:9]"}]},
         {
             "hf_dataset": [
-                {"path": "a/b", "train_split": "train", "valid_split": "test"},
-                {"path": "c/d", "train_split": "train[:9]", "valid_split": "test"},
+                {"path": "a/b", "train_split": "train", "valid_split": "train[:1]"},
+                {"path": "c/d", "train_split": "train[:9]", "valid_split": "train[:1]"},
             ]
         },
     ),
     "dataset_config": (
         {"dataset_name": "a/b", "dataset_config": "en"},
-        {"hf_dataset": [{"path": "a/b", "train_split": "train", "valid_split": "test", "config": {"name": "en"}}]},
+        {"hf_dataset": [{"path": "a/b", "train_split": "train", "valid_split": "train[:1]", "config": {"name": "en"}}]},
     ),
     "dataset_train_split": (
         {"dataset_name": "a/b", "dataset_train_split": "t"},
-        {"hf_dataset": [{"path": "a/b", "train_split": "t", "valid_split": "test"}]},
+        {"hf_dataset": [{"path": "a/b", "train_split": "t", "valid_split": "t[:1]"}]},
     ),
     "dataset_test_split": (
         {"dataset_name": "a/b", "dataset_test_split": "v"},
         {"hf_dataset": [{"path": "a/b", "train_split": "train", "valid_split": "v"}]},
+    ),
+    "test_split_size": (
+        {"datasets": [{"path": "json", "data_files": "a.jsonl"}], "test_split_size": 0.1},
+        {
+            "hf_dataset": [{"path": "json", "train_split": "train", "config": {"data_files": "a.jsonl"}}],
+            "valid_share": 0.1,
+        },
     ),
     "model_name_or_path": (
         {"model_name_or_path": "a/b"},
@@ -336,6 +343,11 @@ def test_validations_have_a_split_where_there_are_some():
     # As YAML reads a bare `no`.
     args, _ = config_of(given | {"eval_strategy": False, "save_strategy": False})
     assert (args.data, args.val_batches) == ("a/b", 0) and not hasattr(args, "hf_dataset")
+
+
+def test_what_an_entry_of_datasets_has_besides_is_told():
+    _, comments = config_of({"datasets": [{"path": "json", "data_files": "a.jsonl", "fraction": 0.5}]})
+    assert "datasets: no counterpart here for fraction of an entry." in " ".join(comments)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ TRL = (
     Counterpart("torch_compile", "compile"),
     Counterpart("dataset_name", "data"),
     Counterpart("datasets dataset_config dataset_train_split dataset_test_split", "hf_dataset"),
+    Counterpart("test_split_size", "valid_share", "of `datasets`; drawn at random there, the last rows here"),
     Counterpart("model_name_or_path", "model"),
     Counterpart("use_peft use_dora", "fine_tune_type", "`lora` by default; there all weights are trained"),
     Counterpart("lora_r lora_alpha lora_dropout r", "lora_parameters", "`scale` is `lora_alpha / r`"),
