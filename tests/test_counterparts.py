@@ -208,6 +208,7 @@ def test_a_file_without_keys_has_trls_defaults():
         "model",
         "adapter_path",
         "data",
+        "use_chat_template",
         "lora_parameters",
         "lr_schedule",
     ]
