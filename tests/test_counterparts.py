@@ -346,6 +346,13 @@ def test_validations_have_a_split_where_there_are_some():
     assert (args.data, args.val_batches) == ("a/b", 0) and not hasattr(args, "hf_dataset")
 
 
+def test_adapters_of_a_file_that_names_no_model_are_told():
+    """As a LoraConfig's keys are, with which such a file does not say that it uses PEFT."""
+    _, comments = config_of({"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj"]})
+    told = {line.split(":")[0] for line in comments}
+    assert {"r", "lora_alpha", "lora_dropout", "target_modules"} <= told
+
+
 def test_what_an_entry_of_datasets_has_besides_is_told():
     _, comments = config_of({"datasets": [{"path": "json", "data_files": "a.jsonl", "fraction": 0.5}]})
     assert "datasets: no counterpart here for fraction of an entry." in " ".join(comments)

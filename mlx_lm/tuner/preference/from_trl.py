@@ -201,10 +201,11 @@ def _loss(made, default):
 def _adapters(made):
     """LoRA's settings; a file of DPOConfig's keys alone leaves them to the program that reads it."""
     of_model = any(name in made.given for name in ("model_name_or_path", "use_peft"))
-    peft = {name: made.take(name, MODEL_DEFAULTS[name]) for name in MODEL_DEFAULTS}
-    dora, modules, dropped = made.take("use_dora"), made.take("lora_target_modules"), made.take("disable_dropout")
+    dropped = made.take("disable_dropout")
     if not of_model:
         return made.note("lora_parameters: a DPOConfig has none; see fine_tune_type and lora_parameters in LORA.md.")
+    peft = {name: made.take(name, MODEL_DEFAULTS[name]) for name in MODEL_DEFAULTS}
+    dora, modules = made.take("use_dora"), made.take("lora_target_modules")
     if not peft["use_peft"]:
         made.put("fine_tune_type", "full", "use_peft", note="trains the layers; there embeddings and head, too")
         return made.put("num_layers", -1)
