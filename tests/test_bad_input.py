@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import yaml
 from chat_tokenizers import smollm
+from mlx_lm.tuner.lora import LoRAEmbedding
 
 import mlx_lm.lora
 from mlx_lm import convert
@@ -387,6 +388,17 @@ class TestValues:
 
 
 class TestModel:
+    def test_adapters_with_which_a_model_cannot_run(self, command, monkeypatch):
+        keys = {"lora_parameters": {**LORA, "keys": ["model.embed_tokens", "self_attn.q_proj"]}}
+        packed = command.folder / "packed"
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert(str(MODEL), str(packed), quantize=True, q_group_size=32)
+        told = "cannot be given DoRA adapters with these lora_parameters: .*broadcast; name layers that can have one"
+        command.refused(told, model=str(packed), fine_tune_type="dora", **keys)
+        # As models that read an embedding's weight do.
+        monkeypatch.setattr(LoRAEmbedding, "as_linear", lambda module, x: x @ module.weight.T)
+        command.refused(r"no attribute 'weight' \(model.embed_tokens\); name layers that can have one", **keys)
+
     def model(self, command, without=(), **config):
         folder = shutil.copytree(MODEL, command.folder / "model")
         for name in without:

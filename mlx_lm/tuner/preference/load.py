@@ -15,6 +15,7 @@ from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers
 from .check import check_lora, holds_preferences
 from .checkpoint import check_adapter
+from .intercept import evaluating
 from .layers import is_float32
 from .objective import ALIASES
 from .objective import DEFAULTS as LOSS_DEFAULTS
@@ -118,7 +119,8 @@ def add_adapters(resume_adapter_file, model, num_layers, parameters, use_dora=Fa
     """As upstream's `linear_to_lora_layers`, with what it takes and what `resume_adapter_file` holds checked.
 
     Raises:
-        ConfigError: a key of the parameters names no layer, or the file does not fit.
+        ConfigError: a key of the parameters names no layer, an adapter cannot be where it is to be, or the file does
+            not fit.
     """
     names = {name for layer in model.layers for name, _ in layer.named_modules()}
     names |= {name for name, _ in model.named_modules()}
@@ -129,9 +131,16 @@ def add_adapters(resume_adapter_file, model, num_layers, parameters, use_dora=Fa
             )
     try:
         linear_to_lora_layers(model, num_layers, parameters, use_dora)
+        # A layer whose weight a model reads without calling it, and DoRA of a packed embedding, fail only then.
+        with evaluating(model):
+            mx.eval(model(mx.zeros((1, 1), mx.int32)))
     except (ValueError, AttributeError, TypeError, OverflowError) as error:
         kind = "DoRA" if use_dora else "LoRA"
-        raise ConfigError(f"this model cannot be given {kind} adapters with these lora_parameters: {error}.") from error
+        at = next((f" ({name})" for name, module in model.named_modules() if module is getattr(error, "obj", None)), "")
+        raise ConfigError(
+            f"this model cannot be given {kind} adapters with these lora_parameters: {_told(error)}{at}; "
+            "name layers that can have one in lora_parameters.keys."
+        ) from error
     if resume_adapter_file is not None:
         check_adapter(model, resume_adapter_file)
         _warn_of_scale(Path(resume_adapter_file), parameters["scale"])
