@@ -233,11 +233,15 @@ def test_a_run_whose_reference_follows_the_policy_can_be_made_longer(every, tmp_
     assert [key for key in expected if not mx.array_equal(found[key], expected[key], equal_nan=True).item()] == []
 
 
-def test_the_reference_of_other_validation_rows_is_not_gone_on_with(tmp_path):
-    options = {"reference_update_steps": 9, "iters": 3}
+@pytest.mark.parametrize("option", [{"reference_update_steps": 9}, {"save_best": "accuracy"}])
+def test_the_reference_or_best_figure_of_other_validation_rows_is_not_gone_on_with(option, tmp_path):
+    options = {"iters": 3} | option
     trained(tmp_path, val_batches=1, **options)
-    with pytest.raises(ConfigError, match="the validation data changed"):
+    with pytest.raises(ConfigError, match="the number of validation pairs changed"):
         trained(tmp_path, val_batches=2, resume=True, **options)
+    data = iter([pairs(), pairs(3, 8)])
+    with pytest.raises(ConfigError, match="but the validation data changed"):
+        trained(tmp_path, val_batches=1, resume=True, data=lambda *of: next(data), **options)
 
 
 def test_saves_between_two_reports_lose_no_tokens(tmp_path):

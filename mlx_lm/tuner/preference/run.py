@@ -89,9 +89,10 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
-    if args.reference_update_steps:
-        # Where the reference follows the policy, its logps are a part of the run's state.
-        settings["the validation data"] = [check_and_digest(logps.val_dataset), len(logps.val_rows)]
+    if args.reference_update_steps or args.save_best:
+        # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
+        settings["the validation data"] = check_and_digest(logps.val_dataset)
+        settings["the number of validation pairs"] = len(logps.val_rows)
     warn_of_balance(logps.dataset, loss)
     state, iteration = None, 0
     if args.resume is True or (args.resume and state_files(folder)):
