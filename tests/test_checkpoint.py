@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
 from mlx_lm.tuner.preference import report
@@ -323,6 +323,21 @@ def test_resume_refuses_other_data_and_other_weights_of_pairs(tmp_path, monkeypa
         with pytest.raises(ConfigError, match="the training data changed"):
             trained(tmp_path, resume=True)
         monkeypatch.undo()
+
+
+def test_resume_refuses_other_weights_under_the_reference_models_name(tmp_path, monkeypatch):
+    def load(name, **_):
+        model, _ = load_model(GOLDEN)
+        model.update(tree_map(lambda value: factor * value, model.parameters()))
+        return model, None
+
+    monkeypatch.setattr("mlx_lm.utils.load", load)
+    factor = 1.1
+    trained(tmp_path, iters=3, reference_model="other")
+    trained(tmp_path, iters=4, reference_model="other", resume=True)
+    factor = 1.2
+    with pytest.raises(ConfigError, match="but the reference model changed"):
+        trained(tmp_path, iters=5, reference_model="other", resume=True)
 
 
 def test_settings_left_at_their_default_are_the_same_as_the_default_given(tmp_path):

@@ -26,6 +26,7 @@ from .checkpoint import (
     restore_run,
     save_adapters,
     save_run,
+    starting_point,
     state_files,
 )
 from .dry_run import rehearse
@@ -93,6 +94,11 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
         settings["the validation data"] = check_and_digest(logps.val_dataset)
         settings["the number of validation pairs"] = len(logps.val_rows)
+    if loss.needs_reference:
+        reference = reference or reference_of(scorer, args)
+        if args.reference_model is not None:
+            # Its name may stand for other weights by now.
+            settings["the reference model"] = starting_point(reference.scorer.model)
     warn_of_balance(logps.dataset, loss)
     state, iteration = None, 0
     if args.resume is True or (args.resume and state_files(folder)):
@@ -102,7 +108,6 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     same = {"the validation data": check_and_digest(logps.val_dataset), "the iteration to go on after": iteration}
     refuse_different_workers(vars(args) | settings | same)
     if loss.needs_reference:
-        reference = reference or reference_of(scorer, args)
         if not args.check:
             exchanged = (args.reference_update_steps or 0) * args.grad_accumulation_steps
             logps.take(reference, schedule.visited(1, exchanged or args.iters))
