@@ -56,6 +56,24 @@ def test_a_worker_that_is_killed_ends_the_other(tmp_path):
     assert len(told) == 1 and told[0].startswith("error: worker 1 is gone (killed or crashed")
 
 
+def test_a_worker_that_is_interrupted_ends_after_the_first_one_has_written(tmp_path):
+    workers = started(tmp_path, *[{"iters": 10_000, "save_every": 10_000, "val_batches": 0}] * 2)
+    adapters = tmp_path / "adapters"
+    wait_for(
+        workers[0],
+        lambda: (adapters / "metrics.jsonl").is_file() and "loss" in (adapters / "metrics.jsonl").read_text(),
+    )
+    workers[1].send_signal(signal.SIGTERM)
+    # As if its disk were slow: the first one has begun to write, and has pictures to draw.
+    wait_for(workers[0], (adapters / "adapters.safetensors").is_file)
+    workers[0].send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    waits = workers[1].poll() is None
+    workers[0].send_signal(signal.SIGCONT)
+    statuses, _ = ended(workers)
+    assert waits and statuses == [143, 143] and (adapters / "checkpoint.safetensors").is_file()
+
+
 def test_an_error_of_all_is_told_once(tmp_path):
     statuses, told = ended(started(tmp_path, *[SHORT | {"beta": -1.0}] * 2))
     assert statuses == [2, 2]

@@ -145,6 +145,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         save()
         if first:
             outcome.draw(ended=True)
+        # A worker that ends ends the others: not before the first one has written.
+        confirm()
         if request.number is not None:
             raise Interrupted(request.number, f"after iteration {progress.iteration} of {args.iters}, which is saved")
     if first:
