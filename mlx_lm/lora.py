@@ -48,6 +48,7 @@ from .tuner.preference.load import (
     adopt_loss,
     check_tokens,
     check_trainable,
+    compared_origin,
     is_none,
     load_adapter,
     load_named,
@@ -324,11 +325,11 @@ def _run(args, loss, training_callback):
 
 
 def _compare(args, loss, model, tokenizer, test_set):
-    """Test two adapters, and say whether they differ."""
-    found = []
+    """Test two adapters against one reference, and say whether they differ."""
+    found, origin = [], compared_origin(args, loss)
     for path in args.compare:
         model, args.adapter_path = model or _load_model(args)[0], path
-        objective, *reference = _adopt_adapters(args, loss, model, tokenizer, test_set)
+        objective, *reference = _adopt_adapters(args, loss, model, tokenizer, test_set, origin)
         found.append(score(objective, test_set, args, *reference))
         rprint(f"{path or 'none'}: {described(found[-1])}")
         model = objective = reference = None
@@ -389,23 +390,27 @@ def _load_model(args):
     return load_named("model", args.model, args.trust_remote_code)
 
 
-def _adopt_adapters(args, loss, model, tokenizer, test_set):
+def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
     """Put the trained adapters on `model` for a test without training; none where `adapter_path` names none.
+
+    Args:
+        origin: the configuration of the training whose reference is taken, by default these adapters' own.
 
     Returns:
         `(objective, logps, base)`: the first two as `train_model`, the reference the policy that the adapters were
         trained from, and that policy's `Scorer`, None where it is the model without its adapters.
     """
     config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
-    start = config.get("resume_adapter_file")
+    origin = config if origin is None else origin
+    start = origin.get("resume_adapter_file")
     refuse_other_start(args.resume_adapter_file, start)
     tell_other_loss(args.adapter_path, config, loss)
-    args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or config.get("reference_model")})
+    args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or origin.get("reference_model")})
     base, logps = model, None
-    if config and args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
+    if args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
         base, _ = _load_model(args)
         if start is not None:
-            load_adapter("resume_adapter_file", base, config, start)
+            load_adapter("resume_adapter_file", base, origin, start)
     scorer = Scorer(base, args.share_prompt)
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])

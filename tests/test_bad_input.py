@@ -677,6 +677,26 @@ class TestTestAlone:
         told = "predictions are of one test, and compare makes two"
         command.refused(told, "--compare", "none", trained, predictions=str(command.folder / "p.jsonl"))
 
+    def test_two_adapters_are_compared_against_one_reference(self, command, earlier):
+        """Where one of them began with the other: a margin's difference is then of the policies alone."""
+        going_on = {"resume_adapter_file": str(earlier / "adapters.safetensors"), "learning_rate": 1e-2}
+        assert command(**going_on).status == 0
+        differences = []
+        for paths in ((str(earlier), str(command.adapters)), (str(command.adapters), str(earlier))):
+            done = command("--compare", *paths)
+            assert f"Both are scored against the reference of {paths[0]}: " in done.out
+            differences.append(float(re.search(r"^  margin +([+-][\d.]+)  \(", done.out, re.M)[1]))
+        assert "margin +0.000, chosen +0.000" in done.out, "the reference of the one that went on is the other"
+        assert differences[0] == pytest.approx(-differences[1], abs=2e-3) != pytest.approx(0, abs=1e-2)
+        # Adapters of supervised training have no reference of their own, and the model has none.
+        supervised = shutil.copytree(earlier, command.folder / "sft")
+        config = json.loads((supervised / "adapter_config.json").read_text()) | {"loss_type": None}
+        (supervised / "adapter_config.json").write_text(json.dumps(config))
+        for other in (str(supervised), "none"):
+            done = command("--compare", other, str(command.adapters))
+            told = f"the reference of {command.adapters}: {going_on['resume_adapter_file']}."
+            assert told in done.out and ("margin +0.000" in done.out) == (other != "none")
+
     def test_a_service_that_is_not_installed_stops_the_check_too(self, command, monkeypatch):
         monkeypatch.setattr("mlx_lm.lora.find_spec", lambda name: None)
         command.refused("report_to is 'wandb', and wandb is not installed", "--check", report_to="wandb")

@@ -242,6 +242,27 @@ def tell_other_loss(path, config, loss):
         rprint(f"The adapters {path} were trained with {', '.join(told)}, and are tested otherwise.")
 
 
+def compared_origin(args, loss):
+    """The `adapter_config.json` of the training whose reference the two adapters in `args.compare` are scored against.
+
+    It is that of the first one that was trained on preferences, or else of the first one with any: figures against two
+    references do not compare. Said where the other one was trained against another reference.
+    """
+    configs = {path: read_adapter_config(path, "compare") for path in args.compare if not is_none(path)}
+    trained = [path for path, config in configs.items() if is_preference(config.get("loss_type"))]
+    path = next(iter([*trained, *configs]), None)
+    origin = configs.get(path, {})
+    differ = len({_reference_of(configs.get(other, {})) for other in args.compare}) > 1
+    if differ and loss.needs_reference and args.reference_model is None:
+        rprint(f"Both are scored against the reference of {path}: {_reference_of(origin) or 'the model itself'}.")
+    return origin
+
+
+def _reference_of(config):
+    """What a training took as its reference besides the model itself: a model, or adapters, by name; or None."""
+    return config.get("reference_model") or config.get("resume_adapter_file")
+
+
 def _names(loss_type):
     names = loss_type if isinstance(loss_type, list) else [loss_type]
     return [ALIASES.get(name, name) if isinstance(name, str) else name for name in names]
