@@ -1,5 +1,6 @@
 """Package the overlay so that it is found before mlx-lm's own package, without touching mlx-lm's files."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,9 +11,12 @@ PATH_FILE = "mlx_lm_dpo/mlx_lm_dpo.pth"
 
 
 class BuildWithPathFile(build_py):
-    """Put the path file beside the packages, where Python's site module reads it."""
+    """Put the path file beside the packages, where Python's site module reads it, and no module of an earlier build."""
 
     def run(self):
+        if not self.editable_mode:
+            # `pip install .` builds in the checkout: a module that is gone since the last time would overlay mlx-lm's.
+            shutil.rmtree(Path(self.build_lib, "mlx_lm_dpo"), ignore_errors=True)
         super().run()
         # An editable installation takes nothing from the build folder: what it is to hold goes there directly.
         target = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib

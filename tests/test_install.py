@@ -225,6 +225,12 @@ def test_a_wheel_holds_the_overlay_and_nothing_at_upstreams_place(source, wheel,
     assert (inner / "tests/test_install.py").exists() and (inner / "requirements.txt").exists()
 
 
+def test_a_module_that_is_gone_since_the_last_build_is_not_installed(source, wheel, tmp_path):
+    (module,) = (source / "build").glob("lib*/mlx_lm_dpo/mlx_lm/utils.py")
+    module.with_name("gone.py").touch()
+    assert zipfile.ZipFile(build(source, "wheel", tmp_path)).namelist() == zipfile.ZipFile(wheel).namelist()
+
+
 def test_the_wheel_asks_for_what_requirements_list(wheel):
     metadata = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("METADATA"))
     lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
