@@ -583,7 +583,8 @@ class TestAdapterFolder:
         config = json.loads((after.adapters / "adapter_config.json").read_text())
         config["resume_adapter_file"] = "gone.safetensors"
         (after.adapters / "adapter_config.json").write_text(json.dumps(config))
-        after.refused("gone.safetensors.*there is no such file", train=False, test=True)
+        told = "error: resume_adapter_file of the training is .*gone.safetensors.*there is no such file"
+        after.refused(told, train=False, test=True)
 
 
 def command_with_start(command, given):
