@@ -30,6 +30,7 @@ RUNS = {
     | {"keep_checkpoints": 3},
     "tr-dpo": {"batch_size": 2, "iters": 6, "reference_update_steps": 2},
     "kto": {"loss_type": "kto", "batch_size": 4, "iters": 5},
+    "sft": {"loss_type": ["dpo", "sft"], "batch_size": 4, "iters": 5},
     "experts": {
         "router_aux_loss_coef": 1.0,
         "batch_size": 4,

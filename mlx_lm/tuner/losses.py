@@ -332,12 +332,13 @@ def _sorted(values, counts):
 def sft(pairs):
     """Mean NLL of the batch's chosen tokens, shared out so that each pair answers for its own tokens, (B,).
 
-    B x chosen_nll / all chosen tokens of the batch: the mean over pairs is the mean over tokens.
-    Source: the generation loss of MPO, arXiv 2411.10442.
+    Pairs x chosen_nll / chosen tokens, both numbers those of all workers' batch: the mean over pairs is the mean over
+    tokens. Source: the generation loss of MPO, arXiv 2411.10442.
     """
     counts = mx.broadcast_to(pairs.counts, pairs.chosen_nll.shape)
-    tokens = mx.maximum(mx.sum(counts * pairs.chosen_lengths), 1)
-    return pairs.chosen_nll * counts * (mx.sum(counts) / tokens)
+    sums = mx.stack([counts.sum(), (counts * pairs.chosen_lengths).sum()])
+    number, tokens = mx.distributed.all_sum(mx.stop_gradient(sums))
+    return pairs.chosen_nll * counts * (number / mx.maximum(tokens, 1))
 
 
 # Losses without a reference

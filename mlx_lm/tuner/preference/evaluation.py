@@ -144,7 +144,7 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
     def values_of(places):
         """`(values, here, count)`: `(figures, B)` of this worker's places or None, and how many all workers take."""
         here = places[world.rank() :: world.size()]
-        if not len(here) and not objective.together:
+        if not len(here) and not objective.reads_batch:
             return None, here, len(places)
         # One without a row of its own runs one that counts for nothing.
         taken = here if len(here) else places[:1]

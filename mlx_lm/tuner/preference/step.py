@@ -53,8 +53,7 @@ class Objective:
 
     Attributes:
         further: names of figures besides FIGURES.
-        together: whether a batch's value is made by all workers together.
-        reads_batch: whether a pair's value depends on the others of its batch.
+        reads_batch: whether a pair's value depends on the others of its batch, which all workers make together.
         need: the `Need` of memory of a batch that is only scored.
 
     Raises:
@@ -70,7 +69,6 @@ class Objective:
         self.further = ("kl", DESIRABLE) if loss.unpaired else ()
         if self._routers:
             self.further += ("aux_loss", *(f"{SHARES}{i}" for i in range(experts_of(self._routers))))
-        self.together = loss.unpaired or bool(self._routers)
         self.reads_batch = loss.reads_batch or bool(self._routers)
 
     def __call__(self, batch, reference, gradient=False):
