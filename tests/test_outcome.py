@@ -331,7 +331,7 @@ def test_the_page_of_single_responses_has_each_on_its_own_side(tmp_path):
     figures |= {DESIRABLE: np.array([1.0, 0.0])}
     for name in ("rewards", "logps", "lengths"):
         figures |= {f"{name}/chosen": np.array([1.0, 0.0]), f"{name}/rejected": np.array([0.0, 2.0])}
-    reference = np.array([[[-11.0, 0], [-77.0, 0]], [[-22.0, 0], [-88.0, 0]]])
+    reference = np.array([[-11.0, -77.0], [-22.0, -88.0]])
     write_page(tmp_path, {}, [], [], [], None, 3, rows, figures, reference)
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r"logps ([\d.]+), reference (-[\d.]+)", text) == [("1.00", "-11.00"), ("2.00", "-22.00")]

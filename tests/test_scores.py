@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import some_pairs, tiny_llama
+from tiny import short_run, some_pairs, tiny_llama
 
 from mlx_lm.tuner.preference.divergence import mean_kl, token_kl
 from mlx_lm.tuner.preference.evaluation import means_of, pair_figures, without_adapters
@@ -15,6 +16,7 @@ from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.scores import (
+    SIDES,
     Scores,
     compared,
     described,
@@ -130,6 +132,22 @@ def test_each_pair_has_its_figures(scores):
     assert found.figures["loss"] == pytest.approx(np.logaddexp(0, -margins), abs=1e-5)
     ratios = found.figures["logps/chosen"] - logps[:, 0, 0]
     assert found.figures["rewards/chosen"] == pytest.approx(0.1 * ratios, abs=1e-5)
+
+
+def test_with_ld_alpha_rewards_are_what_the_logps_beside_them_come_to(tmp_path):
+    model, pairs = tiny_llama(moved=True), some_pairs(5, response=(1, 25))
+    args = SimpleNamespace(batch_size=2, test_batches=-1, resume_adapter_file=None, reference_model=None)
+    logps = np.random.default_rng(0).normal(-30, 9, (5, 2, 2)).astype(np.float32)
+    found = score(Objective(Scorer(model), preference_loss("dpo", ld_alpha=0.3)), pairs, args, logps)
+    for side in range(2):
+        ratios = found.figures[f"logps/{SIDES[side]}"] - found.reference[:, side]
+        assert found.figures[f"rewards/{SIDES[side]}"] == pytest.approx(0.1 * ratios, abs=1e-5)
+    short_run(model, pairs, tmp_path, valid=pairs, ld_alpha=0.3, beta=1.0, iters=1)
+    told = re.findall(r"reward (.*?), logps (.*?), reference (.*?)<", (tmp_path / "report.html").read_text())
+    assert len(told) == 10 and all(
+        float(reward) == pytest.approx(float(policy) - float(reference), abs=0.011)
+        for reward, policy, reference in told
+    )
 
 
 def test_the_lines_of_a_test(scores):

@@ -17,6 +17,7 @@ from .interruption import given_command, module_place
 from .metrics import SAMPLES_FILE, add_lines, begin_lines, best_of, read_metrics, read_validations
 from .nonfinite import places_of
 from .page import PAGE_FILE, table_rows, write_page
+from .scores import reference_totals
 from .sources import has_test_set
 
 
@@ -76,7 +77,7 @@ class Outcome:
             samples = read_metrics(self.folder / SAMPLES_FILE) if self.args.sample_prompts else []
             write_page(
                 self.folder, settings, read_validations(self.folder), self.health(), samples, picture,
-                iteration, self._rows, figures, self.logps.valid,
+                iteration, self._rows, figures, reference_totals(self.logps.valid, self.objective.loss),
             )  # fmt: skip
         if ended and self.config and "model" in self.config:
             write_card(self.folder, self.config, self.objective.loss, read_validations(self.folder))

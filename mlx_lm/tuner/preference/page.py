@@ -60,11 +60,11 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
         picture: path of the curves, or None.
         iteration, figures: of the validation that the table shows, and what `pair_figures` returned of it.
         rows: what `table_rows` returned.
-        reference: the reference's logps `(n, 2, 2)`, or None.
+        reference: what `reference_totals` returned.
     """
     pairs = []
     for i, row in enumerate(rows):
-        of_pair = figures_of(i, figures, None if reference is None else reference[:, :, 0])
+        of_pair = figures_of(i, figures, reference)
         pairs.append(row | {name.replace("/", "_"): value for name, value in of_pair.items()})
     pairs.sort(key=lambda pair: pair["rewards_margins"])
     text = _template().render(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..losses import ld_weighed
 from .divergence import mean_kl
 from .evaluation import evaluated_rows, means_of, pair_figures, reference_logps
 from .files import replace_file
@@ -28,7 +29,7 @@ class Scores(NamedTuple):
 
     Attributes:
         figures: `(n,)` float64 for each of FIGURES and TOKEN_FIGURES.
-        reference: `(n, 2)` float32, the reference's logps of chosen and rejected, or None.
+        reference: `(n, 2)` float32, what `reference_totals` returns.
         places, sources: of each pair, where its row stands, and its `source` or None.
         kl: `(KL, pairs)`: of the policy from the reference in nats a response token, and of how many pairs; or None.
     """
@@ -61,11 +62,23 @@ def score(objective, dataset, args, reference=None, base=None):
     at_hand = base is not None or (args.resume_adapter_file is None and args.reference_model is None)
     return Scores(
         figures,
-        None if reference is None else np.asarray(reference)[:, :, 0],
+        reference_totals(reference, objective.loss),
         [where(int(row)) for row in rows],
         [source(int(row)) for row in rows],
         mean_kl(objective.scorer, base, dataset, rows) if at_hand else None,
     )
+
+
+def reference_totals(reference, loss):
+    """The reference's logps of chosen and rejected as the loss and the policy's figures have them, with its ld_alpha.
+
+    Args:
+        reference: `(n, 2, 2)` float32 of `Reference.logps`, or None.
+
+    Returns:
+        `(n, 2)`, or None.
+    """
+    return None if reference is None else ld_weighed(*np.moveaxis(np.asarray(reference), -1, 0), loss.ld_alpha)
 
 
 def wilson(share, count):
