@@ -150,6 +150,19 @@ def test_with_ld_alpha_rewards_are_what_the_logps_beside_them_come_to(tmp_path):
     )
 
 
+def test_a_loss_that_sorts_the_batch_gives_no_pair_a_value_of_its_own():
+    """Of five pairs in batches of four each has its batch's mean, which the mean of all is made of."""
+    objective, pairs = Objective(Scorer(tiny_llama(moved=True)), preference_loss("aot", beta=1.0)), some_pairs(5)
+    logps = np.random.default_rng(0).normal(-30, 9, (5, 2, 2)).astype(np.float32)
+    figures = pair_figures(objective, pairs, np.arange(5), logps, 4)
+    gaps = figures["logps/chosen"] - figures["logps/rejected"], logps[:, 0, 0] - logps[:, 1, 0]
+    values, counts = np.unique(figures["loss"], return_counts=True)
+    assert sorted(counts) == [1, 4]
+    batch = figures["loss"] == values[counts.argmax()]
+    policy, reference = (np.sort(gap[batch]) for gap in gaps)
+    assert figures["loss"][batch] == pytest.approx(np.logaddexp(0, reference - policy).mean(), abs=1e-4)
+
+
 def test_the_lines_of_a_test(scores):
     found, _, means = scores
     first, second, head, *sources = described(found).splitlines()

@@ -150,6 +150,9 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
         taken = here if len(here) else places[:1]
         batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement, counted=len(here))
         losses, figures = objective.each(batch, reference_rows(reference, taken), by_token=True)
+        if objective.loss.sorts_batch:
+            # Its values belong to no pair: each has the mean of the batch.
+            losses = mx.broadcast_to((losses * batch.counts).sum() / batch.counts.sum(), losses.shape)
         return mx.stack([losses, *figures]), here, len(places)
 
     with evaluating(scorer.model), multiplied_once(scorer.model), bounded_memory(objective.need) as evaluate:
