@@ -147,7 +147,7 @@ def test_valid_share(tmp_path):
 
 
 def spoken(*texts):
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=False)]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,12 @@ def spoken(*texts):
             {"chosen_feature": "good", "rejected_feature": "bad"},
         ),
         (lambda n, i: {"chosen": f"Question {n}? Yes {i}.", "rejected": f"Question {n}? No."}, {}),
+        # Responses of several messages, which are no part of the prompt.
+        (lambda n, i: {"chosen": spoken(n, f"{i}", "Sure?", "Yes."), "rejected": spoken(n, "b", "Sure?", "No.")}, {}),
+        # A prompt in several forms, and with a key that nothing reads.
+        (lambda n, i: {"prompt": [{**message, "id": i} for message in spoken(n)], "chosen": "a", "rejected": "b"}, {}),
+        (lambda n, i: {"prompt": (n, spoken(n), json.dumps(spoken(n)))[i % 3], "chosen": f"a{i}", "rejected": "b"}, {}),
+        (lambda n, i: {"prompt": f"\n\nHuman: {n}\n\nAssistant:" + " " * (i % 5), "chosen": "a", "rejected": "b"}, {}),
     ],
 )
 def test_rows_of_one_prompt_of_every_layout_stay_together(row, features):

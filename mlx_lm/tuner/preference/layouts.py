@@ -3,6 +3,7 @@
 A layout is known by its keys; what the values hold is read in `rows.py`.
 """
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from .messages import OTHER_ROLES, decoded, kind, transcript
+from .messages import KEYS, OTHER_ROLES, decoded, kind, messages, transcript
 from .options import ConfigError, shown
 from .overlap import shared_text
 
@@ -207,7 +208,7 @@ def is_kto(row):
 
 
 def prompt_of(row, prompt_feature=None, chosen_feature="chosen", rejected_feature="rejected"):
-    """What tells the rows of one prompt, as text; None where it cannot be told."""
+    """What tells the rows of one prompt, as text, in whichever form they hold it; None where it cannot be told."""
     chosen, rejected = ("completion", "completion") if is_kto(row) else (chosen_feature, rejected_feature)
     try:
         laid, _, _ = recognised(row, prompt_feature, chosen, rejected)
@@ -216,20 +217,33 @@ def prompt_of(row, prompt_feature=None, chosen_feature="chosen", rejected_featur
         # As a row is read, which may hold an empty prompt beside whole conversations.
         if asked is None or (isinstance(asked, str) and not asked.strip() and _whole(own)):
             asked = _begun(own, laid.get("rejected", row.get(rejected))) or None
+        asked = _as_messages(asked)
     except (ConfigError, UselessRow):
         return None
-    return None if asked is None else json.dumps(asked, sort_keys=True, default=str)
+    return json.dumps(asked, sort_keys=True, default=str)
 
 
 def _begun(chosen, rejected):
     """The prompt that two responses begin with."""
-    if isinstance(chosen, str):
-        turns = transcript(chosen)
-        chosen = [message for message, _ in turns] if turns else decoded(chosen, "chosen") or chosen
-    if isinstance(chosen, list):
-        return chosen[:-1]
-    both_texts = isinstance(chosen, str) and isinstance(rejected, str)
-    return chosen[: shared_text(chosen, rejected)] if both_texts and chosen != rejected else None
+    texts = isinstance(chosen, str) and isinstance(rejected, str)
+    if texts and not transcript(chosen) and not decoded(chosen, "chosen"):
+        return chosen[: shared_text(chosen, rejected)] if chosen != rejected else None
+    sides = [_as_messages(side)[:-1] for side in (chosen, rejected)]
+    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
+
+
+def _as_messages(value):
+    """A text, a transcript or messages in any form as messages with the keys that are read."""
+    if isinstance(value, str):
+        turns = transcript(value)
+        value = [message for message, _ in turns] if turns else decoded(value, "prompt") or value
+    if isinstance(value, str):
+        value = {"role": "user", "content": value}
+    if not isinstance(value, list | Mapping):
+        raise ConfigError(f"the prompt is {kind(value)}; it must be a string or a list of messages.")
+    read = [{name: item for name, item in message.items() if name in KEYS} for message in messages(value, "prompt")]
+    # What a transcript has behind its last question: the name of who is to answer.
+    return read[:-1] if read and read[-1] == {"role": "assistant", "content": ""} else read
 
 
 def paired(rows, name, where, prompt=None):
