@@ -147,12 +147,17 @@ def test_transcripts():
         ("assistant", ""),
     ]
     assert [text[:end].rstrip().rsplit("\n", 1)[-1] for _, end in turns][:2] == ["more", "Assistant: Ho"]
+    # Lines that end as those of Windows do.
+    assert [turn for turn, _ in transcript("\r\n\r\nHuman: Hi\r\n\r\nAssistant: Ho")] == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+    ]
     for other in ("Human: Hi", "Hi\n\nHuman: a\n\nAssistant: b", "Assistant: a", ""):
         assert transcript(other) is None
 
 
 @pytest.mark.parametrize("read", [transcript, lambda text: decoded(text, "m")])
-@pytest.mark.parametrize("blank", ["\n", " ", "\n "])
+@pytest.mark.parametrize("blank", ["\n", " ", "\n ", "\r\n"])
 def test_long_white_space_is_read_at_once(read, blank):
     tic = time.process_time()
     for text in (blank * 10**5 + "x", "x" + blank * 10**5 + "."):

@@ -26,7 +26,7 @@ LOOKS_LIKE_MESSAGES = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](role|content|from|val
 # An answer may be JSON, cut off too; what has both of these, or begins with a role, is hardly one.
 WHO = re.compile(rf"['\"](role|from)['\"]\s*:\s*['\"]({'|'.join((*ROLES, *OTHER_ROLES))})['\"]")
 WHAT = re.compile(r"['\"](content|value)['\"]\s*:")
-TURN = re.compile(r"(?:\A|(?<=\S)(?=\s*\n\n))\s*(Human|Assistant):")
+TURN = re.compile(r"(?:\A|(?<=\S)(?=\s*\n\r?\n))\s*(Human|Assistant):")
 
 
 def from_json(text):
