@@ -75,6 +75,10 @@ def test_conversation_that_goes_on_from_the_prompts_last_message():
     assert read.rejected == [{"role": "assistant", "content": " Paris."}]
 
 
+def test_a_column_of_images_that_a_row_leaves_empty():
+    assert RowReader()(FORMS["strings"] | {"images": [], "image": None}).prompt == [USER]
+
+
 def test_keys_of_messages_that_nothing_reads_make_no_difference():
     one, two = ([message | {"id": f"{side}{i}"} for i, message in enumerate((USER, LIMA))] for side in "ab")
     reader = RowReader()
@@ -200,6 +204,8 @@ MALFORMED = [
     ({"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": "c"}, r"chosen\[0\]\.content is missing"),
     ({"prompt": [{"role": "user", "content": 3}], "chosen": "b", "rejected": "c"}, r"prompt\[0\]\.content is a number"),
     ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "b", "rejected": "c"}, "is not text"),
+    (FORMS["strings"] | {"images": ["a.png", "b.png"]}, "the row has images, and only text can be trained on; leave"),
+    ({"image": {"bytes": "x"}, "question": "a", "chosen": "b", "rejected": "c"}, "the row has image, and only text"),
     ({"chosen": "yes", "rejected": "no", "id": 3}, "there is no prompt; the row's keys are chosen, rejected, id"),
     ({"chosen": "yes", "rejected": [USER, LIMA]}, "must be of one type"),
     ({"chosen": [LIMA], "rejected": [PARIS]}, "share no leading messages"),

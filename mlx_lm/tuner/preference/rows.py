@@ -29,6 +29,8 @@ LARGEST = 3.4e38  # of float32
 # What the model never writes: a response that begins with one of these is a mistake in the row.
 NOT_THE_MODEL = ("system", "user", "tool")
 RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
+# Keys of what an answer is about that no text model sees.
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 READ = ("tools", "chat_template_kwargs", "margin", "weight", "source")
 # What chat templates of well-known models write at the beginning of a text.
 MARKERS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "[INST]", "<s>[INST]", "<start_of_turn>")
@@ -89,6 +91,8 @@ class RowReader:
         """
         if not isinstance(row, Mapping):
             raise ConfigError(f"the row is {kind(row)}; expected an object with {self.chosen} and {self.rejected}.")
+        if beside := next((key for key in NOT_TEXT if row.get(key)), None):
+            raise ConfigError(f"the row has {beside}, and only text can be trained on; leave such rows out.")
         laid, layout, keys = recognised(row, self.prompt, self.chosen, self.rejected)
         system_key = next((key for key in SYSTEM if row.get(key)), "system")
         read = {*keys, self.chosen, self.rejected, *READ, system_key}
