@@ -118,6 +118,10 @@ def test_short_prompts_may_be_repeated_by_chance():
         (LAYOUTS["Alpaca"] | {"input": [1]}, "input is a list; with chosen and rejected it must be a string"),
         ({"passage": "Long text.", "id": "7", "chosen": "a b", "rejected": "a c"}, "such as prompt_feature: passage"),
         (
+            {"task": "Coding", "trajectory": [{"from": "user", "value": "Who?"}], "chosen": "a", "rejected": "b"},
+            "such as prompt_feature: trajectory",
+        ),
+        (
             {"chosen": "The answer is 4.", "rejected": "The answer is 5."},
             "there is no prompt; .* Give each row a prompt",
         ),

@@ -103,13 +103,14 @@ def decoded(text, key):
             continue
         listed = found if isinstance(found, list) else [found]
         # If there are any, what is none is told.
-        return found if any(_is_message(item) for item in listed) else None
+        return found if any(is_message(item) for item in listed) else None
     if begins[1] == "role" or (WHO.search(text) and WHAT.search(text)):
         raise ConfigError(f"{key} is a string that begins as messages do but is not JSON; give the messages as a list.")
     return None
 
 
-def _is_message(value):
+def is_message(value):
+    """Whether a value has what tells a message."""
     return isinstance(value, Mapping) and ("role" in value or {"from", "value"} <= set(value))
 
 
