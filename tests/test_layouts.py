@@ -61,6 +61,12 @@ def test_system_and_further_keys_of_layouts():
         assert told == ["Hi", "Ho", "Name it.\nA planet"] and not reader.unread
 
 
+def test_a_key_that_is_named_as_a_responses_is_no_prompt():
+    row = {"messages": [USER, GOOD], "rejected_response": "No."}
+    with pytest.raises(ConfigError, match="without a prompt, messages and rejected_response must be of one type"):
+        RowReader(chosen="messages", rejected="rejected_response")(row)
+
+
 def test_a_key_that_is_named_comes_before_a_layout():
     row = LAYOUTS["Orca DPO pairs"] | {"prompt": "Other."}
     assert RowReader(prompt="question")(row).prompt == [USER]
@@ -111,6 +117,7 @@ def test_short_prompts_may_be_repeated_by_chance():
         ({"prompt": "a", "response": "b", "helpfulness": 3}, "chosen is missing; .*HelpSteer ratings, which hold one"),
         ({"prompt": "a", "completion": "b", "label": True}, "KTO rows, which hold one completion and its label"),
         ({"messages": [USER, GOOD]}, "conversations without a rejected response, which supervised training reads"),
+        ({"messages": [USER, GOOD], "rejected_response": "No."}, "rejected_response. chosen_feature and rejected_feat"),
         ({"text": "a"}, "texts, which supervised training reads"),
         ({"messages": [USER, GOOD], "chosen": "a", "rejected": "b"}, "no prompt, and messages ends with an answer"),
         ({"conversations": [{"from": "gpt", "value": "a"}], "chosen": "a", "rejected": "b"}, "ends with an answer"),

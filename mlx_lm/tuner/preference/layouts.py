@@ -164,7 +164,8 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
             if _holds(row, layout.keys):
                 return layout.read(row), layout.name, (*layout.keys, *layout.reads)
         for keys, what in NO_PAIRS:
-            if _holds(row, keys):
+            # A rejected response under a name of its own makes a pair, which features can name.
+            if _holds(row, keys) and not any("reject" in str(key).lower() for key in row):
                 raise ConfigError(f"chosen is missing; the row's keys are {', '.join(map(str, row))}: {what}.")
         return {}, PLAIN, ()
     if prompt is not None or row.get("prompt") is not None or _whole(row.get(chosen)) and _whole(row.get(rejected)):
@@ -172,7 +173,7 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
         return {"prompt": row.get(key)}, PLAIN if row.get(key) is not None else IMPLICIT, (key,)
     if isinstance(row.get("instruction"), str):
         return {"prompt": _alpaca_prompt(row)}, "Alpaca pairs", ALPACA
-    key = next((key for key in PROMPTS if row.get(key)), None)
+    key = next((key for key in PROMPTS if row.get(key) and key not in (chosen, rejected)), None)
     if key is None:
         return {"prompt": None}, IMPLICIT, ()
     return {"prompt": _asked(row[key], key, chosen)}, f"{key}, {chosen}, {rejected}", (key,)
