@@ -124,6 +124,15 @@ def test_parquet_and_saved_data_sets(tmp_path):
     assert len(load(tmp_path / "one")[0]) == 2
 
 
+@pytest.mark.parametrize("change", [lambda file: b"version https://git-lfs.github.com/spec/v1", lambda file: file[:-9]])
+def test_a_broken_parquet_file_is_named(tmp_path, change):
+    package = pytest.importorskip("datasets")
+    package.Dataset.from_list([ROW]).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "train.parquet").write_bytes(change((tmp_path / "train.parquet").read_bytes()))
+    with pytest.raises(ConfigError, match=r"train\.parquet cannot be read as Parquet \(.*footer"):
+        load(tmp_path)
+
+
 def test_parquet_without_the_datasets_package(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     (tmp_path / "train.parquet").write_bytes(b"PAR1")

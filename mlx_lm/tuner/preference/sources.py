@@ -98,7 +98,7 @@ def read_file(path, package):
         if kind in (".csv", ".tsv"):
             return _read_table(path, "\t" if kind == ".tsv" else ",")
         if kind == ".parquet":
-            return of_hub(package().load_dataset("parquet", data_files=str(path), split="train"), path)
+            return _read_parquet(path, package())
         if kind == ".json":
             return _read_json(path)
         return _read_lines(path)
@@ -182,6 +182,15 @@ def _whole(path):
         return from_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return None
+
+
+def _read_parquet(path, package):
+    try:
+        return of_hub(package.load_dataset("parquet", data_files=str(path), split="train"), path)
+    except (ValueError, package.exceptions.DatasetsError) as error:
+        # What the package tells last of a broken file is only that there was an error.
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{path} cannot be read as Parquet ({reason}).") from error
 
 
 def _read_json(path):
