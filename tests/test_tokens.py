@@ -10,6 +10,7 @@ from tokenizers import normalizers
 
 from mlx_lm.tuner.datasets import PreferenceDataset
 from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.tokens import PairEncoder
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 USER = {"role": "user", "content": "Who?"}
@@ -280,6 +281,17 @@ def test_unscored_turns_behind_text_that_the_tokenizer_changes_or_splits(name, a
     assert first.strip().startswith(answer) and first.strip()[len(answer) :].strip() in tokenizer.all_special_tokens
     assert "go on \u0e2a" in between and "The end" not in between
     assert last.strip().startswith("The end of it")
+
+
+def test_turns_of_a_long_response_are_found_without_reading_it_anew_for_each(monkeypatch):
+    spoken = [{"role": role, "content": f"{i} Lima"} for i in range(30) for role in ("assistant", "user")]
+    row = ROW | {"chosen": [*spoken, {"role": "assistant", "content": "Peru"}]}
+    read, decode = [], PairEncoder._decode
+    monkeypatch.setattr(PairEncoder, "_decode", lambda self, tokens: read.append(len(tokens)) or decode(self, tokens))
+    found = pair(tokenizers.qwen(), row)
+    assert len(found.unscored[0]) == 30
+    # Each token a few times, not a few times a turn.
+    assert sum(read) < 40 * len(found.chosen)
 
 
 def test_tool_call_that_the_template_leaves_out_is_refused():

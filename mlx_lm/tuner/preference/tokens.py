@@ -111,11 +111,15 @@ class PairEncoder:
         # Where the responses' tokens begin in their texts.
         begin = len(self._decode(prompt[len(self.lead) :]))
         for text, response, cuts in zip(texts[1:3], (chosen, rejected), texts.unscored, strict=True):
-            found = []
+            found, at = [], (0, 0)
+            kept = bool(cuts) and self._decode(self._encode(text)) == text
             for start, stop in cuts:
-                # As the tokenizer writes the text, which may have other characters: composed ones, or a space in front.
-                sizes = [len(self._decode(self._encode(text[:cut]))) - begin for cut in (start, stop)]
-                places = [self._tokens_before(prompt, response, size) for size in sizes]
+                places = []
+                for cut in (start, stop):
+                    # As the tokenizer writes the text: with composed letters, or a space in front, if it does so.
+                    size = (cut if kept else len(self._decode(self._encode(text[:cut])))) - begin
+                    at = self._tokens_before(prompt, response, size, *at)
+                    places.append(at[0])
                 found.append((self._behind_end(response, places[0]), places[1]))
             spans.append(tuple(span for span in found if span[0] < span[1]))
         return tuple(spans) if any(spans) else ()
@@ -127,15 +131,25 @@ class PairEncoder:
             end -= 1
         return end if end > 0 and response[end - 1] in self.eos_ids else at
 
-    def _tokens_before(self, prompt, response, size):
-        """How many tokens of a response its first `size` characters have."""
-        tail = prompt[-8:]
+    def _tokens_before(self, prompt, response, size, first=0, known=0):
+        """How many tokens of a response its first `size` characters have, of which `first` have `known`.
+
+        Returns:
+            `(tokens, characters)`: that many tokens, and the characters that they have.
+        """
+        tail = response[max(0, first - 8) : first] or prompt[-8:]
 
         def written(count):
             # Of a character of several tokens nothing counts before its last one.
-            return len(self._decode(tail + response[:count]).rstrip("\ufffd"))
+            return len(self._decode(tail + response[first:count]).rstrip("\ufffd"))
 
-        return bisect_left(range(len(response)), size + written(0), key=written)
+        goal = size - known + written(first)
+        # No further than needed, because a response of many turns is long.
+        last = first + 1
+        while last < len(response) and written(last) < goal:
+            last += last - first
+        count = first + bisect_left(range(first, min(last, len(response))), goal, key=written)
+        return count, known + written(count) - written(first)
 
     def _tokenize(self, texts):
         inner = self.tokenizer._tokenizer if isinstance(self.tokenizer, TokenizerWrapper) else self.tokenizer
