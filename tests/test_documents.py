@@ -284,8 +284,7 @@ def test_recipes_say_how_to_run_them_and_count_what_they_say(path):
 def pairs_of(rows, folder):
     """The pairs that the command makes of rows, with the example's tokenizer."""
     folder.mkdir()
-    for split in ("train", "valid"):
-        (folder / f"{split}.jsonl").write_text(rows)
+    (folder / "train.jsonl").write_text(rows)
     config = config_of(f"data: {folder}\ntrain: true\nloss_type: dpo")
     check_config(config)
     train, _, _ = load_dataset(config, load_tokenizer(ROOT / MODEL))

@@ -166,6 +166,15 @@ def test_valid_share(tmp_path):
     assert [len(split) for split in load(tmp_path, valid_share=0.2)] == [20, 1, 0]
 
 
+def test_prompts_that_are_validated_and_trained_on_are_told(tmp_path, capsys):
+    rows = [ROW | {"prompt": f"n{i}"} for i in range(10)]
+    for name, some in (("train", rows[:8]), ("valid", rows[6:]), ("test", rows[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    load(tmp_path, test=True)
+    told = capsys.readouterr().out
+    assert "valid.jsonl: 2 of 4 pairs have a prompt that is trained on" in told and told.count("trained on") == 1
+
+
 def spoken(*texts):
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=False)]
 
@@ -233,8 +242,8 @@ def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
 
 def test_the_layout_is_told_once_with_the_first_row(tmp_path, capsys):
     row = {"question": "Who?", "chosen": "It is Lima.", "rejected": "Paris. " * 30, "id": 7}
-    for split in ("train", "valid"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    for split, asked in (("train", "Who?"), ("valid", "Where?")):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row | {"question": asked}))
     load(tmp_path)
     said = capsys.readouterr().out
     assert said == (

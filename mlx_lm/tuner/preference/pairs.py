@@ -145,6 +145,10 @@ class PreferenceDataset:
         """How many rows were read and left out, prompts cut and responses cut, by these names."""
         return {name: self._counts[name] for name in ("read", "left out", "prompts cut", "responses cut")}
 
+    def prompts(self):
+        """A number for the prompt of each pair, the same one for the same tokens."""
+        return (hash(pair.prompt.tobytes()) for pair in self._pairs)
+
     def where(self, idx):
         """The place of a pair's row, such as its file and line."""
         return self._where(self._numbers[idx])
