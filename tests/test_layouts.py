@@ -72,6 +72,13 @@ def test_a_key_that_is_named_comes_before_a_layout():
     assert RowReader(prompt="question")(row).prompt == [USER]
 
 
+def test_prompts_of_several_turns_of_helpsteer2():
+    asked = "Who?\n<extra_id_1>Assistant\nMe.\n<extra_id_1>User\nName a planet."
+    read = RowReader()(LAYOUTS["HelpSteer2 preferences"] | {"prompt": asked})
+    assert read.prompt == [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}, USER]
+    assert (read.chosen, read.rejected) == ([GOOD], [BAD])
+
+
 def test_transcripts_of_several_turns():
     start = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Name a planet.\n\nAssistant:"
     read = RowReader()({"chosen": start + " It is Mars.", "rejected": start + " It is no."})

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mlx_lm.tuner.preference.messages import decoded, message, messages, tools, transcript
+from mlx_lm.tuner.preference.messages import decoded, marked_turns, message, messages, tools, transcript
 from mlx_lm.tuner.preference.options import ConfigError
 
 
@@ -156,7 +156,18 @@ def test_transcripts():
         assert transcript(other) is None
 
 
-@pytest.mark.parametrize("read", [transcript, lambda text: decoded(text, "m")])
+def test_turns_of_helpsteer2():
+    turns = marked_turns("Who?\n\n<extra_id_1>Assistant\nLima.\n\nYes.\n<extra_id_1>User\nSure?")
+    assert [(turn["role"], turn["content"]) for turn in turns] == [
+        ("user", "Who?"),
+        ("assistant", "Lima.\n\nYes."),
+        ("user", "Sure?"),
+    ]
+    for other in ("Who?", "What is <extra_id_1>?", "<extra_id_0>System\n\n<extra_id_1>User\nWho?"):
+        assert marked_turns(other) is None
+
+
+@pytest.mark.parametrize("read", [transcript, marked_turns, lambda text: decoded(text, "m")])
 @pytest.mark.parametrize("blank", ["\n", " ", "\n ", "\r\n"])
 def test_long_white_space_is_read_at_once(read, blank):
     tic = time.process_time()

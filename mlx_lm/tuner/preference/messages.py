@@ -26,6 +26,7 @@ LOOKS_LIKE_MESSAGES = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](role|content|from|val
 # An answer may be JSON, cut off too; what has both of these, or begins with a role, is hardly one.
 WHO = re.compile(rf"['\"](role|from)['\"]\s*:\s*['\"]({'|'.join((*ROLES, *OTHER_ROLES))})['\"]")
 WHAT = re.compile(r"['\"](content|value)['\"]\s*:")
+LATER_TURN = re.compile(r"<extra_id_1>(User|Assistant)\n")
 TURN = re.compile(r"(?:\A|(?<=\S)(?=\s*\n\r?\n))\s*(Human|Assistant):")
 
 
@@ -128,6 +129,15 @@ def transcript(text):
         ({"role": "user" if mark[1] == "Human" else "assistant", "content": text[mark.end() : end].strip()}, end)
         for mark, end in zip(marks, ends, strict=True)
     ]
+
+
+def marked_turns(text):
+    """The messages of a prompt whose turns behind the first are marked as HelpSteer2's are; None without such."""
+    first, *rest = map(str.rstrip, LATER_TURN.split(text))
+    if not rest or first.startswith("<extra_id_"):
+        return None
+    later = zip(rest[::2], rest[1::2], strict=True)
+    return [{"role": "user", "content": first}, *({"role": role.lower(), "content": said} for role, said in later)]
 
 
 def tools(value):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, recognised
-from .messages import KEYS, decoded, is_message, kind, messages, speaks, tools, transcript
+from .messages import KEYS, decoded, is_message, kind, marked_turns, messages, speaks, tools, transcript
 from .options import ConfigError, nearest, shown
 from .overlap import shared_text, without_prompt
 
@@ -156,6 +156,8 @@ class RowReader:
                 state = "null" if key in row else f"missing{nearest(key, row)}"
                 raise ConfigError(f"{key} (prompt_feature) is {state}.")
             return None
+        if self.chat and isinstance(value, str):
+            value = marked_turns(value) or value
         prompt = self._text_or_messages(value, key)
         if prompt == []:
             raise ConfigError(f"{key} is an empty list; it needs a message.")
