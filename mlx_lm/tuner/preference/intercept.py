@@ -43,7 +43,7 @@ def aside():
 
 @contextmanager
 def exchanged(owner, name, replacement):
-    """Within the context, this attribute of `owner`, a file's module or a layer, is `replacement`."""
+    """Within the context, this attribute of `owner` is `replacement`."""
     original = getattr(owner, name)
     setattr(owner, name, replacement)
     try:

@@ -19,7 +19,7 @@ from ...models.cache import CacheList, ChunkedKVCache, ConcatenateKVCache, KVCac
 from ...utils import token_logps
 from .attention import PackedCache, PackedState, RowCache, on_cuda
 from .batches import PACKED, PLAIN, make_batch
-from .intercept import drawing_from, evaluating, intercepted, parameters_in
+from .intercept import drawing_from, evaluating, exchanged, intercepted, parameters_in
 from .layers import convolved_channels, is_float32, layers_of, lean_layers
 from .pairs import Pair
 from .siblings import find_siblings
@@ -131,13 +131,10 @@ class Scorer:
         if self._is_lean:
             yield
             return
-        self._is_lean = True
-        try:
-            # Others than layers that convolve read the layout from their cache alone.
-            with lean_layers(self._modules, PackedCache(batch.layout) if batch.layout and self._channels else None):
-                yield
-        finally:
-            self._is_lean = False
+        # Others than layers that convolve read the layout from their cache alone.
+        packed = PackedCache(batch.layout) if batch.layout and self._channels else None
+        with exchanged(self, "_is_lean", True), lean_layers(self._modules, packed):
+            yield
 
     def states(self, tokens, cache=None):
         """Hidden states `(B, T, D)` of tokens `(B, T)`, or logits `(B, T, V)` where there is no head."""

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
 from .batches import as_batch
 from .flat import FlatParameters
-from .intercept import aside
+from .intercept import aside, exchanged
 from .memory import Need
 from .nonfinite import update_if
 from .routing import experts_of, load_balancing_loss, routed, routers_of
@@ -97,12 +97,8 @@ class Objective:
     @contextmanager
     def watching(self):
         """Within the context, routers are listened to: around a backward pass too, which may compute layers again."""
-        routers, self._unwatched = self._unwatched, []
-        try:
-            with routed(routers):
-                yield
-        finally:
-            self._unwatched = routers
+        with routed(self._unwatched), exchanged(self, "_unwatched", []):
+            yield
 
     def each(self, batch, reference, gradient=False, by_token=False):
         """As `__call__`, pair by pair.
