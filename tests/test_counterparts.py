@@ -233,6 +233,14 @@ def test_smoothing_that_reaches_dpo_here_alone_is_told():
     assert "label_smoothing: 0.1\n" in translate(smoothed | {"loss_type": ["exo_pair", "robust"]}, "dpo.yaml")
 
 
+def test_updates_that_come_otherwise_are_told():
+    text = translate({"gradient_accumulation_steps": 4, "max_steps": 20, "warmup_steps": 4}, "dpo.yaml")
+    assert "grad_accumulation_steps: 4  # an epoch's last batches wait for the next epoch's;" in text
+    assert "warmup: 4}  # TRL's default; decays from an update later on than there\n" in text
+    text = translate({"max_steps": 20, "warmup_steps": 4, "lr_scheduler_type": "constant_with_warmup"}, "dpo.yaml")
+    assert "grad_accumulation_steps: 1  # TRL's default\n" in text and "warmup: 4}\n" in text
+
+
 def rate_of_trl(update, rate, updates, warmup):
     """The rate of an update of transformers' linear schedule with warmup."""
     return rate * (update / warmup if update < warmup else (updates - update) / (updates - warmup))

@@ -36,7 +36,11 @@ TRL = (
     Counterpart("label_smoothing", "label_smoothing", "smooths `dpo` too, which TRL 1.16 does not"),
     Counterpart("learning_rate", "learning_rate"),
     Counterpart("per_device_train_batch_size", "batch_size", "pairs over all workers; there those of one device"),
-    Counterpart("gradient_accumulation_steps", "grad_accumulation_steps"),
+    Counterpart(
+        "gradient_accumulation_steps",
+        "grad_accumulation_steps",
+        "an epoch's last batches wait for the next epoch's; there they make an update",
+    ),
     Counterpart("num_train_epochs", "epochs", "in place of `iters`"),
     Counterpart("max_steps", "iters", "counts batches, there updates"),
     Counterpart("max_length", "max_seq_length", "the prompt loses its left; there the end goes, or the whole pair"),

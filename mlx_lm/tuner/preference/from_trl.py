@@ -228,7 +228,8 @@ def _length(made):
     """Steps, and what bounds them; the number of updates where the file says it."""
     accumulated = made.take("gradient_accumulation_steps")
     made.carry("batch_size", "per_device_train_batch_size", _differs("batch_size"))
-    made.put("grad_accumulation_steps", accumulated, "gradient_accumulation_steps")
+    told = _differs("grad_accumulation_steps") if accumulated > 1 else ""
+    made.put("grad_accumulation_steps", accumulated, "gradient_accumulation_steps", note=told)
     epochs, updates = made.take("num_train_epochs"), made.take("max_steps")
     if updates > 0:
         made.put("iters", updates * accumulated, "max_steps", note=_differs("iters"))
@@ -276,7 +277,9 @@ def _schedule(made, updates):
         letters = ("U - W", "W") if warmup else ("U", 0)
         return made.note(f"lr_schedule: {wanted} there; with U updates {_text(_schedule_of(kind, rate, *letters))}.")
     warmup = math.ceil(warmup * updates) if warmup < 1 else int(warmup)
-    made.put("lr_schedule", _schedule_of(kind, rate, max(updates - warmup, 1), warmup), "lr_scheduler_type")
+    told = "decays from an update later on than there" if warmup and kind != "constant_with_warmup" else ""
+    schedule = _schedule_of(kind, rate, max(updates - warmup, 1), warmup)
+    made.put("lr_schedule", schedule, "lr_scheduler_type", note=told)
 
 
 def _schedule_of(kind, rate, decay, warmup):
