@@ -209,9 +209,11 @@ def test_a_file_without_keys_has_trls_defaults():
         "adapter_path",
         "data",
         "use_chat_template",
+        "router_aux_loss_coef",
         "lora_parameters",
         "lr_schedule",
     ]
+    assert "router_aux_loss_coef" not in translate({"router_aux_loss_coef": 0.0}, "dpo.yaml")
 
 
 @pytest.mark.parametrize(("kind", "loss"), [("DPOConfig", "sigmoid"), ("KTOConfig", "kto")])

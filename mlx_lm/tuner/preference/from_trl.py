@@ -195,6 +195,8 @@ def _loss(made, default):
         made.put("reference_update_steps", every, "ref_model_sync_steps")
         made.put("reference_mixup_alpha", share, "ref_model_mixup_alpha")
     made.carry("reference_batch_size", "precompute_ref_batch_size")
+    if "router_aux_loss_coef" not in made.given:
+        made.note(f"router_aux_loss_coef: {_differs('router_aux_loss_coef')}, where it is a mixture of experts.")
     made.carry("router_aux_loss_coef", "router_aux_loss_coef")
 
 
