@@ -243,6 +243,11 @@ def test_updates_that_come_otherwise_are_told():
     assert "grad_accumulation_steps: 1  # TRL's default\n" in text and "warmup: 4}\n" in text
 
 
+def test_arguments_of_a_schedule_are_left_out_and_told():
+    given = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 20}
+    assert "lr_scheduler_kwargs: left out; write what they ask for." in config_of(given)[1]
+
+
 def rate_of_trl(update, rate, updates, warmup):
     """The rate of an update of transformers' linear schedule with warmup."""
     return rate * (update / warmup if update < warmup else (updates - update) / (updates - warmup))

@@ -48,13 +48,12 @@ TRL = (
     Counterpart("max_grad_norm", "max_grad_norm", "not set, no clipping; there 0"),
     Counterpart("optim", "optimizer"),
     Counterpart(
-        "weight_decay adam_beta1 adam_beta2 adam_epsilon optim_args",
+        "weight_decay adam_beta1 adam_beta2 adam_epsilon",
         "optimizer_config",
         "torch's Adam is `bias_correction: true`; MLX's AdamW decays by 0.01 by default",
     ),
-    Counterpart(
-        "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio", "lr_schedule", "needs the number of updates"
-    ),
+    Counterpart("lr_scheduler_type warmup_steps warmup_ratio", "lr_schedule", "needs the number of updates"),
+    Counterpart("optim_args lr_scheduler_kwargs", "optimizer_config lr_schedule", "left out; write what they ask for"),
     Counterpart("logging_steps", "steps_per_report", "counts batches, there updates"),
     Counterpart("eval_strategy", "val_batches", "`no` is 0; here a run validates before its first step, too"),
     Counterpart("eval_steps", "steps_per_eval", "counts batches, there updates"),
