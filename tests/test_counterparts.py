@@ -243,6 +243,12 @@ def test_updates_that_come_otherwise_are_told():
     assert "grad_accumulation_steps: 1  # TRL's default\n" in text and "warmup: 4}\n" in text
 
 
+@pytest.mark.parametrize(("there", "told"), [({}, True), ({"weight_decay": 0.0}, False), (PEFT, False)])
+def test_what_decays_here_alone_is_told(there, told):
+    text = translate({"model_name_or_path": "m", "weight_decay": 0.1, **there}, "dpo.yaml")
+    assert ("norms and biases decay, too, but not there" in text) == told
+
+
 def test_arguments_of_a_schedule_are_left_out_and_told():
     given = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 20}
     assert "lr_scheduler_kwargs: left out; write what they ask for." in config_of(given)[1]

@@ -259,7 +259,9 @@ def _optimizer(made, updates):
     optimizer = name if name in known else "adamw"
     exact = optimizer == name or name.startswith("adamw_torch")
     made.put("optimizer", optimizer, "optim", note="" if exact else f"{name} there")
-    made.put("optimizer_config", {optimizer: known.get(optimizer, adam)})
+    full = "model_name_or_path" in made.given and not made.given.get("use_peft")
+    told = "norms and biases decay, too, but not there" if decay and full else ""
+    made.put("optimizer_config", {optimizer: known.get(optimizer, adam)}, note=told)
     if (clip := made.take("max_grad_norm") or 0) > 0:
         made.put("max_grad_norm", clip, "max_grad_norm")
     made.put("learning_rate", made.take("learning_rate"), "learning_rate")
