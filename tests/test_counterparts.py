@@ -209,6 +209,7 @@ def test_a_file_without_keys_has_trls_defaults():
         "adapter_path",
         "data",
         "use_chat_template",
+        "score",
         "router_aux_loss_coef",
         "lora_parameters",
         "lr_schedule",

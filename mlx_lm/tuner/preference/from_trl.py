@@ -109,6 +109,7 @@ def translate(given, name):
     made.note(f"{name}, a {'KTO' if kto else 'DPO'}Config of TRL, in the words of mlx_lm.lora.")
     _model_and_data(made)
     made.note("use_chat_template: strings become turns of a chat here; false trains them as they stand, as TRL does.")
+    made.note("score: of a response the model's own turns here; all scores those of users and tools, too, as TRL does.")
     made.put("train", True)
     _loss(made, ["kto"] if kto else DEFAULTS["loss_type"])
     _adapters(made)
