@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ from mlx_lm.tuner.preference.checkpoint import (
     starting_point,
 )
 from mlx_lm.tuner.preference.files import replace_file, replace_files
+from mlx_lm.tuner.preference.interruption import Interrupted
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps
 from mlx_lm.tuner.preference.objective import preference_loss
@@ -259,6 +261,21 @@ def test_the_last_steps_of_a_run_that_ends_early_are_reported(tmp_path):
     trained(tmp_path, **options)
     lines = [line for line in metrics(tmp_path) if "loss" in line]
     assert [line["iteration"] for line in lines] == [2]
+
+
+def test_a_signal_at_a_save_leaves_its_numbered_adapters(tmp_path, monkeypatch):
+    def asked(request, meets):
+        steps.append(meets)
+        request.number = signal.SIGTERM if len(steps) == 3 else None
+        return len(steps) == 3
+
+    steps = []
+    monkeypatch.setattr("mlx_lm.tuner.preference.run.asked_anywhere", asked)
+    with pytest.raises(Interrupted):
+        trained(tmp_path, config={})
+    trained(tmp_path, config={}, resume=True)
+    assert {path.name for path in tmp_path.glob("0*_adapters*")} == {f"000000{n}_adapters.safetensors" for n in (3, 6)}
+    assert (tmp_path / "0000003" / "adapters.safetensors").is_file()
 
 
 def test_a_gradient_that_will_be_left_out_stops_no_save(tmp_path, monkeypatch):

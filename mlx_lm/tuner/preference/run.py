@@ -202,13 +202,13 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
             validate()
         if due.refresh:
             refresh()
-        if stops:
-            break
         if due.save:
             report.count(window, progress)
             numbered = save(numbered=True)
             if numbered is not None:
                 report.ui.report_save(numbered)
+        if stops:
+            break
     # What the last report did not tell: one goes on in a run that is resumed, the other is over.
     if request.number is not None:
         report.count(window, progress)
