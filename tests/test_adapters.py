@@ -7,6 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from architectures import make_model
 from mlx.utils import tree_map
 from mlx_lm.tuner.lora import LoRALinear
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
@@ -15,6 +16,7 @@ import mlx_lm.lora
 from mlx_lm.tuner.preference.batches import PLAIN, Schedule, make_batch
 from mlx_lm.tuner.preference.check import check_config
 from mlx_lm.tuner.preference.flat import lora_plus
+from mlx_lm.tuner.preference.load import add_adapters
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
@@ -113,6 +115,11 @@ def test_the_scale_of_alpha_over_the_root_of_the_rank_is_trained_and_saved(tmp_p
 def test_what_does_not_fit_is_refused(changes, told):
     with pytest.raises(ConfigError, match=told):
         check_config(config(**changes))
+
+
+def test_dora_on_experts_is_refused_in_one_sentence():
+    with pytest.raises(ConfigError, match=r"given DoRA adapters .*: SwitchLinear doesn't support DoRA yet\.$"):
+        add_adapters(None, make_model("mixtral"), 2, {"rank": 4, "scale": 20.0, "dropout": 0.0}, use_dora=True)
 
 
 # A moving reference

@@ -133,7 +133,7 @@ def add_adapters(resume_adapter_file, model, num_layers, parameters, use_dora=Fa
         linear_to_lora_layers(model, num_layers, parameters, use_dora)
         # A layer whose weight a model reads without calling it, and DoRA of a packed embedding, fail only then.
         with evaluating(model):
-            mx.eval(model(mx.zeros((1, 1), mx.int32)))
+            model(mx.zeros((1, 1), mx.int32))
     except (ValueError, AttributeError, TypeError, OverflowError) as error:
         kind = "DoRA" if use_dora else "LoRA"
         at = next((f" ({name})" for name, module in model.named_modules() if module is getattr(error, "obj", None)), "")
