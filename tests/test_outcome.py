@@ -337,6 +337,15 @@ def test_the_page_of_single_responses_has_each_on_its_own_side(tmp_path):
     assert re.findall(r"logps ([\d.]+), reference (-[\d.]+)", text) == [("1.00", "-11.00"), ("2.00", "-22.00")]
 
 
+def test_one_report_is_seen(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure))
+    for key in ("loss", "eval_loss"):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 9, key: 0.7}) + "\n")
+        curves.plot_metrics(tmp_path)
+        assert drawn[-1].axes[0].lines[0].get_marker() in ("s", "o")
+
+
 def test_runs_of_any_name_are_in_the_legend(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure))

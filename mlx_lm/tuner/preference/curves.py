@@ -121,7 +121,9 @@ def _draw(axes, title, curves):
             # Beyond any figure of a run, and what no axis can show.
             points = [point for point in points if isinstance(point[1], (int, float)) and abs(point[1]) < 1e30]
             if points:
-                axes.plot(*zip(*points, strict=True), style, color=f"C{color % 10}", label=label and label + kind)
+                # A line of one point is not seen.
+                marker = "s" if len(points) == 1 and style == "-" else style
+                axes.plot(*zip(*points, strict=True), marker, color=f"C{color % 10}", label=label and label + kind)
     axes.set_title(title)
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.3)
