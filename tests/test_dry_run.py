@@ -15,7 +15,7 @@ import mlx_lm.lora
 from mlx_lm.tuner.datasets import PreferenceDataset
 from mlx_lm.tuner.preference import dry_run, memory
 from mlx_lm.tuner.preference.batches import lengths_of
-from mlx_lm.tuner.preference.dry_run import describe_data, text_of, with_marks
+from mlx_lm.tuner.preference.dry_run import describe_data, marked, text_of, with_marks
 
 EXAMPLES = Path(mlx_lm.lora.__file__).parent / "examples"
 # A large rate, so that a step that was taken would show.
@@ -182,3 +182,11 @@ def test_spans_that_are_not_scored_stand_outside_of_the_marks():
     assert text_of(Letters(), [-70]) == "\\x1b", "an escape sequence of the data is none on the terminal"
     long = text_of(Letters(), [0] * 2000)
     assert "1400 characters" in long and len(long) < 700
+
+
+def test_no_colour_where_none_is_wanted(monkeypatch):
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert marked("a", True) == "\033[32ma\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert marked("a", True) == "\u27e6a\u27e7"

@@ -1,5 +1,6 @@
 """A dry run: what a run would read, and what memory and time it would take; nothing is trained or written."""
 
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -72,8 +73,9 @@ def with_marks(tokenizer, tokens, unscored):
 
 
 def marked(text):
-    """What is scored of a text, in green on a terminal, and between brackets elsewhere."""
-    return f"\033[32m{text}\033[0m" if sys.stdout.isatty() else f"\u27e6{text}\u27e7"
+    """What is scored of a text, in green on a terminal that may have colours, and between brackets elsewhere."""
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return f"\033[32m{text}\033[0m" if colored else f"\u27e6{text}\u27e7"
 
 
 def text_of(tokenizer, tokens):
