@@ -187,6 +187,6 @@ def test_spans_that_are_not_scored_stand_outside_of_the_marks():
 def test_no_colour_where_none_is_wanted(monkeypatch):
     monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert marked("a", True) == "\033[32ma\033[0m"
+    assert marked("a") == "\033[32ma\033[0m"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert marked("a", True) == "\u27e6a\u27e7"
+    assert marked("a") == "\u27e6a\u27e7"
