@@ -472,6 +472,20 @@ def vectors_table():
     return markdown_table(header, rows) + "\n\n" + made_by(found)
 
 
+def siblings_table():
+    """Milliseconds a step with LoRA layers that read one input computed apart and together."""
+    found, rows = result("siblings_h200"), []
+    for row in found["rows"]:
+        times = (
+            f"{statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})"
+            for ms in (row["apart_ms"], row["together_ms"])
+        )
+        memory = (f"{row[f'{how}_gb']:.2f}" for how in ("apart", "together"))
+        rows.append((row["model"], row["pairs"], *times, *memory))
+    header = ("model", "pairs a step", "ms a step, apart", "together", "peak GB, apart", "together")
+    return markdown_table(header, rows) + "\n\n" + made_by(found)
+
+
 def kernels_table():
     """Milliseconds a step and memory with and without this project's own copying kernels on CUDA."""
     found, rows = result("kernels_h200"), []
@@ -556,6 +570,7 @@ REGIONS = {
     "gpus": (BENCHMARKS, gpus_table),
     "cache": (BENCHMARKS, cache_table),
     "vectors": (BENCHMARKS, vectors_table),
+    "siblings": (BENCHMARKS, siblings_table),
     "kernels": (BENCHMARKS, kernels_table),
     "malloc": (BENCHMARKS, malloc_table),
     "recurrent": (BENCHMARKS, recurrent_table),
