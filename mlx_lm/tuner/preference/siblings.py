@@ -46,6 +46,7 @@ class Siblings:
             for linear, own in zip(linears, self._columns, strict=True):
                 linear[name] = self.linear[name][own]
         mx.eval(self.linear.parameters(), [linear.parameters() for linear in linears])
+        mx.clear_cache()  # what they were before has the size of nothing that comes
         self._joined = self._input = self._outputs = None
         for layer in layers:
             # A circle would keep a model that is let go of until Python looks for such.
