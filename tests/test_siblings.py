@@ -1,6 +1,8 @@
 """LoRA layers that read one input computed as one, against each by itself."""
 
+import copy
 import gc
+import pickle
 import weakref
 from contextlib import nullcontext
 from functools import partialmethod
@@ -159,6 +161,16 @@ def test_the_model_stays_what_it_was():
     assert all(own.linear.weight.size == sum(x.linear.weight.size for x in own.layers) for own in scorer.siblings)
     # A second scorer of the model has the same, and no second copy of the weights.
     assert list(map(id, Scorer(model, together=True).siblings)) == list(map(id, scorer.siblings))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_has_none_of_its_siblings(copied):
+    model = tiny_llama(moved=True)
+    scorer = Scorer(model, together=True)
+    other = Scorer(copied(model), together=False)
+    batch = make_batch(PAIRS, scorer.arrangement)[0]
+    with multiplied_once(other.model):
+        assert np.allclose(other(batch).total, scorer(batch).total, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_is_let_go_of_is_gone():

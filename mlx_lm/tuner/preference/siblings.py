@@ -19,6 +19,9 @@ from .intercept import evaluating, exchanged, intercepted
 # Columns that the first matrices have together at most: off the diagonal the second ones are zeros, which cost more
 # than launching does where ranks are large.
 MOST_COLUMNS = 64
+# The `Siblings` of each layer, by its id. In the layer, a copy of the model would have those of the original, and a
+# circle would keep a model that is let go of until Python looks for such.
+_KNOWN = weakref.WeakValueDictionary()
 
 
 class Siblings:
@@ -48,9 +51,7 @@ class Siblings:
         mx.eval(self.linear.parameters(), [linear.parameters() for linear in linears])
         mx.clear_cache()  # what they were before has the size of nothing that comes
         self._joined = self._input = self._outputs = None
-        for layer in layers:
-            # A circle would keep a model that is let go of until Python looks for such.
-            layer.siblings = weakref.ref(self)
+        _KNOWN.update(dict.fromkeys(map(id, layers), self))
 
     @staticmethod
     def joined(firsts, seconds, lib=mx, nothing=0):
@@ -149,8 +150,7 @@ def find_siblings(model, run):
 
 def siblings_of(layer):
     """The `Siblings` that a layer belongs to, or None."""
-    known = getattr(layer, "siblings", None)
-    return None if known is None else known()
+    return _KNOWN.get(id(layer))
 
 
 def _siblings(layers):
