@@ -246,6 +246,12 @@ def test_the_reference_or_best_figure_of_other_validation_rows_is_not_gone_on_wi
         trained(tmp_path, val_batches=1, resume=True, data=lambda *of: next(data), **options)
 
 
+def test_what_only_one_of_two_runs_compares_is_not_told_as_changed(tmp_path):
+    trained(tmp_path, iters=3)
+    with pytest.raises(ConfigError, match="as it was begun, but save_best was None and is 'accuracy'.$"):
+        trained(tmp_path, resume=True, save_best="accuracy")
+
+
 def test_saves_between_two_reports_lose_no_tokens(tmp_path):
     options = {"steps_per_report": 4, "keep_checkpoints": 9}
     trained(tmp_path / "whole", iters=8, **options)

@@ -224,6 +224,8 @@ def find_state(folder, model, settings, iters):
 
 def _check_settings(folder, saved, now):
     changed = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
+    # A digest that one has and the other has not comes with an option, which tells.
+    changed = [key for key in changed if not key.startswith("the ") or (key in saved and key in now)]
     if changed:
         told = (
             f"{key} changed" if key.startswith("the ") else f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
