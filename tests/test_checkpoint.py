@@ -235,7 +235,7 @@ def test_a_run_whose_reference_follows_the_policy_can_be_made_longer(every, tmp_
     assert [key for key in expected if not mx.array_equal(found[key], expected[key], equal_nan=True).item()] == []
 
 
-@pytest.mark.parametrize("option", [{"reference_update_steps": 9}, {"save_best": "accuracy"}])
+@pytest.mark.parametrize("option", [{"reference_update_steps": 9}, {"save_best": "accuracy"}, {"early_stop": 9}])
 def test_the_reference_or_best_figure_of_other_validation_rows_is_not_gone_on_with(option, tmp_path):
     options = {"iters": 3} | option
     trained(tmp_path, val_batches=1, **options)

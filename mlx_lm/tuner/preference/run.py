@@ -90,7 +90,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
-    if args.reference_update_steps or args.save_best:
+    if args.reference_update_steps or args.save_best or args.early_stop:
         # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
         settings["the validation data"] = check_and_digest(logps.val_dataset)
         settings["the number of validation pairs"] = len(logps.val_rows)
