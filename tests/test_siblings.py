@@ -173,6 +173,19 @@ def test_a_copy_of_the_model_has_none_of_its_siblings(copied):
         assert np.allclose(other(batch).total, scorer(batch).total, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_that_are_exchanged_are_those_that_are_read():
+    """As by `load_weights` while a scorer of the model is there."""
+    model = tiny_llama(moved=True)
+    scorer = Scorer(model, together=True)
+    for own in scorer.siblings:
+        for layer in own.layers:
+            layer.linear.weight = 2 * layer.linear.weight
+    batch = make_batch(PAIRS, scorer.arrangement)[0]
+    expected = scorer(batch).total
+    with multiplied_once(model):
+        assert np.allclose(scorer(batch).total, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_that_is_let_go_of_is_gone():
     model = tiny_llama()
     scorer = Scorer(model, together=True)

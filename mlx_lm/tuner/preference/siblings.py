@@ -50,6 +50,7 @@ class Siblings:
                 linear[name] = self.linear[name][own]
         mx.eval(self.linear.parameters(), [linear.parameters() for linear in linears])
         mx.clear_cache()  # what they were before has the size of nothing that comes
+        self._weights = [linear.weight for linear in linears]
         self._joined = self._input = self._outputs = None
         _KNOWN.update(dict.fromkeys(map(id, layers), self))
 
@@ -71,7 +72,9 @@ class Siblings:
             for layer, (lora_a, lora_b) in zip(self.layers, parts, strict=True):
                 stack.enter_context(exchanged(layer, "lora_a", lora_a))
                 stack.enter_context(exchanged(layer, "lora_b", lora_b))
-            self._joined = first, second, parts
+            # Weights that the model was given since are not among those that were joined.
+            if all(own.linear.weight is weight for own, weight in zip(self.layers, self._weights, strict=True)):
+                self._joined = first, second, parts
             try:
                 yield
             finally:
