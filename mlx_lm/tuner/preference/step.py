@@ -53,7 +53,7 @@ class Objective:
 
     Attributes:
         further: names of figures besides FIGURES.
-        reads_batch: whether a pair's value depends on the others of its batch, which all workers make together.
+        reads_batch: whether a pair's value depends on the others of its batch.
         need: the `Need` of memory of a batch that is only scored.
 
     Raises:
