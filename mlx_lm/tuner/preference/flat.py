@@ -111,7 +111,8 @@ class FlatParameters:
         joined = {}
         for own in siblings:
             matrices = [[layer[leaf] for layer in own.layers] for leaf in LEAVES]
-            told = [[names[id(x)] for x in of_leaf] for of_leaf in matrices]
+            # None for one that is trained no more.
+            told = [[names.get(id(x)) for x in of_leaf] for of_leaf in matrices]
             # Rows of the vectors are as wide as a first matrix, and each matrix is whole rows.
             whole = ALIGNED % size == 0 and all(x.shape[1] % size == 0 for x in matrices[1])
             if matrices[0][0].shape[1] != size or not whole or not starts.keys() >= {*told[0], *told[1]}:
