@@ -240,6 +240,21 @@ def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ([{"role": "usr", "content": "Who?"}], r"prompt\[0\]\.role is 'usr'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has a part that is not text"),
+        (3, "prompt is a number"),
+    ],
+)
+def test_what_is_wrong_with_the_prompt_of_labelled_rows_is_told(tmp_path, prompt, told):
+    rows = [{"prompt": prompt, "completion": text, "label": label} for text, label in (("a", True), ("b", False))]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=rf"train\.jsonl:1: .*{told}"):
+        load(tmp_path)
+
+
 def test_the_layout_is_told_once_with_the_first_row(tmp_path, capsys):
     row = {"question": "Who?", "chosen": "It is Lima.", "rejected": "Paris. " * 30, "id": 7}
     for split, asked in (("train", "Who?"), ("valid", "Where?")):

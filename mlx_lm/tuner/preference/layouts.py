@@ -218,10 +218,12 @@ def prompt_of(row, prompt_feature=None, chosen_feature="chosen", rejected_featur
         # As a row is read, which may hold an empty prompt beside whole conversations.
         if asked is None or (isinstance(asked, str) and not asked.strip() and _whole(own)):
             asked = _begun(own, laid.get("rejected", row.get(rejected))) or None
-        asked = _as_messages(asked)
     except (ConfigError, UselessRow):
         return None
-    return json.dumps(asked, sort_keys=True, default=str)
+    # What is wrong with a prompt is told where its row is read.
+    with suppress(ConfigError):
+        asked = asked if asked is None else _as_messages(asked)
+    return None if asked is None else json.dumps(asked, sort_keys=True, default=str)
 
 
 def _begun(chosen, rejected):
