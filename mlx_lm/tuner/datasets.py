@@ -64,7 +64,8 @@ def load_dataset(args, tokenizer):
     splits = _upstream.load_dataset(args, tokenizer)
     if shown := next((split for split in splits if len(split)), None):
         rprint(f"{shown.name}: {shown.layout}")
-    _warn_of_shared_prompts(*splits)
+    train, valid, test = splits
+    _warn_of_shared_prompts(train, [] if getattr(args, "val_batches", None) == 0 else valid, test)
     return splits
 
 

@@ -140,7 +140,7 @@ def _model_and_data(made):
     if len(entries) == 1 and not named and not validates:
         return made.put("data", entries[0]["path"])
     test_split = given["test_split"] or ("test" if validates else None)
-    told = "" if share or test_split else "valid_split stands for none, and is not read with val_batches 0"
+    told = "" if share or test_split else "valid_split stands for none, and is not validated on with val_batches 0"
     made.put("hf_dataset", [_entry(entry, test_split, share) for entry in entries], note=told)
     if share:
         made.put("valid_share", share)
