@@ -375,8 +375,9 @@ def test_adapters_of_a_file_that_names_no_model_are_told():
     assert {"r", "lora_alpha", "lora_dropout", "target_modules"} <= told
 
 
-def test_what_an_entry_of_datasets_has_besides_is_told():
-    _, comments = config_of({"datasets": [{"path": "json", "data_files": "a.jsonl", "fraction": 0.5}]})
+@pytest.mark.parametrize("files", [{}, {"data_files": "a.jsonl"}])
+def test_what_an_entry_of_datasets_has_besides_is_told(files):
+    _, comments = config_of({"datasets": [{"path": "json", "fraction": 0.5, **files}]})
     assert "datasets: no counterpart here for fraction of an entry." in " ".join(comments)
 
 

@@ -135,6 +135,8 @@ def _model_and_data(made):
         raise ConfigError(f"datasets is {entries!r}; it must be a list of objects with path.")
     if not entries:
         return made.note("data: the file has no dataset_name; give a folder or a data set here or as --data.")
+    if dropped := {key for entry in entries for key in entry} - {"path", "split", *LOADED_WITH}:
+        made.note(f"datasets: no counterpart here for {', '.join(sorted(dropped))} of an entry.")
     validates = _strategy(made, "eval_strategy") != "no"
     named = given["test_split"] is not None or share or any(entries[0].get(key) for key in ("split", *LOADED_WITH))
     if len(entries) == 1 and not named and not validates:
@@ -144,8 +146,6 @@ def _model_and_data(made):
     made.put("hf_dataset", [_entry(entry, test_split, share) for entry in entries], note=told)
     if share:
         made.put("valid_share", share)
-    if dropped := {key for entry in entries for key in entry} - {"path", "split", *LOADED_WITH}:
-        made.note(f"datasets: no counterpart here for {', '.join(sorted(dropped))} of an entry.")
 
 
 def _strategy(made, name, default=None):
