@@ -124,6 +124,7 @@ def test_short_prompts_may_be_repeated_by_chance():
         ({"prompt": "a", "response": "b", "helpfulness": 3}, "chosen is missing; .*HelpSteer ratings, which hold one"),
         ({"prompt": "a", "completion": "b", "label": True}, "KTO rows, which hold one completion and its label"),
         ({"messages": [USER, GOOD]}, "conversations without a rejected response, which supervised training reads"),
+        ({"messages": [USER, GOOD], "rejected": None}, "conversations without a rejected response, which supervised"),
         ({"messages": [USER, GOOD], "rejected_response": "No."}, "rejected_response. chosen_feature and rejected_feat"),
         ({"text": "a"}, "texts, which supervised training reads"),
         ({"messages": [USER, GOOD], "chosen": "a", "rejected": "b"}, "no prompt, and messages ends with an answer"),

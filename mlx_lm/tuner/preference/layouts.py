@@ -165,7 +165,7 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
                 return layout.read(row), layout.name, (*layout.keys, *layout.reads)
         for keys, what in NO_PAIRS:
             # A rejected response under a name of its own makes a pair, which features can name.
-            if _holds(row, keys) and not any("reject" in str(key).lower() for key in row):
+            if _holds(row, keys) and not any("reject" in str(key).lower() and row[key] is not None for key in row):
                 raise ConfigError(f"chosen is missing; the row's keys are {', '.join(map(str, row))}: {what}.")
         return {}, PLAIN, ()
     if prompt is not None or row.get("prompt") is not None or _whole(row.get(chosen)) and _whole(row.get(rejected)):
