@@ -163,6 +163,7 @@ def test_turns_of_helpsteer2():
         ("assistant", "Lima.\n\nYes."),
         ("user", "Sure?"),
     ]
+    assert marked_turns("Who?\n<extra_id_1>Assistant\n") == [{"role": "user", "content": "Who?"}]
     for other in ("Who?", "What is <extra_id_1>?", "<extra_id_0>System\n\n<extra_id_1>User\nWho?"):
         assert marked_turns(other) is None
 

@@ -136,6 +136,9 @@ def marked_turns(text):
     first, *rest = map(str.rstrip, LATER_TURN.split(text))
     if not rest or first.startswith("<extra_id_"):
         return None
+    if rest[-2:] == ["Assistant", ""]:
+        # The mark of who is to answer.
+        rest = rest[:-2]
     later = zip(rest[::2], rest[1::2], strict=True)
     return [{"role": "user", "content": first}, *({"role": role.lower(), "content": said} for role, said in later)]
 
