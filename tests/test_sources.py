@@ -204,14 +204,23 @@ def spoken(*texts):
         # A prompt in several forms, and with a key that nothing reads.
         (lambda n, i: {"prompt": [{**message, "id": i} for message in spoken(n)], "chosen": "a", "rejected": "b"}, {}),
         (lambda n, i: {"prompt": (n, spoken(n), json.dumps(spoken(n)))[i % 3], "chosen": f"a{i}", "rejected": "b"}, {}),
+        (
+            lambda n, i: {
+                "prompt": (spoken(n, "Yes?", "No."), f"{n}\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\nNo.")[i % 2],
+                "chosen": "a",
+                "rejected": "b",
+            },
+            {},
+        ),
         (lambda n, i: {"prompt": f"\n\nHuman: {n}\n\nAssistant:" + " " * (i % 5), "chosen": "a", "rejected": "b"}, {}),
     ],
 )
 def test_rows_of_one_prompt_of_every_layout_stay_together(row, features):
     rows = [row(f"{i // 5:02}", i) for i in range(20)]
-    train, valid = held_out(rows, 0.2, 0, **features)
-    assert len(valid) == 5 and len({i // 5 for i in valid}) == 1
-    assert sorted(train + valid) == list(range(20))
+    for seed in range(4):
+        train, valid = held_out(rows, 0.2, seed, **features)
+        assert len(valid) == 5 and len({i // 5 for i in valid}) == 1
+        assert sorted(train + valid) == list(range(20))
 
 
 def test_verdicts_and_labels_of_tables(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from .messages import KEYS, OTHER_ROLES, decoded, kind, messages, transcript
+from .messages import KEYS, OTHER_ROLES, decoded, kind, marked_turns, messages, transcript
 from .options import ConfigError, shown
 from .overlap import shared_text
 
@@ -239,7 +239,7 @@ def _as_messages(value):
     """A text, a transcript or messages in any form as messages with the keys that are read."""
     if isinstance(value, str):
         turns = transcript(value)
-        value = [message for message, _ in turns] if turns else decoded(value, "prompt") or value
+        value = [message for message, _ in turns] if turns else decoded(value, "prompt") or marked_turns(value) or value
     if isinstance(value, str):
         value = {"role": "user", "content": value}
     if not isinstance(value, list | Mapping):
