@@ -79,6 +79,10 @@ def test_a_column_of_images_that_a_row_leaves_empty():
     assert RowReader()(FORMS["strings"] | {"images": [], "image": None}).prompt == [USER]
 
 
+def test_a_text_under_a_key_of_images_that_is_named():
+    assert RowReader(prompt="video")({"video": USER["content"], "chosen": "a", "rejected": "b"}).prompt == [USER]
+
+
 def test_keys_of_messages_that_nothing_reads_make_no_difference():
     one, two = ([message | {"id": f"{side}{i}"} for i, message in enumerate((USER, LIMA))] for side in "ab")
     reader = RowReader()

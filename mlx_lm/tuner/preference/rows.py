@@ -91,7 +91,8 @@ class RowReader:
         """
         if not isinstance(row, Mapping):
             raise ConfigError(f"the row is {kind(row)}; expected an object with {self.chosen} and {self.rejected}.")
-        if beside := next((key for key in NOT_TEXT if row.get(key)), None):
+        named = (self.prompt, self.chosen, self.rejected)
+        if beside := next((key for key in NOT_TEXT if row.get(key) and key not in named), None):
             raise ConfigError(f"the row has {beside}, and only text can be trained on; leave such rows out.")
         laid, layout, keys = recognised(row, self.prompt, self.chosen, self.rejected)
         system_key = next((key for key in SYSTEM if row.get(key)), "system")
