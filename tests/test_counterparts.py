@@ -375,6 +375,16 @@ def test_adapters_of_a_file_that_names_no_model_are_told():
     assert {"r", "lora_alpha", "lora_dropout", "target_modules"} <= told
 
 
+def test_a_share_of_a_part_of_a_split_is_told():
+    """Such an entry has mlx-lm's own `valid_split`, not a share of its rows."""
+    given = {"datasets": [{"path": "a/b", "split": "train[8:]"}], "test_split_size": 0.1}
+    assert "valid_share: 0.1  # of whole splits alone; beside others name a valid_split\n" in translate(
+        given, "dpo.yaml"
+    )
+    given["datasets"][0]["split"] = "train"
+    assert "valid_share: 0.1\n" in translate(given, "dpo.yaml")
+
+
 @pytest.mark.parametrize("files", [{}, {"data_files": "a.jsonl"}])
 def test_what_an_entry_of_datasets_has_besides_is_told(files):
     _, comments = config_of({"datasets": [{"path": "json", "fraction": 0.5, **files}]})

@@ -145,7 +145,8 @@ def _model_and_data(made):
     told = "" if share or test_split else "valid_split stands for none, and is not validated on with val_batches 0"
     made.put("hf_dataset", [_entry(entry, test_split, share) for entry in entries], note=told)
     if share:
-        made.put("valid_share", share)
+        parts = any(re.search(r"[\[+]", str(entry.get("split"))) for entry in entries)
+        made.put("valid_share", share, note="of whole splits alone; beside others name a valid_split" if parts else "")
 
 
 def _strategy(made, name, default=None):
