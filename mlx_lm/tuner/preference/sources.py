@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, REJECTED_SCORES, VERDICTS, prompt_of
 from .messages import from_json
-from .options import ConfigError
+from .options import ConfigError, first_line
 
 # Other names of the splits, the usual one first.
 SPLITS = {
@@ -197,8 +197,7 @@ def _read_parquet(path, package):
         return of_hub(package.load_dataset("parquet", data_files=str(path), split="train"), path)
     except (ValueError, package.exceptions.DatasetsError) as error:
         # What the package tells last of a broken file is only that there was an error.
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{path} cannot be read as Parquet ({reason}).") from error
+        raise ConfigError(f"{path} cannot be read as Parquet ({first_line(error.__cause__ or error)}).") from error
 
 
 def _read_json(path):
