@@ -129,7 +129,7 @@ class RowReader:
         return Conversation(prompt, chosen, rejected, tools_, kwargs, margin, weight)
 
     def labelled(self, row):
-        """As a call, of a row with a `label` and one `completion`, which are both of the `Conversation`'s responses."""
+        """As a call, of a row with a `label` and one `completion`, which is both of the `Conversation`'s responses."""
         if row["label"] not in (True, False, 0, 1):
             raise ConfigError(f"label is {row['label']!r}; it must be true or false.")
         if row.get(self.prompt or "prompt") is None and isinstance(row["completion"], str):
