@@ -25,7 +25,7 @@ OPTIONS = LOSS_OPTIONS + RUN_OPTIONS
 DEFAULTS = {option.name: None for option in LOSS_OPTIONS} | {option.name: option.default for option in RUN_OPTIONS}
 
 LORA_PARAMETERS = (
-    Option("lora_parameters.rank", None, int, "", low=1),
+    Option("lora_parameters.rank", None, int, "", low=1, high=2**31 - 1),
     Option("lora_parameters.scale", None, float, "", above=0),
     Option("lora_parameters.dropout", None, float, "", low=0, below=1),
 )
