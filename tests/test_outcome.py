@@ -357,6 +357,8 @@ def test_runs_of_any_name_are_in_the_legend(tmp_path, monkeypatch):
         (folder / "adapter_config.json").write_text(json.dumps({f"a key of some length {j}": i for j in range(9)}))
     curves.plot_runs(folders)
     drawn[0].canvas.draw()
+    assert drawn[0].legends[0].get_title().get_text() == "lines, squares: training; circles: valid"
+    assert [line.get_marker() for line in drawn[0].axes[0].lines] == ["s", "s", "o"]
     texts = [text.get_text().replace("\n", " ") for text in drawn[0].legends[0].get_texts()]
     assert all(text.startswith(str(folder)) for text, folder in zip(texts, folders, strict=True))
     width = drawn[0].legends[0].get_window_extent().width

@@ -66,7 +66,7 @@ def plot_runs(folders):
     handles = [Line2D([], [], color=f"C{color % 10}") for color in range(len(runs))]
     names = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in differences(folders)]
     legend = figure.legend(
-        handles, names, loc="outside lower center", fontsize="small", title="lines: training, points: valid"
+        handles, names, loc="outside lower center", fontsize="small", title="lines, squares: training; circles: valid"
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
