@@ -26,6 +26,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding
 
 import mlx_lm.lora
 from mlx_lm import convert
+from mlx_lm.tuner.preference.check import _check_file_to_write
 from mlx_lm.tuner.preference.load import check_trainable
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
 from mlx_lm.tuner.preference.reference import Reference
@@ -707,6 +708,20 @@ class TestTestAlone:
         path = after.adapters / "checkpoint.safetensors"
         told = f"adapter_path {path} has .*, which this model has not"
         after.refused(told, train=False, test=True, adapter_path=str(path))
+
+    def test_a_file_that_a_test_has_not_written_is_not_overwritten(self, after, tmp_path):
+        for name, text in {"test.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}', "n": "notes"}.items():
+            (tmp_path / name).write_text(text)
+            told = "predictions is .*, a file that a test has not written; give another name"
+            after.refused(told, test=True, predictions=str(tmp_path / name))
+            assert (tmp_path / name).read_text() == text
+
+    def test_predictions_of_an_earlier_test_may_be_overwritten(self, tmp_path):
+        for i, text in enumerate(
+            ['{"file": "test.jsonl", "line": 1, "loss": 0.5}\n', '{"row": "0", "loss": null}', ""]
+        ):
+            (tmp_path / str(i)).write_text(text)
+            _check_file_to_write("predictions", str(tmp_path / str(i)))
 
     def test_a_file_for_predictions_that_cannot_be_written(self, after):
         for path in ("", str(after.folder), str(after.folder / "no folder" / "file")):

@@ -243,6 +243,19 @@ def _check_file_to_write(key, path):
         or not os.access(place, os.W_OK | os.X_OK)
     ):
         raise ConfigError(f"{key} is {path!r}, where no file can be written; give a file in a folder that there is.")
+    if Path(path).exists() and not _holds_predictions(path):
+        raise ConfigError(f"{key} is {path!r}, a file that a test has not written; give another name.")
+
+
+def _holds_predictions(path):
+    """Whether a file is empty, or begins as those that a test writes of each pair."""
+    try:
+        with open(path) as file:
+            first = file.readline()
+        line = json.loads(first or '{"loss": 0, "row": 0}')
+    except (OSError, ValueError):
+        return False
+    return isinstance(line, dict) and "loss" in line and ("file" in line or "row" in line)
 
 
 def _check_folder(folder):
