@@ -259,6 +259,20 @@ def test_response_with_a_tool_call_is_scored_from_the_prompt_to_its_end():
     )
 
 
+@pytest.mark.parametrize("name", ["gemma", "mistral", "smollm", "llama3"])
+@pytest.mark.parametrize("word", ["\u00e9", "\U0001f600", "\u4e2d"])
+def test_a_scored_turn_that_begins_with_a_character_of_several_tokens_is_scored_whole(name, word):
+    """Also where the template writes a newline in front of it that is a byte, as in vocabularies with byte fallback."""
+    tokenizer = getattr(tokenizers, name)()
+    turns = [("assistant", "yes"), ("user", f"{word} the"), ("assistant", f"{word} yes")]
+    chosen = [{"role": role, "content": content} for role, content in turns]
+    row = {"prompt": "the", "chosen": chosen, "rejected": "no"}
+    pair = PreferenceDataset([row], tokenizer)[0]
+    ((start, stop),), _ = pair.unscored
+    assert tokenizer.decode(pair.chosen[start:stop]).count(f"{word} the") == 1
+    assert tokenizer.decode(pair.chosen[stop:]).lstrip().startswith(f"{word} yes")
+
+
 @pytest.mark.parametrize(
     "name, answer",
     [

@@ -140,7 +140,12 @@ class PairEncoder:
         tail = response[max(0, first - 8) : first] or prompt[-8:]
 
         def written(count):
-            # Of a character of several tokens nothing counts before its last one.
+            # Of a character of several tokens nothing counts before its last one; with bytes that are characters by
+            # themselves in front, a decoder marks these too.
+            for stop in range(count, max(first, count - 4), -1):
+                text = self._decode(tail + response[first:stop])
+                if not text.endswith("\ufffd"):
+                    return len(text)
             return len(self._decode(tail + response[first:count]).rstrip("\ufffd"))
 
         goal = size - known + written(first)
