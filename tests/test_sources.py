@@ -172,7 +172,7 @@ def test_prompts_that_are_validated_and_trained_on_are_told(tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
     load(tmp_path, test=True)
     told = capsys.readouterr().out
-    assert "valid.jsonl: 2 of 4 pairs have a prompt that is trained on" in told and told.count("trained on") == 1
+    assert "valid.jsonl: 2 of 4 rows have a prompt that is trained on" in told and told.count("trained on") == 1
     load(tmp_path, val_batches=0)
     assert "trained on" not in capsys.readouterr().out
 
