@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -914,33 +913,6 @@ class TestProcesses:
             process = command.process("--beta", "-1", module=module)
             out, err = process.communicate()
             assert (process.returncode, err) == (2, "error: beta is -1.0; it must be a number, >= 0.\n"), out
-
-    def test_an_interruption_leaves_a_checkpoint_to_go_on_from(self, command):
-        process = command.process(iters=100000, save_every=1, steps_per_report=1000)
-        state = command.adapters / "checkpoint.safetensors"
-        deadline = time.monotonic() + 120
-        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 130, (out, err)
-        assert "The step is finished and saved; once more ends the run at once." in err
-        assert re.search(
-            r"interrupted; after iteration \d+ of 100000, which is saved. This goes on: .*mlx_lm.lora .*--resume\n$",
-            err,
-        )
-        names = set(command.files())
-        assert not [name for name in names if name.startswith(".")], "no half-written file"
-        for name in names:
-            if name.endswith(".safetensors"):
-                assert all(mx.isfinite(value).all().item() for value in mx.load(str(command.adapters / name)).values())
-        json.loads((command.adapters / "adapter_config.json").read_text())
-        reached = int(mx.load(str(state), return_metadata=True)[1]["iteration"])
-        # The run goes on as if it had been begun with the iterations that are left.
-        done = command("--resume", iters=reached + 2, save_every=1, steps_per_report=1000)
-        assert done.status == 0, done
-        assert int(mx.load(str(state), return_metadata=True)[1]["iteration"]) == reached + 2
 
 
 @pytest.mark.parametrize("number, told", [(errno.ENOSPC, True), (errno.EPIPE, True), (errno.EIO, False)])

@@ -58,9 +58,10 @@ def test_a_signal_finishes_the_step_saves_and_names_what_goes_on(whole, tmp_path
     process = start(tmp_path, "--resume", "auto")
     metrics = tmp_path / "adapters" / "metrics.jsonl"
     wait_for(process, lambda: metrics.is_file() and '"loss"' in metrics.read_text())
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 143, out + err
+    assert process.returncode == 130, out + err
+    assert "The step is finished and saved; once more ends the run at once." in err
     reached, command = re.search(
         r"interrupted; after iteration (\d+) of 16, which is saved. This goes on: (.+)\n$", err
     ).groups()
@@ -68,6 +69,7 @@ def test_a_signal_finishes_the_step_saves_and_names_what_goes_on(whole, tmp_path
     assert metadata["iteration"] == reached and 4 <= int(reached) < 16
     for name in ("training.png", "report.html", "README.md"):
         assert (tmp_path / "adapters" / name).stat().st_size > 1000
+    assert not list((tmp_path / "adapters").glob(".*")), "no half-written file"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done

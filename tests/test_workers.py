@@ -67,7 +67,7 @@ def test_a_worker_that_is_interrupted_ends_after_the_first_one_has_written(tmp_p
     # As if its disk were slow: the first one has begun to write, and has pictures to draw.
     wait_for(workers[0], (adapters / "adapters.safetensors").is_file)
     workers[0].send_signal(signal.SIGSTOP)
-    time.sleep(5)
+    time.sleep(3)
     waits = workers[1].poll() is None
     workers[0].send_signal(signal.SIGCONT)
     statuses, _ = ended(workers)
