@@ -90,10 +90,10 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
+    held_out = {"the validation data": check_and_digest(logps.val_dataset)}
     if args.reference_update_steps or args.save_best or args.early_stop:
         # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
-        settings["the validation data"] = check_and_digest(logps.val_dataset)
-        settings["the number of validation pairs"] = len(logps.val_rows)
+        settings |= held_out | {"the number of validation pairs": len(logps.val_rows)}
     if loss.needs_reference:
         reference = reference or reference_of(scorer, args)
         if args.reference_model is not None:
@@ -105,8 +105,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         # One that does not fit is told before the reference pass, which may be long.
         state, iteration = find_state(folder, model, settings, args.iters)
         rprint(f"Going on after iteration {iteration} of {args.iters}, from {state}.")
-    same = {"the validation data": check_and_digest(logps.val_dataset), "the iteration to go on after": iteration}
-    refuse_different_workers(vars(args) | settings | same)
+    refuse_different_workers(vars(args) | settings | held_out | {"the iteration to go on after": iteration})
     if loss.needs_reference:
         if not args.check:
             exchanged = (args.reference_update_steps or 0) * args.grad_accumulation_steps
