@@ -20,6 +20,7 @@ from .batches import ALIGNMENT
 from .cuda_copies import joined
 from .intercept import exchanged, parameters_in
 from .layers import lora_layers
+from .siblings import LEAVES
 
 # Values from one parameter's start to the next are a multiple of this, in half precision too. Zeros fill up, whose
 # gradients are zeros.
@@ -27,7 +28,7 @@ ALIGNED = ALIGNMENT // 2
 # Values of the largest parameter that is joined with others: a copy of its gradient must cost little.
 LARGEST = 2**20
 # What stands in a tree of parameters for those of layers that are computed together.
-SIBLINGS, LEAVES = "siblings", ("lora_a", "lora_b")
+SIBLINGS = "siblings"
 # Optimizers that read and write each value by itself.
 BY_ELEMENT = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad)
 
@@ -110,7 +111,7 @@ class FlatParameters:
         size = siblings[0].layers[0].lora_a.shape[1] if siblings else 0
         joined = {}
         for own in siblings:
-            matrices = [[layer[leaf] for layer in own.layers] for leaf in LEAVES]
+            matrices = own.matrices()
             # None for one that is trained no more.
             told = [[names.get(id(x)) for x in of_leaf] for of_leaf in matrices]
             # Rows of the vectors are as wide as a first matrix, and each matrix is whole rows.
@@ -198,7 +199,7 @@ class FlatParameters:
         with ExitStack() as stack:
             stack.enter_context(parameters_in(self._model, parameters))
             for own, matrices in zip(self._siblings, joined, strict=True):
-                stack.enter_context(own.holding(matrices["lora_a"], matrices["lora_b"]))
+                stack.enter_context(own.holding(*(matrices[leaf] for leaf in LEAVES)))
             yield
 
 

@@ -220,9 +220,9 @@ def multiplied_once(model):
             stack.enter_context(exchanged(module, "lora_a", module.lora_a.astype(dtype)))
             stack.enter_context(exchanged(module, "lora_b", lora_b))
             stack.enter_context(exchanged(module, "scale", 1.0))
-        for own in {id(own): own for layer, _ in layers if (own := siblings_of(layer)) is not None}.values():
-            matrices = ([layer[leaf] for layer in own.layers] for leaf in ("lora_a", "lora_b"))
-            stack.enter_context(own.holding(*own.joined(*matrices)))
+        for own in dict.fromkeys(siblings_of(layer) for layer, _ in layers):
+            if own is not None:
+                stack.enter_context(own.holding(*own.joined(*own.matrices())))
         yield
 
 

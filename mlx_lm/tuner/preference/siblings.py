@@ -22,6 +22,8 @@ MOST_COLUMNS = 64
 # The `Siblings` of each layer, by its id. In the layer, a copy of the model would have those of the original, and a
 # circle would keep a model that is let go of until Python looks for such.
 _KNOWN = weakref.WeakValueDictionary()
+# The matrices of a layer, by name.
+LEAVES = ("lora_a", "lora_b")
 
 
 class Siblings:
@@ -53,6 +55,10 @@ class Siblings:
         self._weights = [linear.weight for linear in linears]
         self._joined = self._input = self._outputs = None
         _KNOWN.update(dict.fromkeys(map(id, layers), self))
+
+    def matrices(self):
+        """The layers' first matrices and their second ones, `[[lora_a, ...], [lora_b, ...]]`."""
+        return [[layer[leaf] for layer in self.layers] for leaf in LEAVES]
 
     @staticmethod
     def joined(firsts, seconds, lib=mx, nothing=0):
@@ -174,7 +180,7 @@ def _kind(layer):
     """What layers must have in common to be computed together; None where one cannot be."""
     linear = layer.linear
     plain = type(linear) in (nn.Linear, nn.QuantizedLinear) and not linear.trainable_parameters()
-    trained = {"lora_a", "lora_b"} <= set(layer.trainable_parameters())
+    trained = set(LEAVES) <= set(layer.trainable_parameters())
     if not plain or not trained or layer.dropout._p_1 < 1:
         return None
     arrays = tuple((name, value.dtype, value.shape[1:]) for name, value in sorted(linear.parameters().items()))
