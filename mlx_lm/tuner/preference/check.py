@@ -252,10 +252,10 @@ def _holds_predictions(path):
     try:
         with open(path) as file:
             first = file.readline()
-        line = json.loads(first or '{"loss": 0, "row": 0}')
+        line = json.loads(first) if first else None
     except (OSError, ValueError):
         return False
-    return isinstance(line, dict) and "loss" in line and ("file" in line or "row" in line)
+    return not first or (isinstance(line, dict) and "loss" in line and ("file" in line or "row" in line))
 
 
 def _check_folder(folder):
