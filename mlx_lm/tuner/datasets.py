@@ -71,9 +71,10 @@ def load_dataset(args, tokenizer):
 
 def _warn_of_shared_prompts(train, *others):
     """Say how many rows to validate or test on have a prompt that is trained on."""
-    trained = set(train.prompts()) if len(train) else ()
+    others = [split for split in others if len(split)]
+    trained = set(train.prompts()) if others and len(train) else ()
     for split in others:
-        if shared := sum(prompt in trained for prompt in split.prompts()) if len(split) else 0:
+        if shared := sum(prompt in trained for prompt in split.prompts()):
             rprint(
                 f"[WARNING] {split.name}: {shared} of {len(split)} rows have a prompt that is trained on, so that "
                 "their figures say little of new prompts; take splits that do not overlap."
