@@ -77,8 +77,7 @@ class Scorer:
     def __init__(self, model, share_prompt=True, response_only=True, together=None):
         self.model, self._is_lean = model, False
         together = on_cuda() if together is None else together
-        tokens = mx.arange(1, 13).reshape(2, 6)
-        self.siblings = find_siblings(model, lambda: _run(model, tokens, None)) if together else []
+        self.siblings = find_siblings(model, lambda: _run(model, _some_tokens(), None)) if together else []
         # To look for them for each batch took a fifth of the time to lay out 30 layers.
         self._modules = model.modules()
         self.head = Head.find(model) if response_only else None
@@ -165,6 +164,11 @@ class Scorer:
             # Recurrences carry on what half precision rounds: 24 random layers of Qwen3.5's on CUDA are off by 0.035.
             slack = 2 if self._channels and not is_float32(self.model) else 1
             return relative_error(found, expected) < slack * tolerance(self.model)
+
+
+def _some_tokens():
+    """Two rows of a few tokens, to try a model with."""
+    return mx.arange(1, 13).reshape(2, 6)
 
 
 def _run(model, tokens, cache):
@@ -275,7 +279,7 @@ class Head:
         body = next((body[name] for name in BODIES if isinstance(body.get(name), nn.Module)), None)
         if body is None:
             return None
-        head, tokens = cls(model, body), mx.arange(1, 13).reshape(2, 6)
+        head, tokens = cls(model, body), _some_tokens()
         with evaluating(model), lean_layers(model.modules()):
             expected = _run(model, tokens, None).flatten(0, 1)
             try:
