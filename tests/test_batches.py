@@ -20,12 +20,12 @@ from mlx_lm.tuner.preference.batches import (
     Shape,
     as_batch,
     at_once,
+    by_length,
     drawn,
     filled,
     ladder,
     lengths_of,
     make_batch,
-    plan,
     shape_of,
 )
 from mlx_lm.tuner.preference.evaluation import means_of, pair_figures
@@ -36,8 +36,8 @@ from mlx_lm.utils import get_batched_logps
 
 
 @pytest.mark.parametrize("rows, size, sizes", [(8, 4, [4, 4]), (9, 4, [4, 4, 1]), (3, 8, [3]), (1, 1, [1])])
-def test_a_plan_holds_every_row_once(rows, size, sizes):
-    planned = plan(lengths_of(some_pairs(rows)), size)
+def test_batches_of_a_size_hold_every_row_once(rows, size, sizes):
+    planned = filled(lengths_of(some_pairs(rows)), PLAIN, size)
     assert [len(batch) for batch in planned] == sizes
     assert sorted(np.concatenate(planned).tolist()) == list(range(rows))
 
@@ -45,10 +45,10 @@ def test_a_plan_holds_every_row_once(rows, size, sizes):
 def test_rows_of_like_length_come_together():
     lengths = lengths_of(some_pairs(64, prompt=(3, 100), response=(1, 100)))
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    batches = [totals[rows] for rows in plan(lengths, 8)]
+    batches = [totals[rows] for rows in filled(lengths, PLAIN, 8)]
     assert all(shorter.max() <= longer.min() for shorter, longer in pairwise(batches))
     # Of rows of one length, like responses.
-    assert [rows.tolist() for rows in plan([[5, 3, 1], [7, 1, 1], [4, 1, 4], [6, 2, 2]], 2)] == [[1, 3], [0, 2]]
+    assert by_length([[5, 3, 1], [7, 1, 1], [4, 1, 4], [6, 2, 2]]).tolist() == [1, 3, 0, 2]
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
@@ -56,7 +56,7 @@ def test_rows_of_like_length_come_together():
 def test_filled_batches_hold_each_row_once_and_stay_under_the_tokens(arrangement, most, share):
     lengths = lengths_of(some_pairs(200, prompt=(9, 60), response=(1, 60)))
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    batches = filled(lengths, most, arrangement, share)
+    batches = filled(lengths, arrangement, share, most)
     assert sorted(row for rows in batches for row in rows) == list(range(200))
 
     def tokens(rows):
@@ -69,7 +69,7 @@ def test_filled_batches_hold_each_row_once_and_stay_under_the_tokens(arrangement
             assert tokens(np.append(rows, following[0])) > most  # full
     order = [row for rows in batches for row in rows]
     assert (np.diff(totals[order]) >= 0).all()
-    assert filled(np.zeros((0, 3)), most, arrangement) == []
+    assert filled(np.zeros((0, 3)), arrangement, share, most) == []
 
 
 # Shapes
@@ -96,7 +96,7 @@ def real_lengths(count, seed=0):
 
 
 def shapes_of(lengths, size, arrangement, to):
-    return [shape_of(lengths[rows], arrangement, to) for rows in plan(lengths, size)]
+    return [shape_of(lengths[rows], arrangement, to) for rows in filled(lengths, arrangement, size)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 9, 60, 257, 3000])

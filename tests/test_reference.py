@@ -21,7 +21,7 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 import mlx_lm.lora
 import mlx_lm.utils
 from mlx_lm.tuner.preference import reference as module
-from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch, plan
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, filled, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference, ample_tokens, batches_of
@@ -139,7 +139,7 @@ def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch)
     assert max(map(len, batches)) < 6
     assert sorted(row for rows in batches for row in rows) == list(range(200))
     assert [rows.tolist() for rows in batches_of(scorer, pairs, range(200), 7)] == [
-        rows.tolist() for rows in plan(lengths, 7)
+        rows.tolist() for rows in filled(lengths, arrangement, 7)
     ]
 
 

@@ -152,41 +152,32 @@ def _work(shapes, size):
     return np.where(tokens > 0, tokens, rows) + scored / 4 + rows * width / 4096
 
 
-def plan(lengths, size):
-    """Rows grouped into batches of like length.
+def by_length(lengths):
+    """Row numbers in an order in which rows of like length come together: `(n,)` of `(n, 3)`, as of `lengths_of`."""
+    lengths = np.asarray(lengths).reshape(-1, 3)
+    responses = lengths[:, 1:].max(axis=1)
+    return np.lexsort((responses, lengths[:, 0] + responses))
+
+
+def filled(lengths, arrangement, size=None, most=np.inf):
+    """Rows grouped into batches of like length, each as full as `size` and `most` allow.
 
     Args:
         lengths: `(n, 3)` int, tokens of prompt, chosen and rejected of each row.
-        size: pairs in a batch; the last batch has what is left.
+        arrangement: PACKED or PLAIN.
+        size: pairs in a batch at most, or None.
+        most: tokens in a batch at most; a longer pair is a batch by itself.
 
     Returns:
         A list of int arrays that holds each row once.
     """
     lengths = np.asarray(lengths).reshape(-1, 3)
-    responses = lengths[:, 1:].max(axis=1)
-    order = np.lexsort((responses, lengths[:, 0] + responses))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def filled(lengths, most, arrangement, share=None):
-    """Rows grouped into batches of like length, each as full as `most` tokens allow.
-
-    Args:
-        lengths: as for `plan`.
-        most: tokens in a batch; a longer pair is a batch by itself.
-        arrangement: PACKED or PLAIN.
-        share: pairs in a batch at most, or None.
-
-    Returns:
-        As `plan`.
-    """
-    lengths = np.asarray(lengths).reshape(-1, 3)
     totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     batches, rows = [], []
-    for row in np.concatenate(plan(lengths, len(lengths))).tolist() if len(lengths) else []:
+    for row in by_length(lengths).tolist():
         together = [*rows, row]
         tokens = lengths[together].sum() if arrangement == PACKED else 2 * len(together) * totals[row]
-        if rows and (tokens > most or len(rows) == share):
+        if rows and (tokens > most or len(rows) == size):
             batches.append(np.array(rows))
             rows = []
         rows.append(row)
@@ -347,7 +338,7 @@ class Schedule:
         # Where shapes are compiled, what is left for the last batch is filled up.
         self._share = batch_size // self.workers if multiple() > 1 else 0
         self._lengths = lengths_of(pairs)
-        self._by_length = np.concatenate(plan(self._lengths, batch_size))
+        self._by_length = by_length(self._lengths)
         self._bucket = batch_size * (BUCKET if grouped else self.epoch_steps)
         self._epoch, self._batches = None, None
         self._shapes = [self._own_shape(i) for i in range(1, 1 + (iters or self.epoch_steps))]
@@ -375,8 +366,6 @@ class Schedule:
 
     def visited(self, first, last):
         """The rows of the iterations from `first` to `last`, each once, in order."""
-        if last - first >= 2 * self.epoch_steps:
-            return np.arange(len(self.pairs))  # two epochs hold every row
         return np.unique(np.concatenate([self.rows(i) for i in range(first, last + 1)]))
 
     def tokens(self, iteration):

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from .batches import filled, lengths_of, make_batch, plan
+from .batches import filled, lengths_of, make_batch
 from .intercept import evaluating
 from .load import check_same_tokens, is_none, load_named
 from .logps import Scorer
@@ -172,9 +172,9 @@ def batches_of(scorer, dataset, rows, size=None, workers=1, share=None):
     """
     lengths = lengths_of(dataset[int(row)] for row in rows)
     if size is not None:
-        return plan(lengths, size)
+        return filled(lengths, scorer.arrangement, size)
     most = workers * ample_tokens(scorer, int(lengths.sum(axis=1).max()))
-    return filled(lengths, most, scorer.arrangement, share)
+    return filled(lengths, scorer.arrangement, share, most)
 
 
 def ample_tokens(scorer, longest, most=MOST_TOKENS):
