@@ -186,24 +186,16 @@ def lean_layers(modules, packed=None):
     lean = {LoRALinear: LeanLoRALinear} if on_cuda() else {LoRALinear: LeanLoRALinear, nn.Conv1d: DepthwiseConv1d}
     if mx.default_device() != mx.gpu:
         lean |= {nn.QuantizedLinear: UnpackedLinear, nn.QuantizedEmbedding: UnpackedEmbedding}
-    layers = [
-        (module, type(module))
-        for module in modules
-        if type(module) in lean and (type(module) is not nn.Conv1d or _is_depthwise(module))
-    ]
-    for module, original in layers:
-        module.__class__ = lean[original]
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(recomputed_activations())
-            stack.enter_context(recurrences_in_pieces(modules, packed))
-            for module in modules if packed is not None else ():
-                if _is_depthwise(module):
-                    stack.enter_context(intercepted(module, "__call__", _in_rows(type(module).__call__, packed)))
-            yield
-    finally:
-        for module, original in layers:
-            module.__class__ = original
+    with ExitStack() as stack:
+        for module in modules:
+            if type(module) in lean and (type(module) is not nn.Conv1d or _is_depthwise(module)):
+                stack.enter_context(exchanged(module, "__class__", lean[type(module)]))
+        stack.enter_context(recomputed_activations())
+        stack.enter_context(recurrences_in_pieces(modules, packed))
+        for module in modules if packed is not None else ():
+            if _is_depthwise(module):
+                stack.enter_context(intercepted(module, "__call__", _in_rows(type(module).__call__, packed)))
+        yield
 
 
 @contextmanager
