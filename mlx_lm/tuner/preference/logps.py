@@ -5,7 +5,7 @@ head on a bounded chunk of response positions at a time; both are tried on a few
 """
 
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import is_dataclass
 from functools import partial
 from typing import NamedTuple
@@ -81,11 +81,13 @@ class Scorer:
         # To look for them for each batch took a fifth of the time to lay out 30 layers.
         self._modules = model.modules()
         self.head = Head.find(model) if response_only else None
-        self._caches, self._channels = _key_value_layers(model), convolved_channels(model)
+        self._caches, self._channels = None, convolved_channels(model)
+        with suppress(Exception):  # a model's own code, which may not be made for generation
+            self._caches = make_prompt_cache(model)
         if not self._same_logits(PLAIN):
             self._caches = None  # rows that go through no cache are upstream's own
         # Of layers without keys and values, those that convolve are known.
-        known = self._channels or all(kind is True for kind in self._caches or ())
+        known = self._channels or all(_in_place(entry, True, False) is True for entry in self._caches or ())
         self.arrangement = PACKED if share_prompt and known and self._same_logits(PACKED) else PLAIN
 
     def __call__(self, batch, alignment=False, gradient=False, by_token=False):
@@ -114,13 +116,11 @@ class Scorer:
 
     def response_states(self, batch):
         """Hidden states `(M, D)`, or logits `(M, V)` where there is no head, that the batch's targets are read from."""
-        cache = None
-        if self._caches is not None and (batch.layout or any(self._caches)):
-            own, others = RowCache(), None
-            if batch.layout:
-                own = PackedCache(batch.layout)
-                others = PackedState(len(batch.tokens), self._channels)
-            cache = [_in_place(kind, own, others) for kind in self._caches]
+        own, others, cache = RowCache(), None, None
+        if batch.layout:
+            own, others = PackedCache(batch.layout), PackedState(len(batch.tokens), self._channels)
+        if self._caches is not None:
+            cache = [_in_place(entry, own, others) for entry in self._caches]
         with self.lean_layers(batch):
             return self.states(batch.tokens, cache).flatten(0, 1)[batch.positions]
 
@@ -177,28 +177,15 @@ def _run(model, tokens, cache):
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
-def _key_value_layers(model):
-    """Of each entry of the model's cache, whether it holds keys and values alone; None where that cannot be said.
+def _in_place(cache, own, others):
+    """What stands for an entry of a model's cache: `own` where that holds keys and values alone, else `others`.
 
-    A tuple, of each part, where such a one stands beside others, as where a layer attends and has a state too.
+    A tuple, of each part, where one such part stands beside others, as where a layer attends and has a state too.
     """
-    try:
-        caches = make_prompt_cache(model)
-    except Exception:  # a model's own code, which may not be made for generation
-        return None
-    return [_holds_keys(cache) for cache in caches]
-
-
-def _holds_keys(cache):
-    if not isinstance(cache, CacheList):
-        return type(cache) in KEY_VALUE_CACHES
-    kinds = tuple(map(_holds_keys, cache.caches))
-    return kinds if kinds.count(True) == 1 else False
-
-
-def _in_place(kind, own, others):
-    """What stands for an entry of the model's cache: `own` for keys and values, `others` for another."""
-    return tuple(_in_place(part, own, others) for part in kind) if isinstance(kind, tuple) else own if kind else others
+    if isinstance(cache, CacheList):
+        parts = tuple(_in_place(part, own, others) for part in cache.caches)
+        return parts if parts.count(own) == 1 else others
+    return own if type(cache) in KEY_VALUE_CACHES else others
 
 
 @contextmanager
