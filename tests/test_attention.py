@@ -49,15 +49,14 @@ SEQUENCES = [np.array(row) for row in ([0, 1, 5], [2, 3, 4, 6], [0, 1, 7], [2, 3
 def test_a_layout_says_where_every_token_is():
     made = make_layout(10, SEQUENCES, [([0, 1], 0, 4), ([2, 3], 2, 5)])
     assert made.places.tolist() == [0, 1, 0, 1, 2, 2, 3, 2, 3, 0]
-    assert [part.keys.tolist() for part in made.parts] == [
+    assert [keys.tolist() for keys in made.keys] == [
         [[0, 1, 5, 0], [2, 3, 4, 6]], [[0, 1, 7, 0, 0], [2, 3, 4, 8, 0]]
     ]  # fmt: skip
-    # The second part asks from the third position on: token 4 is there once more, and its first answer is taken.
-    assert [part.queries.tolist() for part in made.parts] == [
-        [[0, 1, 5, 0], [2, 3, 4, 6]], [[7, 0, 0], [4, 8, 0]]
-    ]  # fmt: skip
     assert made.outputs.tolist() == [0, 1, 4, 5, 6, 2, 7, 8, 12, -1]
-    assert made.answered.tolist() == [0, 1, 5, -1, 2, 3, 4, 6, 7, -1, -1, -1, 8, -1]
+    # The second part asks from the third position on: token 4 is there once more, and its first answer is taken.
+    assert [answered.tolist() for answered in made.answered] == [
+        [[0, 1, 5, -1], [2, 3, 4, 6]], [[7, -1, -1], [-1, 8, -1]]
+    ]  # fmt: skip
     assert made.uses.tolist() == [
         [0, 1, 4, 5, 6, 2, 7, 10, 16, -1], [8, 9, 13, 14, 15, -1, -1, -1, -1, -1]
     ]  # fmt: skip
@@ -65,9 +64,11 @@ def test_a_layout_says_where_every_token_is():
 
 def inverses(layout, length):
     """Check that `outputs`, `answered` and `uses` say the same as the parts."""
-    queries, keys = (np.concatenate([np.array(side).ravel() for side in column])
-                     for column in zip(*layout.parts, strict=True))  # fmt: skip
-    outputs, answered, uses = (np.array(x) for x in layout[2:])
+    asked = [keys[:, -own.shape[1] :] for keys, own in zip(layout.keys, layout.answered, strict=True)]
+    queries, keys, answered = (
+        np.concatenate([np.array(part).ravel() for part in parts]) for parts in (asked, layout.keys, layout.answered)
+    )
+    outputs, uses = np.array(layout.outputs), np.array(layout.uses)
     tokens = np.flatnonzero(outputs >= 0)
     assert (queries[outputs[tokens]] == tokens).all() and len(set(outputs[tokens])) == len(tokens)
     assert (answered[outputs[tokens]] == tokens).all() and (answered >= 0).sum() == len(tokens)
@@ -89,7 +90,7 @@ def test_each_token_asks_once_and_is_a_key_of_each_of_its_sequences(multiple, mo
     prompts = sum(len(pair.prompt) for pair in pairs)
     assert uses.tolist() == [2] * prompts + [1] * (processed - padding - prompts) + [0] * padding
     # On a GPU all sequences are one part; elsewhere rejected ones ask for what follows the shortest prompt.
-    shapes = [(part.queries.shape, part.keys.shape) for part in batch.layout.parts]
+    shapes = [(own.shape, keys.shape) for own, keys in zip(batch.layout.answered, batch.layout.keys, strict=True)]
     whole = -(-69 // multiple) * multiple
     assert shapes == ([((4, 40), (4, 40)), ((4, 68), (4, 69))] if multiple == 1 else [((8, whole), (8, whole))])
 

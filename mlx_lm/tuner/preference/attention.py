@@ -34,32 +34,24 @@ def on_cuda():
 MOST_SCORES = 2**25 if on_cuda() else BLOCK_SCORES
 
 
-class Part(NamedTuple):
-    """K sequences for attention, of which the last Q of T positions ask: each attends up to its own.
-
-    Attributes:
-        queries, keys: `(K, Q)` and `(K, T)` int32, which token of the batch stands there; any one behind the end.
-    """
-
-    queries: mx.array
-    keys: mx.array
-
-
 class Layout(NamedTuple):
     """Where the N tokens of a packed batch belong; -1 stands for nowhere.
 
+    In each part, K sequences attend, of which the last Q of T positions ask: each attends up to its own. Queries and
+    keys are numbered from the first part's to the last's.
+
     Attributes:
         places: `(N,)` int32, each token's position in its own sequence.
-        parts: a tuple of `Part`s; queries and keys are numbered from the first part's to the last's.
+        keys: of each part `(K, T)` int32, which token of the batch stands there; any one behind the end.
+        answered: of each part `(K, Q)` int32, the token whose output a query's is.
         outputs: `(N,)` int32, the query whose output is the token's.
-        answered: `(number of queries,)` int32, the token whose output a query's is.
         uses: `(R, N)` int32, the keys that are the token: a prompt's tokens are keys of both its sequences.
     """
 
     places: mx.array
-    parts: tuple
+    keys: tuple
+    answered: tuple
     outputs: mx.array
-    answered: mx.array
     uses: mx.array
 
 
@@ -81,7 +73,7 @@ def make_layout(length, sequences, widths):
     """
     places, outputs = np.zeros(length, np.int32), np.full(length, -1, np.int32)
     uses, used = np.full((2, length), -1, np.int32), np.zeros(length, np.int32)
-    parts, answered, queries_before, keys_before = [], [], 0, 0
+    all_keys, answered, queries_before, keys_before = [], [], 0, 0
     for rows, first, width in widths:
         keys = np.zeros((len(rows), width), np.int32)
         answers = np.full((len(rows), width - first), -1, np.int32)
@@ -95,10 +87,10 @@ def make_layout(length, sequences, widths):
             new = first + np.flatnonzero(outputs[tokens[first:]] < 0)
             answers[i, new - first] = tokens[new]
             outputs[tokens[new]] = queries_before + i * (width - first) + new - first
-        parts.append(Part(keys[:, first:], keys))
-        answered.append(answers.ravel())
+        all_keys.append(keys)
+        answered.append(answers)
         queries_before, keys_before = queries_before + answers.size, keys_before + keys.size
-    return Layout(places, tuple(parts), outputs, np.concatenate(answered), uses)
+    return Layout(places, tuple(all_keys), tuple(answered), outputs, uses)
 
 
 class RowCache:
@@ -124,11 +116,14 @@ class PackedCache(RowCache):
 
     def __init__(self, layout):
         self.offset = layout.places
-        self._shapes = [(*part.queries.shape, part.keys.shape[1]) for part in layout.parts]
-        queries, keys = (mx.concatenate([part[i].reshape(-1) for part in layout.parts]) for i in (0, 1))
+        self._shapes = [(*own.shape, keys.shape[1]) for own, keys in zip(layout.answered, layout.keys, strict=True)]
+        queries = [keys[:, -length:] for keys, (_, length, _) in zip(layout.keys, self._shapes, strict=True)]
+        queries, keys, answered = (
+            mx.concatenate([part.reshape(-1) for part in parts]) for parts in (queries, layout.keys, layout.answered)
+        )
         self._queries = Rows(queries, layout.outputs[None])
         self._keys = Rows(keys, layout.uses)
-        self._outputs = Rows(layout.outputs, layout.answered[None])
+        self._outputs = Rows(layout.outputs, answered[None])
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What `attend` reads; a mask to compute with cannot be had."""

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from .attention import CUDA_TILE, Layout, Part, make_layout, on_cuda
+from .attention import CUDA_TILE, Layout, make_layout, on_cuda
 from .options import MOST_ITERS, ConfigError
 
 # How a batch is arranged: all its tokens side by side, a prompt's once; or rows with a prompt each.
@@ -74,10 +74,7 @@ class Batch(NamedTuple):
 def as_batch(parts):
     """The `Batch` of the plain tuples into which MLX's compiler has turned one."""
     batch = Batch(*parts)
-    if not batch.layout:
-        return batch
-    layout = Layout(*batch.layout)
-    return batch._replace(layout=layout._replace(parts=tuple(Part(*part) for part in layout.parts)))
+    return batch._replace(layout=Layout(*batch.layout)) if batch.layout else batch
 
 
 def multiple():
