@@ -231,7 +231,7 @@ def test_memory_does_not_grow_with_vocabulary_and_response(kind, gradient, monke
     def peak(vocabulary, positions):
         model = make_model(UNTIED, vocab_size=vocabulary)
         add_lora(model, {"self_attn.q_proj"} | ({"lm_head"} if "head" in kind else set()))
-        head = Head.find(model)
+        head = Scorer(model).head
         states, targets = mx.random.normal((positions, 32)), mx.arange(positions)
 
         def loss(_):
@@ -252,7 +252,7 @@ def test_memory_does_not_grow_with_vocabulary_and_response(kind, gradient, monke
 def test_dropout_in_a_trainable_head_is_drawn_again_for_the_backward_pass(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * 101)
     model = add_lora(make_model(UNTIED), {"lm_head"}, dropout=0.5)
-    head = Head.find(model)
+    head = Scorer(model).head
     states, targets = mx.random.normal((27, 32)), mx.arange(27)
 
     def gradient(logps):
@@ -324,7 +324,7 @@ TIED_LORA = ["model.embed_tokens.lora_a", "model.embed_tokens.lora_b"]
     ],
 )
 def test_a_head_knows_the_parameters_that_it_reads(kind, names):
-    assert sorted(Head.find(trained(kind)).trainable) == names
+    assert sorted(Scorer(trained(kind)).head.trainable) == names
 
 
 def test_a_matrix_of_zeros_is_read_with_its_partner():
@@ -332,7 +332,7 @@ def test_a_matrix_of_zeros_is_read_with_its_partner():
     model.freeze()
     linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": {"lm_head"}})
     assert not model.lm_head.lora_b.any()  # so that the gradient of the other matrix is zero
-    assert sorted(Head.find(model).trainable) == LORA_HEAD
+    assert sorted(Scorer(model).head.trainable) == LORA_HEAD
 
 
 def test_parameters_behind_the_head_are_read_too_and_get_their_gradient():
@@ -373,7 +373,7 @@ def test_running_the_body_or_the_head_alone_leaves_the_model_as_it_was():
 def test_the_head_is_not_run_for_hidden_states():
     """The graph of the logits is made, and let go: with 200,000 words they would take 58 MB."""
     model = make_model(UNTIED, vocab_size=200_000)
-    head, tokens = Head.find(model), mx.zeros((2, 36), mx.int32)
+    head, tokens = Scorer(model).head, mx.zeros((2, 36), mx.int32)
     mx.eval(model.parameters())
     before = mx.get_active_memory()
     mx.reset_peak_memory()

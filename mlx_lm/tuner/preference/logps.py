@@ -77,18 +77,20 @@ class Scorer:
     def __init__(self, model, share_prompt=True, response_only=True, together=None):
         self.model, self._is_lean = model, False
         together = on_cuda() if together is None else together
-        self.siblings = find_siblings(model, lambda: _run(model, _some_tokens(), None)) if together else []
+        self.siblings = find_siblings(model, lambda: model(mx.arange(1, 13).reshape(2, 6))) if together else []
         # To look for them for each batch took a fifth of the time to lay out 30 layers.
         self._modules = model.modules()
-        self.head = Head.find(model) if response_only else None
-        self._caches, self._channels = None, convolved_channels(model)
+        self._channels, head, caches = convolved_channels(model), Head.find(model) if response_only else None, None
         with suppress(Exception):  # a model's own code, which may not be made for generation
-            self._caches = make_prompt_cache(model)
-        if not self._same_logits(PLAIN):
-            self._caches = None  # rows that go through no cache are upstream's own
+            caches = make_prompt_cache(model)
+        # Of a model that gives other logits with them, rows go through no cache, or positions through no head.
+        for self.head, self._caches in ((head, caches), (head, None), (None, caches), (None, None)):
+            if self._same_logits(PLAIN):
+                break
         # Of layers without keys and values, those that convolve are known.
         known = self._channels or all(_in_place(entry, True, False) is True for entry in self._caches or ())
-        self.arrangement = PACKED if share_prompt and known and self._same_logits(PACKED) else PLAIN
+        packs = share_prompt and known and self._caches is not None
+        self.arrangement = PACKED if packs and self._same_logits(PACKED) else PLAIN
 
     def __call__(self, batch, alignment=False, gradient=False, by_token=False):
         """The logps of a batch.
@@ -144,12 +146,10 @@ class Scorer:
         return self.head.logits(states) if self.head else states
 
     def _same_logits(self, arrangement):
-        """Whether the model gives batches so arranged the logits of plain rows: tried on a few tokens.
+        """Whether head and caches give batches so arranged the model's own logits of plain rows: tried on a few tokens.
 
         With windows of a few tokens, so that a model which goes wrong beyond its window is found.
         """
-        if self._caches is None:
-            return False
         # Padded as a run's batches: some kernels refuse many rows of one token.
         rows, tried = (make_batch(PROBE, kind)[0] for kind in (PLAIN, arrangement))
         with evaluating(self.model), narrow_windows(self.model):
@@ -157,18 +157,17 @@ class Scorer:
                 expected = _run(self.model, rows.tokens, None).flatten(0, 1)[rows.positions]
             try:
                 with self.lean_layers(tried):
-                    found = self.logits(self.response_states(tried))
+                    states = self.response_states(tried)
+                    found = self.logits(states)
                     mx.eval(found)
-            except Exception:  # in a batch that it was not written for, a model's own code may fail in any way
+            except Exception:  # in parts, or in a batch that it was not written for, its own code may fail in any way
                 return False
             # Recurrences carry on what half precision rounds: 24 random layers of Qwen3.5's on CUDA are off by 0.035.
             slack = 2 if self._channels and not is_float32(self.model) else 1
-            return relative_error(found, expected) < slack * tolerance(self.model)
-
-
-def _some_tokens():
-    """Two rows of a few tokens, to try a model with."""
-    return mx.arange(1, 13).reshape(2, 6)
+            same = found.shape == expected.shape and relative_error(found, expected) < slack * tolerance(self.model)
+            if same and self.head and arrangement == PLAIN:
+                self.head.learn(states, found.shape[-1])
+            return same
 
 
 def _run(model, tokens, cache):
@@ -259,32 +258,21 @@ class Head:
 
     @classmethod
     def find(cls, model):
-        """The head of `model`, or None where its body is not found or does not give the model's own logits."""
+        """The head of `model`, which is to be tried then, or None where its body is not found."""
         body = model
         while "language_model" in body:
             body = body.language_model
         body = next((body[name] for name in BODIES if isinstance(body.get(name), nn.Module)), None)
-        if body is None:
-            return None
-        head, tokens = cls(model, body), _some_tokens()
-        with evaluating(model), lean_layers(model.modules()):
-            expected = _run(model, tokens, None).flatten(0, 1)
-            try:
-                states = head.hidden_states(tokens, None).flatten(0, 1)
-                found = head.logits(states)
-            except Exception:  # run in parts, a model's own code may fail in any way
-                return None
-            if found.shape != expected.shape or not relative_error(found, expected) < tolerance(model):
-                return None
-            return cls(model, body, expected.shape[-1], head._read_parameters(states))
+        return None if body is None else cls(model, body)
 
-    def _read_parameters(self, states):
-        """Names of the trainable parameters that are in a module which logits depend on besides hidden states."""
+    def learn(self, states, vocabulary):
+        """Take V, and find the trainable parameters of modules which logits depend on besides hidden `states`."""
+        self.vocabulary, self.trainable = vocabulary, []
         inside = {id(x) for layer in layers_of(self.model) for _, x in tree_flatten(layer.trainable_parameters())}
         parameters = [item for item in tree_flatten(self.model.trainable_parameters()) if id(item[1]) not in inside]
         floating = [(name, x) for name, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
         if not floating:
-            return []
+            return
 
         def total(parameters):
             with parameters_in(self.model, parameters):
@@ -293,7 +281,7 @@ class Head:
         slopes = tree_flatten(mx.grad(total)(tree_unflatten(floating)))
         # A matrix of zeros hides that its partner is read: they are of one module.
         modules = {name.rpartition(".")[0] for name, slope in slopes if mx.any(slope != 0).item()}
-        return [name for name, _ in floating if name.rpartition(".")[0] in modules]
+        self.trainable = [name for name, _ in floating if name.rpartition(".")[0] in modules]
 
     def hidden_states(self, tokens, cache):
         """The body's output `(B, T, D)` for `tokens` `(B, T)`; what the model makes of it is never computed."""
