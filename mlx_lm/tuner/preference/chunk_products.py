@@ -82,23 +82,8 @@ def decayed_products(keys, queries, log_gates):
         keys, queries: `(..., C, Dk)`.
         log_gates: as for `decays_of`.
     """
-    decays = decays_of(log_gates)
-    of_keys, of_queries = _scores(keys, queries)
-    return mx.where(_earlier(keys.shape[-2]), decays * of_keys, 0.0), decays * of_queries
-
-
-@mx.custom_function
-def _scores(keys, queries):
-    """Products of keys with keys and of queries with keys, each `(..., C, C)`."""
-    later = keys.swapaxes(-1, -2)
-    return keys @ later, queries @ later
-
-
-@_scores.vjp
-def _scores_slopes(arrays, slopes, _):
-    (keys, queries), (of_keys, of_queries) = arrays, slopes
-    both = (of_keys + of_keys.swapaxes(-1, -2)) @ keys
-    return mx.addmm(both, of_queries.swapaxes(-1, -2), queries), of_queries @ keys
+    decays, later = decays_of(log_gates), keys.swapaxes(-1, -2)
+    return mx.where(_earlier(keys.shape[-2]), decays * (keys @ later), 0.0), decays * (queries @ later)
 
 
 def decayed_products_by_channel(keys, queries, log_gates):
