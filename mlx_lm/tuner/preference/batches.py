@@ -119,10 +119,9 @@ def ladder(shapes, size, most=MOST_SHAPES):
     own = np.array(sorted(set(shapes), key=lambda shape: _work(np.array(shape), size)), float).reshape(-1, 3)
     if len(own) > MOST_CANDIDATES:
         own = np.array([part.max(axis=0) for part in np.array_split(own, MOST_CANDIDATES)])
-    counts = np.zeros(len(own), int)
     # The first of the sorted shapes that holds each.
     places = [int(np.argmax((own >= np.array(shape)).all(axis=1))) for shape in shapes]
-    np.add.at(counts, places, 1)
+    counts = np.bincount(places, minlength=len(own))
     count, most = len(own), min(most, len(own))
     # costs[k, n]: the least work of the n smallest in k groups, the last of which begins at cuts[k, n].
     costs, cuts = np.full((most + 1, count + 1), np.inf), np.zeros((most + 1, count + 1), int)
@@ -363,6 +362,7 @@ class Schedule:
 
     def visited(self, first, last):
         """The rows of the iterations from `first` to `last`, each once, in order."""
+        last = min(last, first + 2 * self.epoch_steps)  # two epochs hold every row
         return np.unique(np.concatenate([self.rows(i) for i in range(first, last + 1)]))
 
     def tokens(self, iteration):
