@@ -236,9 +236,9 @@ def test_verdicts_and_labels_of_tables(tmp_path):
 
 
 def test_valid_share_needs_two_prompts():
-    assert [len(numbers) for numbers in held_out([{"prompt": "a"}, {"prompt": "b"}], 0.1, 0)] == [1, 1]
+    assert [len(numbers) for numbers in held_out([ROW, ROW | {"prompt": "b"}], 0.1, 0)] == [1, 1]
     with pytest.raises(ConfigError, match="valid_share is 0.5, but the 2 training rows have one prompt"):
-        held_out([{"prompt": "a"}, {"prompt": "a"}], 0.5, 0)
+        held_out([ROW, ROW | {"chosen": "b"}], 0.5, 0)
 
 
 def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
@@ -246,7 +246,7 @@ def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     assert chosen(load(tmp_path)[0]) == ["b"]
     assert "1 pairs of rows with one labelled completion (KTO); 1 rows have no partner" in capsys.readouterr().out
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row | {"weight": -1}) for row in rows))
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[1] | {"weight": -1}])))
     with pytest.raises(ConfigError, match=r"train\.jsonl:2: weight is -1"):
         load(tmp_path)
 

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 from .._upstream import run_upstream
 from ..cli_ui import rprint
-from .preference.layouts import is_kto, paired
+from .preference.layouts import is_kto
 from .preference.objective import LOSSES
 from .preference.options import ConfigError, first_line, is_preference, nearest
 from .preference.pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
-from .preference.sources import SPLITS, Rows, files_of, held_out, is_saved, joined, of_hub, read_file
+from .preference.sources import SPLITS, files_of, held_out, is_saved, joined, of_hub, paired, read_file
 
 LOADERS = ("load_dataset", "create_dataset", "load_local_dataset", "load_hf_dataset", "load_custom_hf_dataset")
 run_upstream(globals(), needs=(*LOADERS, "CacheDataset"))
@@ -207,10 +207,9 @@ def _preferences(rows, tokenizer, config, name):
     loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     keys["unpaired"] = any(loss in LOSSES and LOSSES[loss].unpaired for loss in loss_type)
     if is_kto(rows.rows[0]) and not keys["unpaired"]:
-        found, numbers = paired(rows.rows, name, rows.where, keys.get("prompt_feature"))
-        lost = len(rows.rows) - 2 * len(found)
-        rprint(f"{name}: {len(found)} pairs of rows with one labelled completion (KTO); {lost} rows have no partner.")
-        rows = Rows(found, lambda i, where=rows.where: where(numbers[i]))
+        single, rows = rows, paired(rows, name, keys.get("prompt_feature"))
+        count, lost = len(rows.rows), len(single.rows) - 2 * len(rows.rows)
+        rprint(f"{name}: {count} pairs of rows with one labelled completion (KTO); {lost} rows have no partner.")
     return PreferenceDataset(rows.rows, tokenizer, **keys, name=name, where=rows.where)
 
 

@@ -3,17 +3,13 @@
 A layout is known by its keys; what the values hold is read in `rows.py`.
 """
 
-import itertools
-import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from .messages import KEYS, OTHER_ROLES, decoded, kind, marked_turns, messages, transcript
+from .messages import OTHER_ROLES, kind
 from .options import ConfigError, shown
-from .overlap import shared_text
 
 SAME = "whose responses are rated equal"
 # Keys that hold a prompt where there is no `prompt`, the likeliest first.
@@ -206,82 +202,3 @@ def _whole(value):
 def is_kto(row):
     """Whether a row holds one completion that is labelled good or bad."""
     return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and "chosen" not in row
-
-
-def prompt_of(row, prompt_feature=None, chosen_feature="chosen", rejected_feature="rejected"):
-    """What tells the rows of one prompt, as text, in whichever form they hold it; None where it cannot be told."""
-    chosen, rejected = ("completion", "completion") if is_kto(row) else (chosen_feature, rejected_feature)
-    try:
-        laid, _, _ = recognised(row, prompt_feature, chosen, rejected)
-        asked = laid["prompt"] if "prompt" in laid else row.get("prompt")
-        own = laid.get("chosen", row.get(chosen))
-        # As a row is read, which may hold an empty prompt beside whole conversations.
-        if asked is None or (isinstance(asked, str) and not asked.strip() and _whole(own)):
-            asked = _begun(own, laid.get("rejected", row.get(rejected))) or None
-    except (ConfigError, UselessRow):
-        return None
-    # What is wrong with a prompt is told where its row is read.
-    with suppress(ConfigError):
-        asked = asked if asked is None else _as_messages(asked)
-    return None if asked is None else json.dumps(asked, sort_keys=True, default=str)
-
-
-def _begun(chosen, rejected):
-    """The prompt that two responses begin with."""
-    texts = isinstance(chosen, str) and isinstance(rejected, str)
-    if texts and not transcript(chosen) and not decoded(chosen, "chosen"):
-        return chosen[: shared_text(chosen, rejected)] if chosen != rejected else None
-    sides = [_as_messages(side)[:-1] for side in (chosen, rejected)]
-    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
-
-
-def _as_messages(value):
-    """A text, a transcript or messages in any form as messages with the keys that are read."""
-    if isinstance(value, str):
-        turns = transcript(value)
-        value = [message for message, _ in turns] if turns else decoded(value, "prompt") or marked_turns(value) or value
-    if isinstance(value, str):
-        value = {"role": "user", "content": value}
-    if not isinstance(value, list | Mapping):
-        raise ConfigError(f"the prompt is {kind(value)}; it must be a string or a list of messages.")
-    read = [{name: item for name, item in message.items() if name in KEYS} for message in messages(value, "prompt")]
-    # What a transcript has behind its last question: the name of who is to answer.
-    return read[:-1] if read and read[-1] == {"role": "assistant", "content": ""} else read
-
-
-def paired(rows, name, where, prompt=None):
-    """Rows of one labelled completion each, put together by their prompts.
-
-    Args:
-        rows: the rows.
-        name, where: of the rows and of one by its number, for errors.
-        prompt: the prompt's key; None is found.
-
-    Returns:
-        `(rows, numbers)`: rows with `chosen` and `rejected`, and the number of the row that each chosen stands in.
-
-    Raises:
-        ConfigError: a row has no prompt, or no prompt has completions with both labels.
-    """
-    groups = defaultdict(lambda: {True: [], False: []})
-    for number, row in enumerate(rows):
-        if not is_kto(row) or row["label"] not in (True, False, 0, 1):
-            raise ConfigError(f"{where(number)}: the row has no completion with a label that is true or false.")
-        asked = prompt_of(row, prompt)
-        if asked is None:
-            raise ConfigError(f"{where(number)}: there is no prompt to pair it by; name its key with prompt_feature.")
-        beside = [row.get(key) for key in (*SYSTEM, "tools", "chat_template_kwargs")]
-        group = groups[asked, json.dumps(beside, sort_keys=True, default=str)]
-        group[bool(row["label"])].append((number, row))
-    found, numbers = [], []
-    for group in groups.values():
-        for (number, good), (_, bad) in zip(group[True], group[False], strict=False):
-            kept = {key: value for key, value in good.items() if key not in ("completion", "label")}
-            found.append({**kept, "chosen": good["completion"], "rejected": bad["completion"]})
-            numbers.append(number)
-    if not found:
-        raise ConfigError(
-            f"{name}: the {len(rows)} rows hold one completion and its label each (KTO), and no prompt has both a good "
-            "and a bad one; a preference needs two completions of one prompt."
-        )
-    return found, numbers

@@ -8,10 +8,11 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, recognised
+from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, is_kto, recognised
 from .messages import KEYS, decoded, is_message, kind, marked_turns, messages, speaks, tools, transcript
 from .options import ConfigError, nearest, shown
 from .overlap import shared_text, without_prompt
@@ -122,7 +123,7 @@ class RowReader:
                     "messages, system, tools and chat_template_kwargs need a chat template, which is not "
                     "used here, or which the tokenizer does not have; give prompt, chosen and rejected as strings."
                 )
-            prompt, chosen, rejected, form = self._texts(prompt, chosen, rejected)
+            prompt, chosen, rejected, form = self._texts(prompt, chosen, rejected, row)
         if self.chosen == self.rejected:
             layout = LABELLED
         self.layouts[", ".join(filter(None, (layout, form)))] += 1
@@ -132,8 +133,6 @@ class RowReader:
         """As a call, of a row with a `label` and one `completion`, which is both of the `Conversation`'s responses."""
         if row["label"] not in (True, False, 0, 1):
             raise ConfigError(f"label is {row['label']!r}; it must be true or false.")
-        if row.get(self.prompt or "prompt") is None and isinstance(row["completion"], str):
-            self._refuse_without_prompt(row)
         bare = {key: value for key, value in row.items() if key != "label"}
         read = replace(self, chosen="completion", rejected="completion")(bare)
         return read._replace(label=bool(row["label"]))
@@ -242,13 +241,13 @@ class RowReader:
         ]
         return prompt, *responses, TRANSCRIPTS
 
-    def _texts(self, prompt, chosen, rejected):
+    def _texts(self, prompt, chosen, rejected, row):
         """Prompt and responses as strings, the prompt lifted out where the responses repeat it."""
         form = ""
         if not chosen.strip() or not rejected.strip():
             raise UselessRow(EMPTY_RESPONSE)
         if prompt is None:
-            end, form = self._end_of_prompt(chosen, rejected)
+            end, form = self._end_of_prompt(chosen, rejected, row)
             prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
         elif rest := without_prompt(prompt, chosen, rejected):
             (chosen, rejected), form = rest, REPEATED
@@ -256,7 +255,7 @@ class RowReader:
             raise UselessRow(EMPTY_RESPONSE)
         return prompt, chosen, rejected, form
 
-    def _end_of_prompt(self, chosen, rejected):
+    def _end_of_prompt(self, chosen, rejected, row):
         if all(sides := [transcript(text) for text in (chosen, rejected)]):
             same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))
             ends = [end for (_, end), _ in same]
@@ -264,6 +263,8 @@ class RowReader:
             if shared and all(side[shared][0]["role"] == "assistant" for side in sides):
                 return chosen.index("Assistant:", ends[shared - 1]) + len("Assistant:"), TRANSCRIPTS
             raise UselessRow(NO_ANSWER)
+        if self.chosen == self.rejected:
+            self._refuse_without_prompt(row)
         end = shared_text(chosen, rejected, self.specials)
         if end == 0:
             raise ConfigError(
@@ -316,6 +317,21 @@ class RowReader:
                 raise UselessRow(SCORED_LOWER)
             weight *= self.score_scale * difference
         return margin, weight
+
+
+def read_alone(row, prompt_feature=None, chosen_feature="chosen", rejected_feature="rejected"):
+    """A row's `Conversation` of messages, or of strings where only that can be made of it; raises as `RowReader`."""
+
+    def read(chat):
+        reader = RowReader(prompt_feature, chosen_feature, rejected_feature, chat)
+        return (reader.labelled if is_kto(row) else reader)(row)
+
+    try:
+        return read(chat=True)
+    except (ConfigError, UselessRow):
+        with suppress(ConfigError, UselessRow):
+            return read(chat=False)
+        raise
 
 
 def _answer(side, goes_on):

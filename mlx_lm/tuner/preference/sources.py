@@ -5,13 +5,16 @@ import json
 import random
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .layouts import CHOSEN_SCORES, REJECTED_SCORES, VERDICTS, prompt_of
+from .layouts import CHOSEN_SCORES, REJECTED_SCORES, SYSTEM, VERDICTS, UselessRow, is_kto
 from .messages import from_json
 from .options import ConfigError, first_line
+from .rows import read_alone
 
 # Other names of the splits, the usual one first.
 SPLITS = {
@@ -141,15 +144,17 @@ def held_out(rows, share, seed, **features):
         rows: the rows.
         share: of them to validate on.
         seed: of the draw.
-        features: the rows' keys, as `prompt_of` takes them.
+        features: the rows' keys, as `read_alone` takes them.
 
     Raises:
         ConfigError: a prompt is left for one of the two only.
     """
     groups = {}
     for i in range(len(rows)):
-        row = rows[i]
-        asked = prompt_of(row, **features) if isinstance(row, Mapping) else None
+        row, asked = rows[i], None
+        with suppress(ConfigError, UselessRow):  # which are told where the row is read
+            bare = {key: value for key, value in row.items() if key not in SYSTEM} if isinstance(row, Mapping) else row
+            asked = _key(read_alone(bare, **features).prompt)
         groups.setdefault(i if asked is None else asked, []).append(i)
     order = list(groups.values())
     random.Random(seed or 0).shuffle(order)
@@ -160,6 +165,48 @@ def held_out(rows, share, seed, **features):
         raise ConfigError(f"valid_share is {share:g}, but the {len(rows)} training rows have one prompt; leave it out.")
     taken = set(valid)
     return [i for i in range(len(rows)) if i not in taken], sorted(valid)
+
+
+def paired(rows, name, prompt=None):
+    """`Rows` of one labelled completion each, put together by their prompts, tools and template arguments.
+
+    Args:
+        rows, name: the `Rows`, and what to call them in errors.
+        prompt: the prompt's key; None is found.
+
+    Returns:
+        `Rows` with `chosen` and `rejected`, each in the place of its chosen.
+
+    Raises:
+        ConfigError: a row cannot be read, or no prompt has completions with both labels.
+    """
+    groups = defaultdict(lambda: {True: [], False: []})
+    for number, row in enumerate(rows.rows):
+        if not is_kto(row) or row["label"] not in (True, False, 0, 1):
+            raise ConfigError(f"{rows.where(number)}: the row has no completion with a label that is true or false.")
+        try:
+            read = read_alone(row, prompt)
+        except ConfigError as error:
+            raise ConfigError(f"{rows.where(number)}: {error}") from error
+        except UselessRow:
+            continue
+        groups[_key([read.prompt, read.tools, read.template_kwargs])][read.label].append((number, row))
+    found, numbers = [], []
+    for group in groups.values():
+        for (number, good), (_, bad) in zip(group[True], group[False], strict=False):
+            kept = {key: value for key, value in good.items() if key not in ("completion", "label")}
+            found.append({**kept, "chosen": good["completion"], "rejected": bad["completion"]})
+            numbers.append(number)
+    if not found:
+        raise ConfigError(
+            f"{name}: the {len(rows.rows)} rows hold one completion and its label each (KTO), and no prompt has both a "
+            "good and a bad one; a preference needs two completions of one prompt."
+        )
+    return Rows(found, lambda i: rows.where(numbers[i]))
+
+
+def _key(value):
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _read_lines(path):
