@@ -215,17 +215,17 @@ def test_labelled_completions_are_paired_by_their_prompts():
         ]
     ]
     where = "rows.jsonl:{}".format
-    found, place = paired(Rows(rows, where), "rows.jsonl")
+    found = paired(Rows(rows, where, "rows.jsonl"))
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in found] == [
         ("a", "good", "bad"),
         ("c", "good", "bad"),
     ]
-    assert [place(0), place(1)] == ["rows.jsonl:0", "rows.jsonl:5"]
+    assert [found.where(0), found.where(1)] == ["rows.jsonl:0", "rows.jsonl:5"]
     assert all(row["system"] == "s" and "label" not in row for row in found)
     with pytest.raises(ConfigError, match=r"rows.jsonl: the 2 rows hold one completion and its label each \(KTO\)"):
-        paired(Rows(rows[:2], where), "rows.jsonl")
+        paired(Rows(rows[:2], where, "rows.jsonl"))
     with pytest.raises(ConfigError, match="rows.jsonl:1: the row has no completion with a label"):
-        paired(Rows([rows[0], {"prompt": "a"}], where), "rows.jsonl")
+        paired(Rows([rows[0], {"prompt": "a"}], where, "rows.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_labelled_completions_of_different_prompts_are_no_pairs(asked, feature):
         for row in rows:
             user = {"role": "user", "content": row["completion"][-1]}
             row["completion"] = [user, {"role": "assistant", "content": row["completion"]}]
-    found, _ = paired(Rows(rows, str), "rows", feature)
+    found = paired(Rows(rows, str, "rows"), feature)
     said = [[row[key] if asked("") else row[key][-1]["content"] for key in ("chosen", "rejected")] for row in found]
     assert said == [["good a", "bad a"], ["good b", "bad b"]]
 
@@ -263,7 +263,7 @@ def test_the_prompt_of_a_labelled_completion_is_found_by_its_key_and_never_made_
 
 def test_an_empty_prompt_is_one():
     rows = [{"prompt": "", "completion": text, "label": label} for text, label in (("a", True), ("b", False))]
-    assert paired(Rows(rows, str), "rows").rows == [{"prompt": "", "chosen": "a", "rejected": "b"}]
+    assert list(paired(Rows(rows, str, "rows"))) == [{"prompt": "", "chosen": "a", "rejected": "b"}]
 
 
 def test_an_empty_prompt_beside_whole_conversations_is_theirs():
@@ -275,16 +275,14 @@ def test_an_empty_prompt_beside_whole_conversations_is_theirs():
         }
         for q, a, label in (("p", "a", True), ("q", "b", False), ("q", "c", True), ("p", "d", False))
     ]
-    found = [
-        [row[side][-1]["content"] for side in ("chosen", "rejected")] for row in paired(Rows(rows, str), "rows").rows
-    ]
+    found = [[row[side][-1]["content"] for side in ("chosen", "rejected")] for row in paired(Rows(rows, str, "rows"))]
     assert found == [["a", "d"], ["c", "b"]]
 
 
 def test_labelled_completions_without_a_prompt_are_not_paired():
     rows = [{"asked": "a", "completion": "x", "label": label} for label in (True, False)]
     with pytest.raises(ConfigError, match="0: there is no prompt; .* such as prompt_feature: asked"):
-        paired(Rows(rows, str), "rows")
+        paired(Rows(rows, str, "rows"))
 
 
 def test_the_manuals_table_is_made_of_these_rows():

@@ -89,7 +89,7 @@ def create_dataset(data, tokenizer, config):
         return []
     origin, split = getattr(config, "path", None) or getattr(config, "data", None), getattr(data, "split", None)
     name = ", ".join([str(origin or "the data set"), *([f"split {split}"] if split else [])])
-    return _preferences(of_hub(data, name), tokenizer, config, name)
+    return _preferences(of_hub(data, name), tokenizer, config)
 
 
 def load_local_dataset(data_path, tokenizer, config):
@@ -102,19 +102,16 @@ def load_local_dataset(data_path, tokenizer, config):
             found = hub.load_from_disk(str(data_path))
         return _of_splits(found if isinstance(found, Mapping) else {"train": found}, str(data_path), tokenizer, config)
     found = {}
-    for split, wanted in _wanted(config).items():
-        paths = files_of(data_path, split) if data_path.is_dir() else [data_path] if split == "train" else []
-        path = paths[0] if paths else data_path / f"{split}.jsonl" if data_path.is_dir() else data_path
-        parts = [
-            read_file(part, partial(_hub_package, f"{part} is a Parquet file: reading it")) for part in paths if wanted
-        ]
-        rows = joined(parts) if parts else None
-        if wanted and split != "valid" and (rows is None or len(rows.rows) == 0):
+    for split in _wanted(config):
+        paths = files_of(data_path, split)
+        parts = [read_file(part, partial(_hub_package, f"{part} is a Parquet file: reading it")) for part in paths]
+        found[split] = joined(parts) if parts else ()
+        if split != "valid" and len(found[split]) == 0:
+            path = paths[0] if paths else data_path / f"{split}.jsonl" if data_path.is_dir() else data_path
             state = "holds no rows" if paths else "is missing" if data_path.is_dir() else f"is no {split} set"
             trains = split == "test" and config.train
             advice = " To train without a test set test: false or give --no-test." if trains else ""
             raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line.{advice}")
-        found[split] = (rows, str(path)) if rows is not None and len(rows.rows) else None
     return _made(found, tokenizer, config)
 
 
@@ -131,29 +128,28 @@ def load_hf_dataset(data_id, tokenizer, config):
 def _of_splits(found, data_id, tokenizer, config):
     """`(train, valid, test)` from a mapping of splits to data sets of the `datasets` package."""
     splits = {}
-    for split, wanted in _wanted(config).items():
-        names = [name for name in SPLITS[split] if name in found]
-        if wanted and not names and split != "valid":
+    for split in _wanted(config):
+        name = next((name for name in SPLITS[split] if name in found), None)
+        if name is not None:
+            splits[split] = of_hub(found[name], f"{data_id}, split {name}")
+        elif split != "valid":
             raise ConfigError(
                 f"the data set {data_id} has no split named {' or '.join(SPLITS[split])}, only {', '.join(found)}; "
                 f"name one with hf_dataset and its {split}_split."
             )
-        name = f"{data_id}, split {names[0]}" if names else ""
-        rows = of_hub(found[names[0]], name) if wanted and names else None
-        splits[split] = (rows, name) if rows is not None and len(rows.rows) else None
     return _made(splits, tokenizer, config)
 
 
 def _made(found, tokenizer, config):
-    """Data sets of the `Rows` and names of three splits, None for each that there is not."""
-    share = getattr(config, "valid_share", None)
-    if share and found["valid"]:
-        rprint(f"valid_share is not used: {found['valid'][1]} is the validation set.")
-    elif share and found["train"]:
-        rows, name = found["train"]
-        numbers = held_out(rows.rows, share, getattr(config, "seed", 0), **_features(config))
-        found["train"], found["valid"] = ((rows.taken(taken), name) for taken in numbers)
-    return tuple(_preferences(part[0], tokenizer, config, part[1]) if part else [] for part in found.values())
+    """`(train, valid, test)` from a mapping of these names to `Rows`, `[]` in place of each without a row."""
+    share, train, valid = getattr(config, "valid_share", None), found.get("train", ()), found.get("valid", ())
+    if share and len(valid):
+        rprint(f"valid_share is not used: {valid.name} is the validation set.")
+    elif share and len(train):
+        numbers = held_out(train, share, getattr(config, "seed", 0), **_features(config))
+        found["train"], found["valid"] = map(train.taken, numbers)
+    splits = (found.get(split, ()) for split in SPLITS)
+    return tuple(_preferences(rows, tokenizer, config) if len(rows) else [] for rows in splits)
 
 
 def load_custom_hf_dataset(args, tokenizer):
@@ -201,26 +197,28 @@ def _features(config):
     return {key: value for key, value in keys.items() if (key, value) != ("prompt_feature", "prompt")}
 
 
-def _preferences(rows, tokenizer, config, name):
+def _preferences(rows, tokenizer, config):
     keys = {key: getattr(config, key) for key in DATA_KEYS if getattr(config, key, None) is not None}
     keys |= _features(config)
     loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     keys["unpaired"] = any(loss in LOSSES and LOSSES[loss].unpaired for loss in loss_type)
-    if is_kto(rows.rows[0]) and not keys["unpaired"]:
-        single, rows = rows, paired(rows, name, keys.get("prompt_feature"))
-        count, lost = len(rows.rows), len(single.rows) - 2 * len(rows.rows)
-        rprint(f"{name}: {count} pairs of rows with one labelled completion (KTO); {lost} rows have no partner.")
-    return PreferenceDataset(rows.rows, tokenizer, **keys, name=name, where=rows.where)
+    if is_kto(rows[0]) and not keys["unpaired"]:
+        read, rows = len(rows), paired(rows, keys.get("prompt_feature"))
+        rprint(
+            f"{rows.name}: {len(rows)} pairs of rows with one labelled completion (KTO); {read - 2 * len(rows)} rows "
+            "have no partner."
+        )
+    return PreferenceDataset(rows, tokenizer, **keys, name=rows.name, where=rows.where)
 
 
 def _wanted(config):
-    train, test = getattr(config, "train", True), getattr(config, "test", True)
-    return {"train": train, "valid": train, "test": test}
+    """The names of the splits that a configuration asks for."""
+    return [split for split in SPLITS if getattr(config, "test" if split == "test" else "train", True)]
 
 
 def _not_empty(splits, config, origin):
-    for (split, wanted), rows in zip(_wanted(config).items(), splits, strict=True):
-        if wanted and split != "valid" and len(rows) == 0:
+    for split, rows in zip(SPLITS, splits, strict=True):
+        if split in _wanted(config) and split != "valid" and len(rows) == 0:
             raise ConfigError(f"the {split} split of {origin} holds no rows.")
     return tuple(splits)
 

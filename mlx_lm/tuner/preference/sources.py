@@ -6,10 +6,9 @@ import random
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, REJECTED_SCORES, SYSTEM, VERDICTS, UselessRow, is_kto
 from .messages import from_json
@@ -31,38 +30,36 @@ SAVED = ("dataset_dict.json", "state.json")
 NUMBERS = ("margin", "weight", *CHOSEN_SCORES, *REJECTED_SCORES, *VERDICTS, "label")
 
 
-class Rows(NamedTuple):
-    """Rows and where each stands.
+class Rows(Sequence):
+    """Rows, each made by `read` of an item when it is asked for.
 
     Attributes:
-        rows: a sequence of objects.
-        where: gives the place of row number i, for errors.
+        where: gives the place of row number i, for errors; it holds no row, so that these can be let go of.
+        name: what to call the rows.
     """
 
-    rows: Sequence
-    where: Callable
+    def __init__(self, items, where, name, read=lambda row: row):
+        self._items, self._read, self.where, self.name = items, read, where, name
+
+    def __len__(self):
+        return len(self._items)
+
+    def __getitem__(self, i):
+        return self._read(self._items[i])
 
     def taken(self, numbers):
         """Some of the rows."""
-        rows, where = self  # apart, so that the rows can be let go of
-        return Rows(View(len(numbers), lambda i: rows[numbers[i]]), lambda i: where(numbers[i]))
-
-
-class View(Sequence):
-    """A sequence of so many rows, each made by `read` of its number when it is asked for."""
-
-    def __init__(self, count, read):
-        self.count, self.read = count, read
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        return self.read(i)
+        where = self.where
+        return Rows(numbers, lambda i: where(numbers[i]), self.name, self.__getitem__)
 
 
 def files_of(folder, split):
-    """The files of a folder, or of its folder `data`, that hold a split: several where they are parts of one."""
+    """The files of a folder, or of its folder `data`, that hold a split: several where they are parts of one.
+
+    A file in place of a folder holds the training split.
+    """
+    if not folder.is_dir():
+        return [folder] if split == "train" else []
     for name in SPLITS[split]:
         for place in (folder, folder / "data"):
             for ending in KINDS:
@@ -74,7 +71,7 @@ def files_of(folder, split):
         for place in (folder, folder / "data"):
             if packed := [path for path in place.glob(f"{name}.*") if path.suffix in PACKED]:
                 return packed[:1]
-    if split == "train" and folder.is_dir():
+    if split == "train":
         # A folder with one file of rows needs no name for it.
         names = {name for names in SPLITS.values() for name in names}
         paths = [path for path in folder.iterdir() if path.suffix in KINDS and path.stem not in names]
@@ -93,7 +90,7 @@ def has_test_set(args):
         return any(entry.get("test_split") for entry in (entries if isinstance(entries, list) else [entries]))
     data = Path(args.data).expanduser()
     saved = any((data / name).is_dir() for name in SPLITS["test"])
-    return not data.exists() or data.is_dir() and (saved or bool(files_of(data, "test")))
+    return not data.exists() or saved or bool(files_of(data, "test"))
 
 
 def read_file(path, package):
@@ -120,21 +117,20 @@ def read_file(path, package):
 def of_hub(data, name):
     """The `Rows` of a data set of the datasets package, without the empty values that its columns fill up rows with."""
 
-    def read(i):
-        row = data[i]
+    def read(row):
         # A key of the row itself may be null.
         return {key: _without_none(value) for key, value in row.items()} if isinstance(row, Mapping) else row
 
-    return Rows(View(len(data), read), lambda i: f"{name}, row {i}")
+    return Rows(data, lambda i: f"{name}, row {i}", name, read)
 
 
 def joined(parts):
     """Several `Rows` as one."""
     if len(parts) == 1:
         return parts[0]
-    rows = [row for part in parts for row in part.rows]
-    places = [(part.where, i) for part in parts for i in range(len(part.rows))]
-    return Rows(rows, lambda i: places[i][0](places[i][1]))
+    rows = [row for part in parts for row in part]
+    places = [(part.where, i) for part in parts for i in range(len(part))]
+    return Rows(rows, lambda i: places[i][0](places[i][1]), parts[0].name)
 
 
 def held_out(rows, share, seed, **features):
@@ -150,8 +146,8 @@ def held_out(rows, share, seed, **features):
         ConfigError: a prompt is left for one of the two only.
     """
     groups = {}
-    for i in range(len(rows)):
-        row, asked = rows[i], None
+    for i, row in enumerate(rows):
+        asked = None
         with suppress(ConfigError, UselessRow):  # which are told where the row is read
             bare = {key: value for key, value in row.items() if key not in SYSTEM} if isinstance(row, Mapping) else row
             asked = _key(read_alone(bare, **features).prompt)
@@ -167,11 +163,11 @@ def held_out(rows, share, seed, **features):
     return [i for i in range(len(rows)) if i not in taken], sorted(valid)
 
 
-def paired(rows, name, prompt=None):
+def paired(rows, prompt=None):
     """`Rows` of one labelled completion each, put together by their prompts, tools and template arguments.
 
     Args:
-        rows, name: the `Rows`, and what to call them in errors.
+        rows: the `Rows`.
         prompt: the prompt's key; None is found.
 
     Returns:
@@ -180,14 +176,14 @@ def paired(rows, name, prompt=None):
     Raises:
         ConfigError: a row cannot be read, or no prompt has completions with both labels.
     """
-    groups = defaultdict(lambda: {True: [], False: []})
-    for number, row in enumerate(rows.rows):
+    where, groups = rows.where, defaultdict(lambda: {True: [], False: []})
+    for number, row in enumerate(rows):
         if not is_kto(row) or row["label"] not in (True, False, 0, 1):
-            raise ConfigError(f"{rows.where(number)}: the row has no completion with a label that is true or false.")
+            raise ConfigError(f"{where(number)}: the row has no completion with a label that is true or false.")
         try:
             read = read_alone(row, prompt)
         except ConfigError as error:
-            raise ConfigError(f"{rows.where(number)}: {error}") from error
+            raise ConfigError(f"{where(number)}: {error}") from error
         except UselessRow:
             continue
         groups[_key([read.prompt, read.tools, read.template_kwargs])][read.label].append((number, row))
@@ -199,10 +195,10 @@ def paired(rows, name, prompt=None):
             numbers.append(number)
     if not found:
         raise ConfigError(
-            f"{name}: the {len(rows.rows)} rows hold one completion and its label each (KTO), and no prompt has both a "
+            f"{rows.name}: the {len(rows)} rows hold one completion and its label each (KTO), and no prompt has both a "
             "good and a bad one; a preference needs two completions of one prompt."
         )
-    return Rows(found, lambda i: rows.where(numbers[i]))
+    return Rows(found, lambda i: where(numbers[i]), rows.name)
 
 
 def _key(value):
@@ -220,7 +216,7 @@ def _read_lines(path):
                     continue
                 if not rows and text[0] == "[" and isinstance(found := _whole(path), list) and found:
                     if all(isinstance(row, Mapping) for row in found):
-                        return Rows(found, lambda i: f"{path}, row {i}")
+                        return Rows(found, lambda i: f"{path}, row {i}", str(path))
                 rows.append(from_json(text))
                 lines.append(number)
     except UnicodeDecodeError as error:
@@ -228,7 +224,7 @@ def _read_lines(path):
     except (json.JSONDecodeError, RecursionError) as error:
         reason = error.msg + f" at column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
         raise ConfigError(f"{path}:{number}: the line is not JSON ({reason}).") from error
-    return Rows(rows, lambda i: f"{path}:{lines[i]}")
+    return Rows(rows, lambda i: f"{path}:{lines[i]}", str(path))
 
 
 def _whole(path):
@@ -241,7 +237,7 @@ def _whole(path):
 
 def _read_parquet(path, package):
     try:
-        return of_hub(package.load_dataset("parquet", data_files=str(path), split="train"), path)
+        return of_hub(package.load_dataset("parquet", data_files=str(path), split="train"), str(path))
     except (ValueError, package.exceptions.DatasetsError) as error:
         # What the package tells last of a broken file is only that there was an error.
         raise ConfigError(f"{path} cannot be read as Parquet ({first_line(error.__cause__ or error)}).") from error
@@ -259,7 +255,7 @@ def _read_json(path):
         found = lists[0] if len(lists) == 1 and not is_row else [found]
     if not isinstance(found, list):
         raise ConfigError(f"{path} holds no list of rows; expected a JSON array of objects, or an object a line.")
-    return Rows(found, lambda i: f"{path}, row {i}")
+    return Rows(found, lambda i: f"{path}, row {i}", str(path))
 
 
 def _read_table(path, delimiter):
@@ -276,7 +272,7 @@ def _read_table(path, delimiter):
                 lines.append(reader.line_num)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as a table ({error}).") from error
-    return Rows(rows, lambda i: f"{path}:{lines[i]}")
+    return Rows(rows, lambda i: f"{path}:{lines[i]}", str(path))
 
 
 def _cell(key, value):
