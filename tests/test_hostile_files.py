@@ -149,11 +149,13 @@ def test_rows_of_any_content(tmp_path, random):
     assert fuzz.outcome(read, name) in ("read", "refused")
 
 
-def test_numbers_of_many_digits_under_keys_that_are_not_read(tmp_path):
-    line = '{"prompt": "Who?", "chosen": "I.", "rejected": "You.", "id": ' + "7" * 5000 + "}"
-    (tmp_path / "rows.jsonl").write_text(line)
+def test_numbers_of_many_digits(tmp_path):
     args = SimpleNamespace(loss_type="dpo", train=True, test=False, data=str(tmp_path / "rows.jsonl"))
-    assert len(load_dataset(args, smollm())[0]) == 1
+    for digits in (400, 5000):
+        line = '{"context": "Who?", "response1": "I.", "response2": "You.", "overall_preference": ' + "7" * digits + "}"
+        (tmp_path / "rows.jsonl").write_text(line)
+        found = taken(load_dataset, args, smollm())
+        assert len(found[0]) == 1 if digits == 400 else found is None
 
 
 LINES = st.one_of(

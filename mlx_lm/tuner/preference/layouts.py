@@ -3,7 +3,6 @@
 A layout is known by its keys; what the values hold is read in `rows.py`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ def _number(row, key):
     if isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
-    if not isinstance(value, (int, float)) or math.isnan(value):
+    if not isinstance(value, (int, float)) or value != value:
         raise ConfigError(f"{key} is {shown(value)}; it must be a number.")
     return value
 

@@ -21,27 +21,12 @@ CALLS = "function_call"
 KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call_id")
 # The keys by which rows and templates know reasoning; a message that is read has the first.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-MOST_DIGITS = 300
 LOOKS_LIKE_MESSAGES = re.compile(r"\s*(?:\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
 # An answer may be JSON, cut off too; what has both of these, or begins with a role, is hardly one.
 WHO = re.compile(rf"['\"](role|from)['\"]\s*:\s*['\"]({'|'.join((*ROLES, *OTHER_ROLES))})['\"]")
 WHAT = re.compile(r"['\"](content|value)['\"]\s*:")
 LATER_TURN = re.compile(r"<extra_id_1>(User|Assistant)\n")
 TURN = re.compile(r"(?:\A|(?<=\S)(?=\s*\n\r?\n))\s*(Human|Assistant):")
-
-
-def from_json(text):
-    """What a text holds as JSON; whole numbers that no computation takes, and that Python refuses, are infinite.
-
-    Raises:
-        ValueError: it is not JSON.
-        RecursionError: it is nested too deep.
-    """
-    return json.loads(text, parse_int=_whole)
-
-
-def _whole(digits):
-    return int(digits) if len(digits) <= MOST_DIGITS else float(digits)
 
 
 def messages(value, key):
@@ -97,7 +82,7 @@ def decoded(text, key):
     """The messages that a string holds as JSON or as Python writes them; None for text, `ConfigError` if broken."""
     if not (begins := LOOKS_LIKE_MESSAGES.match(text)):
         return None
-    for read in (from_json, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval):
         try:
             found = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -219,7 +204,7 @@ def _calls(calls, key):
 
 def _json(text, what):
     try:
-        return from_json(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "nested too deep"
         raise ConfigError(f"{what} is a string that is not JSON ({reason}).") from None

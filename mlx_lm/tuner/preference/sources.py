@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from .layouts import CHOSEN_SCORES, REJECTED_SCORES, SYSTEM, VERDICTS, UselessRow, is_kto
-from .messages import from_json
 from .options import ConfigError, first_line
 from .rows import read_alone
 
@@ -217,12 +216,12 @@ def _read_lines(path):
                 if not rows and text[0] == "[" and isinstance(found := _whole(path), list) and found:
                     if all(isinstance(row, Mapping) for row in found):
                         return Rows(found, lambda i: f"{path}, row {i}", str(path))
-                rows.append(from_json(text))
+                rows.append(json.loads(text))
                 lines.append(number)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}:{number}: the line is not UTF-8 ({error.reason}).") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg + f" at column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error).replace("line 1 ", "")
         raise ConfigError(f"{path}:{number}: the line is not JSON ({reason}).") from error
     return Rows(rows, lambda i: f"{path}:{lines[i]}", str(path))
 
@@ -230,7 +229,7 @@ def _read_lines(path):
 def _whole(path):
     """What a whole file holds as JSON; None where it is none."""
     try:
-        return from_json(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return None
 
@@ -283,7 +282,7 @@ def _cell(key, value):
         return value.strip().lower() == "true"
     if key == "chat_template_kwargs" and value.strip():
         try:
-            return from_json(value)
+            return json.loads(value)
         except (ValueError, RecursionError):
             return value
     return None if key in (*NUMBERS, "chat_template_kwargs", "tools") and not value.strip() else value
