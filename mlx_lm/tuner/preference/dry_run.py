@@ -5,7 +5,6 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 import numpy as np
@@ -14,12 +13,10 @@ from mlx.utils import tree_flatten
 from ...cli_ui import rprint
 from .answers import answers
 from .batches import lengths_of, make_batch, reference_rows
-from .curves import plot_metrics
 from .divergence import validated_pairs
 from .intercept import evaluating
 from .layers import checkpointed_layers
 from .memory import LESS, begin_peak_anew, bounded_memory, peak_memory, trim_cache
-from .metrics import METRICS_FILE, add_lines
 from .options import ConfigError
 from .reference import batches_of, device_memory
 
@@ -239,8 +236,6 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
             exchanges = -(-args.iters // args.grad_accumulation_steps) // args.reference_update_steps
             again = every * tokens.mean() * reference + referenced
             parts[f"exchanges of the reference, {exchanges}"] = exchanges * again
-    drawn, (first, other) = count - 1 if len(lengths) else 1, time_pictures()
-    parts[f"pictures, {drawn}"] = first + (drawn - 1) * other
     parts["in all, but for loading, saving, test"] = sum(parts.values())
     rprint(f"\ntime by {len(usual)} steps")
     for name, total in parts.items():
@@ -252,15 +247,3 @@ def time_answer(model, logps):
     tic = time.perf_counter()
     answers(model, logps.val_dataset.tokenizer, [logps.val_dataset[int(logps.val_rows[0])].prompt])
     return time.perf_counter() - tic
-
-
-def time_pictures():
-    """The seconds of a run's first picture, for which matplotlib is loaded, and of another one."""
-    times = []
-    with TemporaryDirectory() as folder:
-        add_lines(Path(folder) / METRICS_FILE, [{"iteration": 0, "eval_loss": 0.0}])
-        for _ in range(2):
-            tic = time.perf_counter()
-            plot_metrics(folder)
-            times.append(time.perf_counter() - tic)
-    return times
