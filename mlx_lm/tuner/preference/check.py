@@ -105,15 +105,18 @@ def warn_of_preference_keys(args):
 
 def holds_preferences(data):
     """Whether the files of a data folder begin with preferences."""
-    for path in (Path(data, f"{split}.jsonl") for split in ("train", "valid", "test")):
-        try:
-            with open(path, encoding="utf-8") as file:
-                row = json.loads(file.readline())
-        except (OSError, ValueError):
-            continue
-        if isinstance(row, dict) and {"chosen", "rejected"} <= set(row):
-            return True
-    return False
+    rows = (_first_object(Path(data, f"{split}.jsonl")) for split in ("train", "valid", "test"))
+    return any({"chosen", "rejected"} <= set(row) for row in rows)
+
+
+def _first_object(path):
+    """The JSON object on a file's first line; an empty one where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.loads(file.readline())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_config(args):
@@ -243,19 +246,11 @@ def _check_file_to_write(key, path):
         or not os.access(place, os.W_OK | os.X_OK)
     ):
         raise ConfigError(f"{key} is {path!r}, where no file can be written; give a file in a folder that there is.")
-    if Path(path).exists() and not _holds_predictions(path):
-        raise ConfigError(f"{key} is {path!r}, a file that a test has not written; give another name.")
-
-
-def _holds_predictions(path):
-    """Whether a file is empty, or begins as those that a test writes of each pair."""
-    try:
-        with open(path) as file:
-            first = file.readline()
-        line = json.loads(first) if first else None
-    except (OSError, ValueError):
-        return False
-    return not first or (isinstance(line, dict) and "loss" in line and ("file" in line or "row" in line))
+    # A test's own file, or an empty one.
+    if Path(path).exists() and os.path.getsize(path):
+        line = _first_object(path)
+        if "loss" not in line or not {"file", "row"} & set(line):
+            raise ConfigError(f"{key} is {path!r}, a file that a test has not written; give another name.")
 
 
 def _check_folder(folder):
