@@ -135,7 +135,7 @@ def test_each_pair_has_its_figures(scores):
 
 
 def test_with_ld_alpha_rewards_are_what_the_logps_beside_them_come_to(tmp_path):
-    model, pairs = tiny_llama(moved=True), some_pairs(5, response=(1, 25))
+    model, pairs = tiny_llama(moved=True), Pairs(some_pairs(5, response=(1, 25)))
     args = SimpleNamespace(batch_size=2, test_batches=-1, resume_adapter_file=None, reference_model=None)
     logps = np.random.default_rng(0).normal(-30, 9, (5, 2, 2)).astype(np.float32)
     found = score(Objective(Scorer(model), preference_loss("dpo", ld_alpha=0.3)), pairs, args, logps)

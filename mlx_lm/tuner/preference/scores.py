@@ -56,15 +56,13 @@ def score(objective, dataset, args, reference=None, base=None):
     rows = evaluated_rows(dataset, args.batch_size, args.test_batches)
     reference = reference_logps(objective, dataset, args, rows, reference)
     figures = pair_figures(objective, dataset, rows, reference, args.batch_size)
-    where = getattr(dataset, "where", lambda row: f"row {row}")
-    source = getattr(dataset, "source", lambda row: None)
     # After a training that began with adapters, or with another reference, that policy is no longer at hand.
     at_hand = base is not None or (args.resume_adapter_file is None and args.reference_model is None)
     return Scores(
         figures,
         reference_totals(reference, objective.loss),
-        [where(int(row)) for row in rows],
-        [source(int(row)) for row in rows],
+        [dataset.where(int(row)) for row in rows],
+        [dataset.source(int(row)) for row in rows],
         mean_kl(objective.scorer, base, dataset, rows) if at_hand else None,
     )
 
@@ -167,8 +165,8 @@ def write_predictions(path, scores):
     """Write each pair's place, figures and source as a JSON line; `ConfigError` where the file cannot be written."""
     lines = []
     for i, place in enumerate(scores.places):
-        found = re.fullmatch(r"(.*?)(?::|, row |row )(\d+)", place, re.DOTALL)
-        line = {"file": found[1], "line": int(found[2])} if found and ":" in place else {"row": place}
+        found = re.fullmatch(r"(.*):(\d+)", place, re.DOTALL)
+        line = {"file": found[1], "line": int(found[2])} if found else {"row": place}
         if scores.sources[i] is not None:
             line["source"] = scores.sources[i]
         line |= figures_of(i, scores.figures, scores.reference)
