@@ -48,7 +48,7 @@ class Thinking:
         """A thought and what follows it as one content."""
         return f"{self.start}\n{reasoning.strip()}\n{self.end}\n\n{content.lstrip()}"
 
-    def written(self, thought, text, alone=True):
+    def written(self, thought, text, alone):
         """Whether a response's text holds its thought and, where it has one turn alone, no other."""
         ends = thought.text.count(self.end) + thought.closed
         return thought.text in text and (text.count(self.end) == ends or not alone)

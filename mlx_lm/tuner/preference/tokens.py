@@ -5,6 +5,7 @@ What is scored is what the model would write after the generation prompt, with t
 
 import os
 from bisect import bisect_left
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -49,7 +50,7 @@ class PairEncoder:
         self.template = Template(tokenizer)
         self.chat_texts = ChatTexts(self.template, Thinking(*tags), score)
         self.lead = [] if self.chat else self._lead()
-        self._blank = {}
+        self._is_blank = cache(lambda token: not self._decode([token]).strip())
 
     def markers(self):
         """What the chat template begins a text with, where that is a mark of its own and no word."""
@@ -212,8 +213,3 @@ class PairEncoder:
             # The template's own end-of-turn token, which does not end generation: EOS stands right behind it.
             response = response[: marks[-1] + 1]
         return response if self.eos is None else [*response, self.eos]
-
-    def _is_blank(self, token):
-        if token not in self._blank:
-            self._blank[token] = not self._decode([token]).strip()
-        return self._blank[token]
