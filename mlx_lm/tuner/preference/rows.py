@@ -98,8 +98,6 @@ class RowReader:
         laid, layout, keys = recognised(row, self.prompt, self.chosen, self.rejected)
         system_key = next((key for key in SYSTEM if row.get(key)), "system")
         read = {*keys, self.chosen, self.rejected, *READ, system_key}
-        difference = self._score_difference(row, read)
-        self.unread.update(dict.fromkeys(key for key in row if key not in read and row[key] is not None))
         chosen, rejected = (
             self._side(row, laid, *names) for names in (("chosen", self.chosen), ("rejected", self.rejected))
         )
@@ -108,7 +106,8 @@ class RowReader:
             raise ConfigError(f"{system_key} is {kind(system)}; it must be a string.")
         tools_ = tools(laid.get("tools", row.get("tools")))
         kwargs = {**self.template_kwargs, **template_kwargs(row.get("chat_template_kwargs"))}
-        margin, weight = self._numbers(row, difference)
+        margin, weight = self._numbers(row, read)
+        self.unread.update(dict.fromkeys(key for key in row if key not in read and row[key] is not None))
         if chosen == rejected and self.chosen != self.rejected:
             raise UselessRow(EQUAL)
         if self.chat:
@@ -286,10 +285,13 @@ class RowReader:
             )
         return shared
 
-    def _score_difference(self, row, read):
-        """The chosen response's score less the rejected one's, None where nothing reads it; `read` gets their keys."""
+    def _numbers(self, row, read):
+        """The row's margin and weight, with what is made of its scores; `read` gets their keys."""
+        margin, weight = _number(row, "margin", 0.0), _number(row, "weight", 1.0)
+        if weight < 0:
+            raise ConfigError(f"weight is {weight:g}; it must not be negative.")
         if self.score_difference is None and self.min_score_difference is None:
-            return None
+            return margin, weight
         scores = []
         for names in (CHOSEN_SCORES, REJECTED_SCORES):
             key = next((name for name in names if row.get(name) is not None), None)
@@ -300,14 +302,7 @@ class RowReader:
                 )
             scores.append(_number(row, key, 0.0))
             read.add(key)
-        return scores[0] - scores[1]
-
-    def _numbers(self, row, difference):
-        margin, weight = _number(row, "margin", 0.0), _number(row, "weight", 1.0)
-        if weight < 0:
-            raise ConfigError(f"weight is {weight:g}; it must not be negative.")
-        if difference is None:
-            return margin, weight
+        difference = scores[0] - scores[1]
         if self.min_score_difference is not None and difference < self.min_score_difference:
             raise UselessRow(SCORED_ALIKE)
         if self.score_difference == "margin":
