@@ -172,8 +172,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
 
     def train_from_reference(model, args, optimizer, train_dataset, val_dataset, training_callback):
         nonlocal objective, logps
-        if command.fine_tune_type == "full":
-            check_trainable(model)
+        check_trainable(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
         objective = objective_of(model, args, loss)

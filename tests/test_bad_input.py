@@ -4,6 +4,7 @@ Most cases run the command within this process, which takes a tenth of a second;
 """
 
 import contextlib
+import copy
 import errno
 import io
 import json
@@ -20,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
+from architectures import ARCHITECTURES, make_model
 from chat_tokenizers import smollm
 from mlx_lm.tuner.lora import LoRAEmbedding
 
@@ -29,7 +31,7 @@ from mlx_lm.tuner.preference.check import _check_file_to_write
 from mlx_lm.tuner.preference.load import check_trainable
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load_model, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "mlx_lm" / "examples" / "tiny_chat_model"
@@ -501,6 +503,18 @@ class TestAdapterFile:
         mx.save_safetensors(str(command.folder / "more.safetensors"), weights | more)
         told = "has model.layers.0.*, which this model has not"
         command.refused(told, resume_adapter_file=str(command.folder / "more.safetensors"))
+
+    def test_layers_without_a_module_for_an_adapter_are_told(self, command):
+        """The first layer of this model is recurrent, the last one attends."""
+        model, config = command.folder / "model", copy.deepcopy(ARCHITECTURES["qwen3_5"])
+        config["text_config"]["vocab_size"] = 960
+        save_model(model, make_model("qwen3_5", vocab_size=960))
+        (model / "config.json").write_text(json.dumps(config))
+        for path in (*MODEL.glob("token*"), *MODEL.glob("*.jinja")):
+            shutil.copy(path, model)
+        given = {"model": str(model), "lora_parameters": {**LORA, "keys": ["linear_attn.out_proj"]}}
+        command.refused("there is nothing to train in the model's layers", num_layers=1, **given)
+        assert command(num_layers=2, iters=1, **given).status == 0
 
     def test_another_scale_is_a_warning(self, command, earlier):
         file = str(earlier / "adapters.safetensors")

@@ -164,7 +164,10 @@ def check_trainable(model):
     """Raise `ConfigError` where a model has nothing to train, or quantized weights, which have no gradient."""
     trainable = [value for _, value in tree_flatten(model.trainable_parameters())]
     if not trainable:
-        raise ConfigError("there is nothing to train in the model's layers; use fine_tune_type lora.")
+        raise ConfigError(
+            "there is nothing to train in the model's layers: the last ones, which num_layers counts, have no module "
+            "for an adapter, or none that lora_parameters.keys names; raise num_layers or name others."
+        )
     if not all(mx.issubdtype(value.dtype, mx.floating) for value in trainable):
         raise ConfigError(
             "fine_tune_type is full, but the model's weights are quantized, which cannot be trained; use lora or dora, "
