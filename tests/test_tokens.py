@@ -332,6 +332,25 @@ def test_prompt_that_begins_the_response_with_reasoning():
     assert chosen == " Lima.<|im_end|>"
 
 
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1"])
+@pytest.mark.parametrize(
+    ("begun", "chosen", "rejected"),
+    [
+        ("<think>\nPeru", " it is.\n</think>\n\nLima.", " is far."),
+        ("<think>\n", "Peru.", "France.\n</think>\n\nParis."),
+        ("<think>\nPeru.\n</think>\n\nIt is", " Lima.", " Paris."),
+    ],
+)
+def test_prompt_that_begins_a_thought(name, begun, chosen, rejected):
+    """Responses go on from it within the thought or behind it, and no empty thought stands in front of it."""
+    tokenizer = getattr(tokenizers, name)()
+    earlier = [{"role": "user", "content": "Say <think>\nPeru."}, {"role": "assistant", "content": "Yes."}]
+    before = tokenizer.apply_chat_template([*earlier, USER], add_generation_prompt=True, tokenize=False)
+    row = {"prompt": [*earlier, USER, {"role": "assistant", "content": begun}], "chosen": chosen, "rejected": rejected}
+    end = tokenizer.eos_token
+    assert texts(tokenizer, row) == (before.removesuffix("<think>\n") + begun, chosen + end, rejected + end)
+
+
 def test_response_that_the_prompt_cannot_lead_to():
     """The system message moves, and what stands before a response depends on the response."""
     template = """{% for m in messages %}{% if m.role == 'user' %}{{ ('Be brief. ' if loop.last else '') + m.content }}

@@ -215,11 +215,19 @@ class ChatTexts:
         if not before or not lead.strip() or begun.get("tool_calls"):
             raise ConfigError("the prompt ends with an assistant message that no response can go on from.")
         prompts, wholes = set(), []
+        asked = self.template.render(conversation, before, add_generation_prompt=True)
+        thinks = self.thinking.thought(lead) and not self.thinking.closed(asked)
         for first, *rest in (conversation.chosen, conversation.rejected):
             first = {**begun, **first, "content": lead + first["content"]}
-            head, _ = self._around(conversation, before, [first, *rest])
-            wholes.append(self.template.render(conversation, [*before, first, *rest]))
-            kept = [head + text for text in (lead, lead.lstrip()) if wholes[-1].startswith(head + text)]
+            if thinks:
+                # The model has begun with this thought, so that none that the template writes stands in front of it.
+                wholes.append(self._whole(conversation._replace(prompt=before), asked, [first, *rest]))
+                at = wholes[-1].find(lead.lstrip(), len(self.thinking.unopened(asked)))
+                kept = [wholes[-1][: at + len(lead.lstrip())]] if at >= 0 else []
+            else:
+                head, _ = self._around(conversation, before, [first, *rest])
+                wholes.append(self.template.render(conversation, [*before, first, *rest]))
+                kept = [head + text for text in (lead, lead.lstrip()) if wholes[-1].startswith(head + text)]
             prompts.add(kept[0] if kept else None)
         prompt = prompts.pop()
         if prompts or prompt is None:
