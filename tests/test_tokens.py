@@ -199,6 +199,19 @@ def test_reasoning_that_the_template_drops_is_put_back(written, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_reasoning_in_a_channel_is_put_back_as_the_model_writes_it():
+    """Gemma 4's template drops the reasoning of a turn without a call."""
+    template = """{% for m in messages %}{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}
+{{- m.content + '<turn|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"""
+    inner = tokenizers.byte_level(("<|turn>", "<turn|>"), None, None, "<turn|>")._tokenizer
+    inner.add_tokens(["<|channel>", "<channel|>"])
+    inner.chat_template = template
+    chosen = [{"role": "assistant", "content": "Lima.", "reasoning_content": "Peru."}]
+    assert texts(TokenizerWrapper(inner), ROW | {"chosen": chosen})[1] == (
+        "<|channel>thought\nPeru.\n<channel|>Lima.<turn|>"
+    )
+
+
 def test_reasoning_is_not_put_behind_an_empty_thought():
     """A template that reads reasoning from a key of its own writes an empty thought before the response's."""
     template = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}

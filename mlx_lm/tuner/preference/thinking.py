@@ -46,7 +46,9 @@ class Thinking:
 
     def joined(self, reasoning, content):
         """A thought and what follows it as one content."""
-        return f"{self.start}\n{reasoning.strip()}\n{self.end}\n\n{content.lstrip()}"
+        # Gemma 4 writes its answer right behind the channel of its thought.
+        gap = "" if self.end == "<channel|>" else "\n\n"
+        return f"{self.start}\n{reasoning.strip()}\n{self.end}{gap}{content.lstrip()}"
 
     def written(self, thought, text, alone):
         """Whether a response's text holds its thought and, where it has one turn alone, no other."""
