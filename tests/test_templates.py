@@ -295,11 +295,13 @@ def test_reasoning_in_the_content(family):
             assert found[other] == PLAIN[family][1].format("Paris.")
 
 
+@pytest.mark.parametrize("key", ["content", "reasoning_content"])
 @pytest.mark.parametrize("family", THOUGHTS)
-def test_reasoning_before_further_turns(family):
+def test_reasoning_before_further_turns(family, key):
     tokenizer = templates.tokenizer(family)
     content = "<think>\nPeru.\n</think>\n\nIt is Lima."
-    turns = [LIMA | {"content": content}, {"role": "user", "content": "Sure?"}, LIMA | {"content": "Yes."}]
+    thinks = LIMA | {key: content if key == "content" else "Peru."}
+    turns = [thinks, {"role": "user", "content": "Sure?"}, LIMA | {"content": "Yes."}]
     pair = PreferenceDataset([ROW | {"chosen": turns}], tokenizer)[0]
     assert tokenizer.decode(pair.prompt) == PLAIN[family][0]
     ((start, stop),), _ = pair.unscored
@@ -307,6 +309,8 @@ def test_reasoning_before_further_turns(family):
     if family == "glm":
         # The template drops the thought here; the row's own text of it takes its place.
         first = "\n" + content
+    if (family, key) == ("nemotron", "reasoning_content"):
+        first = REASONED[family]
     assert tokenizer.decode(pair.chosen[:start]) == first
     assert "Sure?" in tokenizer.decode(pair.chosen[start:stop])
     assert "Yes." in tokenizer.decode(pair.chosen[stop:])

@@ -118,7 +118,7 @@ class ChatTexts:
         """The text of prompt and response; it begins with `prompt`, or with all of it but the generation prompt."""
         if self.thinking.closed(prompt):
             response = [self._without_thought(response[0]), *response[1:]]
-        elif "reasoning_content" in response[0] and self.template.reasoning_key(conversation) is None:
+        elif self._loses_reasoning(conversation, response):
             response = [self._with_thought(response[0]), *response[1:]]
         whole = self.template.render(conversation, conversation.prompt + response)
         shared = len(os.path.commonprefix([prompt, whole]))
@@ -148,6 +148,17 @@ class ChatTexts:
         gap, end = head[len(head.rstrip()) :], prompt[len(prompt.rstrip()) :]
         return prompt + (gap.removeprefix(end) if gap.startswith(end) else "") + whole[len(head) :]
 
+    def _loses_reasoning(self, conversation, response):
+        """Whether the template leaves out the reasoning of a response's first message."""
+        key = self.template.reasoning_key(conversation)
+        if key is None:
+            return "reasoning_content" in response[0]
+        # Templates drop it where a later message is a user's.
+        if key not in response[0] or not self.thinking.known or all(m["role"] != "user" for m in response):
+            return False
+        messages = [*conversation.prompt, *response]
+        return self.template.leaves_out(conversation, messages, len(conversation.prompt), **{key: STAND_IN})
+
     def _with_thought(self, message):
         """A response whose reasoning no key of the template takes, with the reasoning in its content."""
         if not self.thinking.known:
@@ -155,8 +166,9 @@ class ChatTexts:
                 "the tokenizer's chat template does not write reasoning_content; leave it out of the rows, put it into "
                 "content, or take a model that thinks."
             )
-        rest = {name: value for name, value in message.items() if name != "reasoning_content"}
-        return {**rest, "content": self.thinking.joined(message["reasoning_content"], message["content"])}
+        rest = {name: value for name, value in message.items() if name not in REASONING}
+        reasoning = next(message[key] for key in REASONING if key in message)
+        return {**rest, "content": self.thinking.joined(reasoning, message["content"])}
 
     def _without_thought(self, message):
         """A response without its reasoning, which a prompt whose thought is over leaves no place for."""
