@@ -443,6 +443,14 @@ def test_reasoning_that_a_closed_thought_leaves_out_is_told(capsys):
     assert "in 1 of 1 rows the chat template leaves reasoning out of responses" in capsys.readouterr().out
 
 
+def test_reasoning_that_is_left_out_of_later_turns_is_told(capsys):
+    thinks = LIMA | {"content": "<think>\nPeru.\n</think>\n\nIt is Lima."}
+    _, chosen, _ = texts("deepseek", ROW | {"chosen": [LIMA, USER, thinks]})
+    assert "Peru." not in chosen
+    said = capsys.readouterr().out
+    assert "in 1 of 1 rows the chat template leaves reasoning out of turns of responses (first" in said
+
+
 @pytest.mark.parametrize("earlier", [LIMA | {"content": "<think>\nHm.\n</think>\n\nYes."}, LIMA | {"thinking": "Hm."}])
 def test_reasoning_of_earlier_turns_that_is_left_out_is_told(earlier, capsys):
     prompt, *_ = texts("qwen3", ROW | {"prompt": [USER, earlier, USER]})

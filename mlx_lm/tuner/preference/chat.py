@@ -15,6 +15,7 @@ EARLIER_REASONING = "the chat template leaves the reasoning of earlier turns out
 EMPTY_THOUGHT = "a response without reasoning closes at once the thought that the generation prompt opens"
 TURNS_CHANGE = "the chat template writes the turns of this response otherwise when others follow them."
 CLOSED_REASONING = "the chat template leaves reasoning out of responses, whose thought is over where they begin"
+LATER_REASONING = "the chat template leaves reasoning out of turns of responses"
 
 
 class Texts(NamedTuple):
@@ -55,7 +56,8 @@ class ChatTexts:
         notes = {*self._lost_in_prompt(conversation, texts.prompt)}
         for side, whole in zip(sides, texts[1:3], strict=True):
             rest = whole[len(os.path.commonprefix([texts.prompt, whole])) :]
-            notes |= self._lost_in_response(side, rest)
+            if self._loses_thought(side, rest):
+                notes.add(CLOSED_REASONING if self.thinking.closed(texts.prompt) else LATER_REASONING)
             if self.thinking.opened(texts.prompt) and rest.lstrip().startswith(self.thinking.end):
                 notes.add(EMPTY_THOUGHT)
         unscored = ((), ())
@@ -211,14 +213,14 @@ class ChatTexts:
             if any(message[key].strip() not in text for key in REASONING if key in message):
                 yield EARLIER_REASONING
 
-    def _lost_in_response(self, response, text):
-        """What the template leaves out of a response by its own rules, as notes."""
+    def _loses_thought(self, response, text):
+        """Whether the template leaves reasoning out of a response's text."""
         for message in response:
             thought = self.thinking.thought(message["content"])
             reasoning = [message[key].strip() for key in REASONING if key in message]
             if any(part not in text for part in [*reasoning, *([thought.text] if thought else [])]):
-                return {CLOSED_REASONING}
-        return set()
+                return True
+        return False
 
     def _continued(self, conversation):
         """Texts of a row whose prompt ends with the beginning of the response's first message."""
