@@ -43,6 +43,8 @@ def describe_data(splits, tokenizer):
     data = next(iter(splits.values()))
     prompt, chosen, rejected = lengths_of(data).T
     kinds = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen - rejected": chosen - rejected}
+    if data[0].label is not None:
+        kinds = {"prompt": prompt, "completion": chosen, "another's": rejected}
     rprint("\ntokens             " + "".join(f"{name:>7}" for name in QUANTILES))
     for name, lengths in kinds.items():
         rprint(f"  {name:17}" + "".join(f"{np.quantile(lengths, share):7.0f}" for share in QUANTILES.values()))
