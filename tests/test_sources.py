@@ -123,6 +123,10 @@ def test_parquet_and_saved_data_sets(tmp_path):
     assert (chosen(train), chosen(valid)) == (["It is Lima.", "Peru"], ["It is Lima."])
     package.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
     assert len(load(tmp_path / "one")[0]) == 2
+    found["test"] = found["dev"].filter(lambda row: False)
+    found.save_to_disk(tmp_path / "some")
+    with pytest.raises(ConfigError, match="the test split of .*some holds no rows"):
+        load(tmp_path / "some", test=True)
 
 
 def test_packed_files_are_named(tmp_path):

@@ -100,7 +100,8 @@ def load_local_dataset(data_path, tokenizer, config):
         hub = _hub_package(f"data is {str(data_path)!r}, which the datasets package has saved: reading it")
         with _hub_errors(hub, f"data is {str(data_path)!r}, which"):
             found = hub.load_from_disk(str(data_path))
-        return _of_splits(found if isinstance(found, Mapping) else {"train": found}, str(data_path), tokenizer, config)
+        found = found if isinstance(found, Mapping) else {"train": found}
+        return _of_splits(found, str(data_path), tokenizer, config)
     found = {}
     for split in _wanted(config):
         paths = files_of(data_path, split)
@@ -122,7 +123,7 @@ def load_hf_dataset(data_id, tokenizer, config):
     hub = _hub_package(f"data is {data_id!r}: there is no such folder, and loading from the Hugging Face hub")
     with _hub_errors(hub, f"data is {data_id!r}: there is no such folder, and the hub's data set"):
         found = hub.load_dataset(data_id)
-    return _not_empty(_of_splits(found, data_id, tokenizer, config), config, data_id)
+    return _of_splits(found, data_id, tokenizer, config)
 
 
 def _of_splits(found, data_id, tokenizer, config):
@@ -137,7 +138,7 @@ def _of_splits(found, data_id, tokenizer, config):
                 f"the data set {data_id} has no split named {' or '.join(SPLITS[split])}, only {', '.join(found)}; "
                 f"name one with hf_dataset and its {split}_split."
             )
-    return _made(splits, tokenizer, config)
+    return _not_empty(_made(splits, tokenizer, config), config, data_id)
 
 
 def _made(found, tokenizer, config):
