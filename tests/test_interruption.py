@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mlx_lm import _interruption
-from mlx_lm.tuner.preference.interruption import REQUEST, Interrupted, handled_signals
+from mlx_lm.tuner.preference.interruption import REQUEST, Interrupted, asked_anywhere, handled_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "checkpoint.safetensors"
@@ -121,6 +121,27 @@ def test_other_commands_keep_pythons_handler():
         (["python"], False),
     ):
         assert _interruption.is_training_command(argv) is expected, argv
+
+
+def test_a_signal_that_comes_while_workers_compare_is_not_lost(monkeypatch):
+    class Two:
+        size = staticmethod(lambda: 2)
+
+    class Greatest:
+        def __init__(self, own):
+            self.own = own.item()
+
+        def item(self):
+            # The other worker is slower, and has no signal; this one's comes meanwhile.
+            os.kill(os.getpid(), signal.SIGTERM)
+            return self.own
+
+    monkeypatch.setattr(mx.distributed, "init", Two)
+    monkeypatch.setattr(mx.distributed, "all_max", Greatest)
+    with handled_signals(), REQUEST.at_steps() as request:
+        assert not asked_anywhere(request, True) and request.number == signal.SIGTERM
+        monkeypatch.setattr(mx.distributed, "all_max", lambda own: own)
+        assert asked_anywhere(request, True)
 
 
 def test_a_second_signal_ends_at_once_and_handlers_are_given_back():

@@ -64,7 +64,8 @@ def asked_anywhere(request, meets):
     if not meets:
         return False
     number = mx.distributed.all_max(mx.array(request.number or 0)).item()
-    request.number = number or None
+    # One that came while the others were waited for is told at the next meeting.
+    request.number = number or request.number
     return number != 0
 
 
