@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,34 @@ def test_other_data_are_refused(tmp_path):
     statuses, told = ended(started(tmp_path, SHORT, SHORT | {"data": str(tmp_path / "rows.jsonl")}))
     assert statuses == [2, 2] and len(sum(told, [])) == 1
     assert "were given different the training data, the validation data; start" in sum(told, [])[0]
+
+
+def test_other_test_data_are_refused_where_no_reference_reads_them(tmp_path):
+    other = shutil.copytree(VALUES["data"], tmp_path / "data") / "test.jsonl"
+    other.write_text("\n".join(other.read_text().splitlines()[::-1]))
+    tested = SHORT | {"loss_type": "simpo", "test": True}
+    statuses, told = ended(started(tmp_path, tested, tested | {"data": str(other.parent)}))
+    assert statuses == [2, 2] and len(sum(told, [])) == 1
+    assert "were given different the test data; start" in sum(told, [])[0]
+    assert not (tmp_path / "adapters").exists()
+
+
+@pytest.mark.parametrize(
+    ("tested", "differing"),
+    [
+        ({"loss_type": "dpo"}, "the reference model"),
+        ({"loss_type": "simpo", "train": False, "adapter_path": "none"}, "the model or the adapter to test"),
+    ],
+)
+def test_another_model_is_refused_before_what_it_gives_is_kept_or_told(tmp_path, tested, differing):
+    model = shutil.copytree(VALUES["model"], tmp_path / "model")
+    weights = {name: 1.5 * value for name, value in mx.load(str(model / "model.safetensors")).items()}
+    mx.save_safetensors(str(model / "model.safetensors"), weights, {"format": "mlx"})
+    tested = SHORT | {"test": True, "reference_cache": str(tmp_path / "cache")} | tested
+    statuses, told = ended(started(tmp_path, tested, tested | {"model": str(model)}))
+    assert statuses == [2, 2] and len(sum(told, [])) == 1
+    assert f"were given different {differing}; start" in sum(told, [])[0]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_first_one_does_not_wait_for_ever_for_others_that_do_not_come(tmp_path):
