@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 import yaml
 
@@ -210,6 +211,15 @@ class TestUnreadKeys:
         assert told() == told(beta=0.1, share_prompt=True, prompt_feature="question") == ""
         assert "[WARNING] beta is set, but loss_type is sft" in told(beta=0.2)
         assert "[WARNING] label_smoothing, resume are set, but" in told(label_smoothing=0.1, resume=True)
+
+    def test_only_the_first_of_several_workers_warns(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(mx.distributed, "init", lambda *_: SimpleNamespace(rank=lambda: 1, size=lambda: 2))
+        assert self.unread(capsys, False, betta=0.1) == []
+        config.warn_of_preference_keys(SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | {"beta": 0.2})))
+        file = tmp_path / "twice.yaml"
+        file.write_text("beta: 0.1\nbeta: 0.2\n")
+        config.check_file(str(file), mlx_lm.lora.yaml_loader)
+        assert capsys.readouterr().err == ""
 
 
 class TestCheck:

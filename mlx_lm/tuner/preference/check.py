@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import yaml
 
+from ...cli_ui import rprint
 from ..utils import build_schedule
 from .checkpoint import RUN_FILES, check_is_file, refuse_without_state
 from .counterparts import hint
@@ -74,7 +75,7 @@ def check_file(path, loader, given_as="config"):
             raise ConfigError(f"{path}:{line}: {getattr(key, 'value', key)} is no name of a key; {form}.")
         if key.value in lines:
             lost = f"lines {lines[key.value]} and {line}; the last one counts"
-            print(f"[WARNING] {path} gives {key.value} twice, in {lost}.", file=sys.stderr)
+            rprint(f"[WARNING] {path} gives {key.value} twice, in {lost}.", file=sys.stderr)
         lines[key.value] = line
 
 
@@ -88,7 +89,7 @@ def warn_of_unread_keys(args, known):
     """Name each key of the configuration that nothing reads, with the known key most like it."""
     for key in sorted(set(vars(args)) - known, key=str):
         told = hint(key) or nearest(key, known)
-        print(f"[WARNING] {key} is not a key that this command reads{told}.", file=sys.stderr)
+        rprint(f"[WARNING] {key} is not a key that this command reads{told}.", file=sys.stderr)
 
 
 def warn_of_preference_keys(args):
@@ -96,7 +97,7 @@ def warn_of_preference_keys(args):
     options = [option for option in OPTIONS if option.name not in ("loss_type", "prompt_feature")]
     given = [option.name for option in options if getattr(args, option.name, None) not in (None, option.default)]
     if given:
-        print(
+        rprint(
             f"[WARNING] {', '.join(given)} {'is' if len(given) == 1 else 'are'} set, but loss_type is sft, and "
             "supervised training does not read that; for preference training set loss_type, for example to dpo.",
             file=sys.stderr,
@@ -197,7 +198,7 @@ def check_config(args):
         _check_folder(args.adapter_path)
         _refuse_start_that_is_moved(args.resume_adapter_file, args.adapter_path)
         if args.reference_update_steps and (args.early_stop or args.save_best):
-            print(
+            rprint(
                 "[WARNING] reference_update_steps begins rewards and loss anew at each exchange: early_stop and "
                 "save_best compare validations that have different references.",
                 file=sys.stderr,

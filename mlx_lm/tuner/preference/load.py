@@ -94,7 +94,7 @@ def check_tokens(model, datasets, key):
     longest = max((len(pair[0]) + max(map(len, pair[1:3])) for dataset in datasets for pair in dataset), default=0)
     most = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     if isinstance(most, int) and longest > most:
-        print(
+        rprint(
             f"[WARNING] Pairs are up to {longest} tokens long, and the model that {key} names was made for {most}; "
             "lower max_seq_length.",
             file=sys.stderr,
@@ -153,7 +153,7 @@ def _warn_of_scale(file, scale):
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if was != scale:
-        print(
+        rprint(
             f"[WARNING] resume_adapter_file {file} was trained with a scale of {was}, and lora_parameters.scale is "
             f"{scale}: the adapter's effect is not what it was.",
             file=sys.stderr,
