@@ -350,6 +350,17 @@ class TestCheck:
         assert checked(optimizer=name, optimizer_config={name: None}).optimizer_config == {name: {}}
         assert checked(optimizer=name, optimizer_config={}).optimizer_config == {}
 
+    def test_a_rate_that_adafactor_does_not_read_is_told(self, capsys):
+        checked(optimizer="adafactor")
+        assert "does not read learning_rate; to train at a rate, give optimizer_config" in capsys.readouterr().err
+        schedule = {"name": "cosine_decay", "arguments": [1e-3, 10]}
+        checked(optimizer="adafactor", lr_schedule=schedule, lora_plus_ratio=2.0, optimizer_config={"adafactor": None})
+        assert "does not read learning_rate or lr_schedule or lora_plus_ratio;" in capsys.readouterr().err
+        checked(optimizer="adafactor", optimizer_config={"adafactor": {"relative_step": False}})
+        checked(optimizer="adafactor", train=False, test=True)
+        checked(optimizer="adam", optimizer_config={"adafactor": {"relative_step": True}})
+        assert capsys.readouterr().err == ""
+
     def test_other_optimizers_entries_are_not_read(self):
         checked(optimizer="sgd", optimizer_config={"adamw": {"weight_decay": 0.01}, "sgd": {"momentum": 0.9}})
 

@@ -188,6 +188,8 @@ def check_config(args):
         _check_schedule(args.lr_schedule, -(-args.iters // args.grad_accumulation_steps))
     args.optimizer_config = _checked_optimizers(args.optimizer_config)
     _try_optimizer(args.optimizer, args.optimizer_config.get(args.optimizer, {}))
+    if args.train:
+        _warn_of_unread_rate(args)
     if args.resume_adapter_file is not None:
         check_is_file(args.resume_adapter_file)
     if args.predictions is not None:
@@ -206,6 +208,19 @@ def check_config(args):
         if args.resume is True:
             refuse_without_state(args.adapter_path)
     return loss
+
+
+def _warn_of_unread_rate(args):
+    """Say so where Adafactor takes steps of its own size, as MLX's does by default, whatever the learning rate."""
+    if args.optimizer != "adafactor" or not args.optimizer_config.get("adafactor", {}).get("relative_step", True):
+        return
+    given = [key for key in ("lr_schedule", "lora_plus_ratio") if getattr(args, key) is not None]
+    print(
+        f"[WARNING] optimizer is adafactor, which takes steps of its own size and does not read "
+        f"{' or '.join(['learning_rate', *given])}; to train at a rate, give optimizer_config: {{adafactor: "
+        "{relative_step: false, scale_parameter: false}}.",
+        file=sys.stderr,
+    )
 
 
 def _refuse_start_that_is_moved(start, folder):
