@@ -539,6 +539,19 @@ class TestFullTraining:
         with pytest.raises(ConfigError, match="there is nothing to train in the model's layers"):
             check_trainable(model)
 
+    @pytest.mark.parametrize("dtype, part", [(mx.bfloat16, 256), (mx.float16, 2048)])
+    def test_updates_that_half_precision_rounds_away_are_told(self, dtype, part, capsys):
+        model, _ = load_model(GOLDEN)
+        check_trainable(model)
+        assert capsys.readouterr().err == ""
+        model.set_dtype(dtype)
+        # One that is small beside its weight does nothing, as of a rate of 1e-6 for a weight of 0.02.
+        weight = mx.array(0.02, dtype)
+        assert (weight - mx.array(0.9 * weight.item() / 2 / part, dtype)).item() == weight.item()
+        check_trainable(model)
+        name = str(dtype).rpartition(".")[2]
+        assert f"the weights are {name}: an update that is smaller than some 1/{part} of" in capsys.readouterr().err
+
 
 class TestAdapterFolder:
     def test_one_that_cannot_be(self, command):

@@ -161,7 +161,10 @@ def _warn_of_scale(file, scale):
 
 
 def check_trainable(model):
-    """Raise `ConfigError` where a model has nothing to train, or quantized weights, which have no gradient."""
+    """Raise `ConfigError` where a model has nothing to train, or quantized weights, which have no gradient.
+
+    Weights in half precision, which round small updates away, are told in a warning.
+    """
     trainable = [value for _, value in tree_flatten(model.trainable_parameters())]
     if not trainable:
         raise ConfigError(
@@ -172,6 +175,15 @@ def check_trainable(model):
         raise ConfigError(
             "fine_tune_type is full, but the model's weights are quantized, which cannot be trained; use lora or dora, "
             "or a model that is not quantized."
+        )
+    halves = {value.dtype for value in trainable} & {mx.bfloat16, mx.float16}
+    if halves:
+        dtype = str(max(halves, key=str)).rpartition(".")[2]
+        print(
+            f"[WARNING] fine_tune_type is full, and the weights are {dtype}: an update that is smaller than some "
+            f"1/{256 if dtype == 'bfloat16' else 2048} of its weight is rounded away, as are most at its usual "
+            "learning rates. Train the model in float32 (mlx_lm convert --dtype float32), or use lora.",
+            file=sys.stderr,
         )
 
 
