@@ -381,6 +381,26 @@ def test_trdpo_takes_the_policy_as_its_reference_every_so_many_updates(tmp_path)
     assert all(line["eval_rewards/accuracies"] > 0.5 for line in validation[1:])
 
 
+def test_a_kl_is_told_only_while_the_reference_is_the_bare_model(tmp_path):
+    """Half precision, in which logps do not tell a policy of a few updates from one of none."""
+
+    def told(folder, moved=False, **options):
+        model = tiny_llama(moved=moved)
+        model.set_dtype(mx.bfloat16)
+        options |= {"valid": PAIRS[:4], "steps_per_eval": 1}
+        valid = short_run(model, PAIRS, tmp_path / folder, optim.Adam(1e-4), **options)[1]
+        return [line["iteration"] for line in valid if "eval_kl" in line]
+
+    assert told("fixed") == [0, 1, 2, 3, 4]
+    assert told("adapters before", moved=True) == []
+    following = {"reference_update_steps": 2, "steps_per_save": 1}
+    assert told("following", **following) == [0, 1, 2]
+    assert told("gone on with early", iters=1, **following) == [0, 1]
+    assert told("gone on with early", resume=True, **following) == [0, 1, 2]
+    assert told("gone on with late", iters=3, **following) == [0, 1, 2]
+    assert told("gone on with late", resume=True, **following) == [0, 1, 2]
+
+
 def test_trdpo_counts_updates_not_steps(tmp_path):
     options = {"batch_size": 4, "grad_accumulation_steps": 3, "steps_per_report": 3, "reference_update_steps": 1}
     training, _ = short_run(tiny_llama(), PAIRS, tmp_path, iters=9, **options)

@@ -9,7 +9,7 @@ from ...models.activations import fast_exp, fast_max
 from .batches import make_batch
 from .evaluation import without_adapters
 from .intercept import evaluating
-from .logps import CHUNK_LOGITS, tolerance
+from .logps import CHUNK_LOGITS
 from .memory import bounded_memory, one_behind
 from .reference import batches_of
 
@@ -103,26 +103,8 @@ def validated_pairs(count):
 
 def validation_kl(objective, logps):
     """The KL at a validation, on a few pairs; None where the reference is not the policy without its adapters."""
-    if logps.valid is None:
-        return None
-    scorer = objective.scorer
-    if logps.of_bare is None:
-        logps.of_bare = _is_of_bare(scorer, logps)
     if not logps.of_bare:
         return None
     pairs = validated_pairs(len(logps.val_rows))
-    kl = mean_kl(scorer, None, logps.val_dataset, logps.val_rows, pairs, objective.need)
+    kl = mean_kl(objective.scorer, None, logps.val_dataset, logps.val_rows, pairs, objective.need)
     return None if kl is None else kl[0]
-
-
-def _is_of_bare(scorer, logps):
-    """Whether the reference's logps are those of the policy without its adapters, by one pair.
-
-    Adapters that training began with, another model, or an exchanged reference give others.
-    """
-    pair = logps.val_dataset[int(logps.val_rows[0])]
-    with evaluating(scorer.model), without_adapters(scorer.model) as adapted:
-        if not adapted:
-            return False
-        found = np.array(scorer(make_batch([pair], scorer.arrangement)[0]).total)
-    return np.allclose(found, logps.valid[0, :, 0], rtol=tolerance(scorer.model), atol=1e-2)

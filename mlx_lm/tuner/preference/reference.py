@@ -4,7 +4,7 @@ import os
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from .batches import filled, lengths_of, make_batch
 from .intercept import evaluating
@@ -141,12 +141,13 @@ class ReferenceLogps:
         train: `(n, 2, 2)` float32, a row for each of `dataset`, NaN where it was not taken; None before `take`.
         parameters: where a reference is mixed, its values of what the policy trains, a tree; else None.
         valid: `(m, 2, 2)` float32 of `val_rows`; None before `take`, or where there are none.
-        of_bare: whether `valid` is of the policy without its adapters; None until that was found out.
+        of_bare: whether `valid` is of the policy without its adapters.
     """
 
     def __init__(self, dataset, val_dataset, val_rows):
         self.dataset, self.val_dataset, self.val_rows = dataset, val_dataset, val_rows
-        self.train = self.valid = self.parameters = self.of_bare = None
+        self.train = self.valid = self.parameters = None
+        self.of_bare = False
 
     def mix(self, policy, share):
         """Move the reference's parameters by `share` towards the policy's: TR-DPO's soft update, 2404.09656, eq. 3."""
@@ -159,7 +160,14 @@ class ReferenceLogps:
             self.train = np.full((len(self.dataset), 2, 2), np.nan, np.float32)
         self.train[rows] = reference.logps(self.dataset, rows, "train")
         if len(self.val_rows):
-            self.valid, self.of_bare = reference.logps(self.val_dataset, self.val_rows, "valid"), None
+            self.valid = reference.logps(self.val_dataset, self.val_rows, "valid")
+            self.of_bare = _does_nothing(reference.scorer.model)
+
+
+def _does_nothing(model):
+    """Whether a model has adapters, and they do nothing: logps in half precision would not tell that from a little."""
+    matrices = [value for name, value in tree_flatten(model.parameters()) if name.endswith(".lora_b")]
+    return bool(matrices) and not mx.stack([mx.any(value != 0) for value in matrices]).any().item()
 
 
 def batches_of(scorer, dataset, rows, size=None, workers=1, share=None):

@@ -122,6 +122,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     if args.reference_mixup_alpha is not None:
         logps.parameters = model.trainable_parameters()
     progress = Progress() if state is None else restore_run(state, step, logps)
+    if args.reference_update_steps and progress.updates >= args.reference_update_steps:
+        logps.of_bare = False  # the state's reference is a later policy
     if first:
         remove_leftovers(folder)
         if state is None:
