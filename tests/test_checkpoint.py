@@ -579,6 +579,16 @@ class TestFolder:
         assert contents(tmp_path / "earlier-1") == before
         assert (tmp_path / "notes.txt").read_text() == "mine"
 
+    def test_a_configuration_that_a_program_wrote_for_its_run_stays(self, tmp_path, capsys):
+        text = json.dumps(CONFIG)
+        (tmp_path / "adapter_config.json").write_text(text)
+        trained(tmp_path, iters=1)
+        assert "earlier" not in capsys.readouterr().out
+        before = contents(tmp_path)
+        trained(tmp_path, iters=2)
+        assert contents(tmp_path / "earlier-1") == before
+        assert (tmp_path / "adapter_config.json").read_text() == text
+
     def test_what_killed_runs_left_is_removed_and_nothing_else(self, tmp_path):
         (tmp_path / ".adapters.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
         (tmp_path / ".mine.tmp").write_bytes(b"mine")

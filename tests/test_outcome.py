@@ -304,7 +304,7 @@ def test_answers_side_by_side_say_when_each_was_given(capsys):
 def test_a_new_run_moves_an_earlier_ones_card_aside(tmp_path, text, stays):
     (tmp_path / "adapters.safetensors").touch()
     (tmp_path / "README.md").write_text(text)
-    make_room(tmp_path)
+    make_room(tmp_path, {})
     assert (tmp_path / "README.md").exists() == stays
     assert (tmp_path / "earlier-1" / "README.md").exists() != stays
 

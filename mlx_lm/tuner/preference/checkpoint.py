@@ -17,9 +17,10 @@ from .workers import confirm
 
 STATE_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
+CONFIG_FILE = "adapter_config.json"
 EARLIER_STATES = "[0-9]*_" + STATE_FILE
 # All that a run leaves in its folder, but the model card, which may be the user's.
-RUN_FILES = ("*adapters.safetensors", "[0-9]" * 7, "adapter_config.json", "*" + STATE_FILE)
+RUN_FILES = ("*adapters.safetensors", "[0-9]" * 7, CONFIG_FILE, "*" + STATE_FILE)
 RUN_FILES += ("metrics.jsonl", "samples.jsonl", "training.png", "report.html", BEST_FOLDER)
 REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
 SAMPLE = 4096  # values of a weight that tell it from another model's
@@ -74,13 +75,13 @@ def save_adapters(model, adapter_file, iteration=None, config=None):
     files = [(adapter_file, lambda file: mx.save_safetensors(file, weights))]
     if config is not None:
         text = json.dumps(dict(sorted(config.items())), indent=4, default=str).encode()
-        files.append((adapter_file.with_name("adapter_config.json"), lambda file: file.write(text)))
+        files.append((adapter_file.with_name(CONFIG_FILE), lambda file: file.write(text)))
     replace_files(*files)
     if numbered is not None and config is not None:
         # A folder that mlx-lm's commands take.
         folder = adapter_file.with_name(f"{iteration:07d}")
         folder.mkdir(exist_ok=True)
-        replace_file(folder / "adapter_config.json", lambda file: file.write(text))
+        replace_file(folder / CONFIG_FILE, lambda file: file.write(text))
         give_second_name(numbered, folder / adapter_file.name)
     return numbered
 

@@ -1,6 +1,7 @@
 """A preference run: the reference pass, then the training loop with its reports, validations and checkpoints."""
 
 import hashlib
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +20,7 @@ from .batches import Schedule, iterations
 from .card import CARD_FILE, has_card
 from .checkpoint import (
     BEST_FOLDER,
+    CONFIG_FILE,
     RUN_FILES,
     Progress,
     find_state,
@@ -127,7 +129,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     if first:
         remove_leftovers(folder)
         if state is None:
-            make_room(folder)
+            make_room(folder, config)
         callback = MetricsFile(folder, callback, progress.iteration)
     check = partial(refuse_non_finite_steps, schedule=schedule, where=places_of(logps.dataset))
     save = partial(save_run, step, logps, progress, settings, args, config)
@@ -280,10 +282,16 @@ def _tell_best(folder, progress, args):
         rprint(f"No validation had a better {args.save_best} than the one before training: no best adapters are kept.")
 
 
-def make_room(folder):
-    """Move an earlier run's files aside, and say so."""
-    place = move_aside(folder, (*RUN_FILES, *([CARD_FILE] if has_card(folder) else [])))
+def make_room(folder, config):
+    """Move an earlier run's files aside, and say so; with None for a `config` its `adapter_config.json` is copied."""
+    files = (*RUN_FILES, *([CARD_FILE] if has_card(folder) else []))
+    if config is None:
+        # This run writes none: the one that is there may be for its adapters, put there before as mlx-lm's users do.
+        files = tuple(name for name in files if name != CONFIG_FILE)
+    place = move_aside(folder, files)
     if place is not None:
+        if config is None and (folder / CONFIG_FILE).is_file():
+            shutil.copy(folder / CONFIG_FILE, place)
         rprint(f"The files of an earlier run in {folder} are now in {place}.")
 
 
