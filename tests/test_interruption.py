@@ -11,9 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import yaml
+from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm import _interruption
 from mlx_lm.tuner.preference.interruption import REQUEST, Interrupted, asked_anywhere, handled_signals
+from mlx_lm.tuner.preference.step import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "checkpoint.safetensors"
@@ -76,6 +78,25 @@ def test_a_signal_finishes_the_step_saves_and_names_what_goes_on(whole, tmp_path
     assert f"Going on after iteration {reached} of 16" in " ".join(done.stdout.split())
     found = mx.load(str(tmp_path / "adapters" / STATE))
     assert [name for name in whole if not mx.array_equal(found[name], whole[name]).item()] == []
+
+
+def test_an_interrupted_program_has_what_its_steps_have_learned(tmp_path, monkeypatch):
+    """A notebook's cell, say, which was to report later."""
+    taken = []
+
+    def interrupted(step, *args):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(args)
+        return take(step, *args)
+
+    take = Step.__call__
+    model, expected = tiny_llama(), tiny_llama()
+    short_run(expected, some_pairs(12), tmp_path / "whole", iters=3)
+    monkeypatch.setattr(Step, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        short_run(model, some_pairs(12), tmp_path / "cut", iters=9, steps_per_report=9)
+    assert largest_difference(trained(model), trained(expected)) == 0
 
 
 def test_killed_a_restart_loop_ends_with_the_same_weights(whole, tmp_path):

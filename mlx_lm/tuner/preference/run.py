@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -144,7 +144,14 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
             outcome = Outcome(folder, objective, logps, args, config, ui, callback, progress.iteration)
         validate = partial(_validate, objective, logps, progress, args, report, config, outcome)
         refresh = partial(_refresh, scorer, schedule, logps, progress, args)
-        _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
+        try:
+            _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
+        except KeyboardInterrupt:
+            # Of a notebook, which goes on with the model. What a first step leaves that is being compiled is no array.
+            with suppress(RuntimeError):
+                mx.eval(step.flat.vectors.parameters())
+                step.flat.write()
+            raise
         save()
         if first:
             outcome.draw(ended=True)
