@@ -449,6 +449,9 @@ def test_evaluate_does_not_compare_a_model_with_itself():
     args = TrainingArgs(loss_type="dpo", reference_cache="none")
     with pytest.raises(ConfigError, match="without adapters does not tell what it was trained from; give reference"):
         evaluate(tiny_llama(lora=False), PAIRS, 4, 2, args=args)
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match="the reference is of the very model that is evaluated"):
+        evaluate(model, PAIRS, 4, 2, args=args, reference=Reference(Scorer(model)))
     assert evaluate(tiny_llama(lora=False), PAIRS, 4, 2, args=TrainingArgs(loss_type="simpo"))["loss"] > 0
 
 

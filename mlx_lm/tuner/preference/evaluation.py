@@ -56,6 +56,12 @@ def reference_logps(objective, dataset, args, rows, reference=None):
         if reference is None:
             reference = _trained_from(objective.scorer.model, args, dataset, rows)
         elif isinstance(reference, Reference):
+            if reference.scorer is not None and reference.scorer.model is objective.scorer.model:
+                raise ConfigError(
+                    "the reference is of the very model that is evaluated, as it is now, which every margin would be 0 "
+                    "against; give the logps that this Reference gave before the training, or leave reference out to "
+                    "take the model without its adapters."
+                )
             reference = reference.logps(dataset, rows)
     return reference
 
