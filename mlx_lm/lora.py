@@ -55,6 +55,7 @@ from .tuner.preference.load import (
     read_adapter_config,
     refuse_other_start,
     tell_other_loss,
+    warn_of_rounding,
 )
 from .tuner.preference.logps import Scorer
 from .tuner.preference.memory import LESS
@@ -173,6 +174,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
     def train_from_reference(model, args, optimizer, train_dataset, val_dataset, training_callback):
         nonlocal objective, logps
         check_trainable(model)
+        warn_of_rounding(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
         objective = objective_of(model, args, loss)

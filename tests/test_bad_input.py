@@ -28,7 +28,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding
 import mlx_lm.lora
 from mlx_lm import convert
 from mlx_lm.tuner.preference.check import _check_file_to_write
-from mlx_lm.tuner.preference.load import check_trainable
+from mlx_lm.tuner.preference.load import check_trainable, warn_of_rounding
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.utils import load_model, save_model
@@ -528,7 +528,7 @@ class TestFullTraining:
     def test_quantized_weights_cannot_be_trained(self, command):
         model = command.folder / "model"
         convert(str(MODEL), str(model), quantize=True, q_bits=4, q_group_size=64)
-        told = "fine_tune_type is full, but the model's weights are quantized, which cannot be trained; use lora"
+        told = "the weights to train are quantized, which cannot be trained; use fine_tune_type lora"
         command.refused(told, model=str(model), fine_tune_type="full")
         assert command(model=str(model), iters=1).status == 0
         assert command(fine_tune_type="full", iters=1).status == 0
@@ -542,15 +542,15 @@ class TestFullTraining:
     @pytest.mark.parametrize("dtype, part", [(mx.bfloat16, 256), (mx.float16, 2048)])
     def test_updates_that_half_precision_rounds_away_are_told(self, dtype, part, capsys):
         model, _ = load_model(GOLDEN)
-        check_trainable(model)
+        warn_of_rounding(model)
         assert capsys.readouterr().err == ""
         model.set_dtype(dtype)
         # One that is small beside its weight does nothing, as of a rate of 1e-6 for a weight of 0.02.
         weight = mx.array(0.02, dtype)
         assert (weight - mx.array(0.9 * weight.item() / 2 / part, dtype)).item() == weight.item()
-        check_trainable(model)
+        warn_of_rounding(model)
         name = str(dtype).rpartition(".")[2]
-        assert f"the weights are {name}: an update that is smaller than some 1/{part} of" in capsys.readouterr().err
+        assert f"The weights to train are {name}: an update that is smaller than some 1/{part} of" in capsys.readouterr().err
 
 
 class TestAdapterFolder:

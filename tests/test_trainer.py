@@ -466,6 +466,15 @@ def test_a_loss_that_is_constant_with_beta_0_is_refused(tmp_path):
         assert largest_difference(trained(model), start) > 0
 
 
+@pytest.mark.parametrize("told", ["quantized", "nothing to train"])
+def test_a_model_that_cannot_be_trained_is_refused_before_an_earlier_run_is_moved(tmp_path, told):
+    (tmp_path / "metrics.jsonl").touch()
+    model = full(quantized(4)) if told == "quantized" else tiny_llama().freeze()
+    with pytest.raises(ConfigError, match=told):
+        short_run(model, PAIRS, tmp_path, iters=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_dropout_is_the_same_with_a_warm_and_a_cold_reference_cache(tmp_path):
     weights = []
     for folder in ("cold", "warm"):

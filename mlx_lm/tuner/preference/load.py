@@ -161,28 +161,29 @@ def _warn_of_scale(file, scale):
 
 
 def check_trainable(model):
-    """Raise `ConfigError` where a model has nothing to train, or quantized weights, which have no gradient.
-
-    Weights in half precision, which round small updates away, are told in a warning.
-    """
+    """Raise `ConfigError` where a model has nothing to train, or quantized weights, which have no gradient."""
     trainable = [value for _, value in tree_flatten(model.trainable_parameters())]
     if not trainable:
         raise ConfigError(
             "there is nothing to train in the model's layers: the last ones, which num_layers counts, have no module "
-            "for an adapter, or none that lora_parameters.keys names; raise num_layers or name others."
+            "for an adapter, or none that lora_parameters.keys names; raise num_layers or name others (in Python "
+            "freeze, then linear_to_lora_layers)."
         )
     if not all(mx.issubdtype(value.dtype, mx.floating) for value in trainable):
         raise ConfigError(
-            "fine_tune_type is full, but the model's weights are quantized, which cannot be trained; use lora or dora, "
-            "or a model that is not quantized."
+            "the weights to train are quantized, which cannot be trained; use fine_tune_type lora or dora (in Python "
+            "freeze, then linear_to_lora_layers), or a model that is not quantized."
         )
-    halves = {value.dtype for value in trainable} & {mx.bfloat16, mx.float16}
-    if halves:
-        dtype = str(max(halves, key=str)).rpartition(".")[2]
-        print(
-            f"[WARNING] fine_tune_type is full, and the weights are {dtype}: an update that is smaller than some "
-            f"1/{256 if dtype == 'bfloat16' else 2048} of its weight is rounded away, as are most at its usual "
-            "learning rates. Train the model in float32 (mlx_lm convert --dtype float32), or use lora.",
+
+
+def warn_of_rounding(model):
+    """Say so where what is trained is in half precision, which rounds small updates away."""
+    halves = {x.dtype for _, x in tree_flatten(model.trainable_parameters())} & {mx.bfloat16, mx.float16}
+    for dtype in sorted(str(dtype).rpartition(".")[2] for dtype in halves):
+        rprint(
+            f"[WARNING] The weights to train are {dtype}: an update that is smaller than some "
+            f"1/{256 if dtype == 'bfloat16' else 2048} of its weight is rounded away, as are most at the usual learning "
+            "rates of fine_tune_type full. Train the model in float32 (mlx_lm convert --dtype float32), or use lora.",
             file=sys.stderr,
         )
 

@@ -38,6 +38,7 @@ from .flat import lora_plus
 from .intercept import parameters_in
 from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
+from .load import check_trainable
 from .memory import bounded_memory, trim_cache
 from .metrics import BEST
 from .nonfinite import places_of, refuse_non_finite_steps
@@ -67,6 +68,7 @@ def train_preference(
     known = {name: getattr(args, name) for name in checks if hasattr(args, name)}
     args = replace(args, **{name: checks[name].check(value) for name, value in known.items()})
     refuse_without_gradient(objective.loss)
+    check_trainable(objective.scorer.model)
     if args.epochs is not None:
         args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
     dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
