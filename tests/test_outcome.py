@@ -29,6 +29,7 @@ from mlx_lm import load
 from mlx_lm.tuner.preference import curves
 from mlx_lm.tuner.preference.answers import MOST_TOKENS, print_side_by_side
 from mlx_lm.tuner.preference.card import MARK, write_card
+from mlx_lm.tuner.preference.interruption import resume_command
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
@@ -263,7 +264,30 @@ def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, mon
         assert found["resume"] == f"{program} --train --resume --epochs 3"
 
 
-def test_a_test_is_offered_where_there_is_a_test_set(tmp_path):
+@pytest.mark.parametrize(
+    "started, argv",
+    [
+        (["python", "train.py"], ["train.py"]),
+        (["python", "-m", "ipykernel_launcher", "-f", "k.json"], ["/x/ipykernel_launcher.py", "-f", "k.json"]),
+    ],
+)
+def test_a_program_that_calls_us_is_told_no_command_of_its_own_words(tmp_path, monkeypatch, started, argv):
+    args = SimpleNamespace(
+        adapter_path=str(tmp_path), save_best=None, model="m", trust_remote_code=False, iters=5, data="a/prefs"
+    )
+    monkeypatch.setattr(sys, "orig_argv", started)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert resume_command() == "resume: true with the same settings"
+    found = next_commands(args)
+    assert found.keys() == {"generate", "fuse"} and found["fuse"].startswith("mlx_lm fuse")
+    # Where it hands us words, these count.
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "--config", "c.yaml"])
+    assert next_commands(args)["resume"] == "mlx_lm.lora --config c.yaml --resume --iters 10"
+
+
+def test_a_test_is_offered_where_there_is_a_test_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora"])
+
     def offered(**data):
         settings = {
             "adapter_path": str(tmp_path),

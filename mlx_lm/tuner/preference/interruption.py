@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -84,20 +85,25 @@ def handled_signals():
 
 
 def given_command():
-    """The words of this command's line."""
+    """The words of this command's line; none in a program that calls us, whose own say nothing of the run."""
     # Of a program with subcommands, such as `mlx_lm lora`, sys.argv has lost the second word.
     program = sys.orig_argv[1:] if sys.orig_argv[1:2] == sys.argv[:1] else sys.argv
-    return list(program if module_place() is None else sys.orig_argv)
+    place = module_place()
+    name = Path(program[0]).name if place is None else sys.orig_argv[place]
+    return list(program if place is None else sys.orig_argv) if name.startswith("mlx_lm") else []
 
 
 def module_place():
     """Where this command's line names a module to Python's `-m`; None where it does not."""
     # Behind these words stand the module's own.
     words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    return words.index("-m") + 1 if "-m" in words else None
+    # A notebook's kernel, which was started so, has been given other words since.
+    return words.index("-m") + 1 if "-m" in words and sys.orig_argv[len(words) :] == sys.argv[1:] else None
 
 
 def resume_command():
-    """The command line that goes on with this command's run."""
+    """The command line that goes on with this command's run, or what does in a program that calls us."""
     given = given_command()
+    if not given:
+        return "resume: true with the same settings"
     return shlex.join(given if "--resume" in given else [*given, "--resume"])

@@ -114,20 +114,21 @@ def _told(line):
 
 
 def next_commands(args, epochs=None):
-    """Command lines by what they do, with this run's paths."""
+    """Command lines by what they do, with this run's paths; in a program that calls us those of mlx-lm's alone."""
     folder = Path(args.adapter_path)
     where = folder / BEST_FOLDER if args.save_best and (folder / BEST_FOLDER).is_dir() else folder
     trusted = ["--trust-remote-code"] if args.trust_remote_code else []
     adapters = ["--model", args.model, "--adapter-path", str(where)]
     longer = ["--epochs", f"{2 * epochs:g}"] if epochs else ["--iters", str(2 * args.iters)]
-    resume = [] if "--resume" in given_command() else ["--resume"]
+    given = given_command()
+    resume = [] if "--resume" in given else ["--resume"]
     best = [] if where == folder else ["--adapter-path", str(where)]
-    test = {"test": [*given_command(), "--no-train", "--test", *best]} if has_test_set(args) else {}
+    test = {"test": [*given, "--no-train", "--test", *best]} if given and has_test_set(args) else {}
     commands = {
         "generate": [*_program(), "generate", *adapters, *trusted, "--prompt", "Hello"],
         **test,
         "fuse": [*_program(), "fuse", *adapters, *trusted, "--save-path", str(folder / "fused")],
-        "resume": [*given_command(), *resume, *longer],
+        **({"resume": [*given, *resume, *longer]} if given else {}),
     }
     return {name: shlex.join(command) for name, command in commands.items()}
 
@@ -137,5 +138,7 @@ def _program():
     given = given_command()
     if (place := module_place()) is not None:
         return [*given[:place], "mlx_lm"]
+    if not given:
+        return ["mlx_lm"]
     name = "mlx_lm_dpo" if Path(given[0]).name.startswith("mlx_lm_dpo") else "mlx_lm"
     return [str(Path(given[0]).with_name(name)) if "/" in given[0] else name]
