@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny import some_pairs, tiny_llama
+from tiny import short_run, some_pairs, tiny_llama
 
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference import batches as module
@@ -31,8 +31,18 @@ from mlx_lm.tuner.preference.batches import (
 from mlx_lm.tuner.preference.evaluation import means_of, pair_figures
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.step import FIGURES, Objective
 from mlx_lm.utils import get_batched_logps
+
+
+@pytest.mark.parametrize("part", ["prompt", "chosen", "rejected"])
+def test_a_pair_with_an_empty_part_is_refused(part, tmp_path):
+    pairs = some_pairs(6)
+    pairs[2] = pairs[2]._replace(**{part: []})
+    for share_prompt in (True, False):
+        with pytest.raises(ConfigError, match="pair 2 has no token in its prompt, chosen or rejected response"):
+            short_run(tiny_llama(), pairs, tmp_path, share_prompt=share_prompt)
 
 
 @pytest.mark.parametrize("rows, size, sizes", [(8, 4, [4, 4]), (9, 4, [4, 4, 1]), (3, 8, [3]), (1, 1, [1])])

@@ -85,8 +85,17 @@ def multiple():
 
 
 def lengths_of(pairs):
-    """Tokens of prompt, chosen and rejected of each pair, `(n, 3)` int."""
-    return np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs], int).reshape(-1, 3)
+    """Tokens of prompt, chosen and rejected of each pair, `(n, 3)` int; `ConfigError` where a part has none."""
+    lengths = [[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs]
+    lengths = np.array(lengths, int).reshape(-1, 3)
+    if not lengths.all():
+        # Of a program's own pairs: a response's first token is predicted by the prompt's last.
+        number = int(np.argmin(lengths.all(axis=1)))
+        raise ConfigError(
+            f"pair {number} has no token in its prompt, chosen or rejected response; give each at least one, such as "
+            "BOS for a prompt, or leave the pair out."
+        )
+    return lengths
 
 
 def shape_of(lengths, arrangement, to=None):
