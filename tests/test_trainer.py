@@ -426,6 +426,15 @@ def test_reports_say_what_was_done(tmp_path):
         assert 0 <= line["padding_share"] < 0.3 and line["grad_norm"] > 0
 
 
+def test_a_length_that_cuts_no_pair_is_told(tmp_path, capsys):
+    pairs = [*PAIRS, Pair([1] * 25, [2], [3] * 7)]
+    short_run(tiny_llama(), pairs, tmp_path, iters=1, max_seq_length=32)
+    assert "max_seq_length" not in capsys.readouterr().out
+    short_run(tiny_llama(), pairs, tmp_path, iters=1, max_seq_length=31)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "max_seq_length is 31, and the longest pair has 32 tokens, all of which are run: pairs are cut when" in told
+
+
 def test_a_data_set_smaller_than_the_batch_trains(tmp_path):
     lines, validation = short_run(tiny_llama(), PAIRS[:2], tmp_path, valid=PAIRS[:1], batch_size=8, iters=3)
     assert len(lines) == 3 and lines[-1]["loss"] < lines[0]["loss"] and len(validation) == 2

@@ -327,6 +327,9 @@ class Schedule:
         iters: steps of the run, from which its batches are known before the first one; by default one epoch.
         grouped: whether a batch holds pairs of like length.
 
+    Attributes:
+        longest: tokens of the longest prompt and response.
+
     Raises:
         ConfigError: the batch size is not a multiple of the number of workers.
     """
@@ -343,6 +346,7 @@ class Schedule:
         # Where shapes are compiled, what is left for the last batch is filled up.
         self._share = batch_size // self.workers if multiple() > 1 else 0
         self._lengths = lengths_of(pairs)
+        self.longest = int((self._lengths[:, 0] + self._lengths[:, 1:].max(axis=1)).max())
         self._by_length = by_length(self._lengths)
         self._bucket = batch_size * (BUCKET if grouped else self.epoch_steps)
         self._epoch, self._batches = None, None

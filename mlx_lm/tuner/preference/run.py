@@ -93,6 +93,12 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     """Train on the rows of `logps`, in a folder of this run's own; `first` is whether this is the first worker."""
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
     schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
+    if schedule.longest > args.max_seq_length:
+        rprint(
+            f"[WARNING] max_seq_length is {args.max_seq_length}, and the longest pair has {schedule.longest} tokens, "
+            "all of which are run: pairs are cut when a data set is made, by the max_seq_length that load_dataset or "
+            "PreferenceDataset is given."
+        )
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
     held_out = {"the validation data": check_and_digest(logps.val_dataset)}
     if args.reference_update_steps or args.save_best or args.early_stop:
