@@ -26,6 +26,7 @@ from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.tuner.preference.run import warn_of_balance
 from mlx_lm.tuner.preference.scores import Scores, write_predictions
 from mlx_lm.tuner.preference.step import Objective
+from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
 TRL = json.loads((Path(__file__).parent / "golden" / "trl_kto.json").read_text())
 FIGURES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
@@ -256,3 +257,17 @@ def test_data_of_the_other_kind_is_refused(tmp_path):
         preference_loss(["kto", "sft"])
     with pytest.raises(ConfigError, match="are 0, with which nothing is trained"):
         preference_loss("kto", desirable_weight=0, undesirable_weight=0)
+
+
+@pytest.mark.parametrize("loss_type, form", [("kto", "single responses with labels"), ("dpo", "pairs")])
+def test_rows_of_the_other_form_are_no_validation_and_no_evaluation(tmp_path, loss_type, form):
+    pairs = some_pairs(4)
+    labelled = [pair._replace(label=i % 2 == 0) for i, pair in enumerate(pairs)]
+    own, others = (labelled, pairs) if loss_type == "kto" else (pairs, labelled)
+    told = f"loss_type {loss_type} reads {form}, and the data set holds others"
+    with pytest.raises(ConfigError, match=told):
+        short_run(tiny_llama(), own, tmp_path, valid=others, loss_type=loss_type)
+    args = TrainingArgs(loss_type=loss_type, reference_cache="none")
+    with pytest.raises(ConfigError, match=told):
+        evaluate(tiny_llama(), others, 4, -1, args=args)
+    assert evaluate(tiny_llama(), own, 4, -1, args=args)["loss"] > 0

@@ -28,6 +28,14 @@ def unwrapped(dataset):
     return getattr(dataset, "_data", dataset) if type(dataset).__name__ == "CacheDataset" else dataset
 
 
+def refuse_other_form(pair, loss):
+    """Raise `ConfigError` where the pair is a single response and the loss reads pairs, or the other way round."""
+    if (pair.label is None) == loss.unpaired:
+        form = "single responses with labels" if loss.unpaired else "pairs"
+        told = f"loss_type {', '.join(loss.names)} reads {form}, and the data set holds others"
+        raise ConfigError(f"{told}; make it for this loss.")
+
+
 def evaluated_rows(dataset, batch_size, num_batches):
     """The rows that an evaluation scores: the first ones, the same ones every time."""
     return np.arange(len(dataset) if num_batches == -1 else min(len(dataset), batch_size * num_batches))
@@ -37,6 +45,8 @@ def evaluate_preference(objective, dataset, args, batch_size, num_batches, refer
     """The means of FIGURES over pairs, each scored exactly once, as a dict; see `trainer.evaluate`."""
     dataset = unwrapped(dataset)
     rows = evaluated_rows(dataset, batch_size, num_batches)
+    for row in rows:
+        refuse_other_form(dataset[int(row)], objective.loss)
     reference = reference_logps(objective, dataset, args, rows, reference)
     done = 0
 

@@ -32,7 +32,7 @@ from .checkpoint import (
     state_files,
 )
 from .dry_run import rehearse
-from .evaluation import evaluated_rows, unwrapped
+from .evaluation import evaluated_rows, refuse_other_form, unwrapped
 from .files import locked, move_aside, remove_leftovers
 from .flat import lora_plus
 from .intercept import parameters_in
@@ -101,6 +101,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         )
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
     held_out = {"the validation data": check_and_digest(logps.val_dataset)}
+    for row in logps.val_rows:
+        refuse_other_form(logps.val_dataset[int(row)], loss)
     if args.reference_update_steps or args.save_best or args.early_stop:
         # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
         settings |= held_out | {"the number of validation pairs": len(logps.val_rows)}
@@ -349,9 +351,6 @@ def check_and_digest(dataset, loss=None):
                     reason = "does not read it" if name == "margin" else "sorts the batch"
                     told = f"{where(i)}: rows have a {name}, but loss_type {', '.join(loss.names)} {reason}"
                     raise ConfigError(f"{told}; remove the key {name}.")
-            if (pair.label is None) == loss.unpaired:
-                form = "single responses with labels" if loss.unpaired else "pairs"
-                told = f"loss_type {', '.join(loss.names)} reads {form}, and the data set holds others"
-                raise ConfigError(f"{told}; make it for this loss.")
+            refuse_other_form(pair, loss)
         digest.update(row_key(pair) + repr((pair.margin, pair.weight, pair.label)).encode())
     return digest.hexdigest()
