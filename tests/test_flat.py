@@ -77,6 +77,25 @@ def test_only_what_reads_each_value_by_itself_gets_joined_ones(optimizer, joined
     assert len(kinds) == (2 if joined else 28) and all(bool(kind.name) is not joined for kind in kinds)
 
 
+def test_an_optimizer_of_several_is_asked_by_the_models_names(tmp_path):
+    def trained_alone(wanted, folder, **options):
+        model, asked = tiny_llama(), []
+        start = trained(model)
+        parts = [optim.SGD(0.0), optim.Adam(1e-2)]
+        optimizer = optim.MultiOptimizer(
+            parts, [lambda name, value: asked.append((name, value.shape)) or wanted not in name]
+        )
+        short_run(model, some_pairs(8), tmp_path / folder, optimizer, **options)
+        assert dict(asked) == {name: value.shape for name, value in start.items()}
+        return {name for name, value in trained(model).items() if (value != start[name]).any()}
+
+    names = trained(tiny_llama())
+    for options in ({}, {"compile": True, "iters": 2}, {"on_nonfinite": "skip"}):
+        found = trained_alone("layers.1.", "a", **options)
+        assert found == {name for name in names if ".layers.1." in name}
+    assert trained_alone("lora_b", "b", iters=2) == {name for name in names if name.endswith("lora_b")}
+
+
 def test_layers_of_other_scales_or_types_have_vectors_of_their_own():
     model = tiny_llama(moved=True)
     other = model.layers[0].self_attn.q_proj

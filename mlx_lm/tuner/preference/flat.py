@@ -76,7 +76,8 @@ class FlatParameters:
 
     Args:
         model: its trainable parameters are read once, and again by `read`.
-        optimizer: what will update them, or None; unless it is one of BY_ELEMENT, nothing is joined.
+        optimizer: what will update them, or None; unless it is one of BY_ELEMENT, nothing is joined. One that asks for
+            names is given the model's.
         siblings: the model's `Siblings`, for which the model is given joined matrices.
 
     Attributes:
@@ -87,7 +88,8 @@ class FlatParameters:
         self.vectors, self._model = nn.Module(), model
         self._lora = [pair for pair in lora_layers(model) if "lora_b" in pair[0].trainable_parameters()]
         of_lora = {id(x): (dtype, module.scale) for module, dtype in self._lora for x in (module.lora_a, module.lora_b)}
-        joins, kinds = optimizer is None or _is_by_element(optimizer), {}
+        named = isinstance(optimizer, optim.MultiOptimizer) and not isinstance(optimizer, LoraPlus)
+        joins, kinds = optimizer is None or (_is_by_element(optimizer) and not named), {}
         for name, value in tree_flatten(model.trainable_parameters()):
             leaf = "lora_b" if name.endswith(".lora_b") else "others"
             rounded, scale = of_lora.get(id(value), (None, 1.0))
@@ -95,6 +97,9 @@ class FlatParameters:
             kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
             kinds.setdefault(kind, []).append((name, value.shape))
         self._parts = {f"part_{i}": part for i, part in enumerate(kinds.items())}
+        self._names = {
+            place: kind.name if named else f"{place}.{kind.leaf}" for place, (kind, _) in self._parts.items()
+        }
         self._siblings, self._rearranged = [], {}
         self._rearrange(siblings)
         self.read()
@@ -147,9 +152,9 @@ class FlatParameters:
             vectors: a tree like that of `vectors`, by default its own.
             as_multiplied: whether those of LoRA layers are wanted scaled and in the dtype of the products.
         """
-        vectors, found = vectors or self.vectors, {}
+        vectors, found = dict(tree_flatten(vectors or self.vectors)), {}
         for place, (kind, parameters) in self._parts.items():
-            vector = vectors[place][kind.leaf]
+            vector = vectors[self._names[place]]
             if as_multiplied and kind.rounded is not None:
                 vector = (vector if kind.scale == 1.0 else kind.scale * vector).astype(kind.rounded)
             if as_multiplied and place in self._rearranged:
@@ -180,8 +185,8 @@ class FlatParameters:
             if as_multiplied and kind.rounded is not None:
                 vector = vector.astype(kind.dtype)
                 vector = vector if kind.scale == 1.0 else kind.scale * vector
-            vectors[place] = {kind.leaf: vector}
-        return vectors
+            vectors[self._names[place]] = vector
+        return tree_unflatten(list(vectors.items()))
 
     @contextmanager
     def as_multiplied(self):
@@ -264,6 +269,10 @@ def _is_by_element(optimizer):
     return bool(parts) and all(map(_is_by_element, parts))
 
 
+class LoraPlus(optim.MultiOptimizer):
+    """One whose filter asks for a parameter's leaf alone, which vectors of several have too."""
+
+
 def lora_plus(optimizer, ratio):
     """An optimizer that trains `lora_b` with `ratio` times the learning rate. Source: arXiv 2402.12354.
 
@@ -280,4 +289,4 @@ def lora_plus(optimizer, ratio):
         faster.learning_rate = ratio * optimizer.learning_rate
     else:
         faster._schedulers["learning_rate"] = lambda step: ratio * schedule(step)
-    return optim.MultiOptimizer([optimizer, faster], [lambda path, _: path.rpartition(".")[2] != "lora_b"])
+    return LoraPlus([optimizer, faster], [lambda path, _: path.rpartition(".")[2] != "lora_b"])
