@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from itertools import cycle
 from pathlib import Path
 
+import chat_tokenizers as tokenizers
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule, load_adapters
 from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_llama, trained
 
-from mlx_lm.tuner.datasets import CacheDataset, Pair
+from mlx_lm.tuner.datasets import CacheDataset, Pair, PreferenceDataset
 from mlx_lm.tuner.preference import batches
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers
@@ -462,6 +463,23 @@ def test_evaluate_does_not_compare_a_model_with_itself():
     with pytest.raises(ConfigError, match="the reference is of the very model that is evaluated"):
         evaluate(model, PAIRS, 4, 2, args=args, reference=Reference(Scorer(model)))
     assert evaluate(tiny_llama(lora=False), PAIRS, 4, 2, args=TrainingArgs(loss_type="simpo"))["loss"] > 0
+
+
+def test_data_and_loss_that_do_not_fit_are_told(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(ConfigError, match="takes pairs, and the data set holds dict; make a PreferenceDataset of"):
+        short_run(tiny_llama(), rows, tmp_path)
+    with pytest.raises(ConfigError, match="takes pairs, and the data set holds dict; make a PreferenceDataset of"):
+        evaluate(tiny_llama(), CacheDataset(rows), 1, 1, args=TrainingArgs(loss_type="dpo"))
+    preferences = PreferenceDataset(2 * rows, tokenizers.plain())
+    for dataset in (preferences, CacheDataset(preferences)):
+        with pytest.raises(ConfigError, match="no preference loss is asked for: set loss_type"):
+            short_run(tiny_llama(), dataset, tmp_path, loss_type="sft")
+        with pytest.raises(ConfigError, match="no preference loss is asked for: set loss_type"):
+            evaluate(tiny_llama(), dataset, 1, 1)
+    # A program's own batches may be made of them.
+    tokens, lengths = mx.array([[1, 2, 3]]), mx.array([[0, 3]])
+    assert evaluate(tiny_llama(), preferences, 1, 1, iterate_batches=lambda **_: [(tokens, lengths)]) > 0
 
 
 def test_a_loss_that_is_constant_with_beta_0_is_refused(tmp_path):

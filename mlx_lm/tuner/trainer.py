@@ -9,10 +9,11 @@ run_upstream(globals(), needs=("TrainingArgs", "TrainingCallback", "TrainUI", "t
 
 from .preference.check import DEFAULTS, OPTIONS
 from .preference.evaluation import evaluate_preference, objective_of
-from .preference.options import is_preference
+from .preference.options import ConfigError, is_preference
+from .preference.pairs import PreferenceDataset
 from .preference.run import train_preference
 
-_upstream_train, _upstream_evaluate = train, evaluate
+_upstream_train, _upstream_evaluate, _upstream_batches = train, evaluate, iterate_batches
 
 # Upstream's arguments and one for each preference option. A loss's parameter is None until it is given: its
 # default depends on the loss.
@@ -23,6 +24,15 @@ TrainingArgs = make_dataclass(
     bases=(TrainingArgs,),
 )
 TrainingArgs.__module__ = __name__
+
+
+def _refuse_preferences(dataset, batches):
+    """Raise `ConfigError` where upstream's own batches would be made of preferences."""
+    if batches is _upstream_batches and isinstance(getattr(dataset, "_data", dataset), PreferenceDataset):
+        raise ConfigError(
+            "the data set holds preferences, and no preference loss is asked for: set loss_type in the TrainingArgs, "
+            "for example to dpo, which evaluate takes as args."
+        )
 
 
 def train(
@@ -54,6 +64,7 @@ def train(
         return train_preference(
             objective, optimizer, train_dataset, val_dataset, args, reference, training_callback, config
         )
+    _refuse_preferences(train_dataset, iterate_batches)
     return _upstream_train(model, optimizer, train_dataset, val_dataset, args, loss, iterate_batches, training_callback)
 
 
@@ -88,6 +99,7 @@ def evaluate(
         ConfigError: a value of `args` is out of range, or nothing tells what the reference is.
     """
     if args is None or not is_preference(args.loss_type):
+        _refuse_preferences(dataset, iterate_batches)
         upstreams = max_seq_length, loss, iterate_batches, clear_cache_threshold, progress_callback
         return _upstream_evaluate(model, dataset, batch_size, num_batches, *upstreams)
     objective = objective_of(model, args)
