@@ -320,6 +320,19 @@ def test_every_optimizer_lowers_the_loss(tmp_path, name):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < 0.691
 
 
+@pytest.mark.parametrize("make", [optim.Adam, lambda rate: optim.MultiOptimizer([optim.Adam(rate)])])
+def test_an_optimizer_goes_on_in_a_programs_own_training(tmp_path, make):
+    model, optimizer = tiny_llama(), make(1e-3)
+    short_run(model, PAIRS, tmp_path, optimizer, iters=2)
+    before, tokens = trained(model), mx.array([[1, 2, 3]])
+    _, gradient = nn.value_and_grad(model, lambda model: model(tokens).sum())(model)
+    optimizer.update(model, gradient)
+    assert largest_difference(trained(model), before) > 0
+    # And again here, where it has its moments still.
+    again = short_run(model, PAIRS, tmp_path, optimizer, iters=2)[0]
+    assert np.isfinite(again[-1]["loss"])
+
+
 def test_a_schedule_is_followed_and_reported(tmp_path):
     schedule = build_schedule({"name": "cosine_decay", "arguments": [1e-3, 4], "warmup": 2, "warmup_init": 1e-4})
     lines, _ = short_run(tiny_llama(), PAIRS, tmp_path, optim.Adam(schedule), iters=6)

@@ -86,7 +86,11 @@ def train_preference(
     folder, first = Path(args.adapter_file).parent, mx.distributed.init().rank() == 0
     # A dry run makes no folder.
     with locked(folder) if first and (folder.is_dir() or not args.check) else nullcontext():
-        _train(objective, optimizer, logps, args, reference, callback, config, folder, first)
+        try:
+            _train(objective, optimizer, logps, args, reference, callback, config, folder, first)
+        finally:
+            # Given a state, it adds what that lacks: this one is of vectors, not of the model's parameters.
+            optimizer.state = optimizer.state
 
 
 def _train(objective, optimizer, logps, args, reference, callback, config, folder, first):
