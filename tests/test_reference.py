@@ -309,6 +309,12 @@ def change_theta():
     return model
 
 
+def change_setting():
+    model = tiny_llama(moved=True)
+    model.layers[1].self_attn.rope.base = 20000.0
+    return model
+
+
 def change_dtype():
     model = tiny_llama(moved=True)
     model.set_dtype(mx.bfloat16)
@@ -337,6 +343,7 @@ CHANGES = {
     "the adapter": lambda: tiny_llama(moved=True, seed=1),
     "no adapter": lambda: tiny_llama(lora=False),
     "rope_theta": change_theta,
+    "a module's setting": change_setting,
     "the dtype": change_dtype,
     "4 bits": lambda: quantized(tiny_llama(moved=True)),
     "8 bits": lambda: quantized(tiny_llama(moved=True), bits=8),

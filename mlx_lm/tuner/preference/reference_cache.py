@@ -32,7 +32,7 @@ def row_key(pair):
 
 
 def fingerprint(model):
-    """A digest of all that a model's logps depend on: weights, configuration, device, library versions.
+    """A digest of all that a model's logps depend on: weights, configuration, settings, device, library versions.
 
     LoRA matrices whose product is zero are left out: they change nothing yet.
     """
@@ -40,12 +40,17 @@ def fingerprint(model):
     device = mx.device_info().get("device_name", str(mx.default_device()))
     config = getattr(model, "args", None) or getattr(model, "config", None)
     digest.update(repr([FORMAT, device, mx.__version__, __version__, config]).encode())
-    adapters = {}
+    adapters, settings = {}, []
     for name, module in model.named_modules():
+        parent, _, last = name.rpartition(".")
         if "lora_b" in module:
             adapters[name] = any(mx.any(value != 0).item() for _, value in tree_flatten(module["lora_b"]))
             if adapters[name]:
                 digest.update(repr((name, module.scale)).encode())
+        elif parent not in adapters or last in ("linear", "embedding"):
+            # Of a model that a program has made or changed, the configuration does not tell them.
+            settings.append((parent if parent in adapters else name, _settings(module)))
+    digest.update(repr(sorted(settings)).encode())
     for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: item[0]):
         if adapters.get(name.partition(".lora_")[0]) is False:
             continue
@@ -56,6 +61,12 @@ def fingerprint(model):
             name = f"{parent}.{leaf}"
         digest.update(repr((name, value.shape, str(value.dtype), checksum(value))).encode())
     return digest.hexdigest()
+
+
+def _settings(module):
+    """A module's numbers and names, such as an attention's scale, but those of how it is trained."""
+    own = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    return sorted((name, value) for name, value in own.items() if name not in ("_training", "_no_grad"))
 
 
 def checksum(array):
