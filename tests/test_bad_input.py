@@ -550,7 +550,8 @@ class TestFullTraining:
         assert (weight - mx.array(0.9 * weight.item() / 2 / part, dtype)).item() == weight.item()
         warn_of_rounding(model)
         name = str(dtype).rpartition(".")[2]
-        assert f"The weights to train are {name}: an update that is smaller than some 1/{part} of" in capsys.readouterr().err
+        told = f"The weights to train are {name}: an update that is smaller than some 1/{part} of"
+        assert told in capsys.readouterr().err
 
 
 class TestAdapterFolder:

@@ -186,7 +186,7 @@ class FlatParameters:
                 vector = vector.astype(kind.dtype)
                 vector = vector if kind.scale == 1.0 else kind.scale * vector
             vectors[self._names[place]] = vector
-        return tree_unflatten(list(vectors.items()))
+        return tree_unflatten(list(vectors.items())) or {}
 
     @contextmanager
     def as_multiplied(self):

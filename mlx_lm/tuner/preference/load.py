@@ -182,8 +182,9 @@ def warn_of_rounding(model):
     for dtype in sorted(str(dtype).rpartition(".")[2] for dtype in halves):
         rprint(
             f"[WARNING] The weights to train are {dtype}: an update that is smaller than some "
-            f"1/{256 if dtype == 'bfloat16' else 2048} of its weight is rounded away, as are most at the usual learning "
-            "rates of fine_tune_type full. Train the model in float32 (mlx_lm convert --dtype float32), or use lora.",
+            f"1/{256 if dtype == 'bfloat16' else 2048} of its weight is rounded away, as are most at the usual "
+            "learning rates of fine_tune_type full. Train the model in float32 (mlx_lm convert --dtype float32), or "
+            "use lora.",
             file=sys.stderr,
         )
 
