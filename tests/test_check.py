@@ -219,6 +219,7 @@ class TestUnreadKeys:
         file = tmp_path / "twice.yaml"
         file.write_text("beta: 0.1\nbeta: 0.2\n")
         config.check_file(str(file), mlx_lm.lora.yaml_loader)
+        checked(optimizer="adafactor")
         assert capsys.readouterr().err == ""
 
 

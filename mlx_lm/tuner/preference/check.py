@@ -215,7 +215,7 @@ def _warn_of_unread_rate(args):
     if args.optimizer != "adafactor" or not args.optimizer_config.get("adafactor", {}).get("relative_step", True):
         return
     given = [key for key in ("lr_schedule", "lora_plus_ratio") if getattr(args, key) is not None]
-    print(
+    rprint(
         f"[WARNING] optimizer is adafactor, which takes steps of its own size and does not read "
         f"{' or '.join(['learning_rate', *given])}; to train at a rate, give optimizer_config: {{adafactor: "
         "{relative_step: false, scale_parameter: false}}.",
