@@ -106,6 +106,9 @@ def transcript(text):
     Returns:
         A list of `(message, end)`, where `end` is the number of characters up to the end of the turn.
     """
+    # Said first, because TURN is tried at each character.
+    if "Human:" not in text or "Assistant:" not in text:
+        return None
     marks = list(TURN.finditer(text))
     if {mark[1] for mark in marks} != {"Human", "Assistant"} or text[: marks[0].start()].strip():
         return None
