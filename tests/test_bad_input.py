@@ -737,7 +737,8 @@ class TestTestAlone:
         after.refused(told, train=False, test=True, adapter_path=str(path))
 
     def test_a_file_that_a_test_has_not_written_is_not_overwritten(self, after, tmp_path):
-        for name, text in {"test.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}', "n": "notes"}.items():
+        row = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+        for name, text in {"test.jsonl": row, "n": "notes", "deep": "[" * 100_000}.items():
             (tmp_path / name).write_text(text)
             told = "predictions is .*, a file that a test has not written; give another name"
             after.refused(told, test=True, predictions=str(tmp_path / name))

@@ -115,7 +115,7 @@ def _first_object(path):
     try:
         with open(path, encoding="utf-8") as file:
             found = json.loads(file.readline())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
