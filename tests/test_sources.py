@@ -249,7 +249,11 @@ def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
     rows = [{"prompt": "Who?", "completion": text, "label": label} for text, label in (("a", False), ("b", True))]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     assert chosen(load(tmp_path)[0]) == ["b"]
-    assert "1 pairs of rows with one labelled completion (KTO); 1 rows have no partner" in capsys.readouterr().out
+    assert "1 pairs of rows with one labelled completion (KTO); 1 rows have no answer or" in capsys.readouterr().out
+    silent = [row | {"prompt": "Me?", "completion": ""} for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*silent, *rows])))
+    assert chosen(load(tmp_path)[0]) == ["b"]
+    assert "1 pairs of rows with one labelled completion (KTO); 2 rows have no answer or" in capsys.readouterr().out
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[1] | {"weight": -1}])))
     with pytest.raises(ConfigError, match=r"train\.jsonl:2: weight is -1"):
         load(tmp_path)

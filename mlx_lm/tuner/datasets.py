@@ -207,7 +207,7 @@ def _preferences(rows, tokenizer, config):
         read, rows = len(rows), paired(rows, keys.get("prompt_feature"))
         rprint(
             f"{rows.name}: {len(rows)} pairs of rows with one labelled completion (KTO); {read - 2 * len(rows)} rows "
-            "have no partner."
+            "have no answer or no partner."
         )
     return PreferenceDataset(rows, tokenizer, **keys, name=rows.name, where=rows.where)
 
