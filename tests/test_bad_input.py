@@ -523,6 +523,13 @@ class TestAdapterFile:
         assert done.status == 0 and told in done.err
         assert command(resume_adapter_file=file).err == ""
 
+    def test_one_in_half_precision_is_a_warning(self, command, earlier):
+        weights, file = mx.load(str(earlier / "adapters.safetensors")), str(command.folder / "half.safetensors")
+        mx.save_safetensors(file, {name: value.astype(mx.bfloat16) for name, value in weights.items()})
+        done = command(resume_adapter_file=file)
+        assert done.status == 0
+        assert "weights to train are bfloat16" in done.err and "with an adapter convert resume_adapter_file" in done.err
+
 
 class TestFullTraining:
     def test_quantized_weights_cannot_be_trained(self, command):

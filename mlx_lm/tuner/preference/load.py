@@ -183,8 +183,8 @@ def warn_of_rounding(model):
         rprint(
             f"[WARNING] The weights to train are {dtype}: an update that is smaller than some "
             f"1/{256 if dtype == 'bfloat16' else 2048} of its weight is rounded away, as are most at the usual "
-            "learning rates of fine_tune_type full. Train the model in float32 (mlx_lm convert --dtype float32), or "
-            "use lora.",
+            "learning rates. Train float32 ones: with fine_tune_type full convert the model (mlx_lm convert --dtype "
+            "float32) or use lora, with an adapter convert resume_adapter_file.",
             file=sys.stderr,
         )
 
