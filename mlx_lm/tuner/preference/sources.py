@@ -1,4 +1,4 @@
-"""Rows from files: which file of a folder holds which split, and the rows of a file of any kind."""
+"""Rows from files of any kind: which file holds which split, and which rows are held out or put together in pairs."""
 
 import csv
 import json
