@@ -242,7 +242,7 @@ def test_verdicts_and_labels_of_tables(tmp_path):
 def test_valid_share_needs_two_prompts():
     assert [len(numbers) for numbers in held_out([ROW, ROW | {"prompt": "b"}], 0.1, 0)] == [1, 1]
     with pytest.raises(ConfigError, match="valid_share is 0.5, but the 2 training rows have one prompt"):
-        held_out([ROW, ROW | {"chosen": "b"}], 0.5, 0)
+        held_out([ROW, ROW | {"chosen": "b", "system": "Be brief."}], 0.5, 0)
 
 
 def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
