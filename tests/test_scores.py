@@ -189,6 +189,10 @@ def test_predictions_are_a_line_a_pair(scores, tmp_path):
     assert [line["loss"] for line in lines] == [None, 1, 2, 3, 4]
     assert [line["reference_logps/rejected"] for line in lines] == logps[:, 1, 0].tolist()
     assert [line["rewards/margins"] for line in lines] == found.figures["rewards/margins"].tolist()
+    # A row's number is no line's, also where the file's name has a colon.
+    write_predictions(path, found._replace(places=["a:b.json, row 3"] * 5))
+    line = json.loads(path.read_text().splitlines()[0])
+    assert line["row"] == "a:b.json, row 3" and not {"file", "line"} & set(line)
 
 
 def test_a_comparison_tells_who_is_better_or_nobody():
