@@ -61,14 +61,14 @@ class Siblings:
         return [[layer[leaf] for layer in self.layers] for leaf in LEAVES]
 
     @staticmethod
-    def joined(firsts, seconds):
-        """The joined matrices' rows by number, of those of one of each kind a layer; -1 is where no layer's is."""
-        second = np.full((sum(map(len, seconds)), sum(x.shape[1] for x in seconds)), -1)
+    def joined(firsts, seconds, lib=mx, nothing=0):
+        """The joined matrices of one of each kind a layer, MLX's or numpy's; `nothing` is where no layer's is."""
+        second = lib.full((sum(map(len, seconds)), sum(x.shape[1] for x in seconds)), nothing, seconds[0].dtype)
         row = column = 0
         for own in seconds:
             second[row : row + len(own), column : column + own.shape[1]] = own
             row, column = row + len(own), column + own.shape[1]
-        return np.concatenate(firsts, axis=1), second
+        return lib.concatenate(firsts, axis=1), second
 
     @contextmanager
     def holding(self, first, second):
