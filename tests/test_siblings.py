@@ -20,8 +20,7 @@ from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.preference import layers as layers_module
 from mlx_lm.tuner.preference.batches import make_batch
-from mlx_lm.tuner.preference.flat import multiplied_once
-from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers
+from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers, multiplied_once
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.siblings import MOST_COLUMNS

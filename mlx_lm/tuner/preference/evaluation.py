@@ -8,8 +8,8 @@ from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
 from .batches import make_batch, reference_rows
-from .flat import multiplied_once
 from .intercept import evaluating
+from .layers import multiplied_once
 from .logps import Scorer
 from .memory import bounded_memory, one_behind
 from .objective import loss_of

@@ -20,7 +20,7 @@ from .batches import ALIGNMENT
 from .cuda_copies import joined
 from .intercept import exchanged, parameters_in
 from .layers import lora_layers
-from .siblings import LEAVES, siblings_of
+from .siblings import LEAVES
 
 # Values from one parameter's start to the next are a multiple of this, in half precision too. Zeros fill up, whose
 # gradients are zeros.
@@ -206,18 +206,6 @@ class FlatParameters:
             for own, matrices in zip(self._siblings, joined, strict=True):
                 stack.enter_context(own.holding(*(matrices[leaf] for leaf in LEAVES)))
             yield
-
-
-@contextmanager
-def multiplied_once(model):
-    """Within the context, LoRA layers hold their matrices scaled, in the dtype of their products.
-
-    Each product would scale and round them anew otherwise, which many batches in a row need not.
-    """
-    siblings = {own: None for layer, _ in lora_layers(model) if (own := siblings_of(layer)) is not None}
-    flat = FlatParameters(model, siblings=list(siblings))
-    with flat.as_multiplied(), flat.in_model(flat.views(as_multiplied=True)):
-        yield
 
 
 def _rows(start, shape, size):

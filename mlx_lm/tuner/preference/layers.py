@@ -198,6 +198,26 @@ def lean_layers(modules, packed=None):
         yield
 
 
+@contextmanager
+def multiplied_once(model):
+    """Within the context, LoRA layers hold their matrices scaled, in the dtype of their products.
+
+    Each product would scale and round them anew otherwise, which many batches in a row need not. Values are the same
+    where a layer's input has its weight's dtype, as `flat` has it in training.
+    """
+    with ExitStack() as stack:
+        layers = lora_layers(model)
+        for module, dtype in layers:
+            lora_b = (module.scale * module.lora_b).astype(dtype)
+            stack.enter_context(exchanged(module, "lora_a", module.lora_a.astype(dtype)))
+            stack.enter_context(exchanged(module, "lora_b", lora_b))
+            stack.enter_context(exchanged(module, "scale", 1.0))
+        for own in dict.fromkeys(siblings_of(layer) for layer, _ in layers):
+            if own is not None:
+                stack.enter_context(own.holding(*own.joined(*own.matrices())))
+        yield
+
+
 def lora_layers(model):
     """`[(LoRALinear, dtype)]`: the dtype in which each multiplies, its weight's or the scales' of a packed one.
 
