@@ -407,6 +407,8 @@ def test_a_kl_is_told_only_while_the_reference_is_the_bare_model(tmp_path):
 
     assert told("fixed") == [0, 1, 2, 3, 4]
     assert told("adapters before", moved=True) == []
+    # A program's own reference, whose adapters do nothing either.
+    assert told("another model", reference=Reference(Scorer(tiny_llama()))) == []
     following = {"reference_update_steps": 2, "steps_per_save": 1}
     assert told("following", **following) == [0, 1, 2]
     assert told("gone on with early", iters=1, **following) == [0, 1]

@@ -186,7 +186,7 @@ class FlatParameters:
                 vector = vector.astype(kind.dtype)
                 vector = vector if kind.scale == 1.0 else kind.scale * vector
             vectors[self._names[place]] = vector
-        return tree_unflatten(list(vectors.items())) or {}
+        return tree_unflatten(list(vectors.items()))
 
     @contextmanager
     def as_multiplied(self):

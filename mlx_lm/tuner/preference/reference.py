@@ -161,10 +161,9 @@ class ReferenceLogps:
         self.train[rows] = reference.logps(self.dataset, rows, "train")
         if len(self.val_rows):
             self.valid = reference.logps(self.val_dataset, self.val_rows, "valid")
-            self.of_bare = _does_nothing(reference.scorer.model)
 
 
-def _does_nothing(model):
+def does_nothing(model):
     """Whether a model has adapters, and they do nothing: logps in half precision would not tell that from a little."""
     matrices = [value for name, value in tree_flatten(model.parameters()) if name.endswith(".lora_b")]
     return bool(matrices) and not mx.stack([mx.any(value != 0) for value in matrices]).any().item()

@@ -46,7 +46,7 @@ from .objective import refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
 from .outcome import Outcome
 from .pairs import Pair
-from .reference import Reference, ReferenceLogps, reference_of
+from .reference import Reference, ReferenceLogps, does_nothing, reference_of
 from .reference_cache import row_key
 from .report import Reporter, Window, say_fallbacks
 from .screen import RunUI
@@ -126,6 +126,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         if not args.check:
             exchanged = (args.reference_update_steps or 0) * args.grad_accumulation_steps
             logps.take(reference, schedule.visited(1, exchanged or args.iters))
+            logps.of_bare = reference.scorer is not None and reference.scorer.model is model and does_nothing(model)
         if not args.check and args.reference_model is not None:
             reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
@@ -326,6 +327,7 @@ def _refresh(scorer, schedule, logps, progress, args):
         rows = schedule.visited(progress.iteration + 1, progress.iteration + steps)
         with parameters_in(scorer.model, policy if logps.parameters is None else logps.parameters):
             logps.take(Reference(scorer, args.reference_batch_size), rows)
+        logps.of_bare = False
 
 
 def warn_of_balance(dataset, loss):
