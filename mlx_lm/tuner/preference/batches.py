@@ -177,14 +177,14 @@ def filled(lengths, arrangement, size=None, most=np.inf):
         A list of int arrays that holds each row once.
     """
     lengths = np.asarray(lengths).reshape(-1, 3)
-    totals = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    batches, rows = [], []
+    totals, own = (lengths[:, 0] + lengths[:, 1:].max(axis=1)).tolist(), lengths.sum(axis=1).tolist()
+    batches, rows, packed = [], [], 0
     for row in by_length(lengths).tolist():
-        together = [*rows, row]
-        tokens = lengths[together].sum() if arrangement == PACKED else 2 * len(together) * totals[row]
+        packed += own[row]
+        tokens = packed if arrangement == PACKED else 2 * (len(rows) + 1) * totals[row]
         if rows and (tokens > most or len(rows) == size):
             batches.append(np.array(rows))
-            rows = []
+            rows, packed = [], own[row]
         rows.append(row)
     return [*batches, np.array(rows)] if rows else batches
 
