@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 import mlx_lm.models
+from mlx_lm.models import rwkv7
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 # A prime that is no other size here, so that an array over the vocabulary is known by its shape.
@@ -666,6 +667,18 @@ def installed_model_types() -> list[str]:
         return name in SKIPPED or hasattr(importlib.import_module(f"mlx_lm.models.{name}"), "ModelArgs")
 
     return [name for name in _modules() if is_model(name)]
+
+
+def _wkv7_loop(r, w, k, v, a, b, state):
+    """What upstream's Metal kernel of RWKV-7 computes, by its loop: for narrow heads too, and with a gradient."""
+    outputs = []
+    for t in range(r.shape[1]):
+        output, state = rwkv7._wkv7_step_ops(*(x[:, t] for x in (r, w, k, v, a, b)), state)
+        outputs.append(output)
+    return mx.stack(outputs, axis=1).astype(r.dtype), state
+
+
+rwkv7.wkv7_kernel = _wkv7_loop
 
 
 def make_model(model_type: str, seed: int = 0, **overrides) -> nn.Module:

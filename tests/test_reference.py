@@ -20,6 +20,7 @@ from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 
 import mlx_lm.lora
 import mlx_lm.utils
+from mlx_lm.tuner.preference import batches as batches_module
 from mlx_lm.tuner.preference import reference as module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, filled, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
@@ -144,6 +145,7 @@ def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch)
 
 
 def test_large_batches_waste_little(monkeypatch):
+    monkeypatch.setattr(batches_module, "multiple", lambda: 1)  # a GPU pads more, for few shapes
     monkeypatch.setattr(module, "ample_tokens", lambda *_: 8192)
     pairs = some_pairs(300, prompt=(20, 120), response=(5, 120))
     scorer = Scorer(tiny_llama())

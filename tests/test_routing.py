@@ -9,7 +9,7 @@ import pytest
 from architectures import ARCHITECTURES, UNTRAINABLE, make_model
 from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from plain_pass import PAIRS, add_lora, arrangements_for, gradient_error, padded_rows
+from plain_pass import PAIRS, add_lora, arrangements_for, gradient_error
 from test_architectures import lora_keys
 from tiny import short_run, some_pairs, trained
 
@@ -104,15 +104,12 @@ def test_routers_are_read_in_every_arrangement_and_under_recomputation(name):
     model = make_policy(name)
     routers, scorer = routers_of(model), Scorer(model)
     # What upstream's own forward pass says of the tokens that count.
-    inputs, _ = padded_rows(PAIRS)
-    with routed(routers), aside() as told:
-        mx.eval(model(inputs))
     batch = make_batch(PAIRS, PLAIN)[0]
+    with routed(routers), aside() as told:
+        mx.eval(model(batch.tokens))
     assert len(told) == 2 * len(routers) and batch.reads.sum().item() == sum(
         2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - 2 for pair in PAIRS
     )
-    # Some models flatten rows, and on a GPU these are longer.
-    assert batch.reads.size == inputs.size
     expected, choices = load_balancing_loss(told, batch.reads)
     objective = Objective(scorer, preference_loss("simpo"), 1000.0)
     take = nn.value_and_grad(model, lambda _, *given: objective(*given, gradient=True))
