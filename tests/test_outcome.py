@@ -281,8 +281,10 @@ def test_a_program_that_calls_us_is_told_no_command_of_its_own_words(tmp_path, m
     found = next_commands(args)
     assert found.keys() == {"generate", "fuse"} and found["fuse"].startswith("mlx_lm fuse")
     # Where it hands us words, these count.
-    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "--config", "c.yaml"])
-    assert next_commands(args)["resume"] == "mlx_lm.lora --config c.yaml --resume --iters 10"
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "--config", "c.yaml", "--test"])
+    found = next_commands(args)
+    assert found["resume"] == "mlx_lm.lora --config c.yaml --test --resume --iters 10"
+    assert found["test"] == "mlx_lm.lora --config c.yaml --test --no-train"
 
 
 def test_a_test_is_offered_where_there_is_a_test_set(tmp_path, monkeypatch):

@@ -123,7 +123,8 @@ def next_commands(args, epochs=None):
     given = given_command()
     resume = [] if "--resume" in given else ["--resume"]
     best = [] if where == folder else ["--adapter-path", str(where)]
-    test = {"test": [*given, "--no-train", "--test", *best]} if given and has_test_set(args) else {}
+    tested = ["--no-train"] if "--test" in given else ["--no-train", "--test"]
+    test = {"test": [*given, *tested, *best]} if given and has_test_set(args) else {}
     commands = {
         "generate": [*_program(), "generate", *adapters, *trusted, "--prompt", "Hello"],
         **test,
