@@ -339,6 +339,7 @@ class TestCheck:
                 {"optimizer": "sgd", "optimizer_config": {"sgd": {"momentum": float("nan")}}},
                 "sgd is {'momentum': nan}, whose first update is not finite",
             ),
+            ({"optimizer_config": {"adam": {"eps": 0}}}, "adam is {'eps': 0}, whose first update is not finite"),
         ],
     )
     def test_optimizer(self, values, told):

@@ -347,9 +347,10 @@ def _try_optimizer(name, config):
     allowed = set(inspect.signature(make).parameters) - {"learning_rate"}
     _check_keys(f"optimizer_config's {name}", config, allowed, f"it takes {', '.join(sorted(allowed))}")
     try:
-        ones = {"weight": mx.ones((2, 2))}
-        updated = make(learning_rate=1e-3, **config).apply_gradients(ones, ones)
-        sound = mx.isfinite(updated["weight"]).all().item()
+        # LoRA's first gradient has zeros: those of the matrices behind which zeros stand.
+        ones, zeros = mx.ones((2, 2)), mx.zeros((2, 2))
+        updated = make(learning_rate=1e-3, **config).apply_gradients({"a": ones, "b": zeros}, {"a": ones, "b": ones})
+        sound = all(mx.isfinite(value).all().item() for value in updated.values())
     except Exception as error:
         raise ConfigError(f"optimizer_config's {name} is {shown(config)}, which cannot be used ({error}).") from error
     if not sound:
