@@ -307,6 +307,7 @@ class TestCheck:
             ({"name": "cosine_decay", "arguments": [-1e-4, 10]}, "a learning rate of -0.0001 at update 0"),
             ({"name": "linear_schedule", "arguments": [1e-4, -1e-4, 10]}, "a learning rate of -0.0001 at update 500"),
             ({"name": "exponential_decay", "arguments": [1e-4, 10.0]}, "a learning rate of inf at update 500"),
+            ({"name": "step_decay", "arguments": [1e-4, -0.5, 250]}, "a learning rate of -5e-05 at update 250"),
         ],
     )
     def test_lr_schedule(self, schedule, told):

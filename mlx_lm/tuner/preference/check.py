@@ -321,7 +321,8 @@ def _check_schedule(schedule, updates):
     takes = f"{schedule['name']} takes a list of {', '.join(function.parameters)}"
     try:
         rate = build_schedule(schedule)
-        rates = {step: float(rate(mx.array(step, mx.uint64))) for step in (0, 1, updates // 2, updates)}
+        steps = (0, 1, updates // 2, updates, *(updates * i // 16 for i in range(16)))
+        rates = {step: float(rate(mx.array(step, mx.uint64))) for step in steps}
     except Exception as error:
         # Numbers of any type reach arithmetic of any kind here.
         raise ConfigError(f"lr_schedule is {shown(schedule)}, which cannot be followed ({error}); {takes}.") from error
