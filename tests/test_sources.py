@@ -124,6 +124,9 @@ def test_parquet_and_saved_data_sets(tmp_path):
     package.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
     assert len(load(tmp_path / "one")[0]) == 2
     found["test"] = found["dev"].filter(lambda row: False)
+    package.DatasetDict(train=found["train"], valid=found["train"].select([])).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="has saved and cannot read: a split holds no rows; save it without that"):
+        load(tmp_path / "empty")
     found.save_to_disk(tmp_path / "some")
     with pytest.raises(ConfigError, match="the test split of .*some holds no rows"):
         load(tmp_path / "some", test=True)

@@ -99,7 +99,12 @@ def load_local_dataset(data_path, tokenizer, config):
     if is_saved(data_path):
         hub = _hub_package(f"data is {str(data_path)!r}, which the datasets package has saved: reading it")
         with _hub_errors(hub, f"data is {str(data_path)!r}, which"):
-            found = hub.load_from_disk(str(data_path))
+            try:
+                found = hub.load_from_disk(str(data_path))
+            except IndexError as error:
+                # The package saves a split without rows in no file, and looks for its first one.
+                told = f"data is {str(data_path)!r}, which the datasets package has saved and cannot read"
+                raise ConfigError(f"{told}: a split holds no rows; save it without that split.") from error
         found = found if isinstance(found, Mapping) else {"train": found}
         return _of_splits(found, str(data_path), tokenizer, config)
     found = {}
