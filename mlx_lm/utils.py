@@ -72,8 +72,8 @@ def dpo_loss(
         model, inputs, targets, ignore_index: as for `get_batched_logps`.
         beta: how strongly the policy is held to the reference, >= 0. With 0 the reference is ignored.
         label_smoothing: the share of pairs whose labels are taken to be swapped, in [0, 0.5).
-        reference_chosen_logps, reference_rejected_logps: `(B,)` float32, the reference's
-            `get_batched_logps` of the same rows; no gradient flows into them. May be None with beta 0.
+        reference_chosen_logps, reference_rejected_logps: `(B,)` float32, MLX's arrays or numpy's, the
+            reference's `get_batched_logps` of the same rows; no gradient flows into them. May be None with beta 0.
 
     Returns:
         `(loss, chosen_reward, rejected_reward, reward_accuracy, reward_margin, ntoks)`: float32 scalars,
@@ -94,8 +94,8 @@ def dpo_loss(
     pairs = PairLogps(
         policy_chosen=policy_chosen,
         policy_rejected=policy_rejected,
-        reference_chosen=mx.stop_gradient(reference_chosen_logps),
-        reference_rejected=mx.stop_gradient(reference_rejected_logps),
+        reference_chosen=mx.stop_gradient(mx.array(reference_chosen_logps)),
+        reference_rejected=mx.stop_gradient(mx.array(reference_rejected_logps)),
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
         chosen_nll=-policy_chosen,

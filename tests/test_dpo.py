@@ -139,6 +139,12 @@ def test_beta_0_ignores_the_reference():
     assert tokens.item() == 5
 
 
+def test_a_reference_that_was_kept_as_numpys_arrays_is_the_same():
+    kept = {name: np.array(value) for name, value in REFERENCE.items()}
+    found, expected = (dpo_loss(Table(THIRDS), 1.0, 0.0, **logps, **PAIR) for logps in (kept, REFERENCE))
+    assert [value.item() for value in found] == [value.item() for value in expected]
+
+
 def test_policy_equal_to_reference_loses_log_2():
     logps = get_batched_logps(Table(THIRDS), **PAIR)
     loss, *rewards, _, _, _ = dpo_loss(Table(THIRDS), 0.7, 0.2, *logps, **PAIR)
