@@ -169,6 +169,13 @@ def test_conversations_are_the_same_as_strings(capsys):
     assert "left out" not in capsys.readouterr().out
 
 
+def test_a_prompt_under_another_key_is_told_by_it():
+    asked = [{"question": row["prompt"], "completion": row["completion"], "label": row["label"]} for row in LABELLED]
+    found, usual = dataset(asked), dataset(LABELLED)
+    assert found.layout.startswith("rows are read as question, completion, label;") and found[0] == usual[0]
+    assert dataset(asked, prompt_feature="question").layout == found.layout
+
+
 def test_a_pair_becomes_two_responses():
     rows = [
         {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "No.", "weight": 2.0},

@@ -124,7 +124,7 @@ class RowReader:
                 )
             prompt, chosen, rejected, form = self._texts(prompt, chosen, rejected, row)
         if self.chosen == self.rejected:
-            layout = LABELLED
+            layout = LABELLED.replace("prompt", keys[0]) if keys else LABELLED
         self.layouts[", ".join(filter(None, (layout, form)))] += 1
         return Conversation(prompt, chosen, rejected, tools_, kwargs, margin, weight)
 
