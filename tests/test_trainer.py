@@ -470,6 +470,19 @@ def test_evaluate_takes_a_reference_its_logps_or_the_model_without_its_adapters(
     assert largest_difference(trained(model), before) == 0
 
 
+def test_logps_of_a_reference_are_taken_as_any_array_of_their_shape_and_by_an_evaluation_alone(tmp_path):
+    model, args = tiny_llama(moved=True), TrainingArgs(loss_type="dpo", reference_cache="none")
+    logps = Reference(Scorer(tiny_llama(lora=False))).logps(PAIRS, range(8))
+    expected, found = (evaluate(model, PAIRS, 4, 2, args=args, reference=given) for given in (logps, mx.array(logps)))
+    assert found == expected
+    for given, shape in ((logps[:5], r"\(5, 2, 2\)"), (logps[:, 0, 0], r"\(8,\)")):
+        with pytest.raises(ConfigError, match=rf"reference has the shape {shape}, and the 8 pairs to evaluate take"):
+            evaluate(model, PAIRS, 4, 2, args=args, reference=given)
+    for given in (logps, mx.array(logps)):
+        with pytest.raises(ConfigError, match="reference is a value of type n?d?array; training takes a Reference"):
+            short_run(tiny_llama(), PAIRS, tmp_path, reference=given)
+
+
 def test_evaluate_does_not_compare_a_model_with_itself():
     args = TrainingArgs(loss_type="dpo", reference_cache="none")
     with pytest.raises(ConfigError, match="without adapters does not tell what it was trained from; give reference"):

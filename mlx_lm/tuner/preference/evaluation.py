@@ -79,6 +79,14 @@ def reference_logps(objective, dataset, args, rows, reference=None):
                     "take the model without its adapters."
                 )
             reference = reference.logps(dataset, rows)
+        else:
+            shape, expected = np.shape(reference), (len(rows), 2, 2)
+            if shape != expected:
+                raise ConfigError(
+                    f"reference has the shape {shape}, and the {len(rows)} pairs to evaluate take {expected}: a "
+                    "Reference, or what its logps gave for these pairs."
+                )
+            reference = np.array(reference, np.float32)
     return reference
 
 

@@ -67,6 +67,11 @@ def train_preference(
     checks["steps_per_save"] = replace(checks.pop("save_every"), name="steps_per_save")
     known = {name: getattr(args, name) for name in checks if hasattr(args, name)}
     args = replace(args, **{name: checks[name].check(value) for name, value in known.items()})
+    if reference is not None and not isinstance(reference, Reference):
+        raise ConfigError(
+            f"reference is a value of type {type(reference).__name__}; training takes a Reference, such as "
+            "Reference(Scorer(model)), and asks it for logps."
+        )
     refuse_without_gradient(objective.loss)
     check_trainable(objective.scorer.model)
     if args.epochs is not None:
