@@ -81,6 +81,12 @@ def test_an_error_of_all_is_told_once(tmp_path):
     assert sum(told, []) == ["error: beta is -1.0; it must be a number, >= 0."]
 
 
+def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_loaded(tmp_path):
+    statuses, told = ended(started(tmp_path, *[SHORT | {"batch_size": 3, "model": "/nowhere"}] * 2))
+    assert statuses == [2, 2]
+    assert sum(told, []) == ["error: batch_size is 3; it must be a multiple of the number of workers, 2."]
+
+
 def test_an_error_of_one_is_told_by_it_and_ends_the_other(tmp_path):
     statuses, told = ended(started(tmp_path, SHORT, SHORT | {"data": "/nowhere"}))
     assert statuses == [1, 2]

@@ -335,11 +335,8 @@ class Schedule:
     """
 
     def __init__(self, pairs, batch_size, seed, arrangement, iters=None, grouped=True):
+        refuse_uneven_shares(batch_size)
         world = mx.distributed.init()
-        if batch_size % world.size():
-            raise ConfigError(
-                f"batch_size is {batch_size}; it must be a multiple of the number of workers, {world.size()}."
-            )
         self.pairs, self.seed, self.arrangement, self.batch_size = pairs, seed, arrangement, batch_size
         self.rank, self.workers = world.rank(), world.size()
         self.epoch_steps = -(-len(pairs) // batch_size)
@@ -396,6 +393,12 @@ class Schedule:
         pairs = [self.pairs[int(i)] for i in rows]
         batch, processed, padding = make_batch(pairs, self.arrangement, self.shape(iteration), len(mine))
         return batch, reference_rows(reference, rows), (processed, padding)
+
+
+def refuse_uneven_shares(batch_size):
+    """Raise `ConfigError` where the batch size is not a multiple of the number of workers."""
+    if batch_size % (workers := mx.distributed.init().size()):
+        raise ConfigError(f"batch_size is {batch_size}; it must be a multiple of the number of workers, {workers}.")
 
 
 def iterations(epochs, pairs, batch_size):

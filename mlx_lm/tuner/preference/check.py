@@ -14,6 +14,7 @@ import yaml
 
 from ...cli_ui import rprint
 from ..utils import build_schedule
+from .batches import refuse_uneven_shares
 from .checkpoint import RUN_FILES, check_is_file, refuse_without_state
 from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
@@ -174,6 +175,7 @@ def check_config(args):
             f"{loss.parameters['beta']:g} reads no reference; remove one of the two."
         )
     if args.train:
+        refuse_uneven_shares(args.batch_size)
         refuse_without_gradient(loss)
     if args.fine_tune_type != "full":
         check_lora(args.lora_parameters)
