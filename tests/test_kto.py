@@ -225,7 +225,7 @@ def test_malformed_rows_are_refused(change, told):
 
 
 def test_one_prompt_is_refused():
-    with pytest.raises(ConfigError, match="has one prompt only"):
+    with pytest.raises(ConfigError, match="the 2 responses of a training, validation or test set have one prompt only"):
         dataset(LABELLED[1:])
 
 
