@@ -189,6 +189,13 @@ def test_a_pair_becomes_two_responses():
         assert (good.label, bad.label) == (True, False) and good.weight == bad.weight == pairs[i].weight
 
 
+def test_rows_of_a_table_that_has_pairs_too_have_no_values_in_those_columns():
+    pair = {"prompt": "Name a word.", "chosen": "Yes.", "rejected": "No."}
+    columns = dict.fromkeys((*LABELLED[0], *pair))
+    found, expected = dataset([columns | row for row in (*LABELLED, pair)]), dataset([*LABELLED, pair])
+    assert [found[i] for i in range(5)] == [expected[i] for i in range(5)]
+
+
 def test_responses_to_other_prompts_are_cut_to_the_length():
     rows = [*LABELLED[:1], {"prompt": "Why?", "completion": "Because it is so, and was ever so before.", "label": True}]
     whole = dataset(rows)

@@ -200,4 +200,4 @@ def _whole(value):
 
 def is_kto(row):
     """Whether a row holds one completion that is labelled good or bad."""
-    return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and "chosen" not in row
+    return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and row.get("chosen") is None
