@@ -264,6 +264,21 @@ def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, mon
         assert found["resume"] == f"{program} --train --resume --epochs 3"
 
 
+def test_commands_of_macos_name_the_python_of_the_environment(tmp_path, monkeypatch):
+    args = SimpleNamespace(
+        adapter_path=str(tmp_path), save_best=None, model="m", trust_remote_code=False, iters=5, data="a/prefs"
+    )
+    # Which a framework build replaces (https://github.com/python/cpython/issues/125006).
+    started = "/opt/homebrew/Frameworks/Python.framework/Versions/3.12/Resources/Python.app/Contents/MacOS/Python"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/mlx_lm/lora.py", "--train"])
+    monkeypatch.setattr(sys, "orig_argv", [started, "-m", "mlx_lm.lora", "--train"])
+    monkeypatch.setattr(sys, "executable", "/home/.venv/bin/python")
+    assert resume_command() == "/home/.venv/bin/python -m mlx_lm.lora --train --resume"
+    found = next_commands(args)
+    assert found["generate"].startswith("/home/.venv/bin/python -m mlx_lm generate --model m")
+    assert found["resume"] == "/home/.venv/bin/python -m mlx_lm.lora --train --resume --iters 10"
+
+
 @pytest.mark.parametrize(
     "started, argv",
     [

@@ -90,7 +90,14 @@ def given_command():
     program = sys.orig_argv[1:] if sys.orig_argv[1:2] == sys.argv[:1] else sys.argv
     place = module_place()
     name = Path(program[0]).name if place is None else sys.orig_argv[place]
-    return list(program if place is None else sys.orig_argv) if name.startswith("mlx_lm") else []
+    words = program if place is None else [_python(), *sys.orig_argv[1:]]
+    return list(words) if name.startswith("mlx_lm") else []
+
+
+def _python():
+    """The Python of this command's line. Of a framework build's on macOS, which has another started, its path."""
+    # That other one knows nothing of the environment.
+    return sys.executable if sys.orig_argv[0].endswith("Python.app/Contents/MacOS/Python") else sys.orig_argv[0]
 
 
 def module_place():
