@@ -74,6 +74,8 @@ def files_of(folder, split):
         # A folder with one file of rows needs no name for it.
         names = {name for names in SPLITS.values() for name in names}
         paths = [path for path in folder.iterdir() if path.suffix in KINDS and path.stem not in names]
+        # Beside a file copied from a Mac may stand what its system keeps of it, such as ._pairs.jsonl.
+        paths = [path for path in paths if not path.name.startswith(".")]
         return paths if len(paths) == 1 else []
     return []
 
