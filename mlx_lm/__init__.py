@@ -7,12 +7,15 @@ if os.environ.get("MLX_LM_DPO") == "0":
 
     stand_aside(globals())
 else:
+    from ._upstream import refuse_old_python, run_upstream
+
+    refuse_old_python()
+
     from ._interruption import end_quietly_while_importing
 
     end_quietly_while_importing()
 
     from ._backend import load_fast_blas
-    from ._upstream import run_upstream
 
     load_fast_blas()
 
