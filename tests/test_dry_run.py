@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,15 @@ def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch, fe
     monkeypatch.setattr(dry_run, "device_memory", lambda: 2e6)
     assert command("--check", folder=tmp_path, data=few) == 2
     assert "seems to need 0.0 GB, and the device has 0.0; a smaller batch_size" in capsys.readouterr().err
+
+
+def test_it_refuses_a_reference_whose_logps_are_not_finite(tmp_path, capsys, few):
+    model = shutil.copytree(EXAMPLES / "tiny_chat_model", tmp_path / "model")
+    weights = mx.load(str(model / "model.safetensors"))
+    weights["model.norm.weight"] *= mx.nan
+    mx.save_safetensors(str(model / "model.safetensors"), weights)
+    assert command("--check", "--model", str(model), folder=tmp_path, data=few) == 2
+    assert "the reference gives logps that are not finite" in capsys.readouterr().err
 
 
 def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, capsys, monkeypatch, few):

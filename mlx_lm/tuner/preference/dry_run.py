@@ -18,7 +18,7 @@ from .intercept import evaluating
 from .layers import checkpointed_layers
 from .memory import LESS, begin_peak_anew, bounded_memory, peak_memory, trim_cache
 from .options import ConfigError
-from .reference import batches_of, device_memory
+from .reference import batches_of, device_memory, refuse_non_finite
 
 QUANTILES = {"least": 0, "10 %": 0.1, "50 %": 0.5, "90 %": 0.9, "most": 1}
 SHOWN_PAIRS = 2
@@ -153,7 +153,13 @@ def score_largest(objective, reference, logps, schedule, args):
         return validation, 0.0
     visited = logps.dataset, schedule.visited(1, args.iters)
     size = args.reference_batch_size
-    return validation, time_largest(reference.scorer, reference.score, [visited, validated], size, args.steps)
+
+    def take(batch):
+        found = reference.score(batch)
+        refuse_non_finite(np.array(found))
+        return found
+
+    return validation, time_largest(reference.scorer, take, [visited, validated], size, args.steps)
 
 
 def time_largest(scorer, evaluate, sets, size, again):

@@ -103,12 +103,17 @@ class Reference:
         summed = np.array(mx.distributed.all_sum(mx.array(shares)))
         confirm()
         values[:] = summed
-        bad = (~np.isfinite(values).all(axis=1)).sum()
-        if bad:
-            raise ConfigError(
-                f"the reference gives logps that are not finite for {bad} of {len(rows)} pairs: its weights are "
-                "damaged, or too large for their dtype; check what the model generates."
-            )
+        refuse_non_finite(values)
+
+
+def refuse_non_finite(logps):
+    """Raise `ConfigError` where the reference's logps of a pair, `(n, ...)`, are not finite."""
+    bad = (~np.isfinite(logps).reshape(len(logps), -1).all(axis=1)).sum()
+    if bad:
+        raise ConfigError(
+            f"the reference gives logps that are not finite for {bad} of {len(logps)} pairs: its weights are "
+            "damaged, or too large for their dtype; check what the model generates."
+        )
 
 
 def reference_of(scorer, args, tokenizer=None, trust_remote_code=False):
