@@ -228,7 +228,8 @@ class TestData:
 
     def test_folders(self, command, data):
         command.refused("data is '.*/nothing', and there is no such folder", data=str(command.folder / "nothing"))
-        command.refused("train.jsonl is no test set; it must hold", data=f"{data}/train.jsonl", test=True)
+        told = "test.jsonl is no test set; a file in place of a folder is the training set: give a folder with"
+        command.refused(told, data=f"{data}/test.jsonl", test=True)
         command.refused("data is 5; it must be a name", data=5)
 
     def test_features(self, command):

@@ -113,11 +113,15 @@ def load_local_dataset(data_path, tokenizer, config):
         parts = [read_file(part, partial(_hub_package, f"{part} is a Parquet file: reading it")) for part in paths]
         found[split] = joined(parts) if parts else ()
         if split != "valid" and len(found[split]) == 0:
-            path = paths[0] if paths else data_path / f"{split}.jsonl" if data_path.is_dir() else data_path
-            state = "holds no rows" if paths else "is missing" if data_path.is_dir() else f"is no {split} set"
+            path = paths[0] if paths else data_path / f"{split}.jsonl"
+            state = "holds no rows" if paths else "is missing"
+            wanted = "it must hold a JSON object with a preference on each line"
+            if not paths and not data_path.is_dir():
+                path, state = data_path, f"is no {split} set"
+                wanted = f"a file in place of a folder is the training set: give a folder with {split}.jsonl"
             trains = split == "test" and config.train
             advice = " To train without a test set test: false or give --no-test." if trains else ""
-            raise ConfigError(f"{path} {state}; it must hold a JSON object with a preference on each line.{advice}")
+            raise ConfigError(f"{path} {state}; {wanted}.{advice}")
     return _made(found, tokenizer, config)
 
 
