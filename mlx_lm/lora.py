@@ -310,7 +310,7 @@ def _run(args, loss, training_callback):
     workers.refuse_different_workers({"the test data": check_and_digest(test_set)})
     if args.check:
         describe_data({"train": train_set, "valid": valid_set, "test": test_set}, tokenizer)
-    elif args.compare:
+    if args.compare:
         _compare(args, loss, model, tokenizer, test_set)
         return
     if args.train:
@@ -333,10 +333,12 @@ def _compare(args, loss, model, tokenizer, test_set):
     for path in args.compare:
         model, args.adapter_path = model or _load_model(args)[0], path
         objective, *reference = _adopt_adapters(args, loss, model, tokenizer, test_set, origin)
-        found.append(score(objective, test_set, args, *reference))
-        rprint(f"{path or 'none'}: {described(found[-1])}")
+        if not args.check:
+            found.append(score(objective, test_set, args, *reference))
+            rprint(f"{path or 'none'}: {described(found[-1])}")
         model = objective = reference = None
-    rprint(compared([path or "none" for path in args.compare], found, loss))
+    if not args.check:
+        rprint(compared([path or "none" for path in args.compare], found, loss))
 
 
 @contextmanager
@@ -418,7 +420,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])
         scorer = reference.scorer
-        logps = _test_logps(reference, test_set, args)
+        logps = None if args.check else _test_logps(reference, test_set, args)
     if config:
         path = Path(args.adapter_path)
         load_adapter("adapter_path", model, config, path if path.is_file() else path / "adapters.safetensors")

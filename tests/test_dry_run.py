@@ -131,6 +131,19 @@ def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch, fe
     assert "seems to need 0.0 GB, and the device has 0.0; a smaller batch_size" in capsys.readouterr().err
 
 
+def test_of_a_test_it_looks_at_the_adapters_and_scores_nothing(tmp_path, capsys, few):
+    assert command("--iters", "1", "--val-batches", "0", folder=tmp_path, data=few) == 0
+    flags = "--check", "--no-train", "--test", "--reference-cache", str(tmp_path / "cache")
+    assert command(*flags, folder=tmp_path, data=few) == 0
+    nothing, adapters = str(tmp_path / "nothing"), str(tmp_path / "a")
+    flags += "--adapter-path", nothing, "--compare"
+    capsys.readouterr()
+    assert command(*flags, adapters, "none", folder=tmp_path, data=few) == 0
+    assert not re.search("Test loss|differ", capsys.readouterr().out) and not (tmp_path / "cache").exists()
+    assert command(*flags, adapters, nothing, folder=tmp_path, data=few) == 2
+    assert f"{nothing}', and there is no such folder" in capsys.readouterr().err
+
+
 def test_it_refuses_a_reference_whose_logps_are_not_finite(tmp_path, capsys, few):
     model = shutil.copytree(EXAMPLES / "tiny_chat_model", tmp_path / "model")
     weights = mx.load(str(model / "model.safetensors"))
