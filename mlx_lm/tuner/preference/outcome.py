@@ -88,9 +88,13 @@ def print_closing(args, epochs):
     if mx.distributed.init().rank() != 0:
         return
     folder, console = Path(args.adapter_path), make_console()
-    best, last = best_of(read_validations(folder), args.save_best)
-    rows = []
+    validations = read_validations(folder)
+    best, last = best_of(validations, args.save_best)
+    rows, patience = [], None
     if last is not None:
+        without_gain = sum(line["iteration"] > best["iteration"] for line in validations)
+        if args.early_stop and without_gain >= args.early_stop:
+            patience = 2 * args.early_stop
         rows += [("best validation", _told(best)), ("last validation", _told(last))]
     rows.append(("adapters", str(folder / "adapters.safetensors")))
     if args.save_best and (folder / BEST_FOLDER).is_dir():
@@ -99,7 +103,7 @@ def print_closing(args, epochs):
     if looks:
         rows.append(("to look at", " · ".join(str(folder / name) for name in looks)))
     print_header_panel(console, "done", [(name, escape(text)) for name, text in rows])
-    for name, command in next_commands(args, epochs).items():
+    for name, command in next_commands(args, epochs, patience).items():
         # Not wrapped, so that a terminal copies a command as one line.
         console.print(f"  [ui.label]{name:8}[/ui.label] ", end="")
         console.print(command, soft_wrap=True, markup=False, style="ui.strong")
@@ -113,13 +117,19 @@ def _told(line):
     return f"{', '.join(told)} (iteration {line['iteration']})"
 
 
-def next_commands(args, epochs=None):
-    """Command lines by what they do, with this run's paths; in a program that calls us those of mlx-lm's alone."""
+def next_commands(args, epochs=None, patience=None):
+    """Command lines by what they do, with this run's paths; in a program that calls us those of mlx-lm's alone.
+
+    Args:
+        epochs: what the run asked for, or None.
+        patience: where early_stop has ended the run, one with which it goes on.
+    """
     folder = Path(args.adapter_path)
     where = folder / BEST_FOLDER if args.save_best and (folder / BEST_FOLDER).is_dir() else folder
     trusted = ["--trust-remote-code"] if args.trust_remote_code else []
     adapters = ["--model", args.model, "--adapter-path", str(where)]
     longer = ["--epochs", f"{2 * epochs:g}"] if epochs else ["--iters", str(2 * args.iters)]
+    longer += ["--early-stop", str(patience)] if patience else []
     given = given_command()
     resume = [] if "--resume" in given else ["--resume"]
     best = [] if where == folder else ["--adapter-path", str(where)]
