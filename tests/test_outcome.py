@@ -304,6 +304,7 @@ def test_a_program_that_calls_us_is_told_no_command_of_its_own_words(tmp_path, m
 
 def test_a_test_is_offered_where_there_is_a_test_set(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mlx_lm.lora"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "mlx_lm.lora"])  # that of a pytest without workers has -m
 
     def offered(**data):
         settings = {
