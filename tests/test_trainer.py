@@ -479,9 +479,11 @@ def test_evaluate_takes_a_reference_its_logps_or_the_model_without_its_adapters(
 
 def test_logps_of_a_reference_are_taken_as_any_array_of_their_shape_and_by_an_evaluation_alone(tmp_path):
     model, args = tiny_llama(moved=True), TrainingArgs(loss_type="dpo", reference_cache="none")
-    logps = Reference(Scorer(tiny_llama(lora=False))).logps(PAIRS, range(8))
-    expected, found = (evaluate(model, PAIRS, 4, 2, args=args, reference=given) for given in (logps, mx.array(logps)))
-    assert found == expected
+    everything = Reference(Scorer(tiny_llama(lora=False))).logps(PAIRS, range(len(PAIRS)))
+    logps = everything[:8]
+    expected = evaluate(model, PAIRS, 4, 2, args=args, reference=logps)
+    for given in (mx.array(logps), everything):
+        assert evaluate(model, PAIRS, 4, 2, args=args, reference=given) == expected
     for given, shape in ((logps[:5], r"\(5, 2, 2\)"), (logps[:, 0, 0], r"\(8,\)")):
         with pytest.raises(ConfigError, match=rf"reference has the shape {shape}, and the 8 pairs to evaluate take"):
             evaluate(model, PAIRS, 4, 2, args=args, reference=given)

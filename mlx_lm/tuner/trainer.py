@@ -89,8 +89,8 @@ def evaluate(
             each exactly once.
         max_seq_length, loss, iterate_batches, clear_cache_threshold: upstream's, read in its evaluation only.
         args: `TrainingArgs`; their `loss_type` chooses.
-        reference: a `Reference`, or what its `logps` gave for these pairs. By default it is what a run would have
-            taken: `reference_model`, or the model without its adapters.
+        reference: a `Reference`, or what its `logps` gave for these pairs or the whole data set. By default it is what
+            a run would have taken: `reference_model`, or the model without its adapters.
 
     Returns:
         Upstream's mean loss, or for pairs a dict of the means of FIGURES.

@@ -81,12 +81,13 @@ def reference_logps(objective, dataset, args, rows, reference=None):
             reference = reference.logps(dataset, rows)
         else:
             shape, expected = np.shape(reference), (len(rows), 2, 2)
-            if shape != expected:
+            if shape not in (expected, (len(dataset), 2, 2)):
                 raise ConfigError(
                     f"reference has the shape {shape}, and the {len(rows)} pairs to evaluate take {expected}: a "
                     "Reference, or what its logps gave for these pairs."
                 )
-            reference = np.array(reference, np.float32)
+            # Those to evaluate are the first of the data set.
+            reference = np.array(reference, np.float32)[: len(rows)]
     return reference
 
 
