@@ -417,6 +417,15 @@ def test_a_kl_is_told_only_while_the_reference_is_the_bare_model(tmp_path):
     assert told("gone on with late", resume=True, **following) == [0, 1, 2]
 
 
+def test_a_reference_that_has_let_go_of_its_model_gives_what_it_has_kept(tmp_path):
+    model = tiny_llama()
+    reference = Reference(Scorer(model), cache=tmp_path / "cache")
+    reference.logps(PAIRS, range(len(PAIRS)))
+    reference.release()
+    validation = short_run(model, PAIRS, tmp_path / "run", valid=PAIRS[:4], reference=reference)[1]
+    assert validation[0]["eval_rewards/margins"] == 0 and "eval_kl" not in validation[0]
+
+
 def test_trdpo_counts_updates_not_steps(tmp_path):
     options = {"batch_size": 4, "grad_accumulation_steps": 3, "steps_per_report": 3, "reference_update_steps": 1}
     training, _ = short_run(tiny_llama(), PAIRS, tmp_path, iters=9, **options)
