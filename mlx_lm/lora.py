@@ -72,7 +72,7 @@ from .tuner.preference.options import (
     size,
 )
 from .tuner.preference.outcome import print_closing
-from .tuner.preference.reference import reference_of
+from .tuner.preference.reference import Reference, reference_of
 from .tuner.preference.run import check_and_digest, train_preference
 from .tuner.preference.scores import compared, described, score, write_predictions
 
@@ -420,7 +420,8 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])
         scorer = reference.scorer
-        logps = None if args.check else _test_logps(reference, test_set, args)
+        # Of a dry run one pair, which tells whether they are finite; none is kept.
+        logps = Reference(scorer).logps(test_set, [0]) if args.check else _test_logps(reference, test_set, args)
     if config:
         path = Path(args.adapter_path)
         load_adapter("adapter_path", model, config, path if path.is_file() else path / "adapters.safetensors")
