@@ -94,7 +94,7 @@ def print_closing(args, epochs):
     if last is not None:
         without_gain = sum(line["iteration"] > best["iteration"] for line in validations)
         if args.early_stop and without_gain >= args.early_stop:
-            patience = 2 * args.early_stop
+            patience = 2 * without_gain
         rows += [("best validation", _told(best)), ("last validation", _told(last))]
     rows.append(("adapters", str(folder / "adapters.safetensors")))
     if args.save_best and (folder / BEST_FOLDER).is_dir():
