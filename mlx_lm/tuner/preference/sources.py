@@ -71,11 +71,9 @@ def files_of(folder, split):
             if packed := [path for path in place.glob(f"{name}.*") if path.suffix in PACKED]:
                 return packed[:1]
     if split == "train":
-        # A folder with one file of rows needs no name for it.
+        # A folder with one file of rows needs no name for it; a Mac's may have a ._ file of its system beside it.
         names = {name for names in SPLITS.values() for name in names}
-        paths = [path for path in folder.iterdir() if path.suffix in KINDS and path.stem not in names]
-        # Beside a file copied from a Mac may stand what its system keeps of it, such as ._pairs.jsonl.
-        paths = [path for path in paths if not path.name.startswith(".")]
+        paths = [path for path in folder.glob("[!.]*") if path.suffix in KINDS and path.stem not in names]
         return paths if len(paths) == 1 else []
     return []
 
