@@ -113,8 +113,7 @@ def load_local_dataset(data_path, tokenizer, config):
         parts = [read_file(part, partial(_hub_package, f"{part} is a Parquet file: reading it")) for part in paths]
         found[split] = joined(parts) if parts else ()
         if split != "valid" and len(found[split]) == 0:
-            path = paths[0] if paths else data_path / f"{split}.jsonl"
-            state = "holds no rows" if paths else "is missing"
+            path, state = (paths[0], "holds no rows") if paths else (data_path / f"{split}.jsonl", "is missing")
             wanted = "it must hold a JSON object with a preference on each line"
             if not paths and not data_path.is_dir():
                 path, state = data_path, f"is no {split} set"
