@@ -306,10 +306,9 @@ def mismatched(pairs, max_seq_length, name):
         others[row] = other
         after = row
     if other is None:
-        told = f"{name}: the {len(pairs)} responses of a training, validation or test set have one prompt only"
         raise ConfigError(
-            f"{told}, and KTO compares with responses to other prompts; give more prompts, to validate on with "
-            "valid_share a larger one."
+            f"{name}: the {len(pairs)} responses of a training, validation or test set have one prompt only, and KTO "
+            "compares with responses to other prompts; give more prompts, to validate on with valid_share a larger one."
         )
     found = []
     for row, pair in enumerate(pairs):
