@@ -493,6 +493,8 @@ def test_logps_of_a_reference_are_taken_as_any_array_of_their_shape_and_by_an_ev
     expected = evaluate(model, PAIRS, 4, 2, args=args, reference=logps)
     for given in (mx.array(logps), everything):
         assert evaluate(model, PAIRS, 4, 2, args=args, reference=given) == expected
+    found = evaluate(model, PAIRS, 4, 2, args=args, reference=mx.array(logps).astype(mx.bfloat16))
+    assert found["loss"] == pytest.approx(expected["loss"], abs=0.01)
     for given, shape in ((logps[:5], r"\(5, 2, 2\)"), (logps[:, 0, 0], r"\(8,\)")):
         with pytest.raises(ConfigError, match=rf"reference has the shape {shape}, and the 8 pairs to evaluate take"):
             evaluate(model, PAIRS, 4, 2, args=args, reference=given)

@@ -87,7 +87,7 @@ def reference_logps(objective, dataset, args, rows, reference=None):
                     "Reference, or what its logps gave for these pairs."
                 )
             # Those to evaluate are the first of the data set.
-            reference = np.array(reference, np.float32)[: len(rows)]
+            reference = np.array(mx.array(reference, mx.float32))[: len(rows)]
     return reference
 
 
