@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 from ...cli_ui import rprint
+from .checkpoint import CONFIG_FILE
 from .files import replace_file
 from .metrics import METRICS_FILE, read_metrics
 from .options import ConfigError
@@ -78,7 +79,7 @@ def differences(folders):
     configs = []
     for folder in folders:
         try:
-            config = json.loads((Path(folder) / "adapter_config.json").read_text())
+            config = json.loads((Path(folder) / CONFIG_FILE).read_text())
         except (OSError, ValueError, RecursionError):
             config = {}
         configs.append(config if isinstance(config, dict) else {})

@@ -14,7 +14,7 @@ from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers
 from .check import check_lora, holds_preferences
-from .checkpoint import check_adapter
+from .checkpoint import CONFIG_FILE, check_adapter
 from .intercept import evaluating
 from .layers import is_float32
 from .objective import ALIASES
@@ -149,7 +149,7 @@ def add_adapters(resume_adapter_file, model, num_layers, parameters, use_dora=Fa
 def _warn_of_scale(file, scale):
     """LoRA's scale is not in its weights: an adapter with another one acts more or less than it was trained to."""
     try:
-        was = json.loads(file.with_name("adapter_config.json").read_text())["lora_parameters"]["scale"]
+        was = json.loads(file.with_name(CONFIG_FILE).read_text())["lora_parameters"]["scale"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if was != scale:
@@ -197,7 +197,7 @@ def is_none(path):
 def read_adapter_config(adapter_path, key="adapter_path"):
     """The `adapter_config.json` in a folder, or beside a file, that `key` names; `ConfigError` where there is none."""
     folder = Path(adapter_path).parent if Path(adapter_path).is_file() else Path(adapter_path)
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG_FILE
     told = f"{key} is {str(adapter_path)!r}"
     if not folder.is_dir():
         raise ConfigError(
