@@ -231,7 +231,7 @@ def _reference(args, scorer, tokenizer, datasets):
 def _test_logps(reference, test_set, args):
     """The reference's logps of the test set's rows that will be scored."""
     # Before they are kept for later runs.
-    workers.refuse_different_workers({"the reference model": starting_point(reference.scorer.model)})
+    workers.refuse_different_workers({"the reference model": partial(starting_point, reference.scorer.model)})
     return reference.logps(test_set, evaluated_rows(test_set, args.batch_size, args.test_batches), "test")
 
 
@@ -307,7 +307,7 @@ def _run(args, loss, training_callback):
     rprint("Loading datasets")
     train_set, valid_set, test_set = load_dataset(args, tokenizer)
     check_tokens(model, [train_set, valid_set, test_set], "model")
-    workers.refuse_different_workers({"the test data": check_and_digest(test_set)})
+    workers.refuse_different_workers({"the test data": partial(check_and_digest, test_set)})
     if args.check:
         describe_data({"train": train_set, "valid": valid_set, "test": test_set}, tokenizer)
     if args.compare:
@@ -425,7 +425,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
     if config:
         path = Path(args.adapter_path)
         load_adapter("adapter_path", model, config, path if path.is_file() else path / "adapters.safetensors")
-    workers.refuse_different_workers({"the model or the adapter to test": starting_point(model)})
+    workers.refuse_different_workers({"the model or the adapter to test": partial(starting_point, model)})
     return objective_of(model, args, loss), logps, None if scorer.model is model else scorer
 
 

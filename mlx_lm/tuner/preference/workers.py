@@ -75,10 +75,13 @@ def confirm():
 
 
 def refuse_different_workers(settings):
-    """Raise `ConfigError` on every worker where one has other `settings`, but for files of a worker's own."""
+    """Raise `ConfigError` on every worker where one has other `settings`, but for files of a worker's own.
+
+    A value that is a function is what that gives, which one worker alone does not ask for.
+    """
     if mx.distributed.init().size() == 1:
         return
-    own = {name: str(value) for name, value in settings.items() if name not in OWN}
+    own = {name: str(value() if callable(value) else value) for name, value in settings.items() if name not in OWN}
     _compare([json.loads(text) for text in gathered(json.dumps(own))])
 
 
