@@ -498,6 +498,15 @@ class TestEarlierStates:
         for path in (tmp_path / "parted").glob("*checkpoint*"):
             read_state(path)
 
+    def test_a_copy_that_the_user_made_is_left_alone_and_takes_no_states_place(self, tmp_path):
+        trained(tmp_path, iters=4, steps_per_save=2)
+        copies = [tmp_path / f"{name}_{STATE_FILE}" for name in ("20261127", "4_good")]
+        for copy in copies:
+            copy.write_bytes((tmp_path / STATE_FILE).read_bytes())
+        trained(tmp_path, iters=7, steps_per_save=2, resume=True)
+        assert all(copy.is_file() for copy in copies)
+        assert (tmp_path / f"0000006_{STATE_FILE}").is_file(), "the state before the last one"
+
     def test_any_flipped_bit_is_found(self, tmp_path):
         trained(tmp_path, iters=3, steps_per_save=100)
         content = (tmp_path / STATE_FILE).read_bytes()

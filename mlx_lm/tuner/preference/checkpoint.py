@@ -18,7 +18,7 @@ from .workers import confirm
 STATE_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
 CONFIG_FILE = "adapter_config.json"
-EARLIER_STATES = "[0-9]*_" + STATE_FILE
+EARLIER_STATES = "[0-9]" * 7 + "_" + STATE_FILE
 # All that a run leaves in its folder, but the model card, which may be the user's.
 RUN_FILES = ("*adapters.safetensors", "[0-9]" * 7, CONFIG_FILE, "*" + STATE_FILE)
 RUN_FILES += ("metrics.jsonl", "samples.jsonl", "training.png", "report.html", BEST_FOLDER)
