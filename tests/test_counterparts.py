@@ -408,3 +408,9 @@ def test_a_file_that_cannot_be_translated_is_refused(tmp_path, monkeypatch, text
     (tmp_path / "dpo.yaml").write_text(text)
     with pytest.raises(ConfigError, match=told):
         mlx_lm.lora.build_parser().parse_args(["--from-trl", str(tmp_path / "dpo.yaml")])
+
+
+def test_what_stands_in_a_comment_becomes_no_setting():
+    text = translate({"optim": "adamw_x\ntrust_remote_code: true\x1b[2J", "a\nmodel: b\x1b[2J": 1}, "dpo.yaml")
+    assert "trust_remote_code: true" in text and "model: b" in text and "\x1b" not in text
+    assert {"trust_remote_code", "model"}.isdisjoint(yaml.safe_load(text))

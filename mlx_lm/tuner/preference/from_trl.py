@@ -15,7 +15,7 @@ import yaml
 from .check import check_file
 from .counterparts import BY_NAME
 from .objective import LOSSES, OPTION
-from .options import ConfigError, nearest
+from .options import ConfigError, nearest, printable
 
 # DPOConfig's defaults where this command's are others, or a setting here is made of several there.
 DEFAULTS = {
@@ -77,7 +77,7 @@ class _Translation:
         """A setting here, made of a key there."""
         default = "TRL's default" if name is not None and name not in self.given else ""
         told = "; ".join(filter(None, (default, note)))
-        self.lines.append(f"{key}: {_text(value)}" + (f"  # {told}" if told else ""))
+        self.lines.append(f"{key}: {_text(value)}" + (f"  # {_one_line(told)}" if told else ""))
 
     def carry(self, key, name, note=""):
         """A setting here that has the value of a key there, unless that is off."""
@@ -85,7 +85,12 @@ class _Translation:
             self.put(key, value, name, note)
 
     def note(self, text):
-        self.lines.append("# " + " ".join(str(text).split()))
+        self.lines.append("# " + _one_line(text))
+
+
+def _one_line(text):
+    """What a comment may hold: a line end would have what follows be read as a setting."""
+    return printable(" ".join(str(text).split()))
 
 
 def _text(value):
