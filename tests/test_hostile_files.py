@@ -18,12 +18,20 @@ from hypothesis import strategies as st
 
 import mlx_lm.lora
 from mlx_lm.tuner.datasets import load_dataset
-from mlx_lm.tuner.preference.check import check_config, check_file
+from mlx_lm.tuner.preference.check import check_config, check_file, warn_of_unread_keys
 from mlx_lm.tuner.preference.checkpoint import _write_state, find_state, read_state
 from mlx_lm.tuner.preference.curves import plot_metrics
-from mlx_lm.tuner.preference.load import read_adapter_config
+from mlx_lm.tuner.preference.load import (
+    _warn_of_scale,
+    adopt_loss,
+    compared_origin,
+    read_adapter_config,
+    tell_other_loss,
+)
 from mlx_lm.tuner.preference.metrics import read_metrics
+from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
+from mlx_lm.tuner.preference.pairs import PreferenceDataset
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import fuzz
@@ -211,3 +219,32 @@ def test_states_of_any_content(tmp_path, data):
     with pytest.raises(ConfigError, match="leave resume out") as refused:
         find_state(tmp_path, None, {}, 10)
     assert is_one_sentence(refused.value)
+
+
+def test_what_is_told_of_rows_adapters_and_configurations_holds_no_control_characters(tmp_path, capsys):
+    clear = "\x1b[2J"
+    row = {"prompt": "a", "chosen": [{"role": "assistant", "content": "b", clear: 1}], "rejected": "c", clear + "d": 1}
+    told = PreferenceDataset([row], smollm()).layout
+    assert told.splitlines()[0].count("[2J") == 2 and "\x1b" not in told
+    config = {"num_layers": 1, "lora_parameters": {"rank": 1, "scale": clear, "dropout": 0.0}, "loss_type": "dpo"}
+    config |= {"beta": clear, "reference_model": clear}
+    scale = {"rank": 1, "scale": 1.0, "dropout": 0.0}
+    for name, lora in (("a", config["lora_parameters"]), ("b", scale), ("c", scale)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | {"lora_parameters": lora}))
+    (tmp_path / "c" / "adapter_config.json").write_text(
+        json.dumps(config | {"lora_parameters": scale, "reference_model": None})
+    )
+    _warn_of_scale(tmp_path / "a" / "adapters.safetensors", 1.0)
+    loss = preference_loss("dpo")
+    tell_other_loss("b", config, loss)
+    paths = [str(tmp_path / "b"), str(tmp_path / "c")]
+    given = {"train": False, "test": True, "compare": paths, "adapter_path": "b", "reference_model": None}
+    args = SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | given | {clear: 1}))
+    adopt_loss(args)
+    compared_origin(args, loss)
+    warn_of_unread_keys(args, set())
+    (tmp_path / "config.yaml").write_text('"\\e[2J": 1\n"\\e[2J": 1\n')
+    check_file(tmp_path / "config.yaml", mlx_lm.lora.yaml_loader)
+    out = "".join(capsys.readouterr())
+    assert out.count("[2J") >= 6 and "\x1b" not in out

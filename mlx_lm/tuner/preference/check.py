@@ -19,7 +19,7 @@ from .checkpoint import RUN_FILES, check_is_file, refuse_without_state
 from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
-from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, OfFlag, Option, Unset, nearest, shown
+from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, OfFlag, Option, Unset, nearest, printable, shown
 
 # What a preference run's configuration adds to upstream's, and what stands where nothing is given. A loss's
 # parameter is None: its default depends on the loss.
@@ -76,7 +76,7 @@ def check_file(path, loader, given_as="config"):
             raise ConfigError(f"{path}:{line}: {getattr(key, 'value', key)} is no name of a key; {form}.")
         if key.value in lines:
             lost = f"lines {lines[key.value]} and {line}; the last one counts"
-            rprint(f"[WARNING] {path} gives {key.value} twice, in {lost}.", file=sys.stderr)
+            rprint(printable(f"[WARNING] {path} gives {key.value} twice, in {lost}."), file=sys.stderr)
         lines[key.value] = line
 
 
@@ -90,7 +90,7 @@ def warn_of_unread_keys(args, known):
     """Name each key of the configuration that nothing reads, with the known key most like it."""
     for key in sorted(set(vars(args)) - known, key=str):
         told = hint(key) or nearest(key, known)
-        rprint(f"[WARNING] {key} is not a key that this command reads{told}.", file=sys.stderr)
+        rprint(printable(f"[WARNING] {key} is not a key that this command reads{told}."), file=sys.stderr)
 
 
 def warn_of_preference_keys(args):

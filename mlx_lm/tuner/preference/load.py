@@ -20,7 +20,7 @@ from .layers import is_float32
 from .objective import ALIASES
 from .objective import DEFAULTS as LOSS_DEFAULTS
 from .objective import OPTIONS as LOSS_OPTIONS
-from .options import ConfigError, is_preference, nearest
+from .options import ConfigError, is_preference, nearest, printable
 
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
 ADAPTER_FILES = "adapters.safetensors and the adapter_config.json of its training"
@@ -154,8 +154,8 @@ def _warn_of_scale(file, scale):
         return
     if was != scale:
         rprint(
-            f"[WARNING] resume_adapter_file {file} was trained with a scale of {was}, and lora_parameters.scale is "
-            f"{scale}: the adapter's effect is not what it was.",
+            f"[WARNING] resume_adapter_file {file} was trained with a scale of {printable(str(was))}, and "
+            f"lora_parameters.scale is {scale}: the adapter's effect is not what it was.",
             file=sys.stderr,
         )
 
@@ -247,7 +247,7 @@ def adopt_loss(args):
     adopted = {name: config[name] for name in names if config.get(name) is not None}
     vars(args).update(adopted)
     if told := [f"{name} {value}" for name, value in adopted.items() if value != LOSS_DEFAULTS.get(name)]:
-        rprint(f"As the adapters {path} were trained: {', '.join(told)}.")
+        rprint(printable(f"As the adapters {path} were trained: {', '.join(told)}."))
 
 
 def tell_other_loss(path, config, loss):
@@ -256,7 +256,7 @@ def tell_other_loss(path, config, loss):
     told = [f"loss_type {', '.join(map(str, trained))}"] if trained not in ([None], _names(list(loss.names))) else []
     told += [f"{name} {config[name]}" for name, own in loss.parameters.items() if config.get(name) not in (None, own)]
     if told:
-        rprint(f"The adapters {path} were trained with {', '.join(told)}, and are tested otherwise.")
+        rprint(printable(f"The adapters {path} were trained with {', '.join(told)}, and are tested otherwise."))
 
 
 def compared_origin(args, loss):
@@ -271,7 +271,8 @@ def compared_origin(args, loss):
     origin = configs.get(path, {})
     differ = len({_reference_of(configs.get(other, {})) for other in args.compare}) > 1
     if differ and loss.needs_reference and args.reference_model is None:
-        rprint(f"Both are scored against the reference of {path}: {_reference_of(origin) or 'the model itself'}.")
+        against = _reference_of(origin) or "the model itself"
+        rprint(printable(f"Both are scored against the reference of {path}: {against}."))
     return origin
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...cli_ui import rprint
 from .layouts import UselessRow, is_kto
-from .options import ConfigError, shown
+from .options import ConfigError, printable, shown
 from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
 from .tokens import PairEncoder
 
@@ -224,7 +224,7 @@ class PreferenceDataset:
         found = self._reader.layouts.most_common()
         names = [name if len(found) == 1 else f"{name} ({count})" for name, count in found]
         unread = f"; not read: {', '.join(map(str, self._reader.unread))}" if self._reader.unread else ""
-        return "rows are read as " + " and ".join(names) + unread
+        return "rows are read as " + " and ".join(names) + printable(unread)
 
     def _described(self, texts):
         """A row's texts, shortened, a line each."""
