@@ -252,6 +252,18 @@ def test_what_only_one_of_two_runs_compares_is_not_told_as_changed(tmp_path):
         trained(tmp_path, resume=True, save_best="accuracy")
 
 
+def test_figures_of_other_validation_pairs_are_said_not_to_compare(tmp_path, capsys):
+    trained(tmp_path, iters=3, val_batches=0)
+    trained(tmp_path, iters=4, val_batches=1, resume=True)
+    trained(tmp_path, iters=5, val_batches=1, resume=True)
+    assert "do not compare" not in capsys.readouterr().out
+    trained(tmp_path, iters=6, val_batches=2, resume=True)
+    assert "to validate on are not those up to iteration 5: figures before and after do not" in capsys.readouterr().out
+    data = iter([pairs(), pairs(3, 8)])
+    trained(tmp_path, iters=7, val_batches=2, resume=True, data=lambda *of: next(data))
+    assert "to validate on are not those up to iteration 6: figures before and after do not" in capsys.readouterr().out
+
+
 def test_saves_between_two_reports_lose_no_tokens(tmp_path):
     options = {"steps_per_report": 4, "keep_checkpoints": 9}
     trained(tmp_path / "whole", iters=8, **options)

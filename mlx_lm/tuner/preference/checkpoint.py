@@ -23,6 +23,8 @@ EARLIER_STATES = "[0-9]" * 7 + "_" + STATE_FILE
 RUN_FILES = ("*adapters.safetensors", "[0-9]" * 7, CONFIG_FILE, "*" + STATE_FILE)
 RUN_FILES += ("metrics.jsonl", "samples.jsonl", "training.png", "report.html", BEST_FOLDER)
 REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
+# The setting that may change: a digest of the validation set and how many of its pairs are scored, None without any.
+VALIDATED_ON = "validated_on"
 SAMPLE = 4096  # values of a weight that tell it from another model's
 
 
@@ -210,7 +212,14 @@ def find_state(folder, model, settings, iters):
             continue
         for fault in faults:
             rprint(f"[WARNING] {fault}; the one before it, of iteration {progress.iteration}, is taken.")
-        _check_settings(folder, saved, json.loads(_json(settings)))
+        now = json.loads(_json(settings))
+        before, after = saved.pop(VALIDATED_ON, None), now.pop(VALIDATED_ON, None)
+        _check_settings(folder, saved, now)
+        if None not in (before, after) and before != after:
+            rprint(
+                f"[WARNING] The pairs to validate on are not those up to iteration {progress.iteration}: figures "
+                "before and after do not compare, and the first, best and last validation are told of both."
+            )
         if progress.iteration > iters:
             told = f"{path} is at iteration {progress.iteration}, and iters is {iters}"
             raise ConfigError(f"{told}; raise iters to go on.")

@@ -22,6 +22,7 @@ from .checkpoint import (
     BEST_FOLDER,
     CONFIG_FILE,
     RUN_FILES,
+    VALIDATED_ON,
     Progress,
     find_state,
     kept_settings,
@@ -115,6 +116,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     held_out = {"the validation data": check_and_digest(logps.val_dataset)}
     for row in logps.val_rows:
         refuse_other_form(logps.val_dataset[int(row)], loss)
+    settings[VALIDATED_ON] = [*held_out.values(), len(logps.val_rows)] if len(logps.val_rows) else None
     if args.reference_update_steps or args.save_best or args.early_stop:
         # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
         settings |= held_out | {"the number of validation pairs": len(logps.val_rows)}
