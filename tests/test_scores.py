@@ -42,6 +42,9 @@ def test_the_interval_of_a_share():
     """8 of 10: 0.4902 to 0.9433 in Wilson's own terms; no share is certain."""
     assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(1.0, 10) == pytest.approx((1 / (1 + 1.959964**2 / 10), 1.0))
+    # Where none is right rounding would leave a little less than 0, which is written with a sign.
+    assert {f"{wilson(0.0, count)[0]:.3f}" for count in range(1, 300)} == {"0.000"}
+    assert max(wilson(1.0, count)[1] for count in range(1, 300)) == 1
 
 
 def test_the_interval_of_paired_differences():

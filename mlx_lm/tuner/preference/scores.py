@@ -82,7 +82,8 @@ def reference_totals(reference, loss):
 def wilson(share, count):
     """The 95 % interval of a share of `count` cases that was seen to be `share` (Wilson 1927)."""
     middle, spread = share + Z**2 / (2 * count), Z * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
-    return (middle - spread) / (1 + Z**2 / count), (middle + spread) / (1 + Z**2 / count)
+    # Rounding alone would go beyond 0 and 1.
+    return max(0.0, (middle - spread) / (1 + Z**2 / count)), min(1.0, (middle + spread) / (1 + Z**2 / count))
 
 
 def paired_interval(differences, shares=False):
