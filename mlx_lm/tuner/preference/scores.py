@@ -86,6 +86,20 @@ def wilson(share, count):
     return max(0.0, (middle - spread) / (1 + Z**2 / count)), min(1.0, (middle + spread) / (1 + Z**2 / count))
 
 
+def student(freedom):
+    """Student's t for 95 % two-sided and so many degrees of freedom (Abramowitz and Stegun 1964, 26.7.5).
+
+    Its expansion in their inverse: 1 % too small for 2 of them, 11 % for 1.
+    """
+    terms = (
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+        (79 * Z**9 + 776 * Z**7 + 1482 * Z**5 - 1920 * Z**3 - 945 * Z) / 92160,
+    )
+    return Z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
 def paired_interval(differences, shares=False):
     """The mean of paired differences, and its 95 % interval.
 
@@ -104,7 +118,7 @@ def paired_interval(differences, shares=False):
     middle = differences.sum() / count
     freedom = count if shares else count - 1
     spread = ((differences**2).sum() + more - count * middle**2) / freedom
-    half = Z * math.sqrt(max(spread, 0.0) / count)
+    half = (Z if shares else student(freedom)) * math.sqrt(max(spread, 0.0) / count)
     return float(differences.mean()), float(middle - half), float(middle + half)
 
 
@@ -125,7 +139,8 @@ def unpaired_interval(first, second):
     mean = float(chosen.mean() - rejected.mean())
     if min(len(chosen), len(rejected)) < 2:
         return mean, -math.inf, math.inf
-    half = Z * math.sqrt(sum(side.var(ddof=1) / len(side) for side in (chosen, rejected)))
+    half = student(min(len(chosen), len(rejected)) - 1)
+    half *= math.sqrt(sum(side.var(ddof=1) / len(side) for side in (chosen, rejected)))
     return mean, mean - half, mean + half
 
 
