@@ -78,6 +78,14 @@ def test_small_margins_from_a_reference_that_follows_the_policy_are_no_standstil
     assert WORDS["overfitted"] in " ".join(health(validations, DPO)) and health(validations, following) == []
 
 
+def test_margins_of_logps_go_with_length_before_training_too(tmp_path):
+    """Without a reference: longer responses are less likely, and what is advised is refused there."""
+    _, validations = run(tmp_path, **SICK["length bias"])
+    validations[-1]["eval_rewards/length_correlation"] = -0.8
+    assert WORDS["length bias"] in " ".join(health(validations, DPO))
+    assert WORDS["length bias"] not in " ".join(health(validations, preference_loss("cpo")))
+
+
 @pytest.mark.parametrize(
     "chosen, rejected, logps, warned",
     [

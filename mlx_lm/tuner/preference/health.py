@@ -25,7 +25,7 @@ def health(validations, loss):
         return [sentence]  # what else is seen follows from that
     found = [displaced(first, last)]
     if last is not first:
-        found += [exploding(sound), length_bias(last)]
+        found += [exploding(sound), length_bias(last, loss)]
         # With a reference that follows the policy loss and margins begin anew.
         found += [] if loss.parameters.get("reference_update_steps") else [overfitted(sound), unmoved(first, last)]
     return [sentence for sentence in (*found, too_few(last)) if sentence]
@@ -102,10 +102,10 @@ def overfitted(validations):
     )
 
 
-def length_bias(last):
-    """Margins that follow the responses' lengths."""
+def length_bias(last, loss):
+    """Margins that follow the responses' lengths, where they are what was learned: a logp has a length by itself."""
     found = last.get("eval_rewards/length_correlation")
-    if found is None or last.get("eval_pairs", 0) < ENOUGH or abs(found) < STRONG:
+    if not loss.needs_reference or found is None or last.get("eval_pairs", 0) < ENOUGH or abs(found) < STRONG:
         return None
     kind = "longer" if found > 0 else "shorter"
     return (
