@@ -83,6 +83,12 @@ def test_the_memory_of_a_real_model_is_within_a_fifth_of_the_runs(tmp_path, caps
     assert told == pytest.approx(max(line["peak_memory"] for line in lines if "peak_memory" in line), rel=0.2)
 
 
+def test_an_epoch_whose_last_batch_is_smaller_is_one(tmp_path, capsys, few):
+    """48 pairs are a batch of 40 and one of 8."""
+    assert command("--check", "--batch-size", "40", "--iters", "2", folder=tmp_path, data=few) == 0
+    assert "2 iterations of 40 pairs are 1.00 epochs and 2 updates" in capsys.readouterr().out
+
+
 def test_what_it_tells(tmp_path, capsys):
     assert command("--check", "--steps", "2", "--epochs", "0.5", "--iters", "50", folder=tmp_path) == 2
     flags = "--batch-size 8 --sample-prompts 3 --reference-update-steps 4".split()

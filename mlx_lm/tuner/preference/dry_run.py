@@ -102,7 +102,7 @@ def rehearse(step, objective, reference, schedule, logps, args):
     Raises:
         ConfigError: the device has less memory than the longest batch seems to need.
     """
-    epochs = args.iters * args.batch_size / len(logps.dataset)
+    epochs = args.iters / schedule.epoch_steps  # the last batch of one may hold fewer pairs
     updates = -(-args.iters // args.grad_accumulation_steps)
     rprint(f"\n{args.iters} iterations of {args.batch_size} pairs are {epochs:.2f} epochs and {updates} updates")
     # The most of all workers, which average what they find and so take the same steps.
