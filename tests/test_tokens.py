@@ -9,8 +9,9 @@ from mlx_lm.tokenizer_utils import NewlineTokenizer, TokenizerWrapper
 from tokenizers import normalizers
 
 from mlx_lm.tuner.datasets import PreferenceDataset
+from mlx_lm.tuner.preference import tokens
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.tokens import PairEncoder
+from mlx_lm.tuner.preference.tokens import PairEncoder, Texts
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 USER = {"role": "user", "content": "Who?"}
@@ -401,3 +402,15 @@ def test_tokenizer_that_prepares_text_when_it_encodes():
 def test_tokenizer_without_eos():
     tokenizer = tokenizers.byte_level((), None, None, None)
     assert tokenizer.decode(pair(tokenizer, ROW).chosen) == "It is Lima."
+
+
+def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
+    encoder, sizes = PairEncoder(tokenizers.qwen()), []
+    texts = [Texts(f"Lima {i}", f"Lima {i} Peru", f"Lima {i} Chile") for i in range(9)]
+    whole = list(encoder.encode(texts))
+    tokenize = encoder._tokenize
+    monkeypatch.setattr(encoder, "_tokenize", lambda texts: sizes.append(sum(map(len, texts))) or tokenize(texts))
+    monkeypatch.setattr(tokens, "MOST_LETTERS", 80)
+    assert list(encoder.encode(texts)) == whole and len(whole) == 9
+    # Of 29 letters a row.
+    assert sizes == [87, 87, 87] and list(encoder.encode([])) == []

@@ -18,6 +18,8 @@ from .thinking import Thinking
 
 # Texts that a response is tried behind, so that its first token is not taken for the beginning of a text.
 ANCHORS = ("", "\n", ".", "a")
+# Letters of texts that are tokenized at once: what a tokenizer tells of them takes some 25 bytes a letter.
+MOST_LETTERS = 2**22
 
 SPECIAL = "a message's text holds a special token of the tokenizer, which becomes that token"
 
@@ -90,12 +92,24 @@ class PairEncoder:
         return any(special in content for content in contents for special in self.specials)
 
     def encode(self, batch):
-        """`(prompt, chosen, rejected)` of each of many `Texts`, token ids; equal texts are tokenized once."""
-        if not batch:
-            return []
-        distinct = list(dict.fromkeys(text for texts in batch for text in texts[:3]))
-        tokens = dict(zip(distinct, self._tokenize(distinct), strict=True))
-        return [self._split(texts, *(tokens[text] for text in texts[:3])) for texts in batch]
+        """Give `(prompt, chosen, rejected)` of each of many `Texts`, token ids, as they are asked for.
+
+        MOST_LETTERS at a time.
+        """
+        group, letters = [], 0
+        for texts in batch:
+            group.append(texts)
+            letters += sum(map(len, texts[:3]))
+            if letters >= MOST_LETTERS:
+                yield from self._encoded(group)
+                group, letters = [], 0
+        yield from self._encoded(group)
+
+    def _encoded(self, group):
+        """The same at once, as a list; equal texts are tokenized once."""
+        distinct = list(dict.fromkeys(text for texts in group for text in texts[:3]))
+        tokens = dict(zip(distinct, self._tokenize(distinct) if distinct else (), strict=True))
+        return [self._split(texts, *(tokens[text] for text in texts[:3])) for texts in group]
 
     def unscored(self, texts, prompt, chosen, rejected):
         """The spans of a row's responses, as tokens, that the model does not write.
