@@ -78,6 +78,16 @@ def test_small_margins_from_a_reference_that_follows_the_policy_are_no_standstil
     assert WORDS["overfitted"] in " ".join(health(validations, DPO)) and health(validations, following) == []
 
 
+@pytest.mark.parametrize("beta, margin, warned", [(0.001, 0.006, False), (0.001, 1e-5, True), (0.1, 0.006, True)])
+def test_a_small_margin_of_a_small_beta_is_no_standstill(beta, margin, warned):
+    """Six nats are 0.006 with a beta of 0.001."""
+    line = {"iteration": 0, "eval_loss": 0.693, "eval_rewards/accuracies": 0.5, "eval_pairs": 400}
+    line |= {f"eval_{name}": 0.0 for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen")}
+    last = {"iteration": 50, "eval_loss": 0.690, "eval_rewards/accuracies": 0.95, "eval_rewards/margins": margin}
+    said = health([line, line | last], preference_loss("dpo", beta=beta))
+    assert (WORDS["unmoved"] in " ".join(said)) == warned
+
+
 def test_margins_of_logps_go_with_length_before_training_too(tmp_path):
     """Without a reference: longer responses are less likely, and what is advised is refused there."""
     _, validations = run(tmp_path, **SICK["length bias"])

@@ -26,8 +26,9 @@ def health(validations, loss):
     found = [displaced(first, last)]
     if last is not first:
         found += [exploding(sound), length_bias(last, loss)]
-        # With a reference that follows the policy loss and margins begin anew.
-        found += [] if loss.parameters.get("reference_update_steps") else [overfitted(sound), unmoved(first, last)]
+        if not loss.parameters.get("reference_update_steps"):
+            # With a reference that follows the policy loss and margins begin anew.
+            found += [overfitted(sound), unmoved(first, last, loss)]
     return [sentence for sentence in (*found, too_few(last)) if sentence]
 
 
@@ -78,10 +79,12 @@ def exploding(validations):
     )
 
 
-def unmoved(first, last):
+def unmoved(first, last, loss):
     """A policy that is still where it began."""
     moved = abs(change(first, last, "rewards/margins"))
-    if moved > 0.02 or abs(change(first, last, "loss")) > 0.01 * abs(first["eval_loss"]):
+    # With a small beta a margin of some nats is a small reward, and hardly changes the loss.
+    little = min(0.02, 0.2 * loss.parameters["beta"])
+    if moved > little or abs(change(first, last, "loss")) > 0.01 * abs(first["eval_loss"]):
         return None
     return (
         f"Nothing has moved: the margin changed by {moved:.3f} in {last['iteration']} iterations. Try a learning_rate "
