@@ -14,7 +14,7 @@ WORDS = {
     "displaced": "lose more than the margin gains",
     "exploding": "the margin still grows",
     "unmoved": "Nothing has moved",
-    "overfitted": "the run overfits",
+    "never better": "no validation was much better than the first",
     "length bias": "Margins go with length",
     "too few": "pairs say little",
 }
@@ -45,7 +45,7 @@ SICK = {
     },
     "exploding": {"rate": 5e-4, "beta": 5.0},
     "unmoved": {"rate": 1e-7},
-    "overfitted": {"valid": [p._replace(chosen=p.rejected, rejected=p.chosen) for p in PAIRS], "rate": 5e-3},
+    "never better": {"valid": [p._replace(chosen=p.rejected, rejected=p.chosen) for p in PAIRS], "rate": 5e-3},
     "length bias": {"pairs": longer_chosen(48)},
     "too few": {"valid": PAIRS[:6]},
 }
@@ -75,7 +75,10 @@ def test_small_margins_from_a_reference_that_follows_the_policy_are_no_standstil
     assert health(validations, following) == []
     # Nor is a loss that is back at log 2 after an exchange overfitting.
     validations[-1] |= {"eval_loss": 2 * validations[0]["eval_loss"]}
-    assert WORDS["overfitted"] in " ".join(health(validations, DPO)) and health(validations, following) == []
+    assert WORDS["never better"] in " ".join(health(validations, DPO)) and health(validations, following) == []
+    better = validations[1] | {"eval_loss": 0.5 * validations[0]["eval_loss"]}
+    told = " ".join(health([validations[0], better, validations[-1]], DPO))
+    assert "the run overfits" in told and WORDS["never better"] not in told
 
 
 @pytest.mark.parametrize("beta, margin, warned", [(0.001, 0.006, False), (0.001, 1e-5, True), (0.1, 0.006, True)])

@@ -95,9 +95,15 @@ def unmoved(first, last, loss):
 def overfitted(validations):
     """A validation loss that has risen from its best."""
     best, last = min(validations, key=lambda line: line["eval_loss"]), validations[-1]
-    rise = last["eval_loss"] - best["eval_loss"]
-    if rise <= max(0.01, 0.05 * abs(best["eval_loss"])):
+    little = max(0.01, 0.05 * abs(best["eval_loss"]))
+    if last["eval_loss"] - best["eval_loss"] <= little:
         return None
+    if (first := validations[0]["eval_loss"]) - best["eval_loss"] <= little:
+        return (
+            f"The validation loss was {first:.3f} at first and is {last['eval_loss']:.3f}, and no validation was much "
+            "better than the first: try a lower learning_rate or fewer iters, and look whether the labels of the rows "
+            "to validate on say what those to train on say."
+        )
     return (
         f"The validation loss was {best['eval_loss']:.3f} at iteration {best['iteration']} and is "
         f"{last['eval_loss']:.3f}: the run overfits. Set save_best: eval_loss and early_stop, or fewer iters, a lower "
