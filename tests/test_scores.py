@@ -111,6 +111,14 @@ def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
     assert mean_kl(policy, None, pairs, np.arange(5)) == (pytest.approx(few, abs=1e-5), 2)
 
 
+def test_what_rounding_leaves_of_a_kl_is_not_below_0(monkeypatch):
+    found = iter(([-1e-6, 4e-7], [math.nan]))
+    monkeypatch.setattr("mlx_lm.tuner.preference.divergence.token_kl", lambda *_: np.array(next(found), np.float32))
+    policy = Scorer(tiny_llama())
+    assert mean_kl(policy, None, some_pairs(2), np.arange(2)) == (0.0, 2)
+    assert math.isnan(mean_kl(policy, None, some_pairs(2), np.arange(2))[0])
+
+
 @pytest.mark.parametrize("count", [5, 1])
 def test_workers_share_the_pairs_of_a_kl(count, monkeypatch):
     """Of one pair the second worker has none."""

@@ -43,7 +43,8 @@ def mean_kl(policy, reference, dataset, rows, most=None, need=None):
             total, count = total + values.sum(dtype=np.float64), count + len(values)
     if world.size() > 1:
         total, count = mx.distributed.all_sum(mx.array([total, count], mx.float32)).tolist()
-    return (float(total / count), len(rows)) if count else None
+    # Of a policy that is still its reference rounding leaves a little on either side of 0.
+    return (max(float(total / count), 0.0), len(rows)) if count else None
 
 
 def token_kl(policy, reference, pairs, evaluate):
