@@ -34,6 +34,7 @@ from .tuner.preference.check import (
     check_file,
     holds_preferences,
     known_keys,
+    warn_of_ended_schedule,
     warn_of_preference_keys,
     warn_of_unread_keys,
 )
@@ -161,6 +162,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         epochs, args.epochs = args.epochs, None
         args.iters = iterations(epochs, len(train_set), args.batch_size)
         rprint(f"{epochs:g} epochs of {len(train_set)} pairs are {args.iters} iterations.")
+    warn_of_ended_schedule(args.lr_schedule, -(-args.iters // args.grad_accumulation_steps))
     if args.use_rslora:
         # alpha / sqrt(rank), where mlx-lm's scale is alpha / rank (arXiv 2312.03732). It is what is saved: plain mlx-lm
         # has to load the adapters with it.

@@ -29,6 +29,7 @@ from mlx_lm import load
 from mlx_lm.tuner.preference import curves
 from mlx_lm.tuner.preference.answers import MOST_TOKENS, print_side_by_side
 from mlx_lm.tuner.preference.card import MARK, write_card
+from mlx_lm.tuner.preference.check import warn_of_ended_schedule
 from mlx_lm.tuner.preference.interruption import resume_command
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
@@ -368,6 +369,29 @@ def test_the_command_that_goes_on_does_so_after_an_early_stop(tmp_path, capsys, 
     settings = {"save_best": None, "early_stop": early_stop, "model": "m", "trust_remote_code": False, "iters": 4}
     print_closing(SimpleNamespace(adapter_path=tmp_path, **settings), None)
     assert re.findall(r"mlx_lm\.lora ([\w -]*)", capsys.readouterr().out)[-1] == f"--resume --iters 8{patience}"
+
+
+@pytest.mark.parametrize(
+    "name, arguments, goes_on",
+    [
+        ("linear_schedule", [5e-5, 0.0, 18], False),
+        ("cosine_decay", [1e-5, 18], False),
+        ("cosine_decay", [1e-5, 18, 1e-7], True),
+        ("linear_schedule", [1e-5, 1e-5, 1], True),
+    ],
+)
+def test_no_command_goes_on_at_a_rate_of_zero(tmp_path, monkeypatch, capsys, name, arguments, goes_on):
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.given_command", lambda: ["mlx_lm.lora"])
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.has_test_set", lambda args: False)
+    schedule = {"name": name, "arguments": arguments, "warmup": 2}
+    settings = {"save_best": None, "model": "m", "trust_remote_code": False, "iters": 40, "grad_accumulation_steps": 2}
+    args = SimpleNamespace(adapter_path=tmp_path, lr_schedule=schedule, **settings)
+    assert ("resume" in next_commands(args)) == goes_on
+    for updates in (1, 20, 40):  # within the warmup, of this run, and of one twice as long
+        warn_of_ended_schedule(schedule, updates)
+    told = re.findall(r"rate is 0 after update (\d+) of (\d+)", capsys.readouterr().err)
+    # Upstream puts the schedule behind one more update than the warmup has.
+    assert told == ([] if goes_on else [("21", "40")])
 
 
 def test_paths_are_no_markup(tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from bisect import bisect_left
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -333,6 +334,28 @@ def _check_schedule(schedule, updates):
     for step, value in rates.items():
         if not math.isfinite(value) or value < -rounding:
             raise ConfigError(f"lr_schedule gives a learning rate of {value:g} at update {step}; {takes}.")
+
+
+def schedule_end(schedule, updates):
+    """The update after which a schedule's rate is 0 in a run of so many; None where it is so only near the end."""
+    rate = build_schedule(schedule)
+    most = max(float(rate(mx.array(step, mx.uint64))) for step in (0, *(2**i for i in range(updates.bit_length()))))
+
+    def is_zero(step):
+        return float(rate(mx.array(step, mx.uint64))) <= 1e-6 * most
+
+    # Before its first update a warmup is at 0, too.
+    return (bisect_left(range(updates), True, key=is_zero) or None) if is_zero(updates * 15 // 16) else None
+
+
+def warn_of_ended_schedule(schedule, updates):
+    """Say so where a schedule leaves a rate of 0 to a part of a run of so many updates."""
+    if schedule is not None and (end := schedule_end(schedule, updates)) is not None:
+        rprint(
+            f"[WARNING] lr_schedule's rate is 0 after update {end} of {updates}: the rest teaches nothing; give "
+            "numbers that fit the run.",
+            file=sys.stderr,
+        )
 
 
 def _checked_optimizers(configs):

@@ -10,6 +10,7 @@ from ...cli_ui import make_console, print_header_panel
 from ..callbacks import send_samples
 from .answers import answers, print_side_by_side, texts_of
 from .card import write_card
+from .check import schedule_end
 from .checkpoint import BEST_FOLDER
 from .curves import PLOT_FILE, plot_metrics
 from .health import health
@@ -120,6 +121,8 @@ def _told(line):
 def next_commands(args, epochs=None, patience=None):
     """Command lines by what they do, with this run's paths; in a program that calls us those of mlx-lm's alone.
 
+    None goes on where the learning rate of a longer run is 0: its schedule is kept.
+
     Args:
         epochs: what the run asked for, or None.
         patience: where early_stop has ended the run, one with which it goes on.
@@ -132,6 +135,8 @@ def next_commands(args, epochs=None, patience=None):
     longer += ["--early-stop", str(patience)] if patience else []
     given = given_command()
     resume = [] if "--resume" in given else ["--resume"]
+    schedule = getattr(args, "lr_schedule", None)
+    ends = schedule and schedule_end(schedule, -(-2 * args.iters // args.grad_accumulation_steps)) is not None
     best = [] if where == folder else ["--adapter-path", str(where)]
     tested = ["--no-train"] if "--test" in given else ["--no-train", "--test"]
     test = {"test": [*given, *tested, *best]} if given and has_test_set(args) else {}
@@ -139,7 +144,7 @@ def next_commands(args, epochs=None, patience=None):
         "generate": [*_program(), "generate", *adapters, *trusted, "--prompt", "Hello"],
         **test,
         "fuse": [*_program(), "fuse", *adapters, *trusted, "--save-path", str(folder / "fused")],
-        **({"resume": [*given, *resume, *longer]} if given else {}),
+        **({"resume": [*given, *resume, *longer]} if given and not ends else {}),
     }
     return {name: shlex.join(command) for name, command in commands.items()}
 
