@@ -265,6 +265,14 @@ def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, mon
         assert found["resume"] == f"{program} --train --resume --epochs 3"
 
 
+def test_the_command_to_fuse_leaves_a_model_that_was_fused_before(tmp_path):
+    settings = {"save_best": None, "model": str(tmp_path / "fused"), "trust_remote_code": False, "iters": 5}
+    for name, told in (("fused", "fused"), ("fused-2", "fused-2"), ("fused-3", "fused-3")):
+        found = next_commands(SimpleNamespace(adapter_path=str(tmp_path), **settings))
+        assert found["fuse"].endswith(f" --save-path {tmp_path}/{told}")
+        (tmp_path / name).mkdir()
+
+
 def test_commands_of_macos_name_the_python_of_the_environment(tmp_path, monkeypatch):
     args = SimpleNamespace(
         adapter_path=str(tmp_path), save_best=None, model="m", trust_remote_code=False, iters=5, data="a/prefs"

@@ -1,6 +1,7 @@
 """What a run leaves to look at: answers, curves, page and model card as it goes on, and the panel that it ends with."""
 
 import shlex
+from itertools import chain, count
 from pathlib import Path
 
 import mlx.core as mx
@@ -140,10 +141,13 @@ def next_commands(args, epochs=None, patience=None):
     best = [] if where == folder else ["--adapter-path", str(where)]
     tested = ["--no-train"] if "--test" in given else ["--no-train", "--test"]
     test = {"test": [*given, *tested, *best]} if given and has_test_set(args) else {}
+    # The model of this run may be what an earlier one was fused to: it is not written over.
+    places = (folder / name for name in chain(["fused"], (f"fused-{number}" for number in count(2))))
+    fused = next(place for place in places if not place.exists())
     commands = {
         "generate": [*_program(), "generate", *adapters, *trusted, "--prompt", "Hello"],
         **test,
-        "fuse": [*_program(), "fuse", *adapters, *trusted, "--save-path", str(folder / "fused")],
+        "fuse": [*_program(), "fuse", *adapters, *trusted, "--save-path", str(fused)],
         **({"resume": [*given, *resume, *longer]} if given and not ends else {}),
     }
     return {name: shlex.join(command) for name, command in commands.items()}
