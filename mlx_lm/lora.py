@@ -53,8 +53,9 @@ from .tuner.preference.load import (
     is_none,
     load_adapter,
     load_named,
+    load_start,
     read_adapter_config,
-    refuse_other_start,
+    start_of,
     tell_other_loss,
     warn_of_rounding,
 )
@@ -409,15 +410,14 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
     """
     config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
     origin = config if origin is None else origin
-    start = origin.get("resume_adapter_file")
-    refuse_other_start(args.resume_adapter_file, start)
+    start = start_of(args.resume_adapter_file, origin.get("resume_adapter_file"))
     tell_other_loss(args.adapter_path, config, loss)
     args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or origin.get("reference_model")})
     base, logps = model, None
     if args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
         base, _ = _load_model(args)
         if start is not None:
-            load_adapter("resume_adapter_file of the training", base, origin, start)
+            load_start(base, origin, start)
     scorer = Scorer(base, args.share_prompt)
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])

@@ -619,7 +619,7 @@ class TestAdapterFolder:
         config = json.loads((after.adapters / "adapter_config.json").read_text())
         config["resume_adapter_file"] = "gone.safetensors"
         (after.adapters / "adapter_config.json").write_text(json.dumps(config))
-        told = "error: resume_adapter_file of the training is .*gone.safetensors.*there is no such file"
+        told = "error: resume_adapter_file of the training is .*gone.*no such file; where it has moved, give it as"
         after.refused(told, train=False, test=True)
 
 
@@ -693,6 +693,16 @@ class TestTestAlone:
         after.refused(told, train=False, test=True, resume_adapter_file=checkpoint)
         moved = command_with_start(after, checkpoint)
         assert f"resume_adapter_file {checkpoint} is not read in a test" in moved.out and moved.status == 0
+
+    def test_the_file_that_they_began_with_may_have_moved(self, command, earlier):
+        """The reference is the one of the training, in the place that is given for it."""
+        start = shutil.copy(earlier / "adapters.safetensors", command.folder)
+        begun = {"resume_adapter_file": str(start), "num_layers": 2, "learning_rate": 1e-2}
+        expected = self.loss(command(test=True, **begun))
+        moved = command.folder / "moved.safetensors"
+        os.rename(start, moved)
+        done = command(train=False, test=True, resume_adapter_file=str(moved))
+        assert self.loss(done) == expected and f"resume_adapter_file {moved} is taken for it" in done.out
 
     def test_two_adapters_are_compared(self, after, command):
         trained = str(after.adapters)

@@ -286,16 +286,33 @@ def _names(loss_type):
     return [ALIASES.get(name, name) if isinstance(name, str) else name for name in names]
 
 
-def refuse_other_start(given, start):
-    """Tell that a test reads no `resume_adapter_file` but the training's `start`; `ConfigError` where that was none."""
+def start_of(given, start):
+    """The adapters that a test's training began with: `start`, or what is given where that has moved; None for none.
+
+    Raises:
+        ConfigError: a file is given, and the training began with none.
+    """
     if given is None or (start is not None and Path(given).resolve() == Path(start).resolve()):
-        return
+        return start
     if start is None:
         raise ConfigError(
             f"resume_adapter_file is {given}, and a test trains nothing that could go on from it; to test that file, "
             "give it as adapter_path."
         )
-    rprint(f"resume_adapter_file {given} is not read in a test: the training began with {start}.")
+    if Path(start).is_file():
+        rprint(f"resume_adapter_file {given} is not read in a test: the training began with {start}.")
+        return start
+    rprint(f"The training began with {start}, which is not there: resume_adapter_file {given} is taken for it.")
+    return given
+
+
+def load_start(model, config, file):
+    """Put the adapters on `model` that the training of `config` began with; `ConfigError` where they do not fit."""
+    key = "resume_adapter_file of the training"
+    if not Path(file).is_file():
+        told = f"{key} is {str(file)!r}, and there is no such file"
+        raise ConfigError(f"{told}; where it has moved, give it as resume_adapter_file.")
+    load_adapter(key, model, config, file)
 
 
 def load_adapter(key, model, config, file):
