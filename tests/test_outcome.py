@@ -332,6 +332,28 @@ def test_a_test_is_offered_where_there_is_a_test_set(tmp_path, monkeypatch):
     assert offered(hf_dataset={"path": "a", "test_split": "quiz"}) and not offered(hf_dataset=[{"path": "a"}])
 
 
+def test_runs_that_were_ended_before_their_first_report_are_left_out_of_a_picture(tmp_path, monkeypatch, capsys):
+    drawn, folders = [], [str(tmp_path / f"run {i}") for i in range(14)]
+    for folder in folders:
+        Path(folder).mkdir()
+    with pytest.raises(ConfigError, match="there is no metrics.jsonl with figures of a run in it"):
+        call(mlx_lm.lora.build_parser().parse_args, "--plot", *folders[:2])
+    for folder in folders[2:]:
+        (Path(folder) / "metrics.jsonl").write_text('{"iteration": 1, "loss": 0.7}\n')
+    monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "--plot", *folders])
+    with pytest.raises(SystemExit, match="0"):
+        mlx_lm.lora.main()
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("it is left out") == 2 and f"The curves of {folders[2]} and" in out
+    # Each run has a color of its own, that of its line in the legend.
+    lines, legend = drawn[0].axes[0].lines, drawn[0].legends[0].get_lines()
+    found, expected = ([tuple(line.get_color()) for line in those] for those in (lines, legend))
+    assert len(set(found)) == len(folders) - 2 and found == expected
+    drawn[0].canvas.draw()
+    assert drawn[0].axes[0].get_window_extent().height > 150
+
+
 def test_a_picture_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
     def refused(*_):
         raise OSError(errno.EROFS, "Read-only file system")

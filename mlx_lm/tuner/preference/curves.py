@@ -5,6 +5,8 @@ import json
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
 from ...cli_ui import rprint
 from .checkpoint import CONFIG_FILE
 from .files import replace_file
@@ -27,7 +29,8 @@ COMPARED = (
 # Where a run wrote, and what it did besides training: no difference of the runs' own.
 NOT_COMPARED = {"adapter_path", "check", "config", "predictions", "project_name", "report_to", "resume"}
 NOT_COMPARED |= {"sample_prompts", "test", "train"}
-LEGEND_WIDTH = 110  # letters that the picture is wide
+COLORS = [f"C{i}" for i in range(10)]
+LEGEND_WIDTH, LEGEND_LINE = 110, 0.19  # letters that the picture is wide; inches that a line is high
 STYLES = (("", "-", "training"), ("eval_", "o--", "validation"))
 
 
@@ -48,24 +51,24 @@ def plot_runs(folders):
 
     Returns:
         The path of the plot, or None where matplotlib is missing. With one folder, what `plot_metrics` returns.
-
-    Raises:
-        ConfigError: a folder has no metrics.
     """
     runs = [read_metrics(Path(folder) / METRICS_FILE) for folder in folders]
-    for folder, lines in zip(folders, runs, strict=True):
-        if not lines:
-            raise ConfigError(f"--plot {folder}: there is no {METRICS_FILE} with figures of a run in it.")
     if len(folders) == 1:
         return plot_metrics(folders[0])
     if (figure := _figure("constrained")) is None:
         return None
+    from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
+    # The cycle has ten colors; no two runs may have the same.
+    colors = COLORS if len(runs) <= len(COLORS) else colormaps["turbo"](np.linspace(0, 1, len(runs)))
+
     for axes, (title, key) in zip(figure.subplots(2, 2).flat, COMPARED, strict=True):
-        _draw(axes, title, [(lines, key, None) for lines in runs])
-    handles = [Line2D([], [], color=f"C{color % 10}") for color in range(len(runs))]
+        _draw(axes, title, [(lines, key, None) for lines in runs], colors)
+    handles = [Line2D([], [], color=color) for color, _ in zip(colors, runs, strict=False)]
     names = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in differences(folders)]
+    # The legend of many runs is not taken off the panels' height.
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * "\n".join(names).count("\n"))
     legend = figure.legend(
         handles, names, loc="outside lower center", fontsize="small", title="lines, squares: training; circles: valid"
     )
@@ -96,6 +99,13 @@ class Plot(argparse.Action):
     """`--plot FOLDER [FOLDER ...]`: draw runs, say where the picture is, and end."""
 
     def __call__(self, parser, namespace, folders, option_string=None):
+        begun = [folder for folder in folders if read_metrics(Path(folder) / METRICS_FILE)]
+        for folder in [folder for folder in folders if folder not in begun]:
+            told = f"--plot {folder}: there is no {METRICS_FILE} with figures of a run in it"
+            if not begun:
+                raise ConfigError(f"{told}.")
+            rprint(f"[WARNING] {told}; it is left out.")
+        folders = begun
         try:
             path = plot_runs(folders)
         except OSError as error:
@@ -114,9 +124,9 @@ def _figure(layout=None):
     return Figure(figsize=(10, 7), layout=layout)
 
 
-def _draw(axes, title, curves):
+def _draw(axes, title, curves, colors=COLORS):
     """Draw a panel of `(lines, key, label)`s, a color each; a label of None is in no legend."""
-    for color, (lines, key, label) in enumerate(curves):
+    for color, (lines, key, label) in zip(colors, curves, strict=False):
         for prefix, style, kind in STYLES:
             points = [(line["iteration"], line.get(prefix + key)) for line in lines]
             # Beyond any figure of a run, and what no axis can show.
@@ -124,7 +134,7 @@ def _draw(axes, title, curves):
             if points:
                 # A line of one point is not seen.
                 marker = "s" if len(points) == 1 and style == "-" else style
-                axes.plot(*zip(*points, strict=True), marker, color=f"C{color % 10}", label=label and label + kind)
+                axes.plot(*zip(*points, strict=True), marker, color=color, label=label and label + kind)
     axes.set_title(title)
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.3)
