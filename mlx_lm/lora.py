@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
+from io import StringIO
 from signal import SIGINT
 from types import SimpleNamespace
 
@@ -437,9 +438,12 @@ def main():
     try:
         workers.find_others()
         config = build_parser().parse_args().config
+        begin = _upstream_main
         if config:
-            check_file(config, yaml_loader)
-        _upstream_main()
+            # Read once: a pipe, such as a shell's <(...), has nothing more to give.
+            text = check_file(config, yaml_loader)
+            begin = rebound(begin, open=lambda *_: StringIO(text))
+        begin()
     except ConfigError as error:
         sys.exit(workers.tell(f"error: {error}", 2))
     except yaml.YAMLError as error:

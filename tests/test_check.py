@@ -3,6 +3,7 @@
 And with loss_type unset the command is upstream's, number for number.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -123,6 +124,23 @@ class TestFile:
         for path, told in ((tmp_path, "Is a directory"), (tmp_path / "nothing.yaml", "No such file")):
             with pytest.raises(ConfigError, match=re.escape(f"config is '{path}', which cannot be read ({told}")):
                 config.check_file(str(path), mlx_lm.lora.yaml_loader)
+
+    @pytest.mark.parametrize("flag", ["--config", "--from-trl"])
+    def test_a_pipe_is_read_once(self, monkeypatch, capsys, flag):
+        """What a shell gives as <(...), and /dev/stdin."""
+        begun = []
+        reading, writing = os.pipe()
+        os.write(writing, b"beta: 0.25\nloss_type: ipo\n")
+        os.close(writing)
+        monkeypatch.setattr(mlx_lm.lora, "run", begun.append)
+        monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", flag, f"/dev/fd/{reading}"])
+        with contextlib.suppress(SystemExit):
+            mlx_lm.lora.main()
+        os.close(reading)
+        if flag == "--config":
+            assert (begun[0].beta, begun[0].loss_type) == (0.25, "ipo")
+        else:
+            assert "\nbeta: 0.25\n" in capsys.readouterr().out
 
     def test_a_key_that_stands_twice_is_told(self, tmp_path, capsys):
         self.check(tmp_path, "beta: 0.1\nseed: 1\nbeta: 0.2\n")

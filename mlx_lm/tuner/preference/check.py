@@ -43,7 +43,7 @@ _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "ada
 
 
 def check_file(path, loader, given_as="config"):
-    """Check that a configuration file holds keys with values, and warn of a key that it gives twice.
+    """Check that a configuration file holds keys with values, and warn of a key that it gives twice; its text.
 
     `given_as` is the option that named it.
 
@@ -51,7 +51,8 @@ def check_file(path, loader, given_as="config"):
         ConfigError: it cannot be read, is not YAML, or holds something else.
     """
     try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), loader)
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, loader)
     except OSError as error:
         told = f"{given_as} is {str(path)!r}, which cannot be read ({error.strerror})"
         raise ConfigError(f"{told}; give a file.") from error
@@ -79,6 +80,7 @@ def check_file(path, loader, given_as="config"):
             lost = f"lines {lines[key.value]} and {line}; the last one counts"
             rprint(printable(f"[WARNING] {path} gives {key.value} twice, in {lost}."), file=sys.stderr)
         lines[key.value] = line
+    return text
 
 
 def known_keys(parser, defaults, supervised):

@@ -376,8 +376,7 @@ class FromTrl(argparse.Action):
         self.loader = loader
 
     def __call__(self, parser, namespace, path, option_string=None):
-        check_file(path, self.loader, "from_trl")
-        given = yaml.load(Path(path).read_text(encoding="utf-8"), self.loader)
+        given = yaml.load(check_file(path, self.loader, "from_trl"), self.loader)
         try:
             sys.stdout.write(translate(given, Path(path).name))
         except (TypeError, ValueError, ArithmeticError) as error:
