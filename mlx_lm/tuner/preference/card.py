@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 from .files import replace_file
-from .metrics import best_of
 from .page import SUMMARY, summary
 
 CARD_FILE = "README.md"
@@ -63,8 +62,7 @@ def _body(folder, config, loss, validations, kind):
             yield f"| {name} | {value} |"
     by = config.get("save_best")
     if table := summary(validations, {key: SUMMARY[key] for key in FIGURES}, by):
-        count = best_of(validations, by)[1].get("eval_pairs")
-        yield f"\nFigures of {count} held-out pairs:\n" if count else "\nFigures of held-out pairs:\n"
+        yield f"\nFigures of {validations[-1]['eval_pairs']} held-out pairs:\n"
         table.insert(1, ["---"] * 4)
         yield from (f"| {' | '.join(row)} |" for row in table)
 

@@ -114,7 +114,7 @@ def overfitted(validations):
 def length_bias(last, loss):
     """Margins that follow the responses' lengths, where they are what was learned: a logp has a length by itself."""
     found = last.get("eval_rewards/length_correlation")
-    if not loss.needs_reference or found is None or last.get("eval_pairs", 0) < ENOUGH or abs(found) < STRONG:
+    if not loss.needs_reference or found is None or last["eval_pairs"] < ENOUGH or abs(found) < STRONG:
         return None
     kind = "longer" if found > 0 else "shorter"
     return (
@@ -125,9 +125,7 @@ def length_bias(last, loss):
 
 def too_few(last):
     """A validation set too small for what its accuracy is to tell."""
-    share, count = last["eval_rewards/accuracies"], last.get("eval_pairs", 0)
-    if not count:
-        return None
+    share, count = last["eval_rewards/accuracies"], last["eval_pairs"]
     low, high = wilson(share, count)
     if high - low <= WIDEST:
         return None
