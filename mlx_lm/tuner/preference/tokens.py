@@ -187,10 +187,7 @@ class PairEncoder:
     def _lead(self):
         """What the tokenizer puts in front of every plain text: BOS, or nothing."""
         bare, full = self._encode("a"), list(self.tokenizer.encode("a"))
-        for start in range(len(full) - len(bare) + 1 if bare else 0):
-            if full[start : start + len(bare)] == bare:
-                return full[:start]
-        return [token for token in full if token == self.tokenizer.bos_token_id]
+        return next((full[:start] for start in range(len(full)) if full[start : start + len(bare)] == bare), [])
 
     def _split(self, texts, prompt, chosen, rejected):
         size, sides = len(prompt), (chosen, rejected)
