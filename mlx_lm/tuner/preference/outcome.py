@@ -76,7 +76,7 @@ class Outcome:
             iteration, figures = self._found
             if self._rows is None:
                 self._rows = table_rows(self.logps.val_dataset, self.logps.val_rows, self._tokenizer)
-            samples = read_metrics(self.folder / SAMPLES_FILE) if self.args.sample_prompts else []
+            samples = read_metrics(self.folder / SAMPLES_FILE)
             write_page(
                 self.folder, settings, read_validations(self.folder), self.health(), samples, picture,
                 iteration, self._rows, figures, reference_totals(self.logps.valid, self.objective.loss),

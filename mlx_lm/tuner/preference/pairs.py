@@ -284,10 +284,9 @@ def truncate(prompt, chosen, rejected, max_seq_length):
 def single(pair, label=None):
     """A pair's responses as single ones, the chosen desirable; of a row with a `label` both are the same one."""
     sides = ((pair.chosen, True), (pair.rejected, False)) if label is None else ((pair.chosen, label),)
-    spans = [((spans, ()) if spans else ()) for spans in pair.unscored or ((), ())]
     return [
-        pair._replace(chosen=tokens, rejected=tokens[:0], unscored=own, label=good)
-        for (tokens, good), own in zip(sides, spans, strict=False)
+        pair._replace(chosen=tokens, rejected=tokens[:0], unscored=(own, ()), label=good)
+        for (tokens, good), own in zip(sides, pair.unscored or ((), ()), strict=False)
     ]
 
 

@@ -192,7 +192,7 @@ class RowReader:
             prompt = chosen[:shared]
             return prompt, *(_response(side[shared:], key, form) for key, side in zip(keys, sides, strict=True)), form
         if isinstance(prompt, str):
-            if not both_lists and (rest := without_prompt(prompt, chosen, rejected)):
+            if rest := without_prompt(prompt, chosen, rejected):
                 sides, form = [text.lstrip() for text in rest], REPEATED
             prompt = [{"role": "user", "content": prompt}]
         responses = [

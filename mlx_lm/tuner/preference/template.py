@@ -116,9 +116,8 @@ class Template:
                     "that was made for them."
                 )
             for i, message in enumerate(messages):
-                if message["role"] == "tool" and message["content"].strip():
-                    if self.leaves_out(conversation, messages, i, content=STAND_IN):
-                        return ConfigError("the tokenizer's chat template does not write the result of a tool.")
+                if message["role"] == "tool" and self.leaves_out(conversation, messages, i, content=STAND_IN):
+                    return ConfigError("the tokenizer's chat template does not write the result of a tool.")
                 calls = message.get("tool_calls") or []
                 for j, call in enumerate(calls):
                     if (lost := self._lost_call(conversation, messages, i, j)) or _as_python(call, text):
@@ -159,7 +158,7 @@ class Template:
 
 def _spoken(prompt, response):
     """All messages of a side, a response that goes on from the prompt's last message put together with it."""
-    if prompt[-1]["role"] != "assistant" or not response or response[0]["role"] != "assistant":
+    if prompt[-1]["role"] != "assistant" or response[0]["role"] != "assistant":
         return [*prompt, *response]
     joined = {**prompt[-1], **response[0], "content": prompt[-1]["content"] + response[0]["content"]}
     return [*prompt[:-1], joined, *response[1:]]
