@@ -16,7 +16,7 @@ import mlx_lm.lora
 from mlx_lm.tuner.preference.batches import PLAIN, Schedule, make_batch
 from mlx_lm.tuner.preference.check import check_config
 from mlx_lm.tuner.preference.flat import lora_plus
-from mlx_lm.tuner.preference.load import add_adapters
+from mlx_lm.tuner.preference.load import add_adapters, load_adapter
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
@@ -156,3 +156,9 @@ def test_a_run_is_that_with_a_second_model_in_memory(tmp_path, every):
     )
     assert min(abs(lines[-1]["loss"] - other[-1]["loss"]) for other in (hard, still)) > 1e-2
     assert validations[1]["eval_rewards/margins"] != validations[0]["eval_rewards/margins"]
+
+
+def test_a_configuration_that_does_not_fit_the_model_is_told():
+    config = {"num_layers": 1, "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.fc1"]}}
+    with pytest.raises(ConfigError, match="adapter_path is 'a', and by its adapter_config.json .*keys has mlp.fc1"):
+        load_adapter("adapter_path", tiny_llama(lora=False), config, "a")

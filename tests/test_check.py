@@ -259,6 +259,7 @@ class TestCheck:
             ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": float("inf")}, "must be finite."),
             ({"seed": 2**32}, "seed is 4294967296; it must be a whole number, >= 0 and <= 4294967295"),
             ({"test": True, "test_batches": 0}, "test_batches is 0, and a test is asked for"),
+            ({"predictions": "p.jsonl"}, "predictions is 'p.jsonl', but no test is asked for; set test to true"),
             ({"clear_cache_threshold": "lots"}, "clear_cache_threshold is 'lots'; it must be bytes, such as"),
             ({"clear_cache_threshold": -1}, "clear_cache_threshold is -1; it must be bytes"),
             ({"clear_cache_threshold": True}, "clear_cache_threshold is True; it must be bytes"),
@@ -404,6 +405,11 @@ class TestCheck:
         args = checked(**keys, reference_cache="~")
         assert [getattr(args, key) for key in keys] == [f"/somewhere/{name}" for name in "mdar"]
         assert args.reference_cache == "/somewhere" and checked(reference_cache="none").reference_cache == "none"
+
+    @pytest.mark.parametrize("values", [{"early_stop": 2}, {"save_best": "margin"}, {}])
+    def test_validations_that_have_different_references_are_told(self, values, capsys):
+        checked(reference_update_steps=5, **values)
+        assert ("begins rewards and loss anew at each exchange" in capsys.readouterr().err) == bool(values)
 
     def test_empty_names_stand_for_none(self):
         args = checked(reference_model="", resume_adapter_file="")

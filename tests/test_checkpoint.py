@@ -32,7 +32,7 @@ from mlx_lm.tuner.preference.checkpoint import (
     save_run,
     starting_point,
 )
-from mlx_lm.tuner.preference.files import replace_file, replace_files
+from mlx_lm.tuner.preference.files import give_second_name, replace_file, replace_files
 from mlx_lm.tuner.preference.interruption import Interrupted
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps
@@ -789,3 +789,11 @@ def command(*arguments, **options):
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, **options
     )
+
+
+def test_without_links_a_second_name_is_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: os.rmdir(tmp_path / "none"))  # fails as in a file system without links
+    for text in ("old", "new"):
+        (tmp_path / "a").write_text(text)
+        give_second_name(tmp_path / "a", tmp_path / "b")
+        assert (tmp_path / "b").read_text() == text

@@ -255,6 +255,26 @@ def test_arguments_of_a_schedule_are_left_out_and_told():
     assert "lr_scheduler_kwargs: left out; write what they ask for." in config_of(given)[1]
 
 
+def test_what_has_no_counterpart_here_is_told():
+    given = {"label_smoothing": 0.1, "optim": "lion_32bit", "logging_steps": 0.1}
+    given |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/chosen", "eval_strategy": "steps"}
+    given |= {"save_strategy": "epoch", "warmup_steps": 9, "model_name_or_path": "m", "use_peft": True}
+    args, comments = config_of(given)
+    assert args.lora_parameters["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]
+    assert (args.optimizer, args.save_best, args.lr_schedule) == ("adamw", None, None)
+    for told in (
+        "label_smoothing: 0.1 is not read there with sigmoid.",
+        "lora_parameters: PEFT chooses the layers of each model by itself, q_proj and v_proj of most.",
+        "optim: lion_32bit has no counterpart; AdamW stands for it.",
+        "steps_per_report: every 0.1 of the run there, whose updates the file does not say.",
+        "save_every: epoch there; a save every so many batches here.",
+        "save_best: rewards/chosen is none of loss, rewards/accuracies, rewards/margins, which it goes by here.",
+    ):
+        assert told in comments
+    assert any(line.startswith("lr_schedule: linear, 9 of warmup there; with U updates") for line in comments)
+    assert "\nresume: true  # the newest state" in translate({"resume_from_checkpoint": True}, "dpo.yaml")
+
+
 def rate_of_trl(update, rate, updates, warmup):
     """The rate of an update of transformers' linear schedule with warmup."""
     return rate * (update / warmup if update < warmup else (updates - update) / (updates - warmup))

@@ -106,6 +106,11 @@ def test_a_column_of_messages_that_is_stored_by_keys():
 
 def test_strings_that_hold_messages():
     assert decoded('[{"role": "user", "content": "a"}]', "m") == [{"role": "user", "content": "a"}]
+    assert decoded('{"role": "user", "content": "a", "name": null}', "m") == {
+        "role": "user",
+        "content": "a",
+        "name": None,
+    }
     assert decoded("[{'from': 'human', 'value': None}]", "m") == [{"from": "human", "value": None}]
     # An answer may be JSON.
     for text in (

@@ -35,7 +35,8 @@ from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import next_commands, print_closing
-from mlx_lm.tuner.preference.page import write_page
+from mlx_lm.tuner.preference.page import table_rows, write_page
+from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.preference.run import make_room
 from mlx_lm.tuner.preference.step import DESIRABLE
 
@@ -363,6 +364,13 @@ def test_a_picture_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="2"):
         call(mlx_lm.lora.main, "--plot", str(tmp_path))
     assert "error: plot: the picture cannot be written (" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        call(mlx_lm.lora.main, "--plot", str(tmp_path), str(tmp_path / "none"))
+    assert "none: there is no metrics.jsonl with figures of a run in it." in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for folders in ([tmp_path], [tmp_path, tmp_path]):
+        assert curves.plot_runs(folders) is None
+        assert "[WARNING] matplotlib is not installed" in capsys.readouterr().out
 
 
 def test_answers_side_by_side_say_when_each_was_given(capsys):
@@ -430,6 +438,12 @@ def test_paths_are_no_markup(tmp_path, capsys):
     settings = {"save_best": None, "model": "m", "trust_remote_code": False, "iters": 1, "data": "m"}
     print_closing(SimpleNamespace(adapter_path=folder, early_stop=None, **settings), None)
     assert "a [red]b [/b]" in "".join(capsys.readouterr().out.split("\n")[:12])
+
+
+def test_the_page_tells_pairs_that_say_the_same_or_the_reverse():
+    pair = Pair([1], [2], [3])
+    notes = [row["note"] for row in table_rows([pair, pair, pair._replace(chosen=[3], rejected=[2])], range(3), None)]
+    assert notes == ["", "the same as 0 of the training data", "0 of the training data says the reverse"]
 
 
 def test_the_page_of_single_responses_has_each_on_its_own_side(tmp_path):

@@ -139,6 +139,7 @@ def test_margin_and_weight():
         ("One two.", "One two. ", "One two"),  # white space alone is no response
         ("Say cafe\u0301 now", "Say cafe now", "Say"),  # an accent that is a character of its own
         ("Hi \U0001f468\u200d\U0001f469 a", "Hi \U0001f468\u200d\U0001f466 a", "Hi"),  # a joined emoji
+        ("Q: it's so", "Q: it'd be", "Q:"),
         ("yes", "no", ""),
         ("same", "same thing", ""),
     ],
@@ -158,6 +159,14 @@ def test_implicit_prompt_of_strings():
     assert (read.prompt, read.chosen, read.rejected) == ("Q: hi A:", " yes", " no")
     with pytest.raises(ConfigError, match="there is no prompt; the row's keys are chosen, rejected. Give each row"):
         RowReader()(row)
+    with pytest.raises(ConfigError, match="there is no prompt, and chosen and rejected share no beginning to take for"):
+        RowReader(chat=False)({"chosen": "Lima.", "rejected": "Paris."})
+
+
+def test_a_prompt_that_both_plain_texts_repeat_is_taken_off_them():
+    repeated = {key: f"Capital of Peru? {FORMS['strings'][key]}" for key in ("chosen", "rejected")}
+    read = RowReader(chat=False)(FORMS["strings"] | repeated)
+    assert (read.prompt, read.chosen, read.rejected) == ("Capital of Peru?", " Lima.", " Paris.")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +193,7 @@ def test_useless_rows(change, reason):
         ({"chosen": ""}, EMPTY_RESPONSE),
         ({"rejected": "Lima."}, EQUAL),
         ({"prompt": None, "chosen": " "}, EMPTY_RESPONSE),
+        ({"chosen": "Capital of Peru?", "rejected": "Capital of Peru? Paris."}, EMPTY_RESPONSE),
     ],
 )
 def test_useless_rows_of_plain_text(change, reason):
@@ -217,12 +227,14 @@ MALFORMED = [
     ({"chosen": [USER, LIMA, *MORE], "rejected": [USER, LIMA, USER, PARIS]}, "begins with a user message"),
     ({"prompt": [USER], "chosen": [LIMA, MORE[0]], "rejected": [PARIS]}, "chosen ends with a user message"),
     ({"prompt": [SYSTEM], "chosen": [USER, LIMA], "rejected": [PARIS]}, "does not repeat the prompt's messages"),
+    ({"prompt": [USER, LIMA], "chosen": [USER], "rejected": " Yes."}, "does not repeat the prompt's messages"),
     ({"prompt": "Hello", "chosen": [USER, LIMA], "rejected": [USER, PARIS]}, "do not hold the prompt"),
     ({"prompt": [USER, CALL], "chosen": [RESULT, LIMA], "rejected": "x"}, "chosen begins with a tool message"),
     (FORMS["strings"] | {"system": 3}, "system is a number"),
     ({**FORMS["messages"], "prompt": [SYSTEM, USER], "system": "Be long."}, "another system message"),
     (FORMS["strings"] | {"tools": "{"}, "tools is a string that is not JSON"),
     (FORMS["strings"] | {"tools": {"name": "x"}}, "tools is an object; it must be a list"),
+    (FORMS["strings"] | {"tools": [1]}, "tools is a list with something else than tool descriptions"),
     (FORMS["strings"] | {"chat_template_kwargs": [1]}, "chat_template_kwargs is a list"),
     (FORMS["strings"] | {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs has tokenize"),
     (FORMS["strings"] | {"margin": "2"}, "margin is '2'; it must be a finite number"),

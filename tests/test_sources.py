@@ -48,7 +48,7 @@ def test_names_of_the_validation_set(tmp_path, name):
     [
         json.dumps([ROW, ROW | {"chosen": "Peru"}]),
         json.dumps([ROW, ROW | {"chosen": "Peru"}], indent=1),
-        json.dumps({"version": 1, "data": [ROW, ROW | {"chosen": "Peru"}]}),
+        json.dumps({"version": 1, "tags": [], "data": [ROW, ROW | {"chosen": "Peru"}]}),
         json.dumps(ROW) + "\n" + json.dumps(ROW | {"chosen": "Peru"}),
     ],
 )
@@ -57,6 +57,12 @@ def test_json(tmp_path, text, folder):
     path = tmp_path / "train.json"
     path.write_text(text)
     assert chosen(load(tmp_path if folder else path)[0]) == ["It is Lima.", "Peru"]
+
+
+def test_json_that_holds_no_rows_is_named(tmp_path):
+    (tmp_path / "train.json").write_text('"text"')
+    with pytest.raises(ConfigError, match=r"train\.json holds no list of rows; expected a JSON array"):
+        load(tmp_path)
 
 
 def test_an_array_in_a_file_of_json_lines(tmp_path):
@@ -99,6 +105,13 @@ def test_rows_of_tables_are_named_by_their_line(tmp_path):
     (tmp_path / "train.csv").write_text("prompt,chosen,rejected,margin\nWho?,a,b,0..5\n")
     with pytest.raises(ConfigError, match=r"train\.csv:2: margin is '0\.\.5'; it must be a finite number"):
         load(tmp_path)
+    head = "prompt,chosen,rejected,chat_template_kwargs\n"
+    (tmp_path / "train.csv").write_text(head + 'Who?,a,b,"{""add_generation_prompt"": true}"\n')
+    with pytest.raises(ConfigError, match=r"train\.csv:2: chat_template_kwargs has add_generation_prompt"):
+        load(tmp_path)
+    (tmp_path / "train.csv").write_text(head + "Who?,a,b,\nWho?,a,b,{x}\n")
+    with pytest.raises(ConfigError, match=r"train\.csv:3: chat_template_kwargs is a string; it must be an object"):
+        load(tmp_path)
 
 
 def test_a_folder_with_one_file_of_any_name_and_a_folder_within(tmp_path):
@@ -118,6 +131,10 @@ def test_parquet_and_saved_data_sets(tmp_path):
     rows = [ROW | {"system": None}, ROW | {"chosen": "Peru", "system": ""}]
     package.Dataset.from_list(rows).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     assert chosen(load(tmp_path)[0]) == ["It is Lima.", "Peru"]
+    package.Dataset.from_list([ROW | {"chosen": "Yes"}]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
+    train, *_ = load(tmp_path)
+    assert chosen(train) == ["It is Lima.", "Peru", "Yes"]
+    assert train.where(2) == f"{tmp_path / 'train-00001-of-00002.parquet'}, row 0"
     found = package.DatasetDict({"train": package.Dataset.from_list(rows), "dev": package.Dataset.from_list(rows[:1])})
     found.save_to_disk(tmp_path / "saved")
     train, valid, _ = load(tmp_path / "saved")

@@ -414,6 +414,16 @@ def test_eos_behind_the_last_turn_alone_is_no_other_text():
     assert templates.tokenizer("phi3").decode(pair.chosen[slice(*pair.unscored[0][0])]).count("Sure?") == 1
 
 
+def test_a_result_that_is_written_otherwise_behind_reasoning_that_is_dropped_is_found():
+    tokenizer = templates.tokenizer("gpt_oss")
+    result = RESULT | {"content": '{"city": "Lima"}'}
+    row = ROW | {"tools": TOOLS, "chosen": [CALL | {"reasoning_content": "Peru."}, result, LIMA]}
+    pair = PreferenceDataset([row], tokenizer)[0]
+    ((start, stop),) = pair.unscored[0]
+    assert "city" in tokenizer.decode(pair.chosen[start:stop])
+    assert "look" in tokenizer.decode(pair.chosen[:start]) and "Lima" in tokenizer.decode(pair.chosen[stop:])
+
+
 def test_a_call_that_is_tried_again_is_scored_twice():
     tokenizer = templates.tokenizer("qwen3")
     turns = [CALL, RESULT | {"content": "error"}, CALL, RESULT, LIMA]

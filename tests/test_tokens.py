@@ -76,8 +76,8 @@ def test_whole_sequence_is_the_conversations_own_tokens(name):
 
 
 def test_a_raw_transformers_tokenizer_serves_too():
-    wrapped = tokenizers.smollm()
-    assert pair(wrapped._tokenizer, ROW) == pair(wrapped, ROW)
+    for wrapped in (tokenizers.smollm(), tokenizers.deepseek_r1()):
+        assert pair(wrapped._tokenizer, THOUGHT) == pair(wrapped, THOUGHT)
 
 
 def test_end_of_turn_that_does_not_end_generation_is_followed_by_eos():
@@ -338,6 +338,14 @@ def test_prompt_that_begins_the_response(name):
     assert texts(tokenizer, row) == (prompt + before + "It is", " Lima." + after, " Paris." + after)
 
 
+def test_prompt_that_begins_a_call():
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    call = {"role": "assistant", "content": " see.", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    row = {"tools": [tool], "prompt": [USER, {"role": "assistant", "content": "Let me"}]}
+    read = texts(tokenizers.qwen3(), row | {"chosen": [call], "rejected": " go."})
+    assert read[0].endswith("Let me") and read[1] == " see.<tool_call>\nlook{}\n</tool_call><|im_end|>"
+
+
 def test_prompt_that_begins_the_response_with_reasoning():
     begun = {"role": "assistant", "content": "It is", "reasoning_content": "Peru."}
     row = {"prompt": [USER, begun], "chosen": " Lima.", "rejected": " Paris."}
@@ -374,6 +382,15 @@ def test_response_that_the_prompt_cannot_lead_to():
         pair(tokenizer, ROW)
 
 
+def test_template_that_changes_what_the_response_goes_on_from():
+    tokenizer = tokenizers.with_template(
+        tokenizers.qwen(), tokenizers.CHATML.replace("m.content", "m.content|replace('It', 'At')")
+    )
+    row = {"prompt": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It"}], "chosen": " is"}
+    with pytest.raises(ConfigError, match="does not keep the assistant message that the prompt ends with"):
+        pair(tokenizer, row | {"rejected": " was"})
+
+
 def test_template_that_refuses_a_row():
     raising = tokenizers.byte_level((), "{{ raise_exception('only users') }}", None, "</s>")
     with pytest.raises(ConfigError, match="row 0: the tokenizer's chat template refuses the row .only users."):
@@ -402,6 +419,14 @@ def test_tokenizer_that_prepares_text_when_it_encodes():
 def test_tokenizer_without_eos():
     tokenizer = tokenizers.byte_level((), None, None, None)
     assert tokenizer.decode(pair(tokenizer, ROW).chosen) == "It is Lima."
+    # The model's configuration may name what ends generation.
+    tokenizer = TokenizerWrapper(tokenizer._tokenizer, eos_token_ids=[5])
+    assert pair(tokenizer, ROW).chosen[-1] == 5
+
+
+def test_response_of_eos_alone_is_left_out(capsys):
+    assert len(PreferenceDataset([ROW | {"chosen": "<|im_end|>"}, ROW], tokenizers.qwen())) == 1
+    assert "1 with an empty response" in capsys.readouterr().out
 
 
 def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
