@@ -63,6 +63,10 @@ def test_json_that_holds_no_rows_is_named(tmp_path):
     (tmp_path / "train.json").write_text('"text"')
     with pytest.raises(ConfigError, match=r"train\.json holds no list of rows; expected a JSON array"):
         load(tmp_path)
+    for text in ("", "[]"):
+        (tmp_path / "mine.jsonl").write_text(text)
+        with pytest.raises(ConfigError, match=r"mine\.jsonl holds no rows; it must hold a JSON object"):
+            load(tmp_path / "mine.jsonl")
 
 
 def test_an_array_in_a_file_of_json_lines(tmp_path):
@@ -85,10 +89,11 @@ def test_one_row_in_a_json_file(tmp_path):
 @pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("tsv", "\t")])
 def test_tables(tmp_path, ending, delimiter):
     lists = {"prompt": "Who?", "chosen": str([{"role": "assistant", "content": "Line\none, 'two'"}]), "rejected": "b"}
-    write_table(tmp_path / f"train.{ending}", [ROW | {"margin": ""}, lists | {"margin": "1.5"}], delimiter)
+    long = ROW | {"rejected": "b" * 2**18, "margin": "2"}
+    write_table(tmp_path / f"train.{ending}", [ROW | {"margin": ""}, lists | {"margin": "1.5"}, long], delimiter)
     train, *_ = load(tmp_path)
-    assert chosen(train) == ["It is Lima.", "Line\none, 'two'"]
-    assert [pair.margin for pair in train] == [0.0, 1.5]
+    assert chosen(train) == ["It is Lima.", "Line\none, 'two'", "It is Lima."]
+    assert [pair.margin for pair in train] == [0.0, 1.5, 2.0]
 
 
 @pytest.mark.parametrize(("line", "more"), [("a,b", "fewer"), ("a,b,c,d", "more")])
@@ -275,6 +280,10 @@ def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*silent, *rows])))
     assert chosen(load(tmp_path)[0]) == ["b"]
     assert "1 pairs of rows with one labelled completion (KTO); 2 rows have no answer or" in capsys.readouterr().out
+    for other in ({"prompt": "Me?"}, {"tools": [{"name": "look"}]}, {"chat_template_kwargs": {"brief": True}}):
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[1] | other])))
+        with pytest.raises(ConfigError, match="no prompt has both a good and a bad one"):
+            load(tmp_path)
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[1] | {"weight": -1}])))
     with pytest.raises(ConfigError, match=r"train\.jsonl:2: weight is -1"):
         load(tmp_path)

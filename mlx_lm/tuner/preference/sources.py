@@ -213,7 +213,7 @@ def _read_lines(path):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                if not rows and text[0] == "[" and isinstance(found := _whole(path), list) and found:
+                if not rows and text[0] == "[" and isinstance(found := _whole(path), list):
                     if all(isinstance(row, Mapping) for row in found):
                         return Rows(found, lambda i: f"{path}, row {i}", str(path))
                 rows.append(json.loads(text))
