@@ -85,13 +85,13 @@ def check_tokens(model, datasets, key):
     """
     kinds = (nn.Embedding, nn.QuantizedEmbedding)
     rows = max((module.weight.shape[0] for module in model.modules() if isinstance(module, kinds)), default=None)
-    highest = max((max(map(max, pair[:3])) for dataset in datasets for pair in dataset), default=0)
+    highest = max(max(map(max, pair[:3])) for dataset in datasets for pair in dataset)
     if rows is not None and highest >= rows:
         raise ConfigError(
             f"the data's tokens go up to id {highest}, but the model that {key} names has {rows}: "
             "the tokenizer is another model's."
         )
-    longest = max((len(pair[0]) + max(map(len, pair[1:3])) for dataset in datasets for pair in dataset), default=0)
+    longest = max(len(pair[0]) + max(map(len, pair[1:3])) for dataset in datasets for pair in dataset)
     most = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     if isinstance(most, int) and longest > most:
         rprint(
