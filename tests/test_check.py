@@ -309,6 +309,7 @@ class TestCheck:
         [
             ("cosine_decay", "lr_schedule is 'cosine_decay'; give name, arguments and"),
             ({"name": "cosine_decay"}, "give name, arguments and"),
+            ({"arguments": [1]}, "give name, arguments and"),
             ({"name": "cosine", "arguments": [1]}, r"'cosine' \(did you mean cosine_decay\?\); it must be one of"),
             ({"name": "join_schedules", "arguments": [1]}, "it must be one of cosine_decay, exponential_decay"),
             ({"name": ["a"], "arguments": [1]}, "it must be one of"),

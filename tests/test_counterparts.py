@@ -75,7 +75,13 @@ EXAMPLES = {
         {"grad_checkpoint": True},
     ),
     "max_grad_norm": ({"max_grad_norm": 0.0}, {"max_grad_norm": None}),
-    "optim": ({"optim": "sgd"}, {"optimizer": "sgd", "optimizer_config": {"sgd": {"weight_decay": 0.0}}}),
+    "optim": (
+        {"optim": "adafactor"},
+        {
+            "optimizer": "adafactor",
+            "optimizer_config.adafactor": {"weight_decay": 0.0, "scale_parameter": False, "relative_step": False},
+        },
+    ),
     "weight_decay": ({"weight_decay": 0.1}, {"optimizer_config.adamw.weight_decay": 0.1}),
     "adam_beta1": ({"adam_beta1": 0.8}, {"optimizer_config.adamw.betas": [0.8, 0.999]}),
     "adam_beta2": ({"adam_beta2": 0.95}, {"optimizer_config.adamw.betas": [0.9, 0.95]}),
@@ -272,6 +278,12 @@ def test_what_has_no_counterpart_here_is_told():
     ):
         assert told in comments
     assert any(line.startswith("lr_schedule: linear, 9 of warmup there; with U updates") for line in comments)
+    assert "steps_per_eval: epoch there; a validation every so many" in translate(
+        {"eval_strategy": "epoch"}, "dpo.yaml"
+    )
+    services = translate({"report_to": ["swanlab", "trackio", "none"]}, "dpo.yaml")
+    assert "\nreport_to: swanlab\n# report_to: trackio cannot be reported to.\n" in services
+    assert "optimizer: adamw  # adamw_bnb_8bit there\n" in translate({"optim": "adamw_bnb_8bit"}, "dpo.yaml")
     assert "\nresume: true  # the newest state" in translate({"resume_from_checkpoint": True}, "dpo.yaml")
 
 

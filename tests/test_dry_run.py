@@ -199,9 +199,15 @@ def test_quantiles_of_lengths_and_marks_around_what_is_scored(capsys):
 
 
 def test_lengths_of_labelled_completions_are_not_those_of_chosen_and_rejected_ones(capsys):
-    rows = [{"prompt": f"Who{i}?", "completion": "the " * (2 + i), "label": i > 1} for i in range(4)]
+    rows = [{"prompt": f"Who{i}?", "completion": "the " * (2 + i), "label": i > 0} for i in range(4)]
     describe_data({"train": PreferenceDataset(rows, smollm(), unpaired=True)}, smollm())
-    table = capsys.readouterr().out.partition("\ntokens")[2].partition("\npairs")[0]
+    table, _, pairs = capsys.readouterr().out.partition("\ntokens")[2].partition("\npairs")
+    assert re.findall(r"^    (not so|desirable|another's) ", pairs, re.M) == [
+        "not so",
+        "another's",
+        "desirable",
+        "another's",
+    ]
     named = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()[1:] if line]
     assert [name for name, *_ in named] == ["prompt", "completion", "another's"]
     assert float(named[1][-1]) - float(named[1][1]) == 3

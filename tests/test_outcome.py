@@ -465,6 +465,8 @@ def test_one_report_is_seen(tmp_path, monkeypatch):
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 9, key: 0.7}) + "\n")
         curves.plot_metrics(tmp_path)
         assert drawn[-1].axes[0].lines[0].get_marker() in ("s", "o")
+        kind = "training" if key == "loss" else "validation"
+        assert drawn[-1].axes[0].get_legend().get_texts()[0].get_text() == f"loss, {kind}"
 
 
 def test_runs_of_any_name_are_in_the_legend(tmp_path, monkeypatch):
@@ -478,6 +480,11 @@ def test_runs_of_any_name_are_in_the_legend(tmp_path, monkeypatch):
         (folder / "adapter_config.json").write_text(json.dumps({f"a key of some length {j}": i for j in range(9)}))
     curves.plot_runs(folders)
     drawn[0].canvas.draw()
+    assert curves.differences(folders[:2]) == [
+        f"{folder}: " + ", ".join(f"a key of some length {j} {i}" for j in range(9))
+        for i, folder in enumerate(folders[:2])
+    ]
+    assert curves.differences(folders[:1]) == [str(folders[0])]
     assert drawn[0].legends[0].get_title().get_text() == "lines, squares: training; circles: valid"
     assert [line.get_marker() for line in drawn[0].axes[0].lines] == ["s", "s", "o"]
     texts = [text.get_text().replace("\n", " ") for text in drawn[0].legends[0].get_texts()]

@@ -221,6 +221,7 @@ MALFORMED = [
     (FORMS["strings"] | {"images": ["a.png", "b.png"]}, "the row has images, and only text can be trained on; leave"),
     ({"image": {"bytes": "x"}, "question": "a", "chosen": "b", "rejected": "c"}, "the row has image, and only text"),
     ({"chosen": "yes", "rejected": "no", "id": 3}, "there is no prompt; the row's keys are chosen, rejected, id"),
+    ({"from": "a", "asks": "Sure?", "chosen": "yes", "rejected": "no"}, "such as prompt_feature: asks"),
     ({"chosen": "yes", "rejected": [USER, LIMA]}, "must be of one type"),
     ({"chosen": [LIMA], "rejected": [PARIS]}, "share no leading messages"),
     ({"chosen": [USER, LIMA], "rejected": [SYSTEM, USER, PARIS]}, "share no leading messages"),
