@@ -230,6 +230,11 @@ class TestUnreadKeys:
         assert "[WARNING] beta is set, but loss_type is sft" in told(beta=0.2)
         assert "[WARNING] label_smoothing, resume are set, but" in told(label_smoothing=0.1, resume=True)
 
+    @pytest.mark.parametrize("line, holds", [('{"chosen": 1, "rejected": 2}', True), ("3", False), ("{", False)])
+    def test_the_first_line_of_a_file_tells_preferences(self, tmp_path, line, holds):
+        (tmp_path / "valid.jsonl").write_text(line)
+        assert config.holds_preferences(tmp_path) == holds
+
     def test_only_the_first_of_several_workers_warns(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(mx.distributed, "init", lambda *_: SimpleNamespace(rank=lambda: 1, size=lambda: 2))
         assert self.unread(capsys, False, betta=0.1) == []

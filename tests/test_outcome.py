@@ -28,7 +28,7 @@ import mlx_lm.lora
 from mlx_lm import load
 from mlx_lm.tuner.preference import curves
 from mlx_lm.tuner.preference.answers import MOST_TOKENS, print_side_by_side
-from mlx_lm.tuner.preference.card import MARK, write_card
+from mlx_lm.tuner.preference.card import MARK, shared_name, write_card
 from mlx_lm.tuner.preference.check import warn_of_ended_schedule
 from mlx_lm.tuner.preference.interruption import resume_command
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
@@ -501,6 +501,13 @@ def test_a_card_tells_a_schedule_and_a_command_that_a_shell_reads(run, tmp_path)
     assert "| learning_rate | name cosine_decay, arguments [0.0005, 900], warmup 2 |" in text
     command = re.search(r"^mlx_lm.generate .*$", text, re.MULTILINE)[0]
     assert shlex.split(command)[1:3] == ["--model", "my model's"]
+
+
+def test_a_folder_with_the_form_of_a_hub_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shared_name("models/tiny") == "models/tiny"
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert shared_name("models/tiny") == "tiny"
 
 
 def test_the_best_validation_is_the_one_that_save_best_asks_for():

@@ -388,7 +388,7 @@ def test_of_a_conversation_each_turn_of_the_models_is_scored_and_no_other_or_it_
         "c": CALL,
         "t": RESULT | {"content": '{"t": "qqt"}'},
     }
-    for said in ("aue", "aua", "aueua", "Aue", "aua", "cta", "ctcta", "ctaue", "ave", "avava"):
+    for said in ("aue", "aua", "aueua", "Aue", "aua", "cta", "ctcta", "ctaue", "ave", "avava", "eaue"):
         response = [{key: value for key, value in turns[name].items() if key != "mine"} for name in said]
         row = ROW | {"chosen": response, **({"tools": TOOLS} if "c" in said else {})}
         try:

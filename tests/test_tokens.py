@@ -327,6 +327,10 @@ def test_tool_call_that_the_template_leaves_out_is_refused():
         ConfigError, match="row 0: the tokenizer's chat template does not write the call of the tool look"
     ):
         pair(tokenizers.deepseek_r1(), ROW | {"chosen": [CALL | {"content": "Hm."}]})
+    named = "m.content + ((m.tool_calls or []) | map(attribute='function.name') | join)"
+    tokenizer = tokenizers.with_template(tokenizers.qwen(), tokenizers.CHATML.replace("m.content", named))
+    with pytest.raises(ConfigError, match="does not write the arguments of the call of the tool look"):
+        pair(tokenizer, ROW | {"chosen": [CALL | {"content": "Hm."}]})
 
 
 @pytest.mark.parametrize("name", TEXTS)
