@@ -34,7 +34,7 @@ from mlx_lm.tuner.preference.interruption import resume_command
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.outcome import next_commands, print_closing
+from mlx_lm.tuner.preference.outcome import Outcome, next_commands, print_closing
 from mlx_lm.tuner.preference.page import table_rows, write_page
 from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.preference.run import make_room
@@ -117,6 +117,14 @@ def test_sampling_needs_a_validation_set_and_a_tokenizer(run, tmp_path, capsys):
     assert "sample_prompts need validations" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="sample_prompts needs a tokenizer"):
         short_run(tiny_llama(), some_pairs(4), tmp_path, valid=some_pairs(4), sample_prompts=1)
+
+
+@pytest.mark.parametrize(("iteration", "kept"), [(0, []), (4, [0, 4])])
+def test_answers_of_an_interrupted_run_that_come_again_are_dropped(tmp_path, iteration, kept):
+    (tmp_path / "samples.jsonl").write_text("".join(f'{{"iteration": {i}}}\n' for i in (0, 4, 8)))
+    logps, args = SimpleNamespace(val_dataset=None), SimpleNamespace(sample_prompts=1)
+    Outcome(tmp_path, None, logps, args, {}, None, None, iteration)
+    assert [line["iteration"] for line in read_metrics(tmp_path / "samples.jsonl")] == kept
 
 
 # Presses the heads of the columns and filters, and writes down what the table then shows.
