@@ -373,7 +373,7 @@ def test_a_picture_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys)
         call(mlx_lm.lora.main, "--plot", str(tmp_path))
     assert "error: plot: the picture cannot be written (" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        call(mlx_lm.lora.main, "--plot", str(tmp_path), str(tmp_path / "none"))
+        call(mlx_lm.lora.main, "--plot", str(tmp_path / "none"))
     assert "none: there is no metrics.jsonl with figures of a run in it." in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for folders in ([tmp_path], [tmp_path, tmp_path]):
