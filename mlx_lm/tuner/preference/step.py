@@ -92,7 +92,7 @@ class Objective:
             [(values * batch.counts).sum() for values in part] for part in (figures[:own], moments, figures[own:])
         )
         counts = [batch.counts.sum(), batch.ntoks.astype(mx.float32)]
-        return loss, mx.stack([mx.stop_gradient(loss), *sums, *counts, *moments, *further])
+        return loss, mx.stack([loss, *sums, *counts, *moments, *further])
 
     @contextmanager
     def watching(self):
@@ -113,7 +113,7 @@ class Objective:
         """
         with self.watching(), aside() as told:
             rows = self.scorer(batch, alignment=self.loss.reads_wpo, gradient=gradient, by_token=by_token)
-        pairs = self._pair_logps(rows, batch, mx.stop_gradient(reference))
+        pairs = self._pair_logps(rows, batch, reference)
         if self.loss.unpaired:
             pairs = pairs._replace(kl=kl_estimate(pairs))
         weights = None
@@ -127,7 +127,7 @@ class Objective:
             balance, shares = _balanced(told, batch)
             losses = losses + self.router_coef * balance
             further += [balance, *shares]
-        return losses, [mx.stop_gradient(mx.broadcast_to(x, losses.shape)) for x in figures + further]
+        return losses, [mx.broadcast_to(x, losses.shape) for x in figures + further]
 
     def order(self, margins, pairs):
         """The margins' signs, 0 for a tie, which is a coin toss.
@@ -136,7 +136,7 @@ class Objective:
         """
         if self.loss.needs_reference:
             sizes = 1 + mx.abs(pairs.policy_chosen) + mx.abs(pairs.policy_rejected)
-            tied = mx.abs(margins) <= ROUNDING * self.loss.parameters["beta"] * mx.stop_gradient(sizes)
+            tied = mx.abs(margins) <= ROUNDING * self.loss.parameters["beta"] * sizes
         else:
             tied = margins == 0
         # What is no number is no tie.
