@@ -251,7 +251,7 @@ def restore_run(path, step, logps):
         high, low = arrays["random"].tolist()
         state = _part(arrays, "optimizer")
         missing = {name for name, _ in tree_flatten(step.optimizer.state)} - set(state)
-        if missing and progress.updates > 0:
+        if missing:
             raise ValueError(f"it has no {min(missing)} of the optimizer's")
         tables = _part(arrays, "logps")
         logps.train = np.array(tables["reference"]) if "reference" in tables else logps.train
