@@ -115,9 +115,10 @@ def test_what_it_tells(tmp_path, capsys):
 
 
 def test_the_time_of_a_run_without_validations(tmp_path, capsys, few):
-    assert command("--check", "--steps", "1", "--val-batches", "0", folder=tmp_path, data=few) == 0
+    flags = "--steps", "1", "--val-batches", "0", "--reference-model", str(EXAMPLES / "tiny_chat_model")
+    assert command("--check", *flags, folder=tmp_path, data=few) == 0
     out = capsys.readouterr().out
-    assert "12 steps of" in out and "validations" not in out
+    assert "12 steps of" in out and "reference, where none of it is kept" in out and "validations" not in out
 
 
 def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch, few):

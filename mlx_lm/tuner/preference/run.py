@@ -137,8 +137,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
             exchanged = (args.reference_update_steps or 0) * args.grad_accumulation_steps
             logps.take(reference, schedule.visited(1, exchanged or args.iters))
             logps.of_bare = reference.scorer is not None and reference.scorer.model is model and does_nothing(model)
-        if not args.check and args.reference_model is not None:
-            reference.release()
+            if args.reference_model is not None:
+                reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
     if args.lora_plus_ratio is not None:
         optimizer = lora_plus(optimizer, args.lora_plus_ratio)
