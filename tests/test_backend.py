@@ -17,6 +17,9 @@ from mlx_lm.tuner.preference.options import ConfigError
 
 
 def test_other_systems_and_gpus_are_left_alone(monkeypatch):
+    assert _backend._installed("mlx") and not _backend._installed("no-such-package")
+    # Whether a fast BLAS is loaded here is not looked at.
+    monkeypatch.setattr(_backend, "open", None, raising=False)
     monkeypatch.setattr(_backend.sys, "platform", "darwin")
     assert not _backend.is_linux_cpu() and _backend.slow_blas_hint() is None
     monkeypatch.setattr(_backend.sys, "platform", "linux")
