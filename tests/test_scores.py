@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import short_run, some_pairs, tiny_llama
 
-from mlx_lm.tuner.preference.divergence import mean_kl, token_kl
+from mlx_lm.tuner.preference.divergence import kl_of_logits, mean_kl, token_kl
 from mlx_lm.tuner.preference.evaluation import means_of, pair_figures, without_adapters
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
@@ -23,6 +23,7 @@ from mlx_lm.tuner.preference.scores import (
     paired_interval,
     score,
     student,
+    unpaired_interval,
     wilson,
     write_predictions,
 )
@@ -69,6 +70,22 @@ def test_the_interval_of_few_differences_is_students():
     assert np.mean([low < 1 < high for low, high in intervals]) == pytest.approx(0.95, abs=0.015)
 
 
+def test_the_interval_of_the_margin_of_single_responses():
+    """Good ones gained 1 and 3, bad ones 1 and 2: 2 - 1.5, and variances of 2 and 0.5 of two each."""
+    good, gains = np.array([1.0, 1, 0, 0]), np.array([1.0, 3, 1, 2])
+    first = {DESIRABLE: good, "rewards/chosen": np.zeros(4), "rewards/rejected": np.zeros(4)}
+    second = {"rewards/chosen": good * gains, "rewards/rejected": (1 - good) * gains}
+    half = 1.959964 * 1.25**0.5
+    assert unpaired_interval(first, second) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
+    for rows, expected in (
+        ([0, 2, 3], (-0.5, -math.inf, math.inf)),
+        ([0, 1], [math.nan] * 3),
+        ([2, 3], [math.nan] * 3),
+    ):
+        some = ({name: values[rows] for name, values in figures.items()} for figures in (first, second))
+        assert unpaired_interval(*some) == pytest.approx(expected, nan_ok=True)
+
+
 def plain_kl(model, pairs):
     """Of each response token, by the definition, from rows of one response each."""
     found = []
@@ -106,6 +123,10 @@ def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
         found = token_kl(policy, Scorer(tiny_llama(lora=False)), pairs, evaluate)
         assert found == pytest.approx(expected, abs=1e-5)
     assert mean_kl(Scorer(tiny_llama(lora=False)), None, pairs, np.arange(5)) is None
+    # One whose vocabulary is filled up to another number.
+    wider = tiny_llama(lora=False)
+    wider.lm_head.weight = mx.pad(wider.lm_head.weight, [(0, 3), (0, 0)])
+    assert mean_kl(policy, Scorer(wider), pairs, np.arange(5)) is None
     monkeypatch.setattr("mlx_lm.tuner.preference.divergence.MOST_PAIRS", 2)
     few = np.mean(plain_kl(model, [pairs[0], pairs[4]]))
     assert mean_kl(policy, None, pairs, np.arange(5)) == (pytest.approx(few, abs=1e-5), 2)
@@ -117,6 +138,11 @@ def test_what_rounding_leaves_of_a_kl_is_not_below_0(monkeypatch):
     policy = Scorer(tiny_llama())
     assert mean_kl(policy, None, some_pairs(2), np.arange(2)) == (0.0, 2)
     assert math.isnan(mean_kl(policy, None, some_pairs(2), np.arange(2))[0])
+
+
+def test_the_kl_of_logits_in_half_precision_is_taken_in_float32():
+    logits = (4 * mx.random.normal((2, 3, 97), key=mx.random.key(0))).astype(mx.bfloat16)
+    assert mx.array_equal(kl_of_logits(*logits), kl_of_logits(*logits.astype(mx.float32)))
 
 
 @pytest.mark.parametrize("count", [5, 1])
@@ -195,6 +221,8 @@ def test_the_lines_of_a_test(scores):
         ("a", 2),
         ("b", 2),
     ]
+    low, high = wilson(found.figures["rewards/accuracies"][[0, 4]].mean(), 2)
+    assert f" {low:.3f} to {high:.3f} " in sources[1]
     assert float(sources[1].split()[-1]) == pytest.approx(found.figures["loss"][[0, 4]].mean(), abs=1e-3)
     plain = described(found._replace(sources=[None] * 5, kl=None))
     assert plain.count("\n") == 1 and "KL" not in plain
