@@ -1,5 +1,6 @@
 """Mixtures of experts: the load-balancing loss against its formula in float64, routers of every model type, runs."""
 
+import math
 import re
 
 import mlx.core as mx
@@ -89,6 +90,10 @@ def test_even_use_gives_k_and_one_expert_for_all_gives_their_number():
     one = [mx.array([[50.0, 0, 0, 0]] * 3), mx.array([[1.0, 0, 0, 0]] * 3)]
     assert load_balancing_loss(one, mx.ones(3))[0].item() == pytest.approx(4.0)
     assert load_balancing_loss([50 * mx.eye(4), mx.eye(4)], mx.ones(4))[0].item() == pytest.approx(1.0)
+    # Logits in half precision, of which probabilities are taken in float32: e / (e + 3) of 1, 0, 0 and 0.
+    half = [(one[0] / 50).astype(mx.bfloat16), one[1]]
+    expected = pytest.approx(4 * math.e / (math.e + 3), rel=1e-6)
+    assert load_balancing_loss(half, mx.ones(3))[0].item() == expected
 
 
 # Every model type

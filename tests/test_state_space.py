@@ -100,12 +100,14 @@ def test_without_a_state_it_begins_with_zeros(name):
         assert mx.array_equal(a, b)
 
 
-def test_sums_are_in_float32():
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_sums_are_in_float32(name):
     """Half precision's inputs alone are rounded."""
-    inputs = [x.astype(mx.bfloat16) for x in make_inputs(CHUNK + 9)]
-    exact = [x.astype(mx.float32) for x in inputs]
-    assert all(x.dtype == mx.float32 for x in decayed_sums(*inputs))
-    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(decayed_sums(*inputs), decayed_sums(*exact), strict=True))
+    function, _, make, chunk = RECURRENCES[name]
+    inputs = [x.astype(mx.bfloat16) for x in make(chunk + 9)]
+    found, exact = function(*inputs), function(*(x.astype(mx.float32) for x in inputs))
+    assert all(x.dtype == mx.float32 for x in found)
+    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(found, exact, strict=True))
 
 
 def test_a_sequence_goes_on_from_a_state():
