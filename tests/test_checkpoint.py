@@ -480,6 +480,8 @@ class TestLeftOut:
         schedule = SimpleNamespace(rows=rows.get, pairs=heavy)
         with pytest.raises(ConfigError, match="iteration 2, on the pairs row 2, 3; .* row 1 has a weight of 1e.38"):
             refuse_non_finite_steps([0.7, np.nan], [None, None], 1, schedule, "row {}".format)
+        with pytest.raises(ConfigError, match="the gradient is not finite at iteration 1, on the pairs row 0, 1; "):
+            refuse_non_finite_steps([0.7, 0.7], [np.inf, None], 1, schedule, "row {}".format)
 
     @pytest.mark.parametrize("every", [1, 12])
     def test_a_run_without_a_finite_update_ends(self, every, tmp_path, monkeypatch, capsys):
@@ -667,6 +669,13 @@ class TestBest:
             assert all(mx.array_equal(found[key], whole[key]).item() for key in whole)
         kept = [mx.load(str(tmp_path / run / "best" / "adapters.safetensors")) for run in ("whole", "parted")]
         assert all(mx.array_equal(kept[0][name], kept[1][name]).item() for name in kept[0])
+
+    def test_a_run_without_a_gain_says_that_none_are_kept(self, tmp_path, capsys):
+        trained(tmp_path, save_best="margin", rate=0.0, **self.OPTIONS | {"iters": 1})
+        out = capsys.readouterr().out
+        assert "No validation had a better margin than the one before training" in out
+        assert "pairs say little" in out
+        assert not (tmp_path / "best").exists()
 
     def test_without_validations_it_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="save_best, early_stop and sample_prompts need validations"):
