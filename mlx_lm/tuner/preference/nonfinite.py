@@ -17,7 +17,7 @@ def update_if(finite, optimizer, module, gradients):
     """Update a module, or leave it and the optimizer's state as they are where `finite`, a boolean, is false."""
     before = tree_map(lambda value: value, [module.parameters(), optimizer.state])
     # Zeros, so that nothing that is not finite goes further.
-    optimizer.update(module, tree_map(lambda value: mx.where(finite, value, 0).astype(value.dtype), gradients))
+    optimizer.update(module, tree_map(lambda value: mx.where(finite, value, 0), gradients))
     after = [module, optimizer.state]
     _put(after, tree_map(lambda old, new: mx.where(finite, new, old), before, after))
 

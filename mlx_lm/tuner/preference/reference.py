@@ -205,6 +205,5 @@ def ample_tokens(scorer, longest, most=MOST_TOKENS):
 def device_memory():
     """Bytes of memory of the default device."""
     info = mx.device_info()
-    if "memory_size" in info or "total_memory" in info:
-        return info.get("memory_size") or info["total_memory"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = info.get("memory_size") or info.get("total_memory")
+    return found or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

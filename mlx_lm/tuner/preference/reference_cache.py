@@ -78,7 +78,7 @@ def checksum(array):
     factors = [mx.array(factor, mx.uint32) for factor in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35)]
     sums = mx.zeros((2,), mx.uint32)
     for start in range(0, words.size, CHECKSUM_WORDS):
-        part = words[start : start + CHECKSUM_WORDS].astype(mx.uint32)
+        part = words[start : start + CHECKSUM_WORDS]
         mixed = part ^ (mx.arange(start, start + part.size, dtype=mx.uint32) * factors[0])
         mixed = (mixed ^ (mixed >> 16)) * factors[1]
         mixed = (mixed ^ (mixed >> 13)) * factors[2]
