@@ -129,7 +129,8 @@ CASES = {
     "in the middle of an accumulation": {"grad_accumulation_steps": 2},
     "before the first update": {"grad_accumulation_steps": 5},
     "dropout": {"dropout": 0.3},
-    "reference updates": {"reference_update_steps": 2},
+    # A validation before the next update is against the reference that was saved.
+    "reference updates": {"reference_update_steps": 2, "steps_per_eval": 4},
     "a moving reference": {"reference_update_steps": 2, "reference_mixup_alpha": 0.3},
     "faster second matrices": {"lora_plus_ratio": 4.0, "grad_accumulation_steps": 2},
     "reference updates, accumulation, dropout": {
@@ -178,6 +179,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(nam
     after = mx.load(str(parted / "adapters.safetensors"))
     assert any(not mx.array_equal(after[key], before[key]).item() for key in after)
     assert [line["iteration"] for line in metrics(parted) if "loss" in line] == list(range(1, 8))
+    losses = [[line["eval_loss"] for line in metrics(folder) if "eval_loss" in line] for folder in (parted, whole)]
+    assert losses[0] == losses[1]
 
 
 def metrics(folder):
