@@ -65,6 +65,17 @@ def test_a_step_has_trls_figures_and_gradient(case, arrangement):
         assert np.abs(np.array(gradient[name]) - np.array(values)).max() <= 1e-3 * np.abs(values).max(), name
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_response_is_right_on_its_labels_side_of_the_estimated_kl(flipped):
+    rows = [row._replace(label=row.label != flipped) for row in examples(TRL["batch"])]
+    objective = Objective(Scorer(trl_model("nonzero")), preference_loss("kto"))
+    reference = Reference(Scorer(tiny_llama(lora=False))).logps(rows, range(len(rows)))
+    batch = make_batch(rows, objective.scorer.arrangement)[0]
+    figures, *_ = as_means(np.array(objective(batch, mx.array(reference))[1]), objective.further)
+    ahead = np.array(objective.scorer(batch).total)[: len(rows)] - reference[:, 0, 0] > figures["kl"]
+    assert figures["rewards/accuracies"] == pytest.approx(np.mean(ahead == [row.label for row in rows]))
+
+
 def test_thirty_steps_are_trls(tmp_path, monkeypatch):
     trajectory = TRL["trajectory"]
     rows = examples(trajectory["rows"])
