@@ -27,6 +27,7 @@ from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference, ample_tokens, batches_of
 from mlx_lm.tuner.preference.reference_cache import ROW, Cache, checksum, fingerprint, row_key
+from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 from mlx_lm.utils import get_batched_logps
 
 ROOT = Path(__file__).parents[1]
@@ -213,6 +214,15 @@ def test_another_models_logps_are_read_and_the_model_is_freed_before_training(tm
     assert reports.validation[0]["eval_rewards/chosen"] == pytest.approx(rewards[:, 0].mean(), abs=1e-4)
     assert reports.training[0]["rewards/rejected"] == pytest.approx(rewards[:, 1].mean(), abs=1e-4)
     assert np.allclose(test_logps[:, :, 0], expected[:4], atol=1e-4)
+
+
+def test_an_evaluation_is_against_the_reference_model_and_counts_batches(monkeypatch):
+    model, other, calls = tiny_llama(lora=False), tiny_llama(moved=True, seed=9), []
+    monkeypatch.setattr(module, "load_named", lambda *_: (other, None))
+    args = TrainingArgs(loss_type=["dpo", "sft"], reference_model="other", reference_cache="none")
+    found = evaluate(model, PAIRS, 4, -1, args=args, progress_callback=lambda: calls.append(1))
+    assert len(calls) == -(-len(PAIRS) // 4)
+    assert found == pytest.approx(evaluate(model, PAIRS, 4, -1, args=args, reference=Reference(Scorer(other))))
 
 
 def test_a_reference_of_the_policy_itself_stays_usable(tmp_path):
