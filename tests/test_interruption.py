@@ -183,6 +183,16 @@ def test_a_second_signal_ends_at_once_and_handlers_are_given_back():
     assert signal.getsignal(signal.SIGTERM) is before and REQUEST.number is None
 
 
+def test_what_is_ignored_stays_so():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handled_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_thread_beside_the_main_one_takes_no_signals():
     def handler():
         with handled_signals():
