@@ -75,7 +75,7 @@ def test_the_interval_of_the_margin_of_single_responses():
     good, gains = np.array([1.0, 1, 0, 0]), np.array([1.0, 3, 1, 2])
     first = {DESIRABLE: good, "rewards/chosen": np.zeros(4), "rewards/rejected": np.zeros(4)}
     second = {"rewards/chosen": good * gains, "rewards/rejected": (1 - good) * gains}
-    half = 1.959964 * 1.25**0.5
+    half = student(1) * 1.25**0.5
     assert unpaired_interval(first, second) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
     for rows, expected in (
         ([0, 2, 3], (-0.5, -math.inf, math.inf)),
