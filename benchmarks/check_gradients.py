@@ -31,7 +31,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm._backend import prepare_for_training
 from mlx_lm.tuner.datasets import load_dataset
-from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, lengths_of, make_batch, shape_of
+from mlx_lm.tuner.preference.batches import PLAIN, Schedule, lengths_of, make_batch, shape_of
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
@@ -120,7 +120,7 @@ class Ways:
 
     def __init__(self, model):
         scorer = Scorer(model)
-        self.arrangements = [PACKED, PLAIN] if scorer.arrangement == PACKED else [PLAIN]
+        self.arrangements = list(dict.fromkeys([scorer.arrangement, PLAIN]))
         objective = Objective(scorer, preference_loss("dpo", beta=BETA))
         self.steps = {
             (arrangement, how, checkpoint): Step(model, None, objective, how == "compiled", together=not checkpoint)

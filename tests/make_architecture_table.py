@@ -13,7 +13,7 @@ import mlx.core as mx
 from architectures import ARCHITECTURES, SKIPPED, UNPACKED, UNTRAINABLE, make_model
 
 import mlx_lm
-from mlx_lm.tuner.preference.batches import PACKED
+from mlx_lm.tuner.preference.batches import PLAIN
 from mlx_lm.tuner.preference.logps import Scorer
 
 BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"
@@ -22,7 +22,7 @@ HEADER = "| model type | batches |\n|---|---|\n"
 
 def table_row(name, scorer):
     """The table's line on a model type, with what its scorer found."""
-    how = "packed" if scorer.arrangement == PACKED else f"plain: {UNPACKED[name]}"
+    how = f"plain: {UNPACKED[name]}" if scorer.arrangement == PLAIN else "packed"
     return f"| {name} | {how} |\n"
 
 

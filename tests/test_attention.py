@@ -17,13 +17,14 @@ from mlx_lm.tuner.preference import batches as batches_module
 from mlx_lm.tuner.preference import cpu_attention
 from mlx_lm.tuner.preference.attention import (
     KEYS_A_DIMENSION,
+    Layout,
     PackedCache,
     RowCache,
     Rows,
     Window,
     attention,
     gathered,
-    make_layout,
+    make_parts,
     tokens_first,
 )
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, at_once, make_batch
@@ -47,8 +48,7 @@ SEQUENCES = [np.array(row) for row in ([0, 1, 5], [2, 3, 4, 6], [0, 1, 7], [2, 3
 
 
 def test_a_layout_says_where_every_token_is():
-    made = make_layout(10, SEQUENCES, [([0, 1], 0, 4), ([2, 3], 2, 5)])
-    assert made.places.tolist() == [0, 1, 0, 1, 2, 2, 3, 2, 3, 0]
+    made = make_parts(10, SEQUENCES, [([0, 1], 0, 0, 4), ([2, 3], 0, 2, 5)])
     assert [keys.tolist() for keys in made.keys] == [
         [[0, 1, 5, 0], [2, 3, 4, 6]], [[0, 1, 7, 0, 0], [2, 3, 4, 8, 0]]
     ]  # fmt: skip
@@ -62,7 +62,13 @@ def test_a_layout_says_where_every_token_is():
     ]  # fmt: skip
 
 
-def inverses(layout, length):
+def laid_out(spans):
+    """The layout of SEQUENCES whose attention has such parts."""
+    places = np.array([0, 1, 0, 1, 2, 2, 3, 2, 3, 0], np.int32)
+    return at_once(Layout(places, make_parts(10, SEQUENCES, spans)))
+
+
+def inverses(layout):
     """Check that `outputs`, `answered` and `uses` say the same as the parts."""
     asked = [keys[:, -own.shape[1] :] for keys, own in zip(layout.keys, layout.answered, strict=True)]
     queries, keys, answered = (
@@ -84,13 +90,16 @@ def test_each_token_asks_once_and_is_a_key_of_each_of_its_sequences(multiple, mo
     monkeypatch.setattr(batches_module, "multiple", lambda: multiple)
     pairs = make_pairs([(13, 4, 9), (11, 6, 2), (40, 1, 30), (1, 1, 1)])
     batch, processed, padding = make_batch(pairs, PACKED)
-    tokens = inverses(batch.layout, processed)
+    tokens = inverses(batch.layout.attended)
     assert tokens.tolist() == list(range(processed - padding))
-    uses = (np.array(batch.layout.uses) >= 0).sum(axis=0)
+    uses = (np.array(batch.layout.attended.uses) >= 0).sum(axis=0)
     prompts = sum(len(pair.prompt) for pair in pairs)
     assert uses.tolist() == [2] * prompts + [1] * (processed - padding - prompts) + [0] * padding
     # On a GPU all sequences are one part; elsewhere rejected ones ask for what follows the shortest prompt.
-    shapes = [(own.shape, keys.shape) for own, keys in zip(batch.layout.answered, batch.layout.keys, strict=True)]
+    shapes = [
+        (own.shape, keys.shape)
+        for own, keys in zip(batch.layout.attended.answered, batch.layout.attended.keys, strict=True)
+    ]
     whole = -(-69 // multiple) * multiple
     assert shapes == ([((4, 40), (4, 40)), ((4, 68), (4, 69))] if multiple == 1 else [((8, whole), (8, whole))])
 
@@ -110,17 +119,17 @@ def alone(sequences, arrays, scale, mask, sinks):
     return out
 
 
-@pytest.mark.parametrize("widths", [[(range(4), 0, 4)], [(range(2), 0, 4), (range(2, 4), 2, 4)],
-                                    [(range(4), 0, 16)], [([0, 2], 0, 3), ([1, 3], 0, 4)]])  # fmt: skip
+@pytest.mark.parametrize("spans", [[(range(4), 0, 0, 4)], [(range(2), 0, 0, 4), (range(2, 4), 0, 2, 4)],
+                                   [(range(4), 0, 0, 16)], [([0, 2], 0, 0, 3), ([1, 3], 0, 0, 4)]])  # fmt: skip
 @pytest.mark.parametrize("mask", ["causal", Window(2), Window(9)])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_packed_attention_is_each_sequences_own(widths, mask, sinks):
+def test_packed_attention_is_each_sequences_own(spans, mask, sinks):
     draw = np.random.default_rng(1).normal
     arrays = [mx.array(draw(size=(10, heads, 1, 8)), mx.float32) for heads in (4, 2, 2)]
     sinks = mx.array(draw(size=4), mx.float32) if sinks else None
     factors = mx.array(draw(size=(9, 4, 8)), mx.float32)
-    layout = at_once(make_layout(10, SEQUENCES, widths))
-    inverses(layout, 10)
+    layout = laid_out(spans)
+    inverses(layout.attended)
     # Of a prompt's tokens both sequences have the output; the first one's is taken.
     first = [np.flatnonzero(np.isin(sequence, np.concatenate([[-1], *SEQUENCES[:i]]), invert=True))
              for i, sequence in enumerate(SEQUENCES)]  # fmt: skip
@@ -147,7 +156,7 @@ def test_packed_attention_is_each_sequences_own(widths, mask, sinks):
 
 
 def test_a_packed_cache_tells_positions_and_refuses_masks_and_rows():
-    cache = PackedCache(at_once(make_layout(10, SEQUENCES, [(range(4), 0, 4)])))
+    cache = PackedCache(laid_out([(range(4), 0, 0, 4)]))
     assert cache.offset.tolist() == [0, 1, 0, 1, 2, 2, 3, 2, 3, 0]
     assert cache.make_mask(1) == "causal" and cache.make_mask(1, window_size=5) == Window(5)
     one, two = mx.zeros((10, 2, 1, 8)), mx.zeros((5, 2, 2, 8))

@@ -21,8 +21,17 @@ from test_recurrent import loop, make_inputs, values_and_gradients
 from test_state_space import RECURRENCES
 
 from mlx_lm.tuner.preference import attention as attention_module
-from mlx_lm.tuner.preference.attention import PackedCache, Rows, Window, attention, gathered, make_layout, on_cuda
-from mlx_lm.tuner.preference.batches import PACKED, PLAIN, Schedule, at_once
+from mlx_lm.tuner.preference.attention import (
+    Layout,
+    PackedCache,
+    Rows,
+    Window,
+    attention,
+    gathered,
+    make_parts,
+    on_cuda,
+)
+from mlx_lm.tuner.preference.batches import PACKED, PLAIN, RECURRENT, Schedule, at_once
 from mlx_lm.tuner.preference.cuda_scan import selective_loops
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
@@ -67,10 +76,10 @@ ROUNDING, EXPERTS_SLACK = 0.002, 0.03
 ROUNDED_MORE = 1.5
 
 
-def real_pairs(count, seed=5):
-    """Pairs of random tokens whose longest sequences have 30 to 300 tokens."""
+def real_pairs(count, seed=5, prompt=(10, 150)):
+    """Pairs of random tokens whose longest sequences have 30 to 300 tokens, or others with longer prompts."""
     draw = np.random.default_rng(seed).integers
-    return make_pairs([(draw(10, 150), draw(20, 150), draw(20, 150)) for _ in range(count)])
+    return make_pairs([(draw(*prompt), draw(20, 150), draw(20, 150)) for _ in range(count)])
 
 
 def make_policy(name, dtype, **changes):
@@ -83,9 +92,13 @@ def make_policy(name, dtype, **changes):
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_plain_ones_in_float32(name, dtype):
     """Packed and plain batches in turns, eager and compiled, with and without grad_checkpoint, in one process."""
-    compared = compare(make_policy(name, dtype), real_pairs(4 * BATCHES), 4, BATCHES)
+    model = make_policy(name, dtype)
+    packed = Scorer(model).arrangement
+    # Of prompts so long a recurrence's states are passed on.
+    pairs = real_pairs(4 * BATCHES, prompt=(140, 270) if packed == RECURRENT else (10, 150))
+    compared = compare(model, pairs, 4, BATCHES)
     arrangements = {arrangement for arrangement, *_ in compared} - {PLAIN_PASS[0]}
-    assert arrangements == ({PLAIN} if name == "gemma2" else {PACKED, PLAIN})
+    assert arrangements == {packed, PLAIN} and (packed == PLAIN) == (name == "gemma2")
     assert all(len(found) == BATCHES for found in compared.values()) and len(compared) == 1 + 4 * len(arrangements)
     # What rounding alone does shows in the plain pass of the model's own dtype: to a tiny random model, much.
     slack = EXPERTS_SLACK if name in EXPERTS and dtype != mx.float32 else ROUNDING
@@ -157,7 +170,7 @@ def test_the_gated_delta_rule_is_the_loop_over_tokens(dtype, by_channel, width):
 
 
 # Widths as models have, and how many of the inputs a model has in its own dtype.
-RECURRENT = {
+OTHERS = {
     "decayed_sums": ({"key_width": 128, "value_width": 64}, 3),
     "selective_scan": ({"width": 96, "states": 16}, 4),
     "selective_loops": ({"width": 128, "states": 16}, 4),
@@ -166,12 +179,12 @@ RECURRENT = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_recurrences_are_their_loops_over_tokens(name, dtype):
     if name == "selective_loops" and not on_cuda():
         pytest.skip("kernels for CUDA")
     function, loop, make, _ = RECURRENCES.get(name, (selective_loops, *RECURRENCES["selective_scan"][1:]))
-    widths, rounded = RECURRENT[name]
+    widths, rounded = OTHERS[name]
     inputs = make(200, **widths)
     inputs = [x.astype(dtype) for x in inputs[:rounded]] + inputs[rounded:]
     expected, slopes = values_and_gradients(loop, [x.astype(mx.float32) for x in inputs])
@@ -267,7 +280,8 @@ def test_packed_attention_is_each_sequences_own(dtype, mask):
     draw = np.random.default_rng(0).normal
     arrays = [mx.array(draw(size=(768, heads, 1, 64)), dtype) for heads in (4, 2, 2)]
     slope = mx.array(draw(size=(768, 4, 1, 64)), dtype) * (mx.arange(768) < 659)[:, None, None, None].astype(dtype)
-    cache = PackedCache(at_once(make_layout(768, sequences, [(range(4), 0, 384)])))
+    parts = make_parts(768, sequences, [(range(4), 0, 0, 384)])
+    cache = PackedCache(at_once(Layout(np.zeros(768, np.int32), parts)))
     out, slopes = mx.vjp(lambda *qkv: cache.attend(*qkv, 0.125, mask, None), arrays, [slope])
     mx.eval(out, slopes)
     for sequence in sequences:

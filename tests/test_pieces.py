@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 from plain_pass import add_lora, make_pairs
 from test_recurrent import GATED
 
-from mlx_lm.tuner.preference import pieces
-from mlx_lm.tuner.preference.batches import PACKED, make_batch
+from mlx_lm.tuner.preference import batches, pieces
+from mlx_lm.tuner.preference.batches import RECURRENT, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.pieces import FUNCTIONS, recurrences_in_pieces
 from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, split
@@ -161,15 +161,17 @@ PACKS = ["mamba2", "nemotron_h", "falcon_h1", "lfm2", "qwen3_5", "granitemoehybr
 
 
 @pytest.mark.parametrize("name", PACKS)
-def test_tokens_of_a_packed_batch_recur_in_their_own_sequence(name):
+@pytest.mark.parametrize("begun", [1, 32])
+def test_tokens_of_a_packed_batch_recur_in_their_own_sequence(name, begun, monkeypatch):
     """A token of one sequence changes no logp of another, and each prompt's states are those of both its responses."""
+    monkeypatch.setattr(batches, "BEGUN", begun)  # 3 tokens of each prompt are run once for both, or none
     model, pairs = make_model(name), make_pairs([(9, 7, 5), (4, 6, 8)])
     model.eval()
     scorer = Scorer(model)
-    assert scorer.arrangement == PACKED
+    assert scorer.arrangement == RECURRENT
 
     def logps(pairs):
-        return np.array(scorer(make_batch(pairs, PACKED)[0]).total).reshape(2, -1)
+        return np.array(scorer(make_batch(pairs, RECURRENT)[0]).total).reshape(2, -1)
 
     def changed(pair, part):
         return pair._replace(**{part: [(token + 1) % 50 for token in getattr(pair, part)]})

@@ -3,7 +3,8 @@
 A packed batch runs all its tokens as sequences of one token, each prompt's once. What tells sequences apart are
 positions and attention, and mlx-lm's models leave both to their cache: `PackedCache` answers with each token's position
 in its own sequence, and gathers each sequence's queries and keys before it attends. Layers that read one token after
-another, by a convolution or a recurrence, have these functions alone run on each sequence's tokens in a row.
+another, by a convolution or a recurrence, have these functions alone run on each sequence's tokens in a row: on the
+beginnings of all prompts first, and from the states these leave on what follows, once for each response.
 """
 
 from dataclasses import dataclass
@@ -34,25 +35,38 @@ def on_cuda():
 MOST_SCORES = 2**25 if on_cuda() else BLOCK_SCORES
 
 
-class Layout(NamedTuple):
-    """Where the N tokens of a packed batch belong; -1 stands for nowhere.
+class Parts(NamedTuple):
+    """Parts of the sequences of a packed batch of N tokens, each computed at once; -1 stands for nowhere.
 
-    In each part, K sequences attend, of which the last Q of T positions ask: each attends up to its own. Queries and
-    keys are numbered from the first part's to the last's.
+    A part has T positions of each of K sequences, of which the last Q ask: each attends up to its own. Queries and keys
+    are numbered from the first part's to the last's.
 
     Attributes:
-        places: `(N,)` int32, each token's position in its own sequence.
         keys: of each part `(K, T)` int32, which token of the batch stands there; any one behind the end.
         answered: of each part `(K, Q)` int32, the token whose output a query's is.
         outputs: `(N,)` int32, the query whose output is the token's.
         uses: `(R, N)` int32, the keys that are the token: a prompt's tokens are keys of both its sequences.
     """
 
-    places: mx.array
     keys: tuple
     answered: tuple
     outputs: mx.array
     uses: mx.array
+
+
+class Layout(NamedTuple):
+    """Where the N tokens of a packed batch belong.
+
+    Attributes:
+        places: `(N,)` int32, each token's position in its own sequence.
+        attended: the `Parts` of attention, each from a sequence's beginning on.
+        recurrent: those of convolutions and recurrences, where there are such: each position once. Where a first part
+            has a row for each pair, and the others two, it is what a pair's sequences both begin with.
+    """
+
+    places: mx.array
+    attended: Parts
+    recurrent: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -62,35 +76,35 @@ class Window:
     size: int
 
 
-def make_layout(length, sequences, widths):
-    """The `Layout` of a packed batch, as numpy's arrays.
+def make_parts(length, sequences, spans):
+    """The `Parts` of a packed batch, as numpy's arrays.
 
     Args:
         length: N, its tokens, padding included.
         sequences: 2B int arrays, the numbers of each sequence's tokens; sequence i and B + i begin with one prompt's.
-        widths: `[(rows, first, T)]`, a part each: which sequences, from which position on they ask, and to how many
-            positions they are padded. A token has to ask in one of them.
+        spans: `[(rows, start, first, stop)]`, a part each: which sequences, from which position on and up to which, and
+            from which on they ask. A token has to ask in one of them.
     """
-    places, outputs = np.zeros(length, np.int32), np.full(length, -1, np.int32)
+    outputs = np.full(length, -1, np.int32)
     uses, used = np.full((2, length), -1, np.int32), np.zeros(length, np.int32)
     all_keys, answered, queries_before, keys_before = [], [], 0, 0
-    for rows, first, width in widths:
-        keys = np.zeros((len(rows), width), np.int32)
-        answers = np.full((len(rows), width - first), -1, np.int32)
+    for rows, start, first, stop in spans:
+        keys = np.zeros((len(rows), stop - start), np.int32)
+        answers = np.full((len(rows), stop - first), -1, np.int32)
         for i, row in enumerate(rows):
-            tokens = sequences[row]
+            tokens = sequences[row][start:stop]
             keys[i, : len(tokens)] = tokens
-            places[tokens] = np.arange(len(tokens))
-            uses[used[tokens], tokens] = keys_before + i * width + np.arange(len(tokens))
+            uses[used[tokens], tokens] = keys_before + i * keys.shape[1] + np.arange(len(tokens))
             used[tokens] += 1
+            asking = tokens[first - start :]
             # Both sequences of a pair may ask for a prompt's token; the first one's answer is taken.
-            new = first + np.flatnonzero(outputs[tokens[first:]] < 0)
-            answers[i, new - first] = tokens[new]
-            outputs[tokens[new]] = queries_before + i * (width - first) + new - first
+            new = np.flatnonzero(outputs[asking] < 0)
+            answers[i, new] = asking[new]
+            outputs[asking[new]] = queries_before + i * answers.shape[1] + new
         all_keys.append(keys)
         answered.append(answers)
         queries_before, keys_before = queries_before + answers.size, keys_before + keys.size
-    return Layout(places, tuple(all_keys), tuple(answered), outputs, uses)
+    return Parts(tuple(all_keys), tuple(answered), outputs, uses)
 
 
 class RowCache:
@@ -111,19 +125,56 @@ class RowCache:
         return attention(queries, keys, values, scale, mask, sinks)
 
 
-class PackedCache(RowCache):
+class PackedRows:
+    """Tokens of a packed batch, `(N, ...)`, as rows of `Parts`, and back."""
+
+    def __init__(self, parts):
+        self._shapes = [(*own.shape, keys.shape[1]) for own, keys in zip(parts.answered, parts.keys, strict=True)]
+        queries = [keys[:, -length:] for keys, (_, length, _) in zip(parts.keys, self._shapes, strict=True)]
+        queries, keys, answered = (
+            mx.concatenate([part.reshape(-1) for part in each]) for each in (queries, parts.keys, parts.answered)
+        )
+        self._queries = Rows(queries, parts.outputs[None])
+        self._keys = Rows(keys, parts.uses)
+        self._outputs = Rows(parts.outputs, answered[None])
+
+    def in_rows(self, function, arrays):
+        """What a recurrence's function gives for tokens that come as sequences of one, `(N, 1, ...)`.
+
+        Args:
+            function: takes sequences `(K, T, ...)` and the state before them, None at the beginning; returns outputs
+                `(K, T, ...)` and the state behind them, `(K, ...)`.
+            arrays: what it takes, each `(N, 1, ...)`.
+        """
+        taken = gathered(arrays, [self._keys] * len(arrays))
+        columns = [self._split(rows, 2, x.shape[2:]) for rows, x in zip(taken, arrays, strict=True)]
+        first, *others = (rows for rows, *_ in self._shapes)
+        begun, state, answers = sum(others) == 2 * first, None, []
+        for part in zip(*columns, strict=True):
+            before = None if state is None else mx.concatenate([state] * (len(part[0]) // first))
+            out, behind = function(*part, before)
+            if begun and state is None:
+                state = behind
+            answers.append(out)
+        return self._answers(answers)[:, None]
+
+    def _answers(self, parts):
+        """The tokens' `(N, ...)` of what the parts' queries have, `(K, Q, ...)`."""
+        return gathered([mx.concatenate([part.flatten(0, 1) for part in parts])], [self._outputs])[0]
+
+    def _split(self, x, column, shape):
+        """The parts' `(K, T, *shape)` of `x` `(number of queries or keys, ...)`."""
+        sizes = [own[0] * own[column] for own in self._shapes]
+        parts = mx.split(x, np.cumsum(sizes)[:-1].tolist())
+        return [part.reshape(own[0], own[column], *shape) for part, own in zip(parts, self._shapes, strict=True)]
+
+
+class PackedCache(RowCache, PackedRows):
     """In every layer's cache's place on a packed batch of N sequences of one token, which a `Layout` tells."""
 
     def __init__(self, layout):
+        super().__init__(layout.attended)
         self.offset = layout.places
-        self._shapes = [(*own.shape, keys.shape[1]) for own, keys in zip(layout.answered, layout.keys, strict=True)]
-        queries = [keys[:, -length:] for keys, (_, length, _) in zip(layout.keys, self._shapes, strict=True)]
-        queries, keys, answered = (
-            mx.concatenate([part.reshape(-1) for part in parts]) for parts in (queries, layout.keys, layout.answered)
-        )
-        self._queries = Rows(queries, layout.outputs[None])
-        self._keys = Rows(keys, layout.uses)
-        self._outputs = Rows(layout.outputs, answered[None])
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What `attend` reads; a mask to compute with cannot be had."""
@@ -157,39 +208,6 @@ class PackedCache(RowCache):
             inputs = (x.swapaxes(1, 2) for x in inputs)
             out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2))
         return self._answers(out)[:, :, None]
-
-    def _answers(self, parts):
-        """The tokens' `(N, ...)` of what the parts' queries have, `(K, Q, ...)`."""
-        return gathered([mx.concatenate([part.flatten(0, 1) for part in parts])], [self._outputs])[0]
-
-    def _split(self, x, column, shape):
-        """The parts' `(K, T, *shape)` of `x` `(number of queries or keys, ...)`."""
-        sizes = [own[0] * own[column] for own in self._shapes]
-        parts = mx.split(x, np.cumsum(sizes)[:-1].tolist())
-        return [part.reshape(own[0], own[column], *shape) for part, own in zip(parts, self._shapes, strict=True)]
-
-    def in_rows(self, function, sequences):
-        """`function`, whose tokens come as sequences of one, computed on the parts' sequences.
-
-        Args:
-            function: returns `(outputs (K, T, ...), state)`.
-            sequences: which of its arguments are sequences, by number; of the others none is a state.
-
-        Returns:
-            A function of the same arguments, sequences being `(N, 1, ...)`, that returns `(outputs, None)`.
-        """
-
-        def run(*arguments, **options):
-            arrays, answers = [arguments[i] for i in sequences], []
-            taken = gathered(arrays, [self._keys] * len(arrays))
-            columns = [self._split(rows, 2, x.shape[2:]) for rows, x in zip(taken, arrays, strict=True)]
-            for part, (_, length, _) in zip(zip(*columns, strict=True), self._shapes, strict=True):
-                given = dict(zip(sequences, part, strict=True))
-                out, _ = function(*(given.get(i, x) for i, x in enumerate(arguments)), **options)
-                answers.append(out[:, -length:])
-            return self._answers(answers)[:, None], None
-
-        return run
 
 
 class PackedState(ArraysCache):

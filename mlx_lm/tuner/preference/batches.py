@@ -1,17 +1,23 @@
 """Batches of pairs: like lengths together, few shapes, an order from the seed alone; the arrays that a step reads."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from .attention import CUDA_TILE, Layout, make_layout, on_cuda
+from .attention import CUDA_TILE, Layout, Parts, make_parts, on_cuda
 from .options import MOST_ITERS, ConfigError
 
-# How a batch is arranged: all its tokens side by side, a prompt's once; or rows with a prompt each.
-ARRANGEMENTS = PACKED, PLAIN = "packed", "plain"
+# How a batch is arranged: all its tokens side by side, a prompt's once; the same for a model that convolves, which has
+# to know what sequences begin with; or rows with a prompt each.
+ARRANGEMENTS = PACKED, RECURRENT, PLAIN = "packed", "recurrent", "plain"
+# The beginnings of prompts that a recurrence runs once are multiples of at least so many tokens.
+BEGUN = 32
+# What of a `Shape` serves a batch where it is larger, and not smaller.
+LARGER = np.array([1, 1, 1, -1])
 # On a GPU a step is traced and compiled for each shape: so many serve all batches of a kind.
 MOST_SHAPES = 8
 # So many batches' worth of pairs of like length are shuffled among themselves in each epoch.
@@ -29,11 +35,13 @@ class Shape(NamedTuple):
         tokens: of a packed batch, all its tokens; 0 for rows.
         width: positions of its longest sequence.
         scored: response tokens.
+        begun: with how many tokens of its prompt each pair's sequences begin at least, where that is of use.
     """
 
     tokens: int
     width: int
     scored: int
+    begun: int = 0
 
 
 class Batch(NamedTuple):
@@ -74,7 +82,10 @@ class Batch(NamedTuple):
 def as_batch(parts):
     """The `Batch` of the plain tuples into which MLX's compiler has turned one."""
     batch = Batch(*parts)
-    return batch._replace(layout=Layout(*batch.layout)) if batch.layout else batch
+    if not batch.layout:
+        return batch
+    places, *parts = batch.layout
+    return batch._replace(layout=Layout(places, *(Parts(*part) if part else () for part in parts)))
 
 
 def multiple():
@@ -98,19 +109,30 @@ def lengths_of(pairs):
     return lengths
 
 
-def shape_of(lengths, arrangement, to=None):
+def shape_of(lengths, arrangement, to=None, down_to=None):
     """The least `Shape` of a batch.
 
     Args:
         lengths: `(B, 3)` int, tokens of prompt, chosen and rejected.
-        arrangement: PACKED or PLAIN.
+        arrangement: PACKED, RECURRENT or PLAIN.
         to: lengths are rounded up to multiples of this; by default what suits the device.
+        down_to: the beginnings of prompts are rounded down to multiples of this; by default what suits the device.
     """
     lengths, to = np.asarray(lengths).reshape(-1, 3), to or multiple()
     # A response's last token predicts nothing.
-    tokens = int(lengths.sum()) - 2 * len(lengths) if arrangement == PACKED else 0
+    tokens = 0 if arrangement == PLAIN else int(lengths.sum()) - 2 * len(lengths)
     width = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()) - 1
-    return Shape(*(-(-number // to) * to for number in (tokens, width, int(lengths[:, 1:].sum()))))
+    shape = Shape(*(-(-number // to) * to for number in (tokens, width, int(lengths[:, 1:].sum()))))
+    if arrangement == RECURRENT:
+        # A prompt's last token predicts a response's first, which may be its only one.
+        down_to = down_to or max(BEGUN, multiple())
+        shape = shape._replace(begun=(int(lengths[:, 0].min()) - 1) // down_to * down_to)
+    return shape
+
+
+def _serving(shapes):
+    """The least `Shape` that serves batches of all these."""
+    return Shape(*(LARGER * (LARGER * np.array(shapes)).max(axis=0)).tolist())
 
 
 def ladder(shapes, size, most=MOST_SHAPES):
@@ -122,14 +144,14 @@ def ladder(shapes, size, most=MOST_SHAPES):
         most: how many shapes there may be.
 
     Returns:
-        A list with a `Shape` for each batch, in which each number is at least the batch's own, and `most` of them
-        differ at most. What padding costs, by an estimate of the work, is the least for batches sorted by that work.
+        A list with a `Shape` for each batch that serves it, of which `most` differ at most. What padding costs, by an
+        estimate of the work, is the least for batches sorted by that work.
     """
-    own = np.array(sorted(set(shapes), key=lambda shape: _work(np.array(shape), size)), float).reshape(-1, 3)
+    own = LARGER * np.array(sorted(set(shapes), key=lambda shape: _work(np.array(shape), size)), float).reshape(-1, 4)
     if len(own) > MOST_CANDIDATES:
         own = np.array([part.max(axis=0) for part in np.array_split(own, MOST_CANDIDATES)])
     # The first of the sorted shapes that holds each.
-    places = [int(np.argmax((own >= np.array(shape)).all(axis=1))) for shape in shapes]
+    places = [int(np.argmax((own >= LARGER * np.array(shape)).all(axis=1))) for shape in shapes]
     counts = np.bincount(places, minlength=len(own))
     count, most = len(own), min(most, len(own))
     # costs[k, n]: the least work of the n smallest in k groups, the last of which begins at cuts[k, n].
@@ -145,16 +167,16 @@ def ladder(shapes, size, most=MOST_SHAPES):
     chosen, stop = [None] * count, count
     for groups in range(most, 0, -1):
         start = cuts[groups, stop]
-        chosen[start:stop] = [Shape(*own[start:stop].max(axis=0).astype(int).tolist())] * (stop - start)
+        chosen[start:stop] = [_serving((LARGER * own[start:stop]).astype(int))] * (stop - start)
         stop = start
     return [chosen[place] for place in places]
 
 
 def _work(shapes, size):
     """About what a step costs, in tokens through the model's body: the head, and products of queries and keys, too."""
-    tokens, width, scored = np.moveaxis(np.asarray(shapes, float), -1, 0)
+    tokens, width, scored, begun = np.moveaxis(np.abs(np.asarray(shapes, float)), -1, 0)
     rows = 2 * size * width
-    return np.where(tokens > 0, tokens, rows) + scored / 4 + rows * width / 4096
+    return np.where(tokens > 0, tokens, rows) + scored / 4 + rows * width / 4096 - size * begun / 4
 
 
 def by_length(lengths):
@@ -169,7 +191,7 @@ def filled(lengths, arrangement, size=None, most=np.inf):
 
     Args:
         lengths: `(n, 3)` int, tokens of prompt, chosen and rejected of each row.
-        arrangement: PACKED or PLAIN.
+        arrangement: PACKED, RECURRENT or PLAIN.
         size: pairs in a batch at most, or None.
         most: tokens in a batch at most; a longer pair is a batch by itself.
 
@@ -181,7 +203,7 @@ def filled(lengths, arrangement, size=None, most=np.inf):
     batches, rows, packed = [], [], 0
     for row in by_length(lengths).tolist():
         packed += own[row]
-        tokens = packed if arrangement == PACKED else 2 * (len(rows) + 1) * totals[row]
+        tokens = 2 * (len(rows) + 1) * totals[row] if arrangement == PLAIN else packed
         if rows and (tokens > most or len(rows) == size):
             batches.append(np.array(rows))
             rows, packed = [], own[row]
@@ -194,7 +216,7 @@ def make_batch(pairs, arrangement, shape=None, counted=None):
 
     Args:
         pairs: B `Pair`s.
-        arrangement: PACKED or PLAIN.
+        arrangement: PACKED, RECURRENT or PLAIN.
         shape: the `Shape` to pad to; by default the least that suits the device.
         counted: how many of the pairs count, by default all; those behind them fill up the batch.
 
@@ -205,7 +227,7 @@ def make_batch(pairs, arrangement, shape=None, counted=None):
     counts = [float(counted is None or i < counted) for i in range(len(pairs))]
     shape = shape or shape_of(lengths_of(pairs), arrangement)
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    lay_out = _pack if arrangement == PACKED else _rows
+    lay_out = _rows if arrangement == PLAIN else partial(_pack, recurrent=arrangement == RECURRENT)
     alone = [pair.label is not None for pair in pairs]
     heard = np.array([*counts, *(0.0 if one else count for one, count in zip(alone, counts, strict=True))], np.float32)
     tokens, layout, places, reads, own = lay_out(pairs, responses, heard, shape)
@@ -254,8 +276,11 @@ def _words(values):
     return np.concatenate([values, np.zeros(-len(values) % ALIGNMENT, np.uint8)]).view(np.int32)
 
 
-def _pack(pairs, responses, heard, shape):
+def _pack(pairs, responses, heard, shape, recurrent):
     """All tokens side by side: the prompts, then the responses without their last tokens.
+
+    Args:
+        recurrent: whether the layout says what convolutions and recurrences have to know too.
 
     Returns:
         `(tokens, layout, places, reads, own)`: `(N, 1)`, the `Layout`, where in the tokens each sequence's response is
@@ -270,16 +295,25 @@ def _pack(pairs, responses, heard, shape):
     tokens[: ends[-1], 0] = np.concatenate(pieces)
     reads = np.zeros(shape.tokens, np.float32)
     reads[: ends[-1]] = np.repeat([*(heard[:count] + heard[count:]), *heard], [len(piece) for piece in pieces])
-    widths = [(range(2 * count), 0, shape.width)]
+    # Which sequences are computed at once, from where on they ask, and to where they are padded.
+    rows = [(range(2 * count), 0, shape.width)]
     if multiple() == 1:
         # Of rejected sequences only what is their own has to ask; on a GPU that is another shape for little.
         shared = min(len(pair.prompt) for pair in pairs)
-        chosen, rejected = (max(map(len, half)) for half in (sequences[:count], sequences[count:]))
-        widths = [(range(count), 0, chosen)]
-        if rejected > shared:
-            widths.append((range(count, 2 * count), shared, rejected))
+        halves = [sequences[:count], sequences[count:]]
+        chosen, rejected = (max(map(len, half)) for half in halves)
+        rows = [(range(count), 0, chosen), (range(count, 2 * count), shared, rejected)]
+    attended = make_parts(shape.tokens, sequences, [(own, 0, first, stop) for own, first, stop in rows if first < stop])
+    numbers = np.zeros(shape.tokens, np.int32)
+    for sequence in sequences:
+        numbers[sequence] = np.arange(len(sequence))
+    layout = Layout(numbers, attended)
+    if recurrent:
+        spans = [(range(count), 0, 0, shape.begun)] if shape.begun else []
+        spans += [(own, shape.begun, shape.begun, stop) for own, _, stop in rows]
+        layout = layout._replace(recurrent=make_parts(shape.tokens, sequences, spans))
     places = [sequence[-len(response) :] for sequence, response in zip(sequences, responses, strict=True)]
-    return tokens, make_layout(shape.tokens, sequences, widths), places, reads, int(ends[-1])
+    return tokens, layout, places, reads, int(ends[-1])
 
 
 def _rows(pairs, responses, heard, shape):
@@ -368,7 +402,7 @@ class Schedule:
         rows = self.rows(iteration)
         ranks = range(self.workers) if multiple() > 1 else [self.rank]
         shapes = [shape_of(self._lengths[self._share_of(rows, rank)[1]], self.arrangement) for rank in ranks]
-        return Shape(*map(max, zip(*shapes, strict=True)))
+        return _serving(shapes)
 
     def visited(self, first, last):
         """The rows of the iterations from `first` to `last`, each once, in order."""

@@ -164,10 +164,16 @@ def _unpacked_product(module, x):
 def _in_rows(call, packed):
     """What a depthwise `Conv1d` does, by `call`, with tokens that come as sequences of one, behind nothing or zeros."""
 
-    def over(x, module):
-        return call(module, mx.pad(x, [(0, 0), (module.weight.shape[1] - 1, 0), (0, 0)])), None
+    def convolved(module, x):
+        kept = module.weight.shape[1] - 1
 
-    return lambda module, x: packed.in_rows(over, [0])(x[:, -1:], module)[0]
+        def over(x, before):
+            x = mx.pad(x, [(0, 0), (kept, 0), (0, 0)]) if before is None else mx.concatenate([before, x], axis=1)
+            return call(module, x), x[:, x.shape[1] - kept :]
+
+        return packed.in_rows(over, [x[:, -1:]])
+
+    return convolved
 
 
 def convolved_channels(model):
@@ -181,7 +187,7 @@ def lean_layers(modules, packed=None):
 
     Args:
         modules: all of an mlx-lm model, or of a part of one.
-        packed: the `PackedCache` of a packed batch, which recurrent layers, and what they convolve with, read too.
+        packed: the `PackedRows` of a packed batch, which recurrent layers, and what they convolve with, read.
     """
     lean = {LoRALinear: LeanLoRALinear} if on_cuda() else {LoRALinear: LeanLoRALinear, nn.Conv1d: DepthwiseConv1d}
     if mx.default_device() != mx.gpu:

@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ...models.activations import fast_exp, fast_max
 from ...models.cache import CacheList, ChunkedKVCache, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from ...utils import token_logps
-from .attention import PackedCache, PackedState, RowCache, on_cuda
-from .batches import PACKED, PLAIN, make_batch
+from .attention import PackedCache, PackedRows, PackedState, RowCache, on_cuda
+from .batches import PACKED, PLAIN, RECURRENT, lengths_of, make_batch, shape_of
 from .intercept import drawing_from, evaluating, exchanged, intercepted, parameters_in
 from .layers import convolved_channels, is_float32, layers_of, lean_layers
 from .pairs import Pair
@@ -69,7 +69,7 @@ class Scorer:
         together: compute LoRA layers that read one input as one, where they allow it; by default on CUDA.
 
     Attributes:
-        arrangement: how batches for it are arranged, PACKED or PLAIN.
+        arrangement: how batches for it are arranged, PACKED, RECURRENT or PLAIN.
         siblings: the `Siblings` that are computed together.
         head: the `Head`, or None where the full projection has to run.
     """
@@ -90,7 +90,8 @@ class Scorer:
         # Of layers without keys and values, those that convolve are known.
         known = self._channels or all(_in_place(entry, True, False) is True for entry in self._caches or ())
         packs = share_prompt and known and self._caches is not None
-        self.arrangement = PACKED if packs and self._same_logits(PACKED) else PLAIN
+        packed = RECURRENT if self._channels else PACKED
+        self.arrangement = packed if packs and self._same_logits(packed) else PLAIN
 
     def __call__(self, batch, alignment=False, gradient=False, by_token=False):
         """The logps of a batch.
@@ -132,8 +133,7 @@ class Scorer:
         if self._is_lean:
             yield
             return
-        # Others than layers that convolve read the layout from their cache alone.
-        packed = PackedCache(batch.layout) if batch.layout and self._channels else None
+        packed = PackedRows(batch.layout.recurrent) if batch.layout and batch.layout.recurrent else None
         with exchanged(self, "_is_lean", True), lean_layers(self._modules, packed):
             yield
 
@@ -151,7 +151,8 @@ class Scorer:
         With windows of a few tokens, so that a model which goes wrong beyond its window is found.
         """
         # Padded as a run's batches: some kernels refuse many rows of one token.
-        rows, tried = (make_batch(PROBE, kind)[0] for kind in (PLAIN, arrangement))
+        shapes = ((kind, shape_of(lengths_of(PROBE), kind, down_to=1)) for kind in (PLAIN, arrangement))
+        rows, tried = (make_batch(PROBE, kind, shape)[0] for kind, shape in shapes)
         with evaluating(self.model), narrow_windows(self.model):
             with lean_layers(self._modules):
                 expected = _run(self.model, rows.tokens, None).flatten(0, 1)[rows.positions]

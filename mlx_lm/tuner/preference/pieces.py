@@ -30,7 +30,7 @@ AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**25}
 def recurrences_in_pieces(modules, packed=None):
     """Within the context, which must last around the backward pass, such layers of a model's `modules` run in pieces.
 
-    With the `PackedCache` of a packed batch they do so on each of its sequences.
+    With the `PackedRows` of a packed batch they do so on each of its sequences.
     """
     files = {type(module).__module__ for module in modules}
     with ExitStack() as stack:
@@ -88,7 +88,6 @@ def _gated_delta(upstream, packed):
     Where upstream has a kernel, on Metal but in training, that runs, unless the batch is packed; and where there is a
     mask, the loop.
     """
-    rule = gated_delta_rule if packed is None else packed.in_rows(gated_delta_rule, range(5))
 
     def update(
         q, k, v, a, b, A_log, dt_bias, state=None, mask=None,
@@ -104,7 +103,9 @@ def _gated_delta(upstream, packed):
             log_gates = -rate * nn.softplus(a + dt_bias)
         else:
             log_gates = lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
-        return rule(q, k, v, log_gates, beta, state)
+        if packed is not None:
+            return packed.in_rows(gated_delta_rule, [q, k, v, log_gates, beta]), None
+        return gated_delta_rule(q, k, v, log_gates, beta, state)
 
     return update
 
@@ -113,7 +114,7 @@ def _state_space(upstream, packed):
     """`ssm_update` of Mamba 2, Falcon H1, Granite, Nemotron H and PLaMo 2."""
 
     def update(x, A_log, B, C, D, dt, dt_bias, state=None, time_step_limit=(0.001, 100.0), mask=None, lengths=None):
-        if x.shape[1] == 1 or mask is not None or lengths is not None:
+        if packed is None and (x.shape[1] == 1 or mask is not None or lengths is not None):
             return upstream(x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths)
 
         def step(x, B, C, dt, A_log, D, dt_bias, *state):
@@ -121,9 +122,16 @@ def _state_space(upstream, packed):
             out, state = decayed_sums(C, B, dt[..., None] * x, -mx.exp(A_log) * dt, *state)
             return [(out + D[:, None] * x).astype(x.dtype), state]
 
-        return scan(step, [x, B, C, dt], state, _at_once(CHUNK, CHUNK * x[:, 0, :, 0].size), [A_log, D, dt_bias])
+        def in_pieces(*sequences_and_state):
+            *sequences, state = sequences_and_state
+            piece = _at_once(CHUNK, CHUNK * sequences[0][:, 0, :, 0].size)
+            return scan(step, sequences, state, piece, [A_log, D, dt_bias])
 
-    return update if packed is None else packed.in_rows(update, (0, 2, 3, 5))
+        if packed is not None:
+            return packed.in_rows(in_pieces, [x, B, C, dt]), None
+        return in_pieces(x, B, C, dt, state)
+
+    return update
 
 
 def _linear_attention(_, __):
@@ -180,7 +188,7 @@ def _selected(module, x, A, state, norms, packed):
         A: `(D, N)`.
         state: `(B, D, N)`, or None.
         norms: of a token's step, and of what it writes and reads.
-        packed: the `PackedCache` of a packed batch, or None.
+        packed: the `PackedRows` of a packed batch, or None.
     """
     rank, states = module.time_step_rank, A.shape[-1]
     parts = mx.split(module.x_proj(x), [rank, rank + states], axis=-1)
@@ -191,14 +199,14 @@ def _selected(module, x, A, state, norms, packed):
         out, state = selective_scan(*arrays)
         return [out.astype(arrays[0].dtype), state]
 
-    def scanned(*sequences, state):
+    def scanned(*sequences_and_state):
+        *sequences, state = sequences_and_state
         if on_cuda() and fits(*A.shape):
             return selective_loops(*sequences, A, state)
         return scan(step, sequences, state, _at_once(SCAN_CHUNK, len(sequences[0]) * A.size), [A])
 
-    if packed is not None:
-        scanned = packed.in_rows(scanned, range(4))
-    out, state = scanned(x, steps, write, read, state=state)
+    sequences = [x, steps, write, read]
+    out, state = scanned(*sequences, state) if packed is None else (packed.in_rows(scanned, sequences), None)
     return out + module.D * x, state
 
 
