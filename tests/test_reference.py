@@ -22,7 +22,7 @@ import mlx_lm.lora
 import mlx_lm.utils
 from mlx_lm.tuner.preference import batches as batches_module
 from mlx_lm.tuner.preference import reference as module
-from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, filled, make_batch
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, filled, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference, ample_tokens, batches_of
@@ -131,10 +131,10 @@ def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch)
     monkeypatch.setattr(module, "ample_tokens", lambda *_: 1200)
     batches = batches_of(scorer, pairs, range(200))
     assert sorted(row for rows in batches for row in rows) == list(range(200))
-    if arrangement == PACKED:
-        sizes = [lengths[rows].sum() for rows in batches]
-    else:
+    if arrangement == PLAIN:
         sizes = [2 * len(rows) * totals[rows].max() for rows in batches]
+    else:
+        sizes = [lengths[rows].sum() for rows in batches]
     assert max(sizes) <= 1200 and np.mean(sizes[:-1]) > 900
     monkeypatch.setattr(module, "ample_tokens", lambda *_: 50)  # less than the longest pair: alone, but not left out
     batches = batches_of(scorer, pairs, range(200))
