@@ -19,12 +19,12 @@ from mlx_lm.tuner.preference.attention import (
     KEYS_A_DIMENSION,
     Layout,
     PackedCache,
+    Places,
     RowCache,
-    Rows,
     Window,
     attention,
-    gathered,
     make_parts,
+    spread,
     tokens_first,
 )
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, at_once, make_batch
@@ -165,17 +165,23 @@ def test_a_packed_cache_tells_positions_and_refuses_masks_and_rows():
             cache.attend(*arrays, 1.0, mask, None)
 
 
-def test_what_is_gathered_gets_its_gradient_gathered():
+def test_what_is_spread_gets_its_gradient_collected():
     draw = mx.random.normal((5, 2, 4), key=mx.random.key(0))
     # Entry 0 is taken twice, entry 3 not at all, and place 5 is padding of which no gradient comes.
     index = mx.array([1, 0, 2, 0, 4, 1])
-    rows = [Rows(index, mx.array([[1, 0, 2, -1, 4], [3, -1, -1, -1, -1]]))]
+    places = Places([index[None, :2], index[2:].reshape(2, 2)], mx.array([[1, 0, 2, -1, 4], [3, -1, -1, -1, -1]]))
     weights = mx.random.normal((6, 2, 4), key=mx.random.key(1)) * (mx.arange(6) < 5)[:, None, None]
+
+    def taken(x):
+        (parts,) = spread([x], [places], [x.shape[1:]])
+        assert [part.shape[:2] for part in parts] == [(1, 2), (2, 2)]
+        return mx.concatenate([part.flatten(0, 1) for part in parts])
+
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         for width in (4, 3):  # two heads of three half-precision numbers are no whole words of eight bytes
             x, factors = draw[..., :width].astype(dtype), weights[..., :width].astype(dtype)
-            assert mx.array_equal(gathered([x], rows)[0], x[index])
-            found = mx.grad(lambda x, f=factors: (gathered([x], rows)[0] * f).sum())(x)
+            assert mx.array_equal(taken(x), x[index])
+            found = mx.grad(lambda x, f=factors: (taken(x) * f).sum())(x)
             assert mx.allclose(found, mx.grad(lambda x, f=factors: (x[index] * f).sum())(x), rtol=1e-2)
 
 

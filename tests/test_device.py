@@ -24,12 +24,13 @@ from mlx_lm.tuner.preference import attention as attention_module
 from mlx_lm.tuner.preference.attention import (
     Layout,
     PackedCache,
-    Rows,
+    Places,
     Window,
     attention,
-    gathered,
+    collected,
     make_parts,
     on_cuda,
+    spread,
 )
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, RECURRENT, Schedule, at_once
 from mlx_lm.tuner.preference.cuda_scan import selective_loops
@@ -246,29 +247,34 @@ def test_attention_of_wide_heads_is_right_in_one_block_and_in_three(dtype, most,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 5])
 @pytest.mark.parametrize("count", [1, 2])
-def test_what_is_gathered_is_the_same_at_every_run(dtype, width, count):
-    """Of 500 tokens the first 200 stand in two sequences; compared with numpy's sums in float64.
-
-    On CUDA several arrays are gathered by one kernel.
-    """
+def test_what_is_spread_and_collected_is_the_same_at_every_run(dtype, width, count):
+    """Of 500 tokens the first 200 stand in two parts; compared with numpy's sums in float64."""
     draw = np.random.default_rng(0)
     index = np.concatenate([np.arange(500), np.arange(200)])
     x = mx.array(draw.normal(size=(500, 3, 1, width)), dtype)
     slope = mx.array(draw.normal(size=(700, 3, 1, width)), dtype)
     second = np.where(np.arange(500) < 200, 500 + np.arange(500), -1)
-    rows = [Rows(mx.array(index, mx.int32), mx.array(np.stack([np.arange(500), second]), mx.int32))] * count
+    parts = [mx.array(index[:500].reshape(5, 100), mx.int32), mx.array(index[500:].reshape(2, 100), mx.int32)]
+    places = Places(parts, mx.array(np.stack([np.arange(500), second]), mx.int32))
+
+    def rows(*arrays):
+        spreads = spread(arrays, [places] * count, [x.shape[1:]] * count)
+        return [part.flatten(0, 1) for part in spreads[-1]]
 
     def run():
-        outs, gradients = mx.vjp(lambda *arrays: gathered(arrays, rows), [x] * count, [slope] * count)
-        mx.eval(outs, gradients)
-        return outs[-1], gradients[-1]
+        outs, gradients = mx.vjp(rows, [x] * count, [slope[:500], slope[500:]])
+        back = collected([part[None] for part in outs], places)
+        mx.eval(outs, gradients, back)
+        return mx.concatenate(outs), gradients[-1], back
 
-    (out, gradient), *others = [run() for _ in range(5)]
+    (out, gradient, back), *others = [run() for _ in range(5)]
     assert mx.array_equal(out, x[mx.array(index)])
-    assert all(mx.array_equal(gradient, other) for _, other in others)
-    expected = np.zeros((500, 3, 1, width))
-    np.add.at(expected, index, np.array(slope.astype(mx.float32), np.float64))
-    assert np.allclose(np.array(gradient.astype(mx.float32)), expected, atol=1e-6 if dtype == mx.float32 else 3e-2)
+    assert all(mx.array_equal(gradient, other) and mx.array_equal(back, twice) for _, other, twice in others)
+    close = {"atol": 1e-6 if dtype == mx.float32 else 3e-2}
+    for found, of in ((gradient, slope), (back, out)):
+        expected = np.zeros((500, 3, 1, width))
+        np.add.at(expected, index, np.array(of.astype(mx.float32), np.float64))
+        assert np.allclose(np.array(found.astype(mx.float32)), expected, **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

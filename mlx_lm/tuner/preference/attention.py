@@ -126,17 +126,11 @@ class RowCache:
 
 
 class PackedRows:
-    """Tokens of a packed batch, `(N, ...)`, as rows of `Parts`, and back."""
+    """Tokens of a packed batch as rows of `Parts`."""
 
     def __init__(self, parts):
-        self._shapes = [(*own.shape, keys.shape[1]) for own, keys in zip(parts.answered, parts.keys, strict=True)]
-        queries = [keys[:, -length:] for keys, (_, length, _) in zip(parts.keys, self._shapes, strict=True)]
-        queries, keys, answered = (
-            mx.concatenate([part.reshape(-1) for part in each]) for each in (queries, parts.keys, parts.answered)
-        )
-        self._queries = Rows(queries, parts.outputs[None])
-        self._keys = Rows(keys, parts.uses)
-        self._outputs = Rows(parts.outputs, answered[None])
+        self._keys = Places(parts.keys, parts.uses)
+        self._answers = Places(parts.answered, parts.outputs[None], holes=True)
 
     def in_rows(self, function, arrays):
         """What a recurrence's function gives for tokens that come as sequences of one, `(N, 1, ...)`.
@@ -146,9 +140,8 @@ class PackedRows:
                 `(K, T, ...)` and the state behind them, `(K, ...)`.
             arrays: what it takes, each `(N, 1, ...)`.
         """
-        taken = gathered(arrays, [self._keys] * len(arrays))
-        columns = [self._split(rows, 2, x.shape[2:]) for rows, x in zip(taken, arrays, strict=True)]
-        first, *others = (rows for rows, *_ in self._shapes)
+        columns = spread(arrays, [self._keys] * len(arrays), [x.shape[2:] for x in arrays])
+        first, *others = map(len, columns[0])
         begun, state, answers = sum(others) == 2 * first, None, []
         for part in zip(*columns, strict=True):
             before = None if state is None else mx.concatenate([state] * (len(part[0]) // first))
@@ -156,25 +149,18 @@ class PackedRows:
             if begun and state is None:
                 state = behind
             answers.append(out)
-        return self._answers(answers)[:, None]
-
-    def _answers(self, parts):
-        """The tokens' `(N, ...)` of what the parts' queries have, `(K, Q, ...)`."""
-        return gathered([mx.concatenate([part.flatten(0, 1) for part in parts])], [self._outputs])[0]
-
-    def _split(self, x, column, shape):
-        """The parts' `(K, T, *shape)` of `x` `(number of queries or keys, ...)`."""
-        sizes = [own[0] * own[column] for own in self._shapes]
-        parts = mx.split(x, np.cumsum(sizes)[:-1].tolist())
-        return [part.reshape(own[0], own[column], *shape) for part, own in zip(parts, self._shapes, strict=True)]
+        return collected(answers, self._answers)[:, None]
 
 
 class PackedCache(RowCache, PackedRows):
     """In every layer's cache's place on a packed batch of N sequences of one token, which a `Layout` tells."""
 
     def __init__(self, layout):
-        super().__init__(layout.attended)
+        parts = layout.attended
+        super().__init__(parts)
         self.offset = layout.places
+        asking = [keys[:, -own.shape[1] :] for keys, own in zip(parts.keys, parts.answered, strict=True)]
+        self._queries = Places(asking, parts.outputs[None])
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What `attend` reads; a mask to compute with cannot be had."""
@@ -196,18 +182,18 @@ class PackedCache(RowCache, PackedRows):
         """
         if not (mask == "causal" or isinstance(mask, Window)) or queries.shape[2] != 1 or keys.shape[2] != 1:
             raise ValueError("a packed batch has no mask, and no rows, of a model's own")
-        arrays, taken = [queries, keys, values], [self._queries, self._keys, self._keys]
-        shapes = [(x.shape[1], x.shape[3]) for x in arrays]
-        columns = map(self._split, gathered(arrays, taken), (1, 2, 2), shapes)
+        arrays, places = [queries, keys, values], [self._queries, self._keys, self._keys]
+        columns = spread(arrays, places, [(x.shape[1], x.shape[3]) for x in arrays])
         out = []
-        for inputs, (_, length, whole) in zip(zip(*columns, strict=True), self._shapes, strict=True):
-            seen = mask
+        for part in zip(*columns, strict=True):
+            (length, whole), seen = (x.shape[1] for x in part[:2]), mask
             if isinstance(mask, Window):
-                before = whole - length
-                seen = create_causal_mask(length, before, window_size=mask.size) if whole > mask.size else "causal"
-            inputs = (x.swapaxes(1, 2) for x in inputs)
+                seen = "causal"
+                if whole > mask.size:
+                    seen = create_causal_mask(length, whole - length, window_size=mask.size)
+            inputs = (x.swapaxes(1, 2) for x in part)
             out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2))
-        return self._answers(out)[:, :, None]
+        return collected(out, self._answers)[:, :, None]
 
 
 class PackedState(ArraysCache):
@@ -240,57 +226,92 @@ class PackedState(ArraysCache):
         """What upstream answers where there is no cache."""
 
 
-class Rows:
-    """Which of N rows are taken, and where the gradients of each come from.
+class Places:
+    """Which of N tokens stand in the rows of parts, and in which rows each token stands.
 
     Args:
-        index: `(M,)` int32, what is taken; -1 for a row that nobody reads.
-        sources: `(R, N)` int32: row n was taken as each of these rows of the result, -1 standing for none. Where a row
-            was taken more often, the gradients of the others are zero.
+        parts: of each part `(K, T)` int32, the token that stands there; -1 for none.
+        sources: `(R, N)` int32, rows that a token stands in, numbered from the first part's to the last's; -1 for none.
+        holes: whether there is a -1 in a part.
     """
 
-    def __init__(self, index, sources):
-        self.index, self.sources = index, sources
-        self._places = mx.maximum(index, 0)
+    def __init__(self, parts, sources, holes=False):
+        self.shapes, self.sources = [part.shape for part in parts], sources
+        self.parts = [part.reshape(-1) for part in parts]
+        self._taken = [mx.maximum(part, 0) for part in self.parts]
+        self._there = [(part >= 0)[:, None] for part in self.parts] if holes else None
         self._known = [(mx.maximum(row, 0), (row >= 0)[:, None]) for row in sources]
 
     def of(self, x):
-        """The rows `(M, ...)` of `x` `(N, ...)`."""
-        return _taken(x.reshape(len(x), -1), self._places).reshape(-1, *x.shape[1:])
+        """The parts' rows `(K T, ...)` of tokens `x` `(N, ...)`, a list."""
+        rows = [_taken(x.reshape(len(x), -1), taken) for taken in self._taken]
+        if self._there is not None:
+            rows = [mx.where(there, part, 0) for there, part in zip(self._there, rows, strict=True)]
+        return [part.reshape(-1, *x.shape[1:]) for part in rows]
 
-    def back(self, slope):
-        """The gradient `(N, ...)` of such an x."""
-        rows = slope.reshape(len(slope), -1)
+    def back(self, parts):
+        """The tokens' sums `(N, ...)` of such rows."""
+        rows = mx.concatenate([part.reshape(len(part), -1) for part in parts])
         total = sum(mx.where(known, _taken(rows, source), 0) for source, known in self._known)
-        return total.reshape(-1, *slope.shape[1:])
+        return total.reshape(-1, *parts[0].shape[1:])
 
 
-def gathered(arrays, rows):
-    """Rows of arrays, whose gradients are gathered too: faster than scattered, and the same at every run.
+def spread(arrays, places, shapes):
+    """Tokens of arrays as rows of parts, whose gradients are gathered too: faster than scattered, and always the same.
 
     Args:
         arrays: each `(N, ...)`.
-        rows: the `Rows` of each.
+        places: the `Places` of each.
+        shapes: of what each has of a token.
 
     Returns:
-        A list of `(M, ...)`.
+        A list for each array, of each part's `(K, T, *shape)`.
     """
-    # A kernel for one array alone would have to be compiled too, and saves little.
-    at_once = on_cuda() and len(arrays) > 1 and fit(arrays)
+    at_once = on_cuda() and fit(arrays)
 
     @mx.custom_function
-    def gather(*arrays):
-        if at_once:
-            return tuple(rows_of(arrays, [own.index[None] for own in rows]))
-        return tuple(own.of(x) for own, x in zip(rows, arrays, strict=True))
+    def rows(*arrays):
+        return tuple(_parts_of(arrays, places, at_once))
 
-    @gather.vjp
+    @rows.vjp
     def backward(_, slopes, __):
-        if at_once:
-            return tuple(rows_of(slopes, [own.sources for own in rows]))
-        return tuple(own.back(slope) for own, slope in zip(rows, slopes, strict=True))
+        own = iter(slopes)
+        return tuple(_tokens_of([[next(own) for _ in each.parts] for each in places], places, at_once))
 
-    return list(gather(*arrays))
+    found = iter(rows(*arrays))
+    return [
+        [next(found).reshape(*own, *shape) for own in each.shapes] for each, shape in zip(places, shapes, strict=True)
+    ]
+
+
+def collected(parts, places):
+    """The tokens' `(N, ...)` of what stands in the parts' rows, `(K, T, ...)` each: the other way around."""
+    at_once = on_cuda() and fit([part.flatten(0, 1) for part in parts])
+
+    @mx.custom_function
+    def tokens(*parts):
+        return _tokens_of([parts], [places], at_once)[0]
+
+    @tokens.vjp
+    def backward(_, slope, __):
+        return tuple(_parts_of([slope], [places], at_once))
+
+    return tokens(*(part.flatten(0, 1) for part in parts))
+
+
+def _parts_of(arrays, places, at_once):
+    """The rows of all arrays' parts, one after another."""
+    if not at_once:
+        return [rows for own, x in zip(places, arrays, strict=True) for rows in own.of(x)]
+    pairs = [(x, index) for own, x in zip(places, arrays, strict=True) for index in own.parts]
+    return rows_of([[x] for x, _ in pairs], [index[None] for _, index in pairs])
+
+
+def _tokens_of(parts, places, at_once):
+    """The tokens of several arrays' parts."""
+    if not at_once:
+        return [own.back(rows) for own, rows in zip(places, parts, strict=True)]
+    return rows_of(parts, [own.sources for own in places])
 
 
 def _taken(x, index):

@@ -13,13 +13,20 @@ THREADS, WORD = 256, 8
 MOST_ARRAYS = 480
 
 HEADER = """
-// A word of a row of the sum of those rows of x that `sources` rows of indices name; -1 names none.
-template <typename T>
-__device__ unsigned long long word_of(const T* x, const int* index, int rows, int sources, int words, size_t at) {
-  const int row = at / words;
-  const size_t column = at % words;
-  const unsigned long long* from = reinterpret_cast<const unsigned long long*>(x);
-  if (sources == 1) return index[row] < 0 ? 0 : from[size_t(index[row]) * words + column];
+// A word of a row of arrays that have so many rows each, one behind the other.
+template <typename T, int N>
+__device__ unsigned long long word_at(T* const (&arrays)[N], const int (&rows)[N], int row, int words, int column) {
+  int i = 0;
+  while (i < N - 1 && row >= rows[i]) row -= rows[i++];
+  return reinterpret_cast<const unsigned long long*>(arrays[i])[size_t(row) * words + column];
+}
+
+// The same of the sum of those rows that `sources` rows of indices name; -1 names none.
+template <typename T, int M>
+__device__ unsigned long long word_of(const T* const (&arrays)[M], const int (&counts)[M], const int* index, int rows,
+                                      int sources, int words, size_t at) {
+  const int row = at / words, column = at % words;
+  if (sources == 1) return index[row] < 0 ? 0 : word_at(arrays, counts, index[row], words, column);
   constexpr int N = sizeof(unsigned long long) / sizeof(T);
   float sums[N] = {};
   unsigned long long word = 0;
@@ -27,7 +34,7 @@ __device__ unsigned long long word_of(const T* x, const int* index, int rows, in
   for (int s = 0; s < sources; ++s) {
     const int source = index[size_t(s) * rows + row];
     if (source < 0) continue;
-    word = from[size_t(source) * words + column];
+    word = word_at(arrays, counts, source, words, column);
     for (int i = 0; i < N; ++i) sums[i] += float(parts[i]);
   }
   for (int i = 0; i < N; ++i) parts[i] = static_cast<T>(sums[i]);
@@ -37,12 +44,15 @@ __device__ unsigned long long word_of(const T* x, const int* index, int rows, in
 
 ROWS = """
   {
-    int words = sizeof(*x_@);
-    for (int i = 1; i < x_@_ndim; ++i) words *= x_@_shape[i];
+    int words = sizeof(*x_@_0);
+    for (int i = 1; i < x_@_0_ndim; ++i) words *= x_@_0_shape[i];
     words /= sizeof(unsigned long long);
-    const int rows = index_@_shape[1];
+    const int rows = index_@_shape[1], counts[] = {COUNTS};
+    auto* first = x_@_0;
+    decltype(first) arrays[] = {ARRAYS};
     if (at < size_t(rows) * words) {
-      reinterpret_cast<unsigned long long*>(out_@)[at] = word_of(x_@, index_@, rows, index_@_shape[0], words, at);
+      reinterpret_cast<unsigned long long*>(out_@)[at] =
+          word_of(arrays, counts, index_@, rows, index_@_shape[0], words, at);
       return;
     }
     at -= size_t(rows) * words;
@@ -51,10 +61,12 @@ ROWS = """
 
 
 @cache
-def _rows_source(count):
-    """The text that copies rows of so many arrays."""
+def _rows_source(count, parts):
+    """The text that copies rows of so many arrays, each of which comes in so many parts."""
+    names = [f"x_@_{part}" for part in range(parts)]
+    text = ROWS.replace("ARRAYS", ", ".join(names)).replace("COUNTS", ", ".join(f"{name}_shape[0]" for name in names))
     place = "  size_t at = blockIdx.x * size_t(blockDim.x) + threadIdx.x;\n"
-    return place + "".join(ROWS.replace("@", str(i)) for i in range(count))
+    return place + "".join(text.replace("@", str(i)) for i in range(count))
 
 
 def fit(arrays):
@@ -63,19 +75,21 @@ def fit(arrays):
 
 
 def rows_of(arrays, indices):
-    """Of each `(N, ...)` the sums of the rows that the columns of `(S, M)` int32 name, -1 none: `(M, ...)` each.
+    """Of each array the sums of the rows that the columns of `(S, M)` int32 name, -1 none: `(M, ...)` each.
 
     Args:
-        arrays: such as `fit`.
+        arrays: each in as many parts as the others, `(N, ...)`, such as `fit`; its rows are numbered from the first
+            part's to the last's.
         indices: one for each.
     """
     inputs, outputs, words = {}, {}, 0
-    for i, (x, index) in enumerate(zip(arrays, indices, strict=True)):
-        inputs[f"x_{i}"], inputs[f"index_{i}"] = x, index
-        outputs[f"out_{i}"] = (index.shape[1], *x.shape[1:]), x.dtype
-        words += index.shape[1] * (x.nbytes // len(x) // WORD)
-    grid, count = (-(-words // THREADS) * THREADS, 1, 1), len(arrays)
-    return run_kernel(f"rows_of_{count}", _rows_source(count), inputs, outputs, grid, THREADS, HEADER)
+    for i, (parts, index) in enumerate(zip(arrays, indices, strict=True)):
+        inputs |= {f"x_{i}_{n}": part for n, part in enumerate(parts)} | {f"index_{i}": index}
+        outputs[f"out_{i}"] = (index.shape[1], *parts[0].shape[1:]), parts[0].dtype
+        words += index.shape[1] * (parts[0].nbytes // len(parts[0]) // WORD)
+    grid, count, parts = (-(-words // THREADS) * THREADS, 1, 1), len(arrays), len(arrays[0])
+    source = _rows_source(count, parts)
+    return run_kernel(f"rows_of_{count}_in_{parts}", source, inputs, outputs, grid, THREADS, HEADER)
 
 
 JOINED = """
