@@ -76,7 +76,7 @@ def config(**changes):
 
 
 def test_the_scale_of_alpha_over_the_root_of_the_rank_is_trained_and_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda *_: None)
     lora = {"rank": 16, "scale": 2.0, "dropout": 0.0}
     parts = {
         "adapter_path": str(tmp_path),

@@ -64,7 +64,7 @@ def write_rows(folder, **splits):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda *_: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

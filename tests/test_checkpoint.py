@@ -68,7 +68,7 @@ def single(*of):
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     """Drawing takes longer than training here."""
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda *_: None)
 
 
 class Stopped(Exception):

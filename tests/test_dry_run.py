@@ -30,7 +30,7 @@ def command(*flags, folder, data=EXAMPLES / "preferences"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*map(str, given), *SETTINGS, "--reference-cache", "none", *flags])
         patch.setattr(memory, "_earlier_peak", 0)
-        patch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
+        patch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda *_: None)
         try:
             mlx_lm.lora.main()
         except SystemExit as stop:

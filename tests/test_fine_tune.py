@@ -78,7 +78,7 @@ def runs(tmp_path_factory, data):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mlx_lm.lora, "train_model", watched)
             if kind != "lora":
-                patch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
+                patch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda *_: None)
             call(mlx_lm.lora.main, *arguments)
         pairs = seen["pairs"]
         logps = Scorer(seen["model"].eval())(make_batch(pairs, PACKED)[0]).total

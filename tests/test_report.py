@@ -21,7 +21,7 @@ def test_a_run_that_makes_all_responses_unlikely_ends_with_a_warning(tmp_path, c
     values = VALUES | {"iters": 8, "learning_rate": rate, "adapter_path": str(tmp_path / "adapters")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setattr("sys.argv", ["mlx_lm.lora", "--config", str(tmp_path / "config.yaml")])
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda folder: None)
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.plot_metrics", lambda *_: None)
     mlx_lm.lora.main()
     last = json.loads((tmp_path / "adapters" / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["eval_rewards/chosen"] < -2) == warned and last["eval_loss"] < 0.7

@@ -32,7 +32,12 @@ def finite(line):
 
 def read_validations(folder):
     """The lines of a run's validations, of its parts before a resume too."""
-    return [line for line in read_metrics(Path(folder) / METRICS_FILE) if "eval_loss" in line]
+    return validations_of(read_metrics(Path(folder) / METRICS_FILE))
+
+
+def validations_of(lines):
+    """Those of a run's lines that are of validations."""
+    return [line for line in lines if "eval_loss" in line]
 
 
 def best_of(validations, by=None):

@@ -16,7 +16,16 @@ from .checkpoint import BEST_FOLDER
 from .curves import PLOT_FILE, plot_metrics
 from .health import health
 from .interruption import given_command, module_place
-from .metrics import SAMPLES_FILE, add_lines, begin_lines, best_of, read_metrics, read_validations
+from .metrics import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    add_lines,
+    begin_lines,
+    best_of,
+    read_metrics,
+    read_validations,
+    validations_of,
+)
 from .nonfinite import places_of
 from .page import PAGE_FILE, table_rows, write_page
 from .scores import reference_totals
@@ -70,7 +79,9 @@ class Outcome:
 
     def draw(self, ended=False):
         """Draw the curves and write the page; with the adapters of a run that has `ended`, the model card."""
-        picture = plot_metrics(self.folder)
+        # Read once: the file of a long run is large, and this comes with each validation.
+        lines = read_metrics(self.folder / METRICS_FILE)
+        picture, validations = plot_metrics(self.folder, lines), validations_of(lines)
         settings = self.config or {name: value for name, value in vars(self.args).items() if value is not None}
         if self._found is not None:
             iteration, figures = self._found
@@ -78,11 +89,11 @@ class Outcome:
                 self._rows = table_rows(self.logps.val_dataset, self.logps.val_rows, self._tokenizer)
             samples = read_metrics(self.folder / SAMPLES_FILE)
             write_page(
-                self.folder, settings, read_validations(self.folder), self.health(), samples, picture,
+                self.folder, settings, validations, health(validations, self.objective.loss), samples, picture,
                 iteration, self._rows, figures, reference_totals(self.logps.valid, self.objective.loss),
             )  # fmt: skip
         if ended and self.config and "model" in self.config:
-            write_card(self.folder, self.config, self.objective.loss, read_validations(self.folder))
+            write_card(self.folder, self.config, self.objective.loss, validations)
 
 
 def print_closing(args, epochs):
