@@ -125,3 +125,12 @@ def test_one_validation_tells_nothing_of_a_change():
     (said,) = health([line | {"eval_pairs": 80}], DPO)
     assert said.startswith("80 pairs say little: the accuracy of 0.50 is between 0.39 and 0.61 (95 %). Some 396 ")
     assert health([{"iteration": 0, "eval_loss": None}], DPO) == []
+    # Of 400 pairs of few prompts, which tell as much as 80 of a prompt each.
+    (said,) = health([line], DPO, effective=80)
+    assert said.startswith("400 pairs, some of one prompt, say little: ") and "0.39 and 0.61 (95 %). Some 1980" in said
+
+
+def test_pairs_of_few_prompts_are_told_to_say_little(tmp_path):
+    pairs = [pair._replace(prompt=PAIRS[i % 4].prompt) for i, pair in enumerate(some_pairs(400, response=(4, 8)))]
+    run(tmp_path, valid=pairs, iters=1, steps_per_eval=1)
+    assert "400 pairs, some of one prompt, say little" in (tmp_path / "report.html").read_text()

@@ -265,7 +265,8 @@ def test_predictions_have_the_own_sides_figures(tmp_path):
         "desirable": [1.0, 0.0],
     }
     figures = {name: np.array(values) for name, values in figures.items()}
-    scores = Scores(figures, np.array([[-3.0, -4.0], [-5.0, -6.0]]), ["a, row 0", "a, row 1"], [None, None], None)
+    logps, places = np.array([[-3.0, -4.0], [-5.0, -6.0]]), ["a, row 0", "a, row 1"]
+    scores = Scores(figures, logps, places, [None, None], None, np.arange(2))
     write_predictions(tmp_path / "file", scores)
     first, second = map(json.loads, (tmp_path / "file").read_text().splitlines())
     assert first["rewards/chosen"] == 1.0 and first["reference_logps/chosen"] == -3.0

@@ -20,6 +20,7 @@ from mlx_lm.tuner.preference.scores import (
     Scores,
     compared,
     described,
+    effective_count,
     paired_interval,
     score,
     student,
@@ -51,14 +52,14 @@ def test_the_interval_of_a_share():
 
 def test_the_interval_of_paired_differences():
     """Of ten pairs four gained and one lost: (4 - 1) / 12 and sqrt(6 - 9 / 12) / 12 with half a pair more each."""
-    mean, low, high = paired_interval([1, 1, 1, 1, -1, 0, 0, 0, 0, 0], shares=True)
+    mean, low, high = paired_interval([1, 1, 1, 1, -1, 0, 0, 0, 0, 0], np.arange(10), shares=True)
     assert mean == pytest.approx(0.3)
     assert (low, high) == pytest.approx((0.25 - 1.959964 * 0.190941, 0.25 + 1.959964 * 0.190941), abs=1e-5)
     # Of 1, 2 and 3 the mean is 2 and its standard error 1 / sqrt(3).
     half = student(2) / 3**0.5
-    assert paired_interval([1, 2, 3]) == pytest.approx((2, 2 - half, 2 + half), abs=1e-9)
-    assert paired_interval([1]) == (1, -math.inf, math.inf)
-    low, high = paired_interval(np.zeros(20), shares=True)[1:]
+    assert paired_interval([1, 2, 3], np.arange(3)) == pytest.approx((2, 2 - half, 2 + half), abs=1e-9)
+    assert paired_interval([1], np.arange(1)) == (1, -math.inf, math.inf)
+    low, high = paired_interval(np.zeros(20), np.arange(20), shares=True)[1:]
     assert low < 0 < high, "pairs that all agree do not prove that others would"
 
 
@@ -66,7 +67,9 @@ def test_the_interval_of_few_differences_is_students():
     """The quantiles of a table; and of 2000 draws of five differences some 95 % have the mean, where Z had 88 %."""
     table = {2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042, 1000: 1.962}
     assert {freedom: student(freedom) for freedom in table} == pytest.approx(table, rel=8e-3)
-    intervals = [paired_interval(values)[1:] for values in np.random.default_rng(0).normal(1, 1, (2000, 5))]
+    intervals = [
+        paired_interval(values, np.arange(5))[1:] for values in np.random.default_rng(0).normal(1, 1, (2000, 5))
+    ]
     assert np.mean([low < 1 < high for low, high in intervals]) == pytest.approx(0.95, abs=0.015)
 
 
@@ -84,6 +87,32 @@ def test_the_interval_of_the_margin_of_single_responses():
     ):
         some = ({name: values[rows] for name, values in figures.items()} for figures in (first, second))
         assert unpaired_interval(*some) == pytest.approx(expected, nan_ok=True)
+
+
+def test_pairs_of_one_prompt_count_as_what_they_tell():
+    """A prompt whose pairs are all right or all wrong tells one thing; of 80 prompts 95 % of intervals hold."""
+    prompts = np.repeat(np.arange(10), 4)
+    alike = effective_count(np.repeat([0.0, 1.0] * 5, 4), prompts)
+    assert alike == pytest.approx(10 * 0.9 * (student(39) / student(9)) ** 2)
+    assert effective_count(np.tile([0.0, 1.0, 0.0, 1.0], 10), prompts) == 10  # no prompt differs from another
+    assert effective_count(np.tile([0.0, 1.0], 20), np.arange(40)) == 40
+    assert effective_count(np.ones(40), prompts) == 10 and effective_count(np.ones(4), prompts[:4]) == 1
+    assert paired_interval(np.arange(4), np.zeros(4, int)) == (1.5, -math.inf, math.inf)
+
+    draw, prompts, held = np.random.default_rng(0), np.repeat(np.arange(80), 5), []
+    good = np.arange(400) % 5 < 2
+    for _ in range(500):
+        right, other = ((draw.random(400) < draw.beta(0.7, 0.3, 80)[prompts]).astype(float) for _ in range(2))
+        low, high = wilson(right.mean(), effective_count(right, prompts))
+        shares = paired_interval(right - other, prompts, shares=True)
+        gains = 1 + draw.normal(size=80)[prompts] + draw.normal(size=400)
+        first = {DESIRABLE: good * 1.0, "rewards/chosen": np.zeros(400), "rewards/rejected": np.zeros(400)}
+        # What a prompt's good responses gain, its bad ones lose.
+        second = {"rewards/chosen": good * gains, "rewards/rejected": -gains * ~good}
+        found = shares, paired_interval(gains, prompts), unpaired_interval(first, second, prompts)
+        bounds = (low, high), *(interval[1:] for interval in found)
+        held.append([low < true < high for true, (low, high) in zip((0.7, 0, 1, 2), bounds, strict=True)])
+    assert np.mean(held, axis=0) == pytest.approx(np.full(4, 0.95), abs=0.03)
 
 
 def plain_kl(model, pairs):
@@ -226,6 +255,10 @@ def test_the_lines_of_a_test(scores):
     assert float(sources[1].split()[-1]) == pytest.approx(found.figures["loss"][[0, 4]].mean(), abs=1e-3)
     plain = described(found._replace(sources=[None] * 5, kl=None))
     assert plain.count("\n") == 1 and "KL" not in plain
+    prompts = np.array([0, 0, 1, 1, 1])
+    repeated = described(found._replace(prompts=prompts)).splitlines()
+    low, high = wilson(0.6, effective_count(found.figures["rewards/accuracies"], prompts))
+    assert f"(95 % interval {low:.3f} to {high:.3f}) (5 pairs of 2 prompts)" in repeated[0]
 
 
 def test_predictions_are_a_line_a_pair(scores, tmp_path):
@@ -248,7 +281,7 @@ def test_a_comparison_tells_who_is_better_or_nobody():
     def made(accuracies, margins, losses):
         figures = {"rewards/accuracies": accuracies, "rewards/margins": margins, "loss": losses}
         figures = {name: np.array(values, float) for name, values in figures.items()}
-        return Scores(figures, None, list(range(20)), [None] * 20, None)
+        return Scores(figures, None, list(range(20)), [None] * 20, None, np.arange(20))
 
     noise = np.tile([0.1, -0.1], 10)
     worse, better = made([0] * 15 + [1] * 5, noise, 1 + noise), made([1] * 20, 1 - noise, 0.5 - noise)
@@ -277,7 +310,7 @@ def test_margins_of_single_responses_are_compared_label_by_label():
     def made(rewards, good=good):
         figures = {"rewards/chosen": good * rewards, "rewards/rejected": ~good * rewards, DESIRABLE: good * 1.0}
         figures |= {"rewards/accuracies": good * 1.0, "rewards/margins": (2 * good - 1) * rewards, "loss": -rewards}
-        return Scores(figures, None, list(range(20)), [None] * 20, None)
+        return Scores(figures, None, list(range(20)), [None] * 20, None, np.arange(20))
 
     def margin(*rewards, **labels):
         told = compared(["A", "B"], [made(each, **labels) for each in rewards], preference_loss("kto"))

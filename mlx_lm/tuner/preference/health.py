@@ -14,8 +14,12 @@ WIDEST = 0.1
 READ = ("loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")), "logps/chosen")
 
 
-def health(validations, loss):
-    """What is wrong with a run, in sentences, by the lines of its validations in `metrics.jsonl`."""
+def health(validations, loss, effective=None):
+    """What is wrong with a run, in sentences, by the lines of its validations in `metrics.jsonl`.
+
+    Args:
+        effective: the last one's `effective_count` of pairs; by default how many there are.
+    """
     # What was not finite is None there, and so is a side of which single responses had none.
     sound = [line for line in validations if all(isinstance(line.get(f"eval_{name}"), (int, float)) for name in READ)]
     if not sound:
@@ -29,7 +33,7 @@ def health(validations, loss):
         if not loss.parameters.get("reference_update_steps"):
             # With a reference that follows the policy loss and margins begin anew.
             found += [overfitted(sound), unmoved(first, last, loss)]
-    return [sentence for sentence in (*found, too_few(last)) if sentence]
+    return [sentence for sentence in (*found, too_few(last, effective)) if sentence]
 
 
 def change(first, last, name):
@@ -123,17 +127,18 @@ def length_bias(last, loss):
     )
 
 
-def too_few(last):
+def too_few(last, effective):
     """A validation set too small for what its accuracy is to tell."""
-    share, count = last["eval_rewards/accuracies"], last["eval_pairs"]
+    share, pairs = last["eval_rewards/accuracies"], last["eval_pairs"]
+    count = needed = effective or pairs
     low, high = wilson(share, count)
     if high - low <= WIDEST:
         return None
-    needed = count
     while (bounds := wilson(share, needed))[1] - bounds[0] > WIDEST:
         needed = math.ceil(1.05 * needed) + 1
+    needed, repeated = math.ceil(needed * pairs / count), ", some of one prompt," if count < pairs else ""
     return (
-        f"{count} pairs say little: the accuracy of {share:.2f} is between {low:.2f} and {high:.2f} (95 %). Some "
-        f"{needed} would narrow that to {WIDEST}: val_batches: -1 takes all there are; beyond those it takes more "
+        f"{pairs} pairs{repeated} say little: the accuracy of {share:.2f} is between {low:.2f} and {high:.2f} (95 %). "
+        f"Some {needed} would narrow that to {WIDEST}: val_batches: -1 takes all there are; beyond those it takes more "
         "rows to validate on, or without a validation set a larger valid_share."
     )

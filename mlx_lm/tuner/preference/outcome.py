@@ -28,7 +28,7 @@ from .metrics import (
 )
 from .nonfinite import places_of
 from .page import PAGE_FILE, table_rows, write_page
-from .scores import reference_totals
+from .scores import effective_count, prompts_of, reference_totals
 from .sources import has_test_set
 
 
@@ -75,7 +75,14 @@ class Outcome:
 
     def health(self):
         """The sentences of `health`."""
-        return health(read_validations(self.folder), self.objective.loss)
+        return self._health(read_validations(self.folder))
+
+    def _health(self, validations):
+        effective = None
+        if self._found is not None:
+            prompts = prompts_of(self.logps.val_dataset, self.logps.val_rows)
+            effective = effective_count(self._found[1]["rewards/accuracies"], prompts)
+        return health(validations, self.objective.loss, effective)
 
     def draw(self, ended=False):
         """Draw the curves and write the page; with the adapters of a run that has `ended`, the model card."""
@@ -89,7 +96,7 @@ class Outcome:
                 self._rows = table_rows(self.logps.val_dataset, self.logps.val_rows, self._tokenizer)
             samples = read_metrics(self.folder / SAMPLES_FILE)
             write_page(
-                self.folder, settings, validations, health(validations, self.objective.loss), samples, picture,
+                self.folder, settings, validations, self._health(validations), samples, picture,
                 iteration, self._rows, figures, reference_totals(self.logps.valid, self.objective.loss),
             )  # fmt: skip
         if ended and self.config and "model" in self.config:

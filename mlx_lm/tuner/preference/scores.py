@@ -32,6 +32,7 @@ class Scores(NamedTuple):
         reference: `(n, 2)` float32, what `reference_totals` returns.
         places, sources: of each pair, where its row stands, and its `source` or None.
         kl: `(KL, pairs)`: of the policy from the reference in nats a response token, and of how many pairs; or None.
+        prompts: `(n,)`, a number for each pair's prompt.
     """
 
     figures: dict
@@ -39,11 +40,18 @@ class Scores(NamedTuple):
     places: list
     sources: list
     kl: tuple
+    prompts: np.ndarray
 
     @property
     def means(self):
         """What `means_of` makes of the figures."""
         return means_of(self.figures)
+
+    @property
+    def counted(self):
+        """How many pairs there are, and of how many prompts where prompts repeat, as text."""
+        pairs, prompts = len(self.places), len(set(self.prompts.tolist()))
+        return f"{pairs} pairs" + (f" of {prompts} prompt{'s' * (prompts > 1)}" if prompts < pairs else "")
 
 
 def score(objective, dataset, args, reference=None, base=None):
@@ -64,7 +72,13 @@ def score(objective, dataset, args, reference=None, base=None):
         [dataset.where(int(row)) for row in rows],
         [dataset.source(int(row)) for row in rows],
         mean_kl(objective.scorer, base, dataset, rows) if at_hand else None,
+        prompts_of(dataset, rows),
     )
+
+
+def prompts_of(dataset, rows):
+    """`(n,)`, a number for the prompt of each of n rows."""
+    return np.unique([hash(tuple(dataset[int(row)].prompt)) for row in rows], return_inverse=True)[1]
 
 
 def reference_totals(reference, loss):
@@ -86,6 +100,22 @@ def wilson(share, count):
     return max(0.0, (middle - spread) / (1 + Z**2 / count)), min(1.0, (middle + spread) / (1 + Z**2 / count))
 
 
+def effective_count(values, prompts):
+    """How many pairs of different prompts tell as much of a mean: where one prompt has several, their errors are alike.
+
+    That is the effective sample size of Korn and Graubard (1998), at most the number of pairs.
+
+    Args:
+        values, prompts: `(n,)`, the pairs' values and the number of each one's prompt.
+    """
+    errors, many = values - np.mean(values), len(set(prompts.tolist()))
+    squares = (np.bincount(prompts, errors) ** 2).sum()
+    if many in (1, len(values)) or squares < 1e-12:
+        return many  # of values that are all the same each prompt tells one
+    found = len(errors) * (errors**2).sum() / squares * (many - 1) / many
+    return max(1.0, min(len(errors), found * (student(len(errors) - 1) / student(many - 1)) ** 2))
+
+
 def student(freedom):
     """Student's t for 95 % two-sided and so many degrees of freedom (Abramowitz and Stegun 1964, 26.7.5).
 
@@ -100,60 +130,69 @@ def student(freedom):
     return Z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
-def paired_interval(differences, shares=False):
+def paired_interval(differences, prompts, shares=False):
     """The mean of paired differences, and its 95 % interval.
 
     Args:
-        differences: `(n,)`.
+        differences, prompts: `(n,)`, and the number of each one's prompt: the errors of one prompt are summed.
         shares: they are of values between 0 and 1, where a normal interval is too short with few pairs that differ: two
             more pairs are counted, half of one in each direction (Agresti and Min 2005).
 
     Returns:
-        `(mean, low, high)`; the bounds are infinite where one pair cannot tell.
+        `(mean, low, high)`; the bounds are infinite where one prompt cannot tell.
     """
     differences = np.asarray(differences, float)
-    more, count = (1.0, len(differences) + 2) if shares else (0.0, len(differences))
-    if count < 2:
-        return float(differences.mean()), -math.inf, math.inf
-    middle = differences.sum() / count
-    freedom = count if shares else count - 1
-    spread = ((differences**2).sum() + more - count * middle**2) / freedom
-    half = (Z if shares else student(freedom)) * math.sqrt(max(spread, 0.0) / count)
-    return float(differences.mean()), float(middle - half), float(middle + half)
+    mean, many = float(differences.mean()), len(set(prompts.tolist()))
+    if shares:
+        pairs = effective_count(differences, prompts)
+        middle = pairs * mean / (pairs + 2)
+        spread = (pairs * (differences**2).mean() + 1) / (pairs + 2) - middle**2
+        half = Z * math.sqrt(spread / (pairs + 2))
+        return mean, float(middle - half), float(middle + half)
+    if many < 2:
+        return mean, -math.inf, math.inf
+    sums = np.bincount(prompts, differences - mean)
+    half = student(many - 1) * math.sqrt((sums**2).sum() * many / (many - 1)) / len(differences)
+    return mean, mean - half, mean + half
 
 
-def unpaired_interval(first, second):
+def unpaired_interval(first, second, prompts):
     """By how much the margin of single responses differs: the good ones' mean reward less the bad ones'.
 
     Args:
         first, second: `(n,)` of each figure, of the same responses.
+        prompts: `(n,)`, the number of each one's prompt: the errors of one prompt are summed.
 
     Returns:
-        As `paired_interval`; NaN where all responses have one label. The two means' errors are independent.
+        As `paired_interval`; NaN where all responses have one label.
     """
     good = first[DESIRABLE] > 0
-    sides = ("rewards/chosen", good), ("rewards/rejected", ~good)
-    chosen, rejected = ((second[key] - first[key])[where] for key, where in sides)
-    if not (len(chosen) and len(rejected)):
+    if good.all() or not good.any():
         return math.nan, math.nan, math.nan
-    mean = float(chosen.mean() - rejected.mean())
-    if min(len(chosen), len(rejected)) < 2:
+    mean, sums, fewest = 0.0, 0.0, math.inf
+    for sign, key, where in ((1, "rewards/chosen", good), (-1, "rewards/rejected", ~good)):
+        side = (second[key] - first[key])[where]
+        many = len(set(prompts[where].tolist()))
+        mean, fewest = mean + sign * float(side.mean()), min(fewest, many)
+        errors = sign * (side - side.mean()) / len(side) * math.sqrt(many / max(many - 1, 1))
+        sums = sums + np.bincount(prompts[where], errors, minlength=prompts.max() + 1)
+    if fewest < 2:
         return mean, -math.inf, math.inf
-    half = student(min(len(chosen), len(rejected)) - 1)
-    half *= math.sqrt(sum(side.var(ddof=1) / len(side) for side in (chosen, rejected)))
+    half = student(fewest - 1) * math.sqrt((sums**2).sum())
     return mean, mean - half, mean + half
 
 
 def described(scores):
     """A test's figures in two lines, and below them those of each source, where rows have one."""
     figures, count = scores.means, len(scores.places)
-    low, high = wilson(figures["rewards/accuracies"], count)
+    right = scores.figures["rewards/accuracies"]
+    low, high = wilson(figures["rewards/accuracies"], effective_count(right, scores.prompts))
     kl = "" if scores.kl is None else f", KL {scores.kl[0]:.4f} nats a token"
     if scores.kl is not None and scores.kl[1] < count:
         kl += f" (of {scores.kl[1]} pairs)"
     lines = [
         f"Test loss {figures['loss']:.3f}, reward accuracy {figures['rewards/accuracies']:.3f} (95 % interval "
-        f"{low:.3f} to {high:.3f}) ({count} pairs),",
+        f"{low:.3f} to {high:.3f}) ({scores.counted}),",
         f"  margin {signed(figures['rewards/margins'])}, chosen {signed(figures['rewards/chosen'])}, "
         f"rejected {signed(figures['rewards/rejected'])}{kl}.",
     ]
@@ -168,7 +207,7 @@ def described(scores):
             mine = np.array([other == name for other in named])
             figures = means_of({key: values[mine] for key, values in scores.figures.items()})
             loss, accuracy, margin = (figures[key] for key in ("loss", "rewards/accuracies", "rewards/margins"))
-            low, high = wilson(accuracy, mine.sum())
+            low, high = wilson(accuracy, effective_count(right[mine], scores.prompts[mine]))
             span = f"{low:.3f} to {high:.3f}"
             lines.append(
                 f"  {printable(name):{width}}  {mine.sum():5}  {accuracy:8.3f}  {span}  {signed(margin):>9}"
@@ -217,16 +256,16 @@ def figures_of(i, figures, reference):
 
 def compared(names, scores, loss):
     """Whether two adapters differ on the pairs that both were tested on with one loss, as text."""
-    first, second = (found.figures for found in scores)
-    lines = [f"{names[1]} less {names[0]}, pair by pair ({len(scores[0].places)} pairs), with 95 % intervals:"]
+    (first, second), prompts = (found.figures for found in scores), scores[0].prompts
+    lines = [f"{names[1]} less {names[0]}, pair by pair ({scores[0].counted}), with 95 % intervals:"]
     better = {name: [] for name in names}
     for key, name in COMPARED.items():
         if key == "loss" and loss.sorts_batch:
             continue  # a value of the loss belongs to no pair
         if DESIRABLE in first and key == "rewards/margins":
-            mean, low, high = unpaired_interval(first, second)
+            mean, low, high = unpaired_interval(first, second, prompts)
         else:
-            mean, low, high = paired_interval(second[key] - first[key], shares=key == "rewards/accuracies")
+            mean, low, high = paired_interval(second[key] - first[key], prompts, shares=key == "rewards/accuracies")
         if not math.isfinite(mean):
             one_label = DESIRABLE in first and len(set(first[DESIRABLE])) == 1 and key == "rewards/margins"
             why = "all responses have one label" if one_label else "not all pairs have one that is finite"
