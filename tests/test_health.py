@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import short_run, some_pairs, tiny_llama
 
-from mlx_lm.tuner.preference.health import collapsed, health
+from mlx_lm.tuner.preference.health import collapsed, health, overfitted
 from mlx_lm.tuner.preference.objective import preference_loss
 
 PAIRS = some_pairs(48, response=(4, 8))
@@ -79,6 +79,17 @@ def test_small_margins_from_a_reference_that_follows_the_policy_are_no_standstil
     better = validations[1] | {"eval_loss": 0.5 * validations[0]["eval_loss"]}
     told = " ".join(health([validations[0], better, validations[-1]], DPO))
     assert "the run overfits" in told and WORDS["never better"] not in told
+
+
+@pytest.mark.parametrize(
+    "pairs, effective, rise, warned",
+    [(400, None, 0.04, True), (20, None, 0.1, False), (20, None, 0.2, True), (400, 20, 0.1, False)],
+)
+def test_a_rise_that_few_pairs_have_by_chance_is_no_overfitting(pairs, effective, rise, warned):
+    """Of 20 pairs one whose loss is 2 more is 0.1 of the mean: a plateau's last validation is seldom its best."""
+    losses = 0.69, 0.6, 0.6 + rise
+    lines = [{"iteration": i, "eval_loss": loss, "eval_pairs": pairs} for i, loss in enumerate(losses)]
+    assert ("the run overfits" in (overfitted(lines, effective) or "")) == warned
 
 
 @pytest.mark.parametrize("beta, margin, warned", [(0.001, 0.006, False), (0.001, 1e-5, True), (0.1, 0.006, True)])

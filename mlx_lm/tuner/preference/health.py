@@ -32,7 +32,7 @@ def health(validations, loss, effective=None):
         found += [exploding(sound), length_bias(last, loss)]
         if not loss.parameters.get("reference_update_steps"):
             # With a reference that follows the policy loss and margins begin anew.
-            found += [overfitted(sound), unmoved(first, last, loss)]
+            found += [overfitted(sound, effective), unmoved(first, last, loss)]
     return [sentence for sentence in (*found, too_few(last, effective)) if sentence]
 
 
@@ -96,11 +96,13 @@ def unmoved(first, last, loss):
     )
 
 
-def overfitted(validations):
-    """A validation loss that has risen from its best."""
+def overfitted(validations, effective=None):
+    """A validation loss that has risen from its best, by more than a mean over so few pairs does by chance."""
     best, last = min(validations, key=lambda line: line["eval_loss"]), validations[-1]
     little = max(0.01, 0.05 * abs(best["eval_loss"]))
-    if last["eval_loss"] - best["eval_loss"] <= little:
+    # Pairs' losses spread by about their mean.
+    chance = abs(best["eval_loss"]) / math.sqrt(effective or last["eval_pairs"])
+    if last["eval_loss"] - best["eval_loss"] <= max(little, chance):
         return None
     if (first := validations[0]["eval_loss"]) - best["eval_loss"] <= little:
         return (
