@@ -412,7 +412,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
     config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
     origin = config if origin is None else origin
     start = start_of(args.resume_adapter_file, origin.get("resume_adapter_file"))
-    tell_other_loss(args.adapter_path, config, loss)
+    tell_other_loss(args.adapter_path, config, loss, args.batch_size)
     args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or origin.get("reference_model")})
     base, logps = model, None
     if args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):

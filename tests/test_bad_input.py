@@ -669,6 +669,14 @@ class TestTestAlone:
         assert done.status == 0
         command.refused("there is nothing to do", "--no-train")
 
+    def test_a_batch_size_that_its_figures_depend_on_is_told(self, command):
+        command(loss_type="kto", batch_size=2)
+        told, asked = "were trained with batch_size 2, and are tested otherwise.", {"loss_type": ..., "test": True}
+        assert told in command("--no-train", batch_size=4, **asked).out
+        assert told not in command("--no-train", batch_size=2, **asked).out
+        command(loss_type="dpo", batch_size=2)
+        assert told not in command("--no-train", batch_size=4, **asked).out
+
     def test_any_file_or_none_and_a_line_for_each_pair(self, command):
         lines = [json.dumps(row_ | {"source": f"s{i % 2}"}) + "\n" for i, row_ in enumerate(rows(6))]
         folder = write_rows(command.folder / "data", test="\n" + "".join(lines))

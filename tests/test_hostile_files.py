@@ -237,7 +237,7 @@ def test_what_is_told_of_rows_adapters_and_configurations_holds_no_control_chara
     )
     _warn_of_scale(tmp_path / "a" / "adapters.safetensors", 1.0)
     loss = preference_loss("dpo")
-    tell_other_loss("b", config, loss)
+    tell_other_loss("b", config, loss, 4)
     paths = [str(tmp_path / "b"), str(tmp_path / "c")]
     given = {"train": False, "test": True, "compare": paths, "adapter_path": "b", "reference_model": None}
     args = SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | given | {clear: 1}))

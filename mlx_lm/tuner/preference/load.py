@@ -248,11 +248,16 @@ def adopt_loss(args):
         rprint(printable(f"As the adapters {path} were trained: {', '.join(told)}."))
 
 
-def tell_other_loss(path, config, loss):
-    """Say so where the adapters at `path`, trained with `config`, are tested with another loss or other parameters."""
+def tell_other_loss(path, config, loss, batch_size):
+    """Say so where the adapters at `path`, trained with `config`, are tested with another loss or other parameters.
+
+    So is a `batch_size`, in pairs, of a loss whose values depend on the batch.
+    """
     trained = _names(config.get("loss_type"))
     told = [f"loss_type {', '.join(map(str, trained))}"] if trained not in ([None], _names(list(loss.names))) else []
     told += [f"{name} {config[name]}" for name, own in loss.parameters.items() if config.get(name) not in (None, own)]
+    if loss.reads_batch and config.get("batch_size") not in (None, batch_size):
+        told.append(f"batch_size {config['batch_size']}")
     if told:
         rprint(printable(f"The adapters {path} were trained with {', '.join(told)}, and are tested otherwise."))
 
