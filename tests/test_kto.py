@@ -257,6 +257,14 @@ def test_uneven_labels_are_told(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_the_advised_weight_is_not_advised_again(capsys):
+    rows = [Pair([1], [2], [3], label=i == 0) for i in range(8)]
+    warn_of_balance(rows, preference_loss("kto"))
+    assert "an undesirable_weight of 0.143." in " ".join(capsys.readouterr().out.split())
+    warn_of_balance(rows, preference_loss("kto", undesirable_weight=0.143))
+    assert capsys.readouterr().out == ""
+
+
 def test_predictions_have_the_own_sides_figures(tmp_path):
     figures = {
         "rewards/chosen": [1.0, 0.0],

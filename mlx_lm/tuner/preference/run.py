@@ -348,7 +348,8 @@ def warn_of_balance(dataset, loss):
     weights = [loss.parameters[f"{kind}_weight"] for kind in ("desirable", "undesirable")]
     counts = [good, len(dataset) - good]
     totals = [weight * count for weight, count in zip(weights, counts, strict=True)]
-    if min(totals) > 0 and not 1 <= totals[0] / totals[1] <= 4 / 3:
+    # A hundredth less than 1: the advised weight is rounded.
+    if min(totals) > 0 and not 0.99 <= totals[0] / totals[1] <= 4 / 3:
         rprint(
             f"[WARNING] {counts[0]} responses are desirable and {counts[1]} are not; their numbers times their weights "
             f"are {totals[0]:g} to {totals[1]:g}, and KTO's authors advise 1 to 4/3: for example an undesirable_weight "
