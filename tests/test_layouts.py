@@ -185,8 +185,9 @@ def test_scores(options, row, margin, weight):
 def test_scores_that_leave_a_row_out_or_are_missing():
     with pytest.raises(UselessRow, match=SCORED_ALIKE):
         RowReader(min_score_difference=5.6)(SCORED)
-    with pytest.raises(UselessRow, match=SCORED_LOWER):
-        RowReader(score_difference="weight")(SCORED | {"score_chosen": 2})
+    for score in (2, SCORED["score_rejected"]):
+        with pytest.raises(UselessRow, match=SCORED_LOWER):
+            RowReader(score_difference="weight")(SCORED | {"score_chosen": score})
     with pytest.raises(ConfigError, match="the row has no score_chosen, which score_difference"):
         RowReader(score_difference="margin")(LAYOUTS["Orca DPO pairs"])
 

@@ -23,7 +23,7 @@ EMPTY_PROMPT = "with an empty prompt"
 TRANSCRIPTS = "Human/Assistant transcripts"
 REPEATED = "the prompt in both responses"
 NO_ANSWER = "whose transcripts do not end with an answer to the same question"
-SCORED_LOWER = "whose chosen response has the lower score"
+SCORED_LOWER = "whose chosen response has no higher score"
 SCORED_ALIKE = "whose scores differ by less than min_score_difference"
 
 LARGEST = 3.4e38  # of float32
@@ -308,7 +308,7 @@ class RowReader:
         if self.score_difference == "margin":
             margin += self.score_scale * difference
         elif self.score_difference == "weight":
-            if difference < 0:
+            if difference <= 0:
                 raise UselessRow(SCORED_LOWER)
             weight *= self.score_scale * difference
         return margin, weight
