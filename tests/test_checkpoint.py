@@ -654,6 +654,11 @@ class TestBest:
         kept = mx.load(str(tmp_path / "best" / "adapters.safetensors"))
         assert all(mx.array_equal(kept[name], expected[name]).item() for name in expected)
 
+    def test_none_are_kept_where_no_validation_is_better_than_the_first(self, tmp_path, capsys):
+        trained(tmp_path, save_best="margin", rate=0.0, **self.OPTIONS | {"iters": 1})
+        assert "No validation had a better margin than the one before" in " ".join(capsys.readouterr().out.split())
+        assert not (tmp_path / "best").exists()
+
     def test_a_run_ends_early_and_resumes_exactly(self, tmp_path, capsys, monkeypatch):
         drawn = []
         monkeypatch.setattr(Outcome, "draw", lambda outcome, ended=False: drawn.append(ended))
