@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import short_run, some_pairs, tiny_llama
 
-from mlx_lm.tuner.preference.health import collapsed, health, overfitted
+from mlx_lm.tuner.preference.health import collapsed, displaced, health, overfitted
 from mlx_lm.tuner.preference.objective import preference_loss
 
 PAIRS = some_pairs(48, response=(4, 8))
@@ -126,6 +126,14 @@ def test_both_responses_have_to_be_far_below_the_reference(chosen, rejected, log
     # Of a model that writes no sense nothing else is said, such as that few pairs say little of it.
     line |= {"eval_loss": 0.6, "eval_rewards/accuracies": 0.7, "eval_pairs": 10, "iteration": 1}
     assert len(health([line], DPO)) == 1 and ("than to the reference" in health([line], DPO)[0]) == warned
+
+
+@pytest.mark.parametrize("chosen, margin, warned", [(-0.5, 0.4, True), (-0.5, 0.6, False), (-0.5, -0.1, True)])
+def test_a_fall_of_the_chosen_responses_is_told_where_the_margin_gains_less(chosen, margin, warned):
+    first = {"eval_rewards/chosen": 0.0, "eval_rewards/margins": 0.0, "eval_logps/chosen": -20.0}
+    last = {"eval_rewards/chosen": chosen, "eval_rewards/margins": margin, "eval_logps/chosen": -25.0}
+    assert (WORDS["displaced"] in (displaced(first, last) or "")) == warned
+    assert displaced(first, last | {"eval_logps/chosen": -20.9}) is None, "less than a nat"
 
 
 def test_one_validation_tells_nothing_of_a_change():
