@@ -79,14 +79,14 @@ def test_the_interval_of_the_margin_of_single_responses():
     first = {DESIRABLE: good, "rewards/chosen": np.zeros(4), "rewards/rejected": np.zeros(4)}
     second = {"rewards/chosen": good * gains, "rewards/rejected": (1 - good) * gains}
     half = student(1) * 1.25**0.5
-    assert unpaired_interval(first, second) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
+    assert unpaired_interval(first, second, np.arange(4)) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
     for rows, expected in (
         ([0, 2, 3], (-0.5, -math.inf, math.inf)),
         ([0, 1], [math.nan] * 3),
         ([2, 3], [math.nan] * 3),
     ):
         some = ({name: values[rows] for name, values in figures.items()} for figures in (first, second))
-        assert unpaired_interval(*some) == pytest.approx(expected, nan_ok=True)
+        assert unpaired_interval(*some, np.arange(4)[rows]) == pytest.approx(expected, nan_ok=True)
 
 
 def test_pairs_of_one_prompt_count_as_what_they_tell():

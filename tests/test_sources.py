@@ -90,10 +90,13 @@ def test_one_row_in_a_json_file(tmp_path):
 def test_tables(tmp_path, ending, delimiter):
     lists = {"prompt": "Who?", "chosen": str([{"role": "assistant", "content": "Line\none, 'two'"}]), "rejected": "b"}
     long = ROW | {"rejected": "b" * 2**18, "margin": "2"}
-    write_table(tmp_path / f"train.{ending}", [ROW | {"margin": ""}, lists | {"margin": "1.5"}, long], delimiter)
+    texts = {"prompt": "Is 2 + 3 5?", "chosen": "true", "rejected": "5", "margin": " -1e1 "}
+    rows = [ROW | {"margin": ""}, lists | {"margin": "1.5"}, long, texts]
+    write_table(tmp_path / f"train.{ending}", rows, delimiter)
     train, *_ = load(tmp_path)
-    assert chosen(train) == ["It is Lima.", "Line\none, 'two'", "It is Lima."]
-    assert [pair.margin for pair in train] == [0.0, 1.5, 2.0]
+    assert chosen(train) == ["It is Lima.", "Line
+one, 'two'", "It is Lima.", "true"]
+    assert [pair.margin for pair in train] == [0.0, 1.5, 2.0, -10.0]
 
 
 @pytest.mark.parametrize(("line", "more"), [("a,b", "fewer"), ("a,b,c,d", "more")])
