@@ -121,6 +121,7 @@ def test_short_prompts_may_be_repeated_by_chance():
             "preference_strength is 'high'; it must be a",
         ),
         (LAYOUTS["SHP"] | {"labels": 3}, "labels is 3; it must be 1 or 0"),
+        (LAYOUTS["Chatbot Arena"] | {"winner": "a"}, "winner is 'a'; it must be 'model_a' or 'model_b'"),
         (LAYOUTS["OpenAI"] | {"input": "Name"}, "input is a string; it must be an object with messages"),
         ({"prompt": "a", "response": "b", "helpfulness": 3}, "chosen is missing; .*HelpSteer ratings, which hold one"),
         ({"prompt": "a", "completion": "b", "label": True}, "KTO rows, which hold one completion and its label"),
