@@ -213,12 +213,16 @@ def test_a_resumed_run_goes_on_with_its_answers_and_pictures(run, tmp_path):
     shutil.copytree(run.folder, copied)
     for name in ("training.png", "report.html"):
         (copied / name).unlink()
+    # As after a validation on other pairs: the first answer is to another prompt.
+    first, second, *others = (copied / "samples.jsonl").read_text().splitlines(keepends=True)
+    (copied / "samples.jsonl").write_text("".join([second, first, *others]))
     said = call(mlx_lm.lora.main, *run.words, "--adapter-path", str(copied), "--resume", "--iters", "9")
     assert [line["iteration"] for line in read_metrics(copied / "samples.jsonl")] == [0, 0, 3, 3, 6, 6, 9, 9]
     assert re.findall(r"before training +after iteration (\d)", said) == ["9"]
     page = (copied / "report.html").read_text()
     assert "first (iteration 0)" in page and "last (iteration 9)" in page
-    before = read_metrics(run.folder / "samples.jsonl")[0]["answer"]
+    before, other = (line["answer"] for line in read_metrics(run.folder / "samples.jsonl")[:2])
+    assert before in said and other not in said
     assert html.escape(before, quote=False) in page and (copied / "training.png").exists()
 
 

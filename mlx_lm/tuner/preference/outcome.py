@@ -68,7 +68,8 @@ class Outcome:
             line = {"iteration": iteration, "row": where(int(row))} | texts_of(self._tokenizer, pair)
             lines.append(line | {"answer": answer})
         add_lines(self.folder / SAMPLES_FILE, lines)
-        earlier = read_metrics(self.folder / SAMPLES_FILE)
+        # Those of a run that is resumed may be to other prompts.
+        earlier = [line for line in read_metrics(self.folder / SAMPLES_FILE) if line["prompt"] == lines[0]["prompt"]]
         if iteration > 0:
             print_side_by_side(earlier[0], lines[0])
         send_samples(self.callback, iteration, lines)
