@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from architectures import make_model
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import TINY_LLAMA, short_run, some_pairs, tiny_llama
 
@@ -278,6 +278,10 @@ def test_adapters_that_change_nothing_yet_have_the_base_models_fingerprint(base)
     assert fingerprint(BASES[base]()) == bare
     assert fingerprint(with_adapters(BASES[base]())) == bare
     assert fingerprint(with_adapters(BASES[base](), rank=8, seed=5, scale=1.0)) == bare
+    changed = with_adapters(BASES[base]())
+    name, value = next(item for item in tree_flatten(changed.parameters()) if ".lora_b" in item[0])
+    changed.update(tree_unflatten([(name, (mx.arange(value.size) == 0).astype(value.dtype).reshape(value.shape))]))
+    assert fingerprint(changed) != bare, "a single value changes logps"
 
 
 def test_adapters_on_embedding_and_head_have_the_base_models_fingerprint():
