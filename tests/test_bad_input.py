@@ -24,12 +24,14 @@ import yaml
 from architectures import ARCHITECTURES, make_model
 from chat_tokenizers import smollm
 from mlx_lm.tuner.lora import LoRAEmbedding
+from tiny import VOCABULARY, tiny_llama
 
 import mlx_lm.lora
 from mlx_lm import convert
 from mlx_lm.tuner.preference.check import _check_file_to_write
-from mlx_lm.tuner.preference.load import check_trainable, warn_of_rounding
+from mlx_lm.tuner.preference.load import check_tokens, check_trainable, warn_of_rounding
 from mlx_lm.tuner.preference.options import LONGEST_MESSAGE, ConfigError
+from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.utils import load_model, save_model
 
@@ -249,6 +251,15 @@ class TestData:
         smollm()._tokenizer.save_pretrained(model)
         told = r"the data's tokens go up to id \d{3}, but the model that model names has 97: the tokenizer is another"
         command.refused(told, model=str(model))
+
+    @pytest.mark.parametrize("place", range(3))
+    def test_one_token_beyond_the_vocabulary(self, place):
+        known = Pair([1], [2], [3])
+        sound = [*known[:place], [1, VOCABULARY - 1, 1], *known[place + 1 : 3]]
+        check_tokens(tiny_llama(), [[known], [known, Pair(*sound), known]], "model")
+        sound[place][1] += 1
+        with pytest.raises(ConfigError, match="go up to id 97, but the model that model names has 97"):
+            check_tokens(tiny_llama(), [[known], [known, Pair(*sound), known]], "model")
 
     def test_pairs_longer_than_the_model_was_made_for_are_a_warning(self, command):
         model = shutil.copytree(MODEL, command.folder / "model")
