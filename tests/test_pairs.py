@@ -64,12 +64,13 @@ def test_useless_rows_are_left_out_and_said_once(capsys):
         ROW | {"chosen": " "},
         ROW | {"rejected": [{"role": "assistant", "content": "It is Lima."}]},  # equal once both are tokens
         ROW | {"chosen": "Peru"},
+        ROW | {"rejected": "<|eot_id|>"},  # nothing but the end of the turn
     ]
-    dataset = PreferenceDataset(rows, tokenizers.llama3(), name="five")
+    dataset = PreferenceDataset(rows, tokenizers.llama3(), name="six")
     assert [tokenizers.llama3().decode(pair.chosen[:-1]) for pair in dataset] == ["It is Lima.", "Peru"]
     assert capsys.readouterr().out == (
-        "[WARNING] five: 3 of 5 rows are left out: 2 whose chosen and rejected responses are equal (first: five, "
-        "row 1), 1 with an empty response (first: five, row 2).\n"
+        "[WARNING] six: 4 of 6 rows are left out: 2 whose chosen and rejected responses are equal (first: six, "
+        "row 1), 2 with an empty response (first: six, row 2).\n"
     )
 
 
