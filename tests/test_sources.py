@@ -94,8 +94,7 @@ def test_tables(tmp_path, ending, delimiter):
     rows = [ROW | {"margin": ""}, lists | {"margin": "1.5"}, long, texts]
     write_table(tmp_path / f"train.{ending}", rows, delimiter)
     train, *_ = load(tmp_path)
-    assert chosen(train) == ["It is Lima.", "Line
-one, 'two'", "It is Lima.", "true"]
+    assert chosen(train) == ["It is Lima.", "Line\none, 'two'", "It is Lima.", "true"]
     assert [pair.margin for pair in train] == [0.0, 1.5, 2.0, -10.0]
 
 
