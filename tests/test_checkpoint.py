@@ -605,6 +605,12 @@ class TestFolder:
         assert contents(tmp_path / "earlier-1") == before
         assert (tmp_path / "notes.txt").read_text() == "mine"
 
+    def test_a_link_that_leads_nowhere_has_its_name(self, tmp_path, capsys):
+        trained(tmp_path, iters=3)
+        (tmp_path / "earlier-1").symlink_to("nowhere")
+        trained(tmp_path, iters=2)
+        assert f"are now in {tmp_path / 'earlier-2'}." in " ".join(capsys.readouterr().out.split())
+
     def test_a_configuration_that_a_program_wrote_for_its_run_stays(self, tmp_path, capsys):
         text = json.dumps(CONFIG)
         (tmp_path / "adapter_config.json").write_text(text)

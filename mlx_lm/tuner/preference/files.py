@@ -98,7 +98,8 @@ def move_aside(folder, patterns):
     if not found:
         return None
     places = (folder / f"earlier-{number}" for number in count(1))
-    place = next(place for place in places if not place.exists())
+    # A link to what is not there has the name, too.
+    place = next(place for place in places if not os.path.lexists(place))
     place.mkdir()
     for path in found:
         path.rename(place / path.name)
