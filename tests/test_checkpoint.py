@@ -665,6 +665,19 @@ class TestBest:
         assert "No validation had a better margin than the one before" in " ".join(capsys.readouterr().out.split())
         assert not (tmp_path / "best").exists()
 
+    @pytest.mark.parametrize("name", ["best", "0000003"])
+    def test_a_link_is_replaced_and_what_it_leads_to_stays(self, name, tmp_path):
+        """A user's own `best -> 0000001` is no place to write a later save to."""
+        options = {"save_best": "margin", "steps_per_eval": 2, "rate": 0.05, "config": dict(CONFIG)}
+        trained(tmp_path, iters=1, **options)
+        if (tmp_path / name).exists():
+            (tmp_path / name).rename(tmp_path / "kept")
+        (tmp_path / "mine").mkdir()
+        (tmp_path / name).symlink_to("mine")
+        trained(tmp_path, iters=4, resume=True, **options)
+        assert list((tmp_path / "mine").iterdir()) == [] and not (tmp_path / name).is_symlink()
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"adapters.safetensors", "adapter_config.json"}
+
     def test_a_run_ends_early_and_resumes_exactly(self, tmp_path, capsys, monkeypatch):
         drawn = []
         monkeypatch.setattr(Outcome, "draw", lambda outcome, ended=False: drawn.append(ended))

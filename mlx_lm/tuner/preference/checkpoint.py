@@ -11,7 +11,7 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ...cli_ui import rprint
-from .files import give_second_name, replace_file, replace_files
+from .files import give_second_name, make_own_folder, replace_file, replace_files
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, first_line
 from .workers import confirm
 
@@ -82,7 +82,7 @@ def save_adapters(model, adapter_file, iteration=None, config=None):
     if numbered is not None and config is not None:
         # A folder that mlx-lm's commands take.
         folder = adapter_file.with_name(f"{iteration:07d}")
-        folder.mkdir(exist_ok=True)
+        make_own_folder(folder)
         replace_file(folder / CONFIG_FILE, lambda file: file.write(text))
         give_second_name(numbered, folder / adapter_file.name)
     return numbered

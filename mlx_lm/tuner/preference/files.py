@@ -60,6 +60,14 @@ def give_second_name(path, name):
         replace_file(name, lambda file: file.write(Path(path).read_bytes()))
 
 
+def make_own_folder(folder):
+    """Make a folder where there is none, in place of a link: what that leads to may be another save's."""
+    folder = Path(folder)
+    if folder.is_symlink():
+        folder.unlink()
+    folder.mkdir(exist_ok=True)
+
+
 def remove_leftovers(folder):
     """Delete the temporary files that a killed run left in its folder, and in those of its saves."""
     for path in [found for place in (".", "best", "[0-9]" * 7) for found in Path(folder).glob(f"{place}/.*.tmp")]:

@@ -34,7 +34,7 @@ from .checkpoint import (
 )
 from .dry_run import rehearse
 from .evaluation import evaluated_rows, refuse_other_form, unwrapped
-from .files import locked, move_aside, remove_leftovers
+from .files import locked, make_own_folder, move_aside, remove_leftovers
 from .flat import lora_plus
 from .intercept import parameters_in
 from .interruption import REQUEST, Interrupted, asked_anywhere
@@ -295,6 +295,7 @@ def _keep_best(model, figures, progress, args, config):
         progress.best, progress.best_iteration = figures[name], progress.iteration
         if args.save_best and progress.iteration > 0 and mx.distributed.init().rank() == 0:
             adapter_file = Path(args.adapter_file)
+            make_own_folder(adapter_file.parent / BEST_FOLDER)
             save_adapters(model, adapter_file.parent / BEST_FOLDER / adapter_file.name, config=config)
 
 
