@@ -21,6 +21,7 @@ from .counterparts import hint
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, OfFlag, Option, Unset, nearest, printable, shown
+from .template import SECONDS, limited
 
 # What a preference run's configuration adds to upstream's, and what stands where nothing is given. A loss's
 # parameter is None: its default depends on the loss.
@@ -69,7 +70,8 @@ def check_file(path, loader, given_as="config"):
     for key, value in node.value:
         line = key.start_mark.line + 1
         try:
-            repr(values.construct_object(value, deep=True))  # which refuses numbers of thousands of digits
+            with limited(SECONDS):  # aliases of aliases are long before they are large
+                repr(values.construct_object(value, deep=True))  # which refuses numbers of thousands of digits
         except Exception as error:
             # A value of a type that YAML sees in it, such as a date, and that it is not.
             reason = " ".join(str(getattr(error, "problem", None) or error).split())
