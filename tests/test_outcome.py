@@ -324,6 +324,18 @@ def test_a_program_that_calls_us_is_told_no_command_of_its_own_words(tmp_path, m
     assert found["test"] == "mlx_lm.lora --config c.yaml --test --no-train"
 
 
+@pytest.mark.parametrize("words", [["--config", "/dev/fd/63"], ["--config=/dev/stdin"], ["-c/proc/self/fd/63"]])
+def test_no_command_repeats_what_came_from_a_pipe(tmp_path, monkeypatch, words):
+    args = SimpleNamespace(
+        adapter_path=str(tmp_path), save_best=None, model="m", trust_remote_code=False, iters=5, data="a/prefs"
+    )
+    monkeypatch.setattr(sys, "argv", ["/somewhere/mlx_lm/lora.py", *words])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mlx_lm.lora", *words])
+    assert resume_command() == "resume: true with the same settings"
+    found = next_commands(args)
+    assert found.keys() == {"generate", "fuse"} and found["fuse"].startswith("python -m mlx_lm fuse")
+
+
 def test_a_test_is_offered_where_there_is_a_test_set(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mlx_lm.lora"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "mlx_lm.lora"])  # that of a pytest without workers has -m
@@ -412,7 +424,7 @@ def test_the_last_panel_has_no_sign_before_a_zero(tmp_path, capsys):
 
 @pytest.mark.parametrize("early_stop, patience", [(1, " --early-stop 4"), (2, " --early-stop 4"), (3, "")])
 def test_the_command_that_goes_on_does_so_after_an_early_stop(tmp_path, capsys, monkeypatch, early_stop, patience):
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.given_command", lambda: ["mlx_lm.lora"])
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.repeatable_command", lambda: ["mlx_lm.lora"])
     monkeypatch.setattr("mlx_lm.tuner.preference.outcome.has_test_set", lambda args: False)
     lines = [{"iteration": i, "eval_loss": loss} for i, loss in enumerate((0.7, 0.6, 0.65, None))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -431,7 +443,7 @@ def test_the_command_that_goes_on_does_so_after_an_early_stop(tmp_path, capsys, 
     ],
 )
 def test_no_command_goes_on_at_a_rate_of_zero(tmp_path, monkeypatch, capsys, name, arguments, goes_on):
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.given_command", lambda: ["mlx_lm.lora"])
+    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.repeatable_command", lambda: ["mlx_lm.lora"])
     monkeypatch.setattr("mlx_lm.tuner.preference.outcome.has_test_set", lambda args: False)
     schedule = {"name": name, "arguments": arguments, "warmup": 2}
     settings = {"save_best": None, "model": "m", "trust_remote_code": False, "iters": 40, "grad_accumulation_steps": 2}

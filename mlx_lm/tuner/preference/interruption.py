@@ -1,6 +1,7 @@
 """Signals that end a run: its step is finished and saved first, and a second one ends it at once."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -94,6 +95,12 @@ def given_command():
     return list(words) if name.startswith("mlx_lm") else []
 
 
+def repeatable_command():
+    """`given_command`; none where it reads a pipe, such as a shell's `<(...)`, which is gone when it runs again."""
+    given = given_command()
+    return [] if any(re.search("/dev/stdin|/fd/[0-9]", word) for word in given) else given
+
+
 def _python():
     """The Python of this command's line. Of a framework build's on macOS, which has another started, its path."""
     # That other one knows nothing of the environment.
@@ -110,7 +117,7 @@ def module_place():
 
 def resume_command():
     """The command line that goes on with this command's run, or what does in a program that calls us."""
-    given = given_command()
+    given = repeatable_command()
     if not given:
         return "resume: true with the same settings"
     return shlex.join(given if "--resume" in given else [*given, "--resume"])

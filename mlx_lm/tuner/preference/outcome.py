@@ -15,7 +15,7 @@ from .check import schedule_end
 from .checkpoint import BEST_FOLDER
 from .curves import PLOT_FILE, plot_metrics
 from .health import health
-from .interruption import given_command, module_place
+from .interruption import given_command, module_place, repeatable_command
 from .metrics import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -141,7 +141,7 @@ def _told(line):
 def next_commands(args, epochs=None, patience=None):
     """Command lines by what they do, with this run's paths; in a program that calls us those of mlx-lm's alone.
 
-    None goes on where the learning rate of a longer run is 0: its schedule is kept.
+    None goes on where the learning rate of a longer run is 0: its schedule is kept. None repeats what came from a pipe.
 
     Args:
         epochs: what the run asked for, or None.
@@ -153,7 +153,7 @@ def next_commands(args, epochs=None, patience=None):
     adapters = ["--model", args.model, "--adapter-path", str(where)]
     longer = ["--epochs", f"{2 * epochs:g}"] if epochs else ["--iters", str(2 * args.iters)]
     longer += ["--early-stop", str(patience)] if patience else []
-    given = given_command()
+    given = repeatable_command()
     resume = [] if "--resume" in given else ["--resume"]
     schedule = getattr(args, "lr_schedule", None)
     ends = schedule and schedule_end(schedule, -(-2 * args.iters // args.grad_accumulation_steps)) is not None
