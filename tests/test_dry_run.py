@@ -114,6 +114,20 @@ def test_what_it_tells(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_a_run_that_is_gone_on_with_the_rest_is_told(tmp_path, capsys, few):
+    flags = "--sample-prompts 1 --reference-update-steps 2 --grad-accumulation-steps 2 --steps-per-eval 4".split()
+    flags += "--batch-size", "2"
+    assert command("--iters", "6", *flags, folder=tmp_path, data=few) == 0
+    capsys.readouterr()
+    assert command("--resume", "--check", "--steps", "1", *flags, "--iters", "18", folder=tmp_path, data=few) == 0
+    out = capsys.readouterr().out
+    assert "12 further iterations of 2 pairs are 0.50 epochs and 6 updates" in out
+    steps, each, seconds = re.search(r"(\d+) steps of ([\d.]+) s +([\d.]+) s$", out, re.M).groups()
+    assert steps == "12" and float(seconds) == pytest.approx(12 * float(each), abs=0.06)
+    # After iterations 8, 12, 16 and 18; of the exchanges after every fourth of 18 iterations the first is over.
+    assert " 4 validations of" in out and " 4 times 1 answers of" in out and "exchanges of the reference, 3 " in out
+
+
 def test_the_time_of_a_run_without_validations(tmp_path, capsys, few):
     flags = "--steps", "1", "--val-batches", "0", "--reference-model", str(EXAMPLES / "tiny_chat_model")
     assert command("--check", *flags, folder=tmp_path, data=few) == 0
