@@ -720,6 +720,20 @@ class TestStartingPoint:
             points.add(starting_point(model))
         assert len(points) == 1
 
+    def test_one_row_of_a_large_weight_gives_another(self):
+        model = nn.Embedding(1000, 32)
+        points = {starting_point(model)}
+        for row in (0, 500, 999):
+            model.weight[row] += 0.1
+            points.add(starting_point(model))
+        for dtype in (mx.float16, mx.bfloat16):
+            model.set_dtype(dtype)
+            model.weight = model.weight[:999, :31]  # no whole number of words
+            points.add(starting_point(model))
+            model.weight[998] += 1
+            points.add(starting_point(model))
+        assert len(points) == 8
+
     def test_another_weight_or_an_adapter_gives_another(self):
         model, _ = load_model(GOLDEN)
         linear_to_lora_layers(model, 2, {"rank": 4, "scale": 4.0, "dropout": 0.0})

@@ -25,7 +25,7 @@ RUN_FILES += ("metrics.jsonl", "samples.jsonl", "training.png", "report.html", B
 REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
 # The setting that may change: a digest of the validation set and how many of its pairs are scored, None without any.
 VALIDATED_ON = "validated_on"
-SAMPLE = 4096  # values of a weight that tell it from another model's
+SAMPLE = 4096  # values of a weight whose places count, too, in what tells it from another model's
 
 
 @dataclass
@@ -292,11 +292,14 @@ def starting_point(model):
     """
     weights = tree_flatten(model.parameters())
     samples = [mx.view(value.reshape(-1)[:SAMPLE], mx.uint8).astype(mx.uint32) for _, value in weights]
-    totals = mx.stack([(sample * mx.arange(1, sample.size + 1, dtype=mx.uint32)).sum() for sample in samples]).tolist()
+    totals = [(sample * mx.arange(1, sample.size + 1, dtype=mx.uint32)).sum() for sample in samples]
+    # All values, without their places: of a model of 0.5 GB that takes 0.1 s, and one that heeds places 2 s.
+    sums = [mx.view(value.reshape(-1), mx.uint8 if value.nbytes % 4 else mx.uint32).sum() for _, value in weights]
+    totals = mx.stack([mx.stack(totals), mx.stack(sums).astype(mx.uint32)], axis=1).tolist()
     told = []
     for (name, value), total in zip(weights, totals, strict=True):
         module, _, leaf = name.rpartition(".")
-        if leaf != "m" and ".lora_a" not in name and (total != 0 or ".lora_b" not in name):
+        if leaf != "m" and ".lora_a" not in name and (any(total) or ".lora_b" not in name):
             # A layer's weights have one name whether or not an adapter wraps it.
             name = f"{module.removesuffix('.linear').removesuffix('.embedding')}.{leaf}"
             told.append((name, value.shape, str(value.dtype), total))
