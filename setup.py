@@ -1,5 +1,6 @@
 """Package the overlay so that it is found before mlx-lm's own package, without touching mlx-lm's files."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,7 @@ mlx = next(line for line in requirements() if line.startswith("mlx[cpu]"))
 
 setup(
     name="mlx-lm-dpo",
-    version="0.1.0",
+    version=re.search('VERSION = "(.+)"', (ROOT / "mlx_lm/tuner/preference/__init__.py").read_text())[1],
     description="Direct preference optimization and its relatives in mlx-lm's LoRA tuner",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",

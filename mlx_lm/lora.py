@@ -24,9 +24,10 @@ from types import SimpleNamespace
 
 from rich.markup import escape
 
+from ._version import __version__
 from .cli_ui import print_header_panel
 from .tuner.callbacks import SUPPORT_CALLBACK
-from .tuner.preference import workers
+from .tuner.preference import VERSION, workers
 from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
@@ -85,6 +86,7 @@ _upstream_build_parser = build_parser
 _upstream_train_model, _upstream_evaluate_model = train_model, evaluate_model
 _upstream_run, _upstream_main = run, main
 
+VERSIONS = {"mlx": mx.__version__, "mlx_lm": __version__, "mlx_lm_dpo": VERSION}
 CONFIG_DEFAULTS |= DEFAULTS | {"iters": Unset(CONFIG_DEFAULTS["iters"])}
 
 
@@ -212,7 +214,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         TrainingArgs=lambda adapter_file, **_: training_args(args, adapter_file),
         # The configuration is saved with the first adapters: until then the ones there keep their own.
         # It is the whole run's, so that a resumed one leaves the file of one that was not interrupted.
-        save_config=lambda values, _: config.update(values, resume=False),
+        save_config=lambda values, _: config.update(values, resume=False, versions=VERSIONS),
         CacheDataset=lambda dataset: dataset,
         **({"Path": NotMade} if args.check else {}),
         linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),

@@ -15,7 +15,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 from plain_pass import padded_rows
 
+import mlx_lm
 from mlx_lm.tuner.datasets import Pair
+from mlx_lm.tuner.preference import VERSION
 from mlx_lm.utils import dpo_loss, get_batched_logps, load_model, token_logps
 
 ROOT = Path(__file__).parents[1]
@@ -280,3 +282,4 @@ def test_the_command_leaves_the_files_that_mlx_lm_loads(example_run):
     assert lora_b and all(mx.any(value != 0).item() for value in lora_b)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["loss_type"] == "dpo" and config["beta"] == 0.5
+    assert config["versions"] == {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "mlx_lm_dpo": VERSION}

@@ -35,9 +35,9 @@ LORA_PARAMETERS = (
 )
 PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_model", "reference_cache", "predictions")
 
-# Keys that upstream and the data sets read without a flag or a default of their own; the features are those
-# of supervised rows.
-FURTHER_KEYS = {"config", "hf_dataset", "chat_template_kwargs"}
+# Keys that upstream and the data sets read without a flag or a default of their own, and one that stands in an
+# adapter_config.json, which may be a configuration again; the features are those of supervised rows.
+FURTHER_KEYS = {"config", "hf_dataset", "chat_template_kwargs", "versions"}
 SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
 
 _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
