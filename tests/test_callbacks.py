@@ -64,12 +64,13 @@ def test_a_line_a_report_with_trls_names(tmp_path):
         more = {"iteration", "grad_norm", "learning_rate", "padding_share"}
         assert set(line) - {CORRELATION} == FIGURES | SPEED | more
     for line in validation:
-        names = set(line) - {f"eval_{CORRELATION}", "iteration", "val_time", "eval_pairs"}
+        names = set(line) - {f"eval_{CORRELATION}", "iteration", "val_time", "eval_pairs", "eval_set"}
         assert names == {f"eval_{name}" for name in FIGURES | MORE}
     # In the order of the run: validation comes before the first step and after the report of its own.
     order = [("eval_loss" in line, line["iteration"]) for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert order == [(True, 0), (False, 2), (True, 2), (False, 4), (True, 4), (False, 5), (True, 5)]
-    # A callback gets the same reports under upstream's names of the losses.
+    # A callback gets the same reports under upstream's names of the losses, but no digest, which is no figure.
+    assert len({line.pop("eval_set") for line in validation}) == 1
     for line, report in zip(training + validation, listener.training + listener.validation, strict=True):
         names = {"train_loss": "loss", "val_loss": "eval_loss"}
         assert {names.get(name, name): value for name, value in report.items()} == line

@@ -35,6 +35,7 @@ from mlx_lm.tuner.preference.checkpoint import (
 from mlx_lm.tuner.preference.files import give_second_name, replace_file, replace_files
 from mlx_lm.tuner.preference.interruption import Interrupted
 from mlx_lm.tuner.preference.logps import Scorer
+from mlx_lm.tuner.preference.metrics import read_validations
 from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
@@ -265,6 +266,16 @@ def test_figures_of_other_validation_pairs_are_said_not_to_compare(tmp_path, cap
     data = iter([pairs(), pairs(3, 8)])
     trained(tmp_path, iters=7, val_batches=2, resume=True, data=lambda *of: next(data))
     assert "to validate on are not those up to iteration 6: figures before and after do not" in capsys.readouterr().out
+
+
+def test_the_best_validation_is_one_of_the_last_ones_pairs(tmp_path):
+    options = {"steps_per_eval": 1}
+    trained(tmp_path, iters=3, val_batches=1, **options)
+    trained(tmp_path, iters=4, val_batches=1, resume=True, **options)
+    assert [line["iteration"] for line in read_validations(tmp_path)] == [0, 1, 2, 3, 4]
+    trained(tmp_path, iters=6, val_batches=2, resume=True, **options)
+    assert [line["iteration"] for line in read_validations(tmp_path)] == [5, 6]
+    assert [line["iteration"] for line in metrics(tmp_path) if "eval_loss" in line] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_saves_between_two_reports_lose_no_tokens(tmp_path):

@@ -1,6 +1,7 @@
 """Adds to mlx_lm.tuner.callbacks: TensorBoard, tables of answers, and `MetricsFile`, a run's reports on disk."""
 
 from pathlib import Path
+from zlib import crc32
 
 from .._upstream import run_upstream
 
@@ -67,15 +68,20 @@ class MetricsFile(_WritingCallback):
         folder: where the file is.
         wrapped_callback: another callback to pass each report to, or None.
         iteration: the step that a resumed run starts from; later lines of the interrupted run are dropped.
+        validated_on: what tells the pairs to validate on from others, which each validation's line has as `eval_set`.
     """
 
-    def __init__(self, folder, wrapped_callback=None, iteration=0):
+    def __init__(self, folder, wrapped_callback=None, iteration=0, validated_on=None):
         self.path = Path(folder) / METRICS_FILE
         self.wrapped_callback = wrapped_callback
+        # As a number, as all that stands in a line.
+        self.eval_set = None if validated_on is None else crc32(repr(validated_on).encode())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         begin_lines(self.path, iteration)
 
     def _write(self, report):
+        if "val_loss" in report and self.eval_set is not None:
+            report = {**report, "eval_set": self.eval_set}
         add_lines(self.path, [{TRL_NAMES.get(key, key): value for key, value in finite(report).items()}])
 
 

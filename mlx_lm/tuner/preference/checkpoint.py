@@ -218,7 +218,7 @@ def find_state(folder, model, settings, iters):
         if None not in (before, after) and before != after:
             rprint(
                 f"[WARNING] The pairs to validate on are not those up to iteration {progress.iteration}: figures "
-                "before and after do not compare, and the first, best and last validation are told of both."
+                "before and after do not compare, and the best validation will be one of those to come."
             )
         if progress.iteration > iters:
             told = f"{path} is at iteration {progress.iteration}, and iters is {iters}"

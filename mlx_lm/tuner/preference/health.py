@@ -88,7 +88,7 @@ def unmoved(first, last, loss):
     moved = abs(change(first, last, "rewards/margins"))
     # With a small beta a margin of some nats is a small reward, and hardly changes the loss.
     little = min(0.02, 0.2 * loss.parameters["beta"])
-    if moved > little or abs(change(first, last, "loss")) > 0.01 * abs(first["eval_loss"]):
+    if first["iteration"] > 0 or moved > little or abs(change(first, last, "loss")) > 0.01 * abs(first["eval_loss"]):
         return None
     return (
         f"Nothing has moved: the margin changed by {moved:.3f} in {last['iteration']} iterations. Try a learning_rate "

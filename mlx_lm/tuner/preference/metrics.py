@@ -31,13 +31,14 @@ def finite(line):
 
 
 def read_validations(folder):
-    """The lines of a run's validations, of its parts before a resume too."""
+    """The lines of a run's validations on the pairs of the last one, of its parts before a resume too."""
     return validations_of(read_metrics(Path(folder) / METRICS_FILE))
 
 
 def validations_of(lines):
-    """Those of a run's lines that are of validations."""
-    return [line for line in lines if "eval_loss" in line]
+    """Those of a run's lines that are of validations on the pairs of the last one."""
+    lines = [line for line in lines if "eval_loss" in line]
+    return [line for line in lines if line.get("eval_set") == lines[-1].get("eval_set")]
 
 
 def best_of(validations, by=None):

@@ -155,7 +155,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         remove_leftovers(folder)
         if state is None:
             make_room(folder, config)
-        callback = MetricsFile(folder, callback, progress.iteration)
+        callback = MetricsFile(folder, callback, progress.iteration, settings[VALIDATED_ON])
     check = partial(refuse_non_finite_steps, schedule=schedule, where=places_of(logps.dataset))
     save = partial(save_run, step, logps, progress, settings, args, config)
     with (
