@@ -832,7 +832,7 @@ class TestResume:
         after.refused(told, "--resume", **changes)
 
     def test_with_another_adapter_to_begin_with(self, after, earlier):
-        told = "but the model or the adapter it begins with changed"
+        told = "but the model or adapter it begins with changed"
         after.refused(told, "--resume", resume_adapter_file=str(earlier / "adapters.safetensors"))
 
     @pytest.mark.parametrize("content", [b"", b"garbage" * 100, "half", "adapters"])

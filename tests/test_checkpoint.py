@@ -256,6 +256,19 @@ def test_what_only_one_of_two_runs_compares_is_not_told_as_changed(tmp_path):
         trained(tmp_path, resume=True, save_best="accuracy")
 
 
+def test_a_digest_of_the_model_that_was_taken_in_another_way_is_not_compared(tmp_path):
+    """An earlier version's, under its own name: it says nothing of the model."""
+    trained(tmp_path, iters=3)
+    arrays, metadata = mx.load(str(tmp_path / STATE_FILE), return_metadata=True)
+    settings = json.loads(metadata["settings"])
+    (name,) = [key for key in settings if "it begins with" in key]
+    metadata["settings"] = json.dumps({"the model or the adapter it begins with": settings.pop(name)[::-1]} | settings)
+    del metadata["digest"]
+    _write_state(tmp_path / STATE_FILE, arrays, metadata)
+    trained(tmp_path, iters=4, resume=True)
+    assert metrics(tmp_path)[-1]["iteration"] == 4
+
+
 def test_figures_of_other_validation_pairs_are_said_not_to_compare(tmp_path, capsys):
     trained(tmp_path, iters=3, val_batches=0)
     trained(tmp_path, iters=4, val_batches=1, resume=True)
@@ -353,7 +366,7 @@ CONFIG = {"learning_rate": 1e-2, "optimizer": "adam", "lora_parameters": {"rank"
         ({"config": CONFIG | {"lora_parameters": {"rank": RANK, "scale": 8.0}}}, "lora_parameters was .*8.0"),
         ({"iters": 2}, "is at iteration 3, and iters is 2; raise iters"),
         ({"kind": "full"}, "holds other weights than this run trains"),
-        ({"kind": "qlora"}, "the model or the adapter it begins with changed"),
+        ({"kind": "qlora"}, "the model or adapter it begins with changed"),
     ],
 )
 def test_resume_refuses_another_run(options, told, tmp_path):
@@ -385,7 +398,7 @@ def test_resume_refuses_other_weights_under_the_reference_models_name(tmp_path, 
     trained(tmp_path, iters=3, reference_model="other")
     trained(tmp_path, iters=4, reference_model="other", resume=True)
     factor = 1.2
-    with pytest.raises(ConfigError, match="but the reference model changed"):
+    with pytest.raises(ConfigError, match="but the weights of the reference model changed"):
         trained(tmp_path, iters=5, reference_model="other", resume=True)
 
 

@@ -56,7 +56,7 @@ def kept_settings(args, loss, config, model):
     names = [option.name for option in UPSTREAM_OPTIONS + RUN_OPTIONS if option.keep]
     settings = {name: getattr(args, name, (config or {}).get(name)) for name in names} | loss.parameters
     settings |= {"loss_type": list(loss.names), "loss_weights": loss.weights}
-    return settings | {"the model or the adapter it begins with": starting_point(model)}
+    return settings | {"the model or adapter it begins with": starting_point(model)}
 
 
 def save_adapters(model, adapter_file, iteration=None, config=None):

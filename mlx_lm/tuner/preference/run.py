@@ -124,7 +124,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         reference = reference or reference_of(scorer, args)
         if args.reference_model is not None:
             # Its name may stand for other weights by now.
-            settings["the reference model"] = starting_point(reference.scorer.model)
+            settings["the weights of the reference model"] = starting_point(reference.scorer.model)
     warn_of_balance(logps.dataset, loss)
     state, iteration = None, 0
     if args.resume is True or (args.resume and state_files(folder)):
