@@ -26,7 +26,7 @@ from rich.markup import escape
 
 from ._version import __version__
 from .cli_ui import print_header_panel
-from .tuner.callbacks import SUPPORT_CALLBACK
+from .tuner.callbacks import SUPPORT_CALLBACK, Services
 from .tuner.preference import VERSION, workers
 from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
@@ -404,9 +404,10 @@ def _callbacks(args):
             raise ConfigError(f"report_to is {args.report_to!r}, and {told}.")
         return None
     try:
-        return get_reporting_callbacks(
+        found = get_reporting_callbacks(
             args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
         )
+        return found and Services(found)
     except Exception as error:
         # A service may refuse in any way.
         told = f"{first_line(error)}; it is a name or names with commas between: {', '.join(SUPPORT_CALLBACK)}; or none"

@@ -209,6 +209,37 @@ def test_tables_of_answers_go_to_the_services_that_show_them(tmp_path, monkeypat
     assert step == 5 and figures["samples"].added == (columns, [[*row, "So.", "No."]])
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_service_that_fails_does_not_end_the_run(failing, tmp_path, monkeypatch, capsys):
+    """A connection is lost at the first report, or at the table of answers behind it."""
+    calls = []
+
+    def log(figures, step):
+        calls.append(step)
+        if len(calls) == failing:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(callbacks, "wandb", fake_service("wandb", []))
+    callbacks.wandb.log, callbacks.wandb.Table = log, lambda columns, data: data
+    listener = MetricsFile(
+        tmp_path, callbacks.Services(callbacks.get_reporting_callbacks("wandb", "project", str(tmp_path / "run"), {}))
+    )
+    line = dict.fromkeys(callbacks.COLUMNS, "")
+    for iteration in (1, 2):
+        listener.on_val_loss_report({"iteration": iteration, "val_loss": 0.5})
+        callbacks.send_samples(listener, iteration, [line])
+        listener.on_train_loss_report({"iteration": iteration, "train_loss": 0.5})
+    assert len(calls) == failing and len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+    assert capsys.readouterr().out.count("A service of report_to failed ([Errno 32] Broken pipe): the run goes on") == 1
+
+
+def test_the_command_goes_on_without_its_service(monkeypatch):
+    monkeypatch.setattr(callbacks, "wandb", fake_service("wandb", []))
+    asked = {"check": False, "report_to": "wandb", "project_name": None, "adapter_path": "a"}
+    assert isinstance(mlx_lm.lora._callbacks(SimpleNamespace(**asked)), callbacks.Services)
+    assert mlx_lm.lora._callbacks(SimpleNamespace(**asked | {"report_to": None})) is None
+
+
 class FakeTable:
     """What pyecharts has for a table."""
 

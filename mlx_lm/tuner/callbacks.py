@@ -1,5 +1,6 @@
 """Adds to mlx_lm.tuner.callbacks: TensorBoard, tables of answers, and `MetricsFile`, a run's reports on disk."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from zlib import crc32
 
@@ -7,8 +8,10 @@ from .._upstream import run_upstream
 
 run_upstream(globals(), needs=("TrainingCallback", "SUPPORT_CALLBACK", "get_reporting_callbacks"))
 
+from ..cli_ui import rprint
 from .preference.answers import COLUMNS
 from .preference.metrics import METRICS_FILE, add_lines, begin_lines, finite
+from .preference.options import first_line
 
 # Upstream's names of the figures that TRL has another name for.
 TRL_NAMES = {"train_loss": "loss", "val_loss": "eval_loss"}
@@ -22,6 +25,37 @@ def get_reporting_callbacks(report_to=None, project_name=None, log_dir=None, con
     if str(report_to).strip().lower() == "none":
         return None
     return _upstream_get_reporting_callbacks(report_to, project_name, log_dir, config)
+
+
+class Services(TrainingCallback):
+    """Passes reports on to services until one fails, which is told: the run goes on, and none gets any more."""
+
+    def __init__(self, wrapped_callback):
+        self.wrapped_callback = wrapped_callback
+
+    def on_train_loss_report(self, train_info):
+        """Pass a training report on."""
+        with self.told():
+            if self.wrapped_callback:
+                self.wrapped_callback.on_train_loss_report(train_info)
+
+    def on_val_loss_report(self, val_info):
+        """Pass a validation report on."""
+        with self.told():
+            if self.wrapped_callback:
+                self.wrapped_callback.on_val_loss_report(val_info)
+
+    @contextmanager
+    def told(self):
+        """Within the context, what a service raises is told, and ends the reports to all."""
+        try:
+            yield
+        except Exception as error:
+            self.wrapped_callback = None
+            rprint(
+                f"[WARNING] A service of report_to failed ({first_line(error)}): the run goes on, and its reports are "
+                f"in {METRICS_FILE} alone."
+            )
 
 
 class _WritingCallback(TrainingCallback):
@@ -89,6 +123,10 @@ def send_samples(callback, iteration, lines):
     """Send a validation's answers, lines of `samples.jsonl`, to the services that show tables."""
     rows = [[line[name] for name in COLUMNS] for line in lines]
     while callback is not None:
+        if isinstance(callback, Services):
+            with callback.told():
+                send_samples(callback.wrapped_callback, iteration, lines)
+            return
         if isinstance(callback, WandBCallback):
             wandb.log({"samples": wandb.Table(columns=list(COLUMNS), data=rows)}, step=iteration)
         elif isinstance(callback, SwanLabCallback):
