@@ -224,6 +224,10 @@ def test_a_resumed_run_goes_on_with_its_answers_and_pictures(run, tmp_path):
     before, other = (line["answer"] for line in read_metrics(run.folder / "samples.jsonl")[:2])
     assert before in said and other not in said
     assert html.escape(before, quote=False) in page and (copied / "training.png").exists()
+    # Of a prompt that had no answer before there is nothing to show.
+    (copied / "samples.jsonl").write_text(second)
+    said = call(mlx_lm.lora.main, *run.words, "--adapter-path", str(copied), "--resume", "--iters", "10")
+    assert "after iteration 10" not in said
 
 
 def test_a_card_tells_the_hub_what_it_is(run, tmp_path):

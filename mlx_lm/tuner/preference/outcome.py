@@ -68,9 +68,9 @@ class Outcome:
             line = {"iteration": iteration, "row": where(int(row))} | texts_of(self._tokenizer, pair)
             lines.append(line | {"answer": answer})
         add_lines(self.folder / SAMPLES_FILE, lines)
-        # Those of a run that is resumed may be to other prompts.
+        # Those of a run that is resumed may be to other prompts, so that the first to this one may be this one.
         earlier = [line for line in read_metrics(self.folder / SAMPLES_FILE) if line["prompt"] == lines[0]["prompt"]]
-        if iteration > 0:
+        if earlier[0]["iteration"] < iteration:
             print_side_by_side(earlier[0], lines[0])
         send_samples(self.callback, iteration, lines)
 
