@@ -686,7 +686,8 @@ class TestBest:
 
     def test_none_are_kept_where_no_validation_is_better_than_the_first(self, tmp_path, capsys):
         trained(tmp_path, save_best="margin", rate=0.0, **self.OPTIONS | {"iters": 1})
-        assert "No validation had a better margin than the one before" in " ".join(capsys.readouterr().out.split())
+        out = " ".join(capsys.readouterr().out.split())
+        assert "No validation had a better margin than the one before training" in out and "pairs say little" in out
         assert not (tmp_path / "best").exists()
 
     @pytest.mark.parametrize("name", ["best", "0000003"])
@@ -720,13 +721,6 @@ class TestBest:
             assert all(mx.array_equal(found[key], whole[key]).item() for key in whole)
         kept = [mx.load(str(tmp_path / run / "best" / "adapters.safetensors")) for run in ("whole", "parted")]
         assert all(mx.array_equal(kept[0][name], kept[1][name]).item() for name in kept[0])
-
-    def test_a_run_without_a_gain_says_that_none_are_kept(self, tmp_path, capsys):
-        trained(tmp_path, save_best="margin", rate=0.0, **self.OPTIONS | {"iters": 1})
-        out = capsys.readouterr().out
-        assert "No validation had a better margin than the one before training" in out
-        assert "pairs say little" in out
-        assert not (tmp_path / "best").exists()
 
     def test_without_validations_it_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="save_best, early_stop and sample_prompts need validations"):
