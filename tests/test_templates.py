@@ -240,6 +240,8 @@ def test_calls_and_results_that_a_template_leaves_out_of_the_prompt_are_refused(
     ):
         with pytest.raises(ConfigError, match=sentence):
             texts("phi3", ROW | {"prompt": messages})
+    # Of a result that says nothing nothing is lost.
+    assert texts("phi3", ROW | {"prompt": [USER, LIMA, RESULT | {"content": " "}]})
 
 
 # Reasoning given in a key of its own; where the model has none, the row is refused.

@@ -116,8 +116,9 @@ class Template:
                     "that was made for them."
                 )
             for i, message in enumerate(messages):
-                if message["role"] == "tool" and self.leaves_out(conversation, messages, i, content=STAND_IN):
-                    return ConfigError("the tokenizer's chat template does not write the result of a tool.")
+                if message["role"] == "tool" and message["content"].strip():
+                    if self.leaves_out(conversation, messages, i, content=STAND_IN):
+                        return ConfigError("the tokenizer's chat template does not write the result of a tool.")
                 calls = message.get("tool_calls") or []
                 for j, call in enumerate(calls):
                     if (lost := self._lost_call(conversation, messages, i, j)) or _as_python(call, text):
