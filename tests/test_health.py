@@ -104,10 +104,10 @@ def test_a_small_margin_of_a_small_beta_is_no_standstill(beta, margin, warned):
     assert WORDS["unmoved"] not in " ".join(health([line | {"iteration": 40}, line | last], DPO))
 
 
-def test_margins_of_logps_go_with_length_before_training_too(tmp_path):
+def test_margins_of_logps_go_with_length_before_training_too(well):
     """Without a reference: longer responses are less likely, and what is advised is refused there."""
-    _, validations = run(tmp_path, **SICK["length bias"])
-    validations[-1]["eval_rewards/length_correlation"] = -0.8
+    _, validations = well
+    validations = [line | {"eval_pairs": 400, "eval_rewards/length_correlation": -0.8} for line in validations]
     assert WORDS["length bias"] in " ".join(health(validations, DPO))
     assert WORDS["length bias"] not in " ".join(health(validations, preference_loss("cpo")))
 
