@@ -428,11 +428,6 @@ def test_tokenizer_without_eos():
     assert pair(tokenizer, ROW).chosen[-1] == 5
 
 
-def test_response_of_eos_alone_is_left_out(capsys):
-    assert len(PreferenceDataset([ROW | {"chosen": "<|im_end|>"}, ROW], tokenizers.qwen())) == 1
-    assert "1 with an empty response" in capsys.readouterr().out
-
-
 def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
     encoder, sizes = PairEncoder(tokenizers.qwen()), []
     texts = [Texts(f"Lima {i}", f"Lima {i} Peru", f"Lima {i} Chile") for i in range(9)]
