@@ -26,6 +26,7 @@ from mlx_lm.tuner.preference.load import (
     adopt_loss,
     compared_origin,
     read_adapter_config,
+    start_of,
     tell_other_loss,
 )
 from mlx_lm.tuner.preference.metrics import read_metrics
@@ -251,8 +252,11 @@ def test_what_is_told_of_rows_adapters_and_configurations_holds_no_control_chara
     args = SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | given | {clear: 1}))
     adopt_loss(args)
     compared_origin(args, loss)
+    (tmp_path / clear).touch()
+    for start in (tmp_path / clear, clear):
+        start_of("c", str(start))
     warn_of_unread_keys(args, set())
     (tmp_path / "config.yaml").write_text('"\\e[2J": 1\n"\\e[2J": 1\n')
     check_file(tmp_path / "config.yaml", mlx_lm.lora.yaml_loader)
     out = "".join(capsys.readouterr())
-    assert out.count("[2J") >= 6 and "\x1b" not in out
+    assert out.count("[2J") >= 8 and "\x1b" not in out

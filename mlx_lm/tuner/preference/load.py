@@ -303,9 +303,10 @@ def start_of(given, start):
             "give it as adapter_path."
         )
     if Path(start).is_file():
-        rprint(f"resume_adapter_file {given} is not read in a test: the training began with {start}.")
+        rprint(printable(f"resume_adapter_file {given} is not read in a test: the training began with {start}."))
         return start
-    rprint(f"The training began with {start}, which is not there: resume_adapter_file {given} is taken for it.")
+    told = f"The training began with {start}, which is not there: resume_adapter_file {given} is taken for it."
+    rprint(printable(told))
     return given
 
 
