@@ -60,7 +60,7 @@ def plot_runs(folders):
     """
     runs = [read_metrics(Path(folder) / METRICS_FILE) for folder in folders]
     if len(folders) == 1:
-        return plot_metrics(folders[0])
+        return plot_metrics(folders[0], runs[0])
     if (figure := _figure("constrained")) is None:
         return None
     from matplotlib import colormaps
