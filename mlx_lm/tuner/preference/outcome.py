@@ -74,12 +74,9 @@ class Outcome:
             print_side_by_side(earlier[0], lines[0])
         send_samples(self.callback, iteration, lines)
 
-    def health(self):
-        """The sentences of `health`."""
-        return self._health(read_validations(self.folder))
-
-    def _health(self, validations):
-        effective = None
+    def health(self, validations=None):
+        """The sentences of `health`; of `validations`, where they have been read."""
+        validations, effective = validations or read_validations(self.folder), None
         if self._found is not None:
             prompts = prompts_of(self.logps.val_dataset, self.logps.val_rows)
             effective = effective_count(self._found[1]["rewards/accuracies"], prompts)
@@ -97,7 +94,7 @@ class Outcome:
                 self._rows = table_rows(self.logps.val_dataset, self.logps.val_rows, self._tokenizer)
             samples = read_metrics(self.folder / SAMPLES_FILE)
             write_page(
-                self.folder, settings, validations, self._health(validations), samples, picture,
+                self.folder, settings, validations, self.health(validations), samples, picture,
                 iteration, self._rows, figures, reference_totals(self.logps.valid, self.objective.loss),
             )  # fmt: skip
         if ended and self.config and "model" in self.config:
