@@ -16,6 +16,7 @@ from mlx_lm.tuner.preference.batches import (
     MOST_SHAPES,
     PACKED,
     PLAIN,
+    RECURRENT,
     Schedule,
     Shape,
     as_batch,
@@ -99,6 +100,16 @@ def test_the_least_shape_of_a_batch(arrangement, to, shape):
     assert shape_of([[5, 3, 1], [2, 4, 7]], arrangement, to) == Shape(*shape)
 
 
+@pytest.mark.parametrize("multiple, expected", [(1, [0, 0, 32, 32, 96, 128]), (128, [0, 0, 0, 0, 0, 128])])
+def test_what_begins_a_batch_leaves_a_token_of_each_prompt(multiple, expected, monkeypatch):
+    """A prompt's last token predicts a response's first, which may be its only one."""
+    monkeypatch.setattr(module, "multiple", lambda: multiple)
+    shortest = [1, 32, 33, 64, 128, 129]
+    assert [shape_of([[200, 3, 1], [n, 1, 1]], RECURRENT).begun for n in shortest] == expected
+    pairs = [Pair([1] * 32, [2], [3])] * 2
+    assert all(keys.shape[1] for keys in make_batch(pairs, RECURRENT)[0].layout.recurrent.keys)
+
+
 def real_lengths(count, seed=0):
     """Lengths as in real data: many short pairs, few long ones."""
     draw = np.random.default_rng(seed)
@@ -136,19 +147,26 @@ def padded(found, shapes):
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_a_ladder_is_the_best_split_of_the_sorted_shapes(most):
-    """Against every split into so many groups, the work being tokens + scored / 4 + 2 B width^2 / 4096."""
-    shapes = shapes_of(real_lengths(40), 4, PACKED, 16)
-    assert len(set(shapes)) == 10
+@pytest.mark.parametrize("arrangement", [PACKED, RECURRENT])
+def test_a_ladder_is_the_best_split_of_the_sorted_shapes(most, arrangement):
+    """Against every split into so many groups, the work being tokens + scored / 4 + 2 B width^2 / 4096 - B begun / 4.
+
+    What all of a group begin with is the least of them.
+    """
+    # Prompts of all lengths, so that batches begin with more and less of them.
+    lengths = np.random.default_rng(0).integers(1, [500, 100, 100], (40, 3))
+    shapes = shapes_of(lengths, 4, arrangement, 16)
+    assert len(set(shapes)) == 10 and len({shape.begun for shape in shapes}) > 4 * (arrangement == RECURRENT)
 
     def work(shape):
-        return shape[0] + shape[2] / 4 + 2 * 4 * shape[1] ** 2 / 4096
+        return shape[0] + shape[2] / 4 + 2 * 4 * shape[1] ** 2 / 4096 - 4 * shape[3] / 4
 
     ordered = sorted(shapes, key=work)
     splits = []
     for cuts in combinations(range(1, 10), most - 1):
         groups = [ordered[start:stop] for start, stop in pairwise((0, *cuts, 10))]
-        splits.append(sum(len(group) * work(np.max(group, axis=0)) for group in groups))
+        served = [[*np.max(group, axis=0)[:3], min(shape.begun for shape in group)] for group in groups]
+        splits.append(sum(len(group) * work(shape) for group, shape in zip(groups, served, strict=True)))
     assert sum(map(work, ladder(shapes, 4, most))) == pytest.approx(min(splits))
 
 
