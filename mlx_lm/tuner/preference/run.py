@@ -132,13 +132,12 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         state, iteration = find_state(folder, model, settings, args.iters)
         rprint(f"Going on after iteration {iteration} of {args.iters}, from {state}.")
     refuse_different_workers(vars(args) | settings | held_out | {"the iteration to go on after": iteration})
-    if loss.needs_reference:
-        if not args.check:
-            exchanged = (args.reference_update_steps or 0) * args.grad_accumulation_steps
-            logps.take(reference, schedule.visited(1, exchanged or args.iters))
-            logps.of_bare = reference.scorer is not None and reference.scorer.model is model and does_nothing(model)
-            if args.reference_model is not None:
-                reference.release()
+    if loss.needs_reference and not args.check:
+        exchanged = (args.reference_update_steps or 0) * args.grad_accumulation_steps
+        logps.take(reference, schedule.visited(1, exchanged or args.iters))
+        logps.of_bare = reference.scorer is not None and reference.scorer.model is model and does_nothing(model)
+        if args.reference_model is not None:
+            reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
     if args.lora_plus_ratio is not None:
         optimizer = lora_plus(optimizer, args.lora_plus_ratio)
