@@ -152,15 +152,15 @@ class PackedRows:
         return collected(answers, self._answers)[:, None]
 
 
-class PackedCache(RowCache, PackedRows):
+class PackedCache(RowCache):
     """In every layer's cache's place on a packed batch of N sequences of one token, which a `Layout` tells."""
 
     def __init__(self, layout):
         parts = layout.attended
-        super().__init__(parts)
         self.offset = layout.places
         asking = [keys[:, -own.shape[1] :] for keys, own in zip(parts.keys, parts.answered, strict=True)]
-        self._queries = Places(asking, parts.outputs[None])
+        self._queries, self._keys = Places(asking, parts.outputs[None]), Places(parts.keys, parts.uses)
+        self._answers = Places(parts.answered, parts.outputs[None], holes=True)
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What `attend` reads; a mask to compute with cannot be had."""
