@@ -111,7 +111,7 @@ def effective_count(values, prompts):
     errors, many = values - np.mean(values), len(set(prompts.tolist()))
     squares = (np.bincount(prompts, errors) ** 2).sum()
     if many in (1, len(values)) or squares < 1e-12:
-        return many  # of values that are all the same each prompt tells one
+        return many  # where all prompts have one mean, each tells one
     found = len(errors) * (errors**2).sum() / squares * (many - 1) / many
     return max(1.0, min(len(errors), found * (student(len(errors) - 1) / student(many - 1)) ** 2))
 
