@@ -303,6 +303,8 @@ def _parts_of(arrays, places, at_once):
     """The rows of all arrays' parts, one after another."""
     if not at_once:
         return [rows for own, x in zip(places, arrays, strict=True) for rows in own.of(x)]
+    # MLX copies an array that is not in a row before a kernel reads it: once, and not for each part.
+    arrays = [mx.contiguous(x) if len(own.parts) > 1 else x for own, x in zip(places, arrays, strict=True)]
     pairs = [(x, index) for own, x in zip(places, arrays, strict=True) for index in own.parts]
     return rows_of([[x] for x, _ in pairs], [index[None] for _, index in pairs])
 
