@@ -289,7 +289,8 @@ def step_table(settings):
 
 def run_cpu(options):
     fixed = {"shape": options.shape or "2-layers", "response": 128, "pairs": 1, "device": "cpu", "steps": 2}
-    settings = [fixed | {"recurrence": "loop", "prompt": 512}]
+    # As mlx-lm runs it, each prompt for each of its responses.
+    settings = [fixed | {"recurrence": "loop", "prompt": 512, "share_prompt": False}]
     settings += [fixed | {"recurrence": "chunks", "prompt": prompt} for prompt in LENGTHS]
     return step_table(settings)
 
