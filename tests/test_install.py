@@ -196,7 +196,7 @@ def test_upgrading_upstream_keeps_it_working(environment, wheel, upstream):
     assert environment.origin() == environment.packages / "mlx_lm_dpo/mlx_lm"
 
 
-@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
 @pytest.mark.usefixtures("wheel")  # building it has left its traces in the checkout, as a user's builds do
 def test_an_editable_installation_reads_the_checkout(environment, source, mode):
     environment.install("--config-settings", f"editable_mode={mode}", "-e", source)

@@ -227,13 +227,13 @@ def test_mlx_launch_keeps_a_core_busy():
     Seen on: MLX 0.32.4, Linux: 3.6 s of processor time in 3.1 s.
     Workaround: LORA.md starts workers that share a CPU by hand, as benchmarks/programs.py does.
     """
-    worker = [sys.executable, "-c", "import time; time.sleep(3)"]
+    worker = [sys.executable, "-c", "import time; time.sleep(1.5)"]
     launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", "2", "--", *worker]
     given = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(launch, **given)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0 and usage.ru_utime + usage.ru_stime > 1.2
+    assert process.returncode == 0 and usage.ru_utime + usage.ru_stime > 0.6
 
 
 def upstream_source(name):

@@ -68,20 +68,14 @@ def test_a_worker_that_is_interrupted_ends_after_the_first_one_has_written(tmp_p
     # As if its disk were slow: the first one has begun to write, and has pictures to draw.
     wait_for(workers[0], (adapters / "adapters.safetensors").is_file)
     workers[0].send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(1.5)
     waits = workers[1].poll() is None
     workers[0].send_signal(signal.SIGCONT)
     statuses, _ = ended(workers)
     assert waits and statuses == [143, 143] and (adapters / "checkpoint.safetensors").is_file()
 
 
-def test_an_error_of_all_is_told_once(tmp_path):
-    statuses, told = ended(started(tmp_path, *[SHORT | {"beta": -1.0}] * 2))
-    assert statuses == [2, 2]
-    assert sum(told, []) == ["error: beta is -1.0; it must be a number, >= 0."]
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_loaded(tmp_path):
+def test_a_batch_that_cannot_be_shared_out_is_refused_once_before_anything_is_loaded(tmp_path):
     statuses, told = ended(started(tmp_path, *[SHORT | {"batch_size": 3, "model": "/nowhere"}] * 2))
     assert statuses == [2, 2]
     assert sum(told, []) == ["error: batch_size is 3; it must be a multiple of the number of workers, 2."]
