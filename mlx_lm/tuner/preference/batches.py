@@ -159,7 +159,7 @@ def ladder(shapes, size, most=MOST_SHAPES):
     costs[:, 0] = 0
     for stop in range(1, count + 1):
         largest = np.maximum.accumulate(own[:stop][::-1], axis=0)[::-1]
-        whole = _work(largest, size) * np.cumsum(counts[:stop][::-1])[::-1]
+        whole = _work(LARGER * largest, size) * np.cumsum(counts[:stop][::-1])[::-1]
         for groups in range(1, most + 1):
             choices = costs[groups - 1, :stop] + whole
             cuts[groups, stop] = cut = int(np.argmin(choices))
@@ -174,7 +174,7 @@ def ladder(shapes, size, most=MOST_SHAPES):
 
 def _work(shapes, size):
     """About what a step costs, in tokens through the model's body: the head, and products of queries and keys, too."""
-    tokens, width, scored, begun = np.moveaxis(np.abs(np.asarray(shapes, float)), -1, 0)
+    tokens, width, scored, begun = np.moveaxis(np.asarray(shapes, float), -1, 0)
     rows = 2 * size * width
     return np.where(tokens > 0, tokens, rows) + scored / 4 + rows * width / 4096 - size * begun / 4
 
@@ -300,14 +300,13 @@ def _pack(pairs, responses, heard, shape, recurrent):
     if multiple() == 1:
         # Of rejected sequences only what is their own has to ask; on a GPU that is another shape for little.
         shared = min(len(pair.prompt) for pair in pairs)
-        halves = [sequences[:count], sequences[count:]]
-        chosen, rejected = (max(map(len, half)) for half in halves)
+        chosen, rejected = (max(map(len, half)) for half in (sequences[:count], sequences[count:]))
         rows = [(range(count), 0, chosen), (range(count, 2 * count), shared, rejected)]
     attended = make_parts(shape.tokens, sequences, [(own, 0, first, stop) for own, first, stop in rows if first < stop])
-    numbers = np.zeros(shape.tokens, np.int32)
+    in_sequence = np.zeros(shape.tokens, np.int32)
     for sequence in sequences:
-        numbers[sequence] = np.arange(len(sequence))
-    layout = Layout(numbers, attended)
+        in_sequence[sequence] = np.arange(len(sequence))
+    layout = Layout(in_sequence, attended)
     if recurrent:
         spans = [(range(count), 0, 0, shape.begun)] if shape.begun else []
         spans += [(own, shape.begun, shape.begun, stop) for own, _, stop in rows]
