@@ -52,13 +52,16 @@ def plot_metrics(folder, lines=None):
     return _written(figure, Path(folder) / PLOT_FILE)
 
 
-def plot_runs(folders):
+def plot_runs(folders, runs=None):
     """Draw several runs' curves into one picture, `comparison.png` in the first one's folder.
+
+    Args:
+        runs: the lines of each one's `metrics.jsonl`, where they have been read.
 
     Returns:
         The path of the plot, or None where matplotlib is missing. With one folder, what `plot_metrics` returns.
     """
-    runs = [read_metrics(Path(folder) / METRICS_FILE) for folder in folders]
+    runs = runs or [read_metrics(Path(folder) / METRICS_FILE) for folder in folders]
     if len(folders) == 1:
         return plot_metrics(folders[0], runs[0])
     if (figure := _figure("constrained")) is None:
@@ -105,15 +108,15 @@ class Plot(argparse.Action):
     """`--plot FOLDER [FOLDER ...]`: draw runs, say where the picture is, and end."""
 
     def __call__(self, parser, namespace, folders, option_string=None):
-        begun = [folder for folder in folders if read_metrics(Path(folder) / METRICS_FILE)]
-        for folder in [folder for folder in folders if folder not in begun]:
+        runs = [read_metrics(Path(folder) / METRICS_FILE) for folder in folders]
+        for folder in (folder for folder, lines in zip(folders, runs, strict=True) if not lines):
             told = f"--plot {folder}: there is no {METRICS_FILE} with figures of a run in it"
-            if not begun:
+            if not any(runs):
                 raise ConfigError(f"{told}.")
             rprint(f"[WARNING] {told}; it is left out.")
-        folders = begun
+        folders = [folder for folder, lines in zip(folders, runs, strict=True) if lines]
         try:
-            path = plot_runs(folders)
+            path = plot_runs(folders, [lines for lines in runs if lines])
         except OSError as error:
             raise ConfigError(f"plot: the picture cannot be written ({error}).") from error
         if path is not None:
