@@ -46,7 +46,7 @@ from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
 from .tuner.preference.from_trl import FromTrl
-from .tuner.preference.interruption import Interrupted, handled_signals, resume_command
+from .tuner.preference.interruption import GIVEN, Interrupted, handled_signals, resume_command
 from .tuner.preference.load import (
     add_adapters,
     adopt_loss,
@@ -454,6 +454,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
 def main():
     """The command: a user's mistake is told in one sentence, with exit status 2; an interruption ends with 130."""
     _interruption.restore()
+    GIVEN[:] = sys.argv[1:]
     try:
         workers.find_others()
         config = build_parser().parse_args().config

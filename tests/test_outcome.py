@@ -30,7 +30,7 @@ from mlx_lm.tuner.preference import curves
 from mlx_lm.tuner.preference.answers import MOST_TOKENS, print_side_by_side
 from mlx_lm.tuner.preference.card import MARK, shared_name, write_card
 from mlx_lm.tuner.preference.check import warn_of_ended_schedule
-from mlx_lm.tuner.preference.interruption import resume_command
+from mlx_lm.tuner.preference.interruption import GIVEN, resume_command
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
@@ -260,29 +260,36 @@ def test_a_readme_of_the_users_is_left_alone(run, tmp_path):
     assert not write_card(tmp_path, run.config, loss, []) and not (tmp_path / "elsewhere.md").exists()
 
 
-def test_commands_of_an_installed_program_and_of_the_best_adapters(tmp_path, monkeypatch):
+@pytest.fixture
+def given(monkeypatch):
+    """The options of a command that was started as `python`; none at first."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mlx_lm.lora"])
+    GIVEN.clear()
+    yield GIVEN
+    GIVEN.clear()
+
+
+def test_commands_with_this_runs_paths_and_the_best_adapters(tmp_path, monkeypatch, given):
     (tmp_path / "best").mkdir()
     args = SimpleNamespace(
         adapter_path=str(tmp_path), save_best="accuracy", model="a/b", trust_remote_code=True, iters=5, data="a/prefs"
     )
-    command = ["python", "-W", "ignore", "-m", "mlx_lm.lora", "--train"]
-    monkeypatch.setattr(sys, "argv", ["/somewhere/mlx_lm/lora.py", "--train"])
-    monkeypatch.setattr(sys, "orig_argv", command)
-    found = next_commands(args)
-    assert found["fuse"].startswith("python -W ignore -m mlx_lm fuse --model")
-    assert found["resume"].startswith("python -W ignore -m mlx_lm.lora --train --resume")
-    for program, expected in (("mlx_lm.lora", "mlx_lm"), ("/usr/bin/mlx_lm_dpo.lora", "/usr/bin/mlx_lm_dpo")):
-        monkeypatch.setattr(sys, "argv", [program, "--train"])
-        monkeypatch.setattr(sys, "orig_argv", ["python", program, "--train"])
+    given[:] = ["--train"]
+    where = f"--model a/b --adapter-path {tmp_path}/best --trust-remote-code"
+    # What was started by its path may be another Python's start, such as a framework's on macOS.
+    monkeypatch.setattr(sys, "executable", "/home/.venv/bin/python")
+    for started, python in (("python", "python"), ("/Frameworks/Python", "/home/.venv/bin/python")):
+        monkeypatch.setattr(sys, "orig_argv", [started, "/usr/bin/mlx_lm.lora", "--train"])
         found = next_commands(args, epochs=1.5)
-        where = f"--model a/b --adapter-path {tmp_path}/best --trust-remote-code"
-        assert found["generate"] == f"{expected} generate {where} --prompt Hello"
-        assert found["fuse"] == f"{expected} fuse {where} --save-path {tmp_path}/fused"
-        assert found["test"] == f"{program} --train --no-train --test --adapter-path {tmp_path}/best"
-        assert found["resume"] == f"{program} --train --resume --epochs 3"
+        assert found["generate"] == f"{python} -m mlx_lm generate {where} --prompt Hello"
+        assert found["fuse"] == f"{python} -m mlx_lm fuse {where} --save-path {tmp_path}/fused"
+        command = f"{python} -m mlx_lm.lora --train"
+        assert found["test"] == f"{command} --no-train --test --adapter-path {tmp_path}/best"
+        assert found["resume"] == f"{command} --resume --epochs 3"
+        assert resume_command() == f"{command} --resume"
 
 
-def test_the_command_to_fuse_leaves_a_model_that_was_fused_before(tmp_path):
+def test_the_command_to_fuse_leaves_a_model_that_was_fused_before(tmp_path, given):
     settings = {"save_best": None, "model": str(tmp_path / "fused"), "trust_remote_code": False, "iters": 5}
     for name, told in (("fused", "fused"), ("fused-2", "fused-2"), ("fused-3", "fused-3")):
         found = next_commands(SimpleNamespace(adapter_path=str(tmp_path), **settings))
@@ -290,59 +297,19 @@ def test_the_command_to_fuse_leaves_a_model_that_was_fused_before(tmp_path):
         (tmp_path / name).mkdir()
 
 
-def test_commands_of_macos_name_the_python_of_the_environment(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [[], ["--config", "/dev/fd/63"], ["--config=/dev/stdin"], ["-c/proc/self/fd/63"]])
+def test_no_command_repeats_what_came_from_a_pipe_or_was_called_by_a_program(tmp_path, given, words):
     args = SimpleNamespace(
         adapter_path=str(tmp_path), save_best=None, model="m", trust_remote_code=False, iters=5, data="a/prefs"
     )
-    # Which a framework build replaces (https://github.com/python/cpython/issues/125006).
-    started = "/opt/homebrew/Frameworks/Python.framework/Versions/3.12/Resources/Python.app/Contents/MacOS/Python"
-    monkeypatch.setattr(sys, "argv", ["/somewhere/mlx_lm/lora.py", "--train"])
-    monkeypatch.setattr(sys, "orig_argv", [started, "-m", "mlx_lm.lora", "--train"])
-    monkeypatch.setattr(sys, "executable", "/home/.venv/bin/python")
-    assert resume_command() == "/home/.venv/bin/python -m mlx_lm.lora --train --resume"
-    found = next_commands(args)
-    assert found["generate"].startswith("/home/.venv/bin/python -m mlx_lm generate --model m")
-    assert found["resume"] == "/home/.venv/bin/python -m mlx_lm.lora --train --resume --iters 10"
-
-
-@pytest.mark.parametrize(
-    "started, argv",
-    [
-        (["python", "train.py"], ["train.py"]),
-        (["python", "-m", "ipykernel_launcher", "-f", "k.json"], ["/x/ipykernel_launcher.py", "-f", "k.json"]),
-    ],
-)
-def test_a_program_that_calls_us_is_told_no_command_of_its_own_words(tmp_path, monkeypatch, started, argv):
-    args = SimpleNamespace(
-        adapter_path=str(tmp_path), save_best=None, model="m", trust_remote_code=False, iters=5, data="a/prefs"
-    )
-    monkeypatch.setattr(sys, "orig_argv", started)
-    monkeypatch.setattr(sys, "argv", argv)
-    assert resume_command() == "resume: true with the same settings"
-    found = next_commands(args)
-    assert found.keys() == {"generate", "fuse"} and found["fuse"].startswith("mlx_lm fuse")
-    # Where it hands us words, these count.
-    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "--config", "c.yaml", "--test"])
-    found = next_commands(args)
-    assert found["resume"] == "mlx_lm.lora --config c.yaml --test --resume --iters 10"
-    assert found["test"] == "mlx_lm.lora --config c.yaml --test --no-train"
-
-
-@pytest.mark.parametrize("words", [["--config", "/dev/fd/63"], ["--config=/dev/stdin"], ["-c/proc/self/fd/63"]])
-def test_no_command_repeats_what_came_from_a_pipe(tmp_path, monkeypatch, words):
-    args = SimpleNamespace(
-        adapter_path=str(tmp_path), save_best=None, model="m", trust_remote_code=False, iters=5, data="a/prefs"
-    )
-    monkeypatch.setattr(sys, "argv", ["/somewhere/mlx_lm/lora.py", *words])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mlx_lm.lora", *words])
+    given[:] = words
     assert resume_command() == "resume: true with the same settings"
     found = next_commands(args)
     assert found.keys() == {"generate", "fuse"} and found["fuse"].startswith("python -m mlx_lm fuse")
 
 
-def test_a_test_is_offered_where_there_is_a_test_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "mlx_lm.lora"])  # that of a pytest without workers has -m
+def test_a_test_is_offered_where_there_is_a_test_set(tmp_path, given):
+    given[:] = ["--train"]
 
     def offered(**data):
         settings = {

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -85,34 +84,20 @@ def handled_signals():
         yield
 
 
-def given_command():
-    """The words of this command's line; none in a program that calls us, whose own say nothing of the run."""
-    # Of a program with subcommands, such as `mlx_lm lora`, sys.argv has lost the second word.
-    program = sys.orig_argv[1:] if sys.orig_argv[1:2] == sys.argv[:1] else sys.argv
-    place = module_place()
-    name = Path(program[0]).name if place is None else sys.orig_argv[place]
-    words = program if place is None else [_python(), *sys.orig_argv[1:]]
-    return list(words) if name.startswith("mlx_lm") else []
+# The options of the command that runs in this process; empty in a program that calls us, whose words are its own.
+GIVEN = []
+
+
+def run_module(name):
+    """The words that run a module with this Python: under the name that was typed, or by its path."""
+    typed = "".join(sys.orig_argv[:1])  # a Python within another program has none
+    return [typed if typed and "/" not in typed else sys.executable, "-m", name]
 
 
 def repeatable_command():
-    """`given_command`; none where it reads a pipe, such as a shell's `<(...)`, which is gone when it runs again."""
-    given = given_command()
-    return [] if any(re.search("/dev/stdin|/fd/[0-9]", word) for word in given) else given
-
-
-def _python():
-    """The Python of this command's line. Of a framework build's on macOS, which has another started, its path."""
-    # That other one knows nothing of the environment.
-    return sys.executable if sys.orig_argv[0].endswith("Python.app/Contents/MacOS/Python") else sys.orig_argv[0]
-
-
-def module_place():
-    """Where this command's line names a module to Python's `-m`; None where it does not."""
-    # Behind these words stand the module's own.
-    words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    # A notebook's kernel, which was started so, has been given other words since.
-    return words.index("-m") + 1 if "-m" in words and sys.orig_argv[len(words) :] == sys.argv[1:] else None
+    """The words that run this command again; none where it read a pipe, such as a shell's `<(...)`, which is gone."""
+    piped = any(re.search("/dev/stdin|/fd/[0-9]", word) for word in GIVEN)
+    return [*run_module("mlx_lm.lora"), *GIVEN] if GIVEN and not piped else []
 
 
 def resume_command():

@@ -15,7 +15,7 @@ from .check import schedule_end
 from .checkpoint import BEST_FOLDER
 from .curves import PLOT_FILE, plot_metrics
 from .health import health
-from .interruption import given_command, module_place, repeatable_command
+from .interruption import repeatable_command, run_module
 from .metrics import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -160,21 +160,11 @@ def next_commands(args, epochs=None, patience=None):
     # The model of this run may be what an earlier one was fused to: it is not written over.
     places = (folder / name for name in chain(["fused"], (f"fused-{number}" for number in count(2))))
     fused = next(place for place in places if not place.exists())
+    program = run_module("mlx_lm")
     commands = {
-        "generate": [*_program(), "generate", *adapters, *trusted, "--prompt", "Hello"],
+        "generate": [*program, "generate", *adapters, *trusted, "--prompt", "Hello"],
         **test,
-        "fuse": [*_program(), "fuse", *adapters, *trusted, "--save-path", str(fused)],
+        "fuse": [*program, "fuse", *adapters, *trusted, "--save-path", str(fused)],
         **({"resume": [*given, *resume, *longer]} if given and not ends else {}),
     }
     return {name: shlex.join(command) for name, command in commands.items()}
-
-
-def _program():
-    """How this command's program runs another subcommand."""
-    given = given_command()
-    if (place := module_place()) is not None:
-        return [*given[:place], "mlx_lm"]
-    if not given:
-        return ["mlx_lm"]
-    name = "mlx_lm_dpo" if Path(given[0]).name.startswith("mlx_lm_dpo") else "mlx_lm"
-    return [str(Path(given[0]).with_name(name)) if "/" in given[0] else name]
