@@ -21,10 +21,10 @@ from mlx_lm.tuner.preference.scores import (
     compared,
     described,
     effective_count,
-    paired_interval,
+    mean_interval,
     score,
+    share_interval,
     student,
-    unpaired_interval,
     wilson,
     write_predictions,
 )
@@ -50,43 +50,45 @@ def test_the_interval_of_a_share():
     assert max(wilson(1.0, count)[1] for count in range(1, 300)) == 1
 
 
+def paired(values, prompts):
+    """The interval of the mean of all of some differences."""
+    return mean_interval([(np.array(values, float), np.full(len(values), True))], prompts)
+
+
 def test_the_interval_of_paired_differences():
     """Of ten pairs four gained and one lost: (4 - 1) / 12 and sqrt(6 - 9 / 12) / 12 with half a pair more each."""
-    mean, low, high = paired_interval([1, 1, 1, 1, -1, 0, 0, 0, 0, 0], np.arange(10), shares=True)
+    mean, low, high = share_interval(np.array([1, 1, 1, 1, -1, 0, 0, 0, 0, 0]), np.arange(10))
     assert mean == pytest.approx(0.3)
     assert (low, high) == pytest.approx((0.25 - 1.959964 * 0.190941, 0.25 + 1.959964 * 0.190941), abs=1e-5)
     # Of 1, 2 and 3 the mean is 2 and its standard error 1 / sqrt(3).
     half = student(2) / 3**0.5
-    assert paired_interval([1, 2, 3], np.arange(3)) == pytest.approx((2, 2 - half, 2 + half), abs=1e-9)
-    assert paired_interval([1], np.arange(1)) == (1, -math.inf, math.inf)
-    low, high = paired_interval(np.zeros(20), np.arange(20), shares=True)[1:]
+    assert paired([1, 2, 3], np.arange(3)) == pytest.approx((2, 2 - half, 2 + half), abs=1e-9)
+    assert paired([1], np.arange(1)) == (1, -math.inf, math.inf)
+    low, high = share_interval(np.zeros(20), np.arange(20))[1:]
     assert low < 0 < high, "pairs that all agree do not prove that others would"
 
 
 def test_the_interval_of_few_differences_is_students():
     """The quantiles of a table; and of 2000 draws of five differences some 95 % have the mean, where Z had 88 %."""
-    table = {2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042, 1000: 1.962}
-    assert {freedom: student(freedom) for freedom in table} == pytest.approx(table, rel=8e-3)
-    intervals = [
-        paired_interval(values, np.arange(5))[1:] for values in np.random.default_rng(0).normal(1, 1, (2000, 5))
-    ]
+    table = {3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042, 1000: 1.962}
+    assert {freedom: student(freedom) for freedom in table} == pytest.approx(table, rel=0.012)
+    assert 4.303 < student(2) < 1.05 * 4.303 and 12.71 < student(1) < 1.4 * 12.71
+    intervals = [paired(values, np.arange(5))[1:] for values in np.random.default_rng(0).normal(1, 1, (2000, 5))]
     assert np.mean([low < 1 < high for low, high in intervals]) == pytest.approx(0.95, abs=0.015)
 
 
 def test_the_interval_of_the_margin_of_single_responses():
     """Good ones gained 1 and 3, bad ones 1 and 2: 2 - 1.5, and variances of 2 and 0.5 of two each."""
-    good, gains = np.array([1.0, 1, 0, 0]), np.array([1.0, 3, 1, 2])
-    first = {DESIRABLE: good, "rewards/chosen": np.zeros(4), "rewards/rejected": np.zeros(4)}
-    second = {"rewards/chosen": good * gains, "rewards/rejected": (1 - good) * gains}
+    gains, good = np.array([1.0, 3, 1, 2]), np.array([True, True, False, False])
+
+    def margin(*rows):
+        own = list(rows)
+        return mean_interval([(gains[own], good[own]), (-gains[own], ~good[own])], np.arange(4)[own])
+
     half = student(1) * 1.25**0.5
-    assert unpaired_interval(first, second, np.arange(4)) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
-    for rows, expected in (
-        ([0, 2, 3], (-0.5, -math.inf, math.inf)),
-        ([0, 1], [math.nan] * 3),
-        ([2, 3], [math.nan] * 3),
-    ):
-        some = ({name: values[rows] for name, values in figures.items()} for figures in (first, second))
-        assert unpaired_interval(*some, np.arange(4)[rows]) == pytest.approx(expected, nan_ok=True)
+    assert margin(0, 1, 2, 3) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
+    assert margin(0, 2, 3) == (-0.5, -math.inf, math.inf)
+    assert np.isnan([margin(0, 1), margin(2, 3)]).all()
 
 
 def test_pairs_of_one_prompt_count_as_what_they_tell():
@@ -97,19 +99,17 @@ def test_pairs_of_one_prompt_count_as_what_they_tell():
     assert effective_count(np.tile([0.0, 1.0, 0.0, 1.0], 10), prompts) == 10  # no prompt differs from another
     assert effective_count(np.tile([0.0, 1.0], 20), np.arange(40)) == 40
     assert effective_count(np.ones(40), prompts) == 10 and effective_count(np.ones(4), prompts[:4]) == 1
-    assert paired_interval(np.arange(4), np.zeros(4, int)) == (1.5, -math.inf, math.inf)
+    assert paired(np.arange(4), np.zeros(4, int)) == (1.5, -math.inf, math.inf)
 
     draw, prompts, held = np.random.default_rng(0), np.repeat(np.arange(80), 5), []
     good = np.arange(400) % 5 < 2
     for _ in range(500):
         right, other = ((draw.random(400) < draw.beta(0.7, 0.3, 80)[prompts]).astype(float) for _ in range(2))
         low, high = wilson(right.mean(), effective_count(right, prompts))
-        shares = paired_interval(right - other, prompts, shares=True)
+        shares = share_interval(right - other, prompts)
         gains = 1 + draw.normal(size=80)[prompts] + draw.normal(size=400)
-        first = {DESIRABLE: good * 1.0, "rewards/chosen": np.zeros(400), "rewards/rejected": np.zeros(400)}
         # What a prompt's good responses gain, its bad ones lose.
-        second = {"rewards/chosen": good * gains, "rewards/rejected": -gains * ~good}
-        found = shares, paired_interval(gains, prompts), unpaired_interval(first, second, prompts)
+        found = shares, paired(gains, prompts), mean_interval([(gains, good), (gains, ~good)], prompts)
         bounds = (low, high), *(interval[1:] for interval in found)
         held.append([low < true < high for true, (low, high) in zip((0.7, 0, 1, 2), bounds, strict=True)])
     assert np.mean(held, axis=0) == pytest.approx(np.full(4, 0.95), abs=0.03)
@@ -294,7 +294,7 @@ def test_a_comparison_tells_who_is_better_or_nobody():
     assert "loss" not in compared(["A", "B"], [worse, better], preference_loss("aot"))
     broken = made([0] * 20, np.full(20, np.nan), np.full(20, np.nan))
     told = compared(["A", "B"], [broken, better], loss)
-    assert told.count("cannot be compared: not all pairs have one that is finite") == 2
+    assert told.count("cannot be compared: not all of both have one that is finite") == 2
     first, second, third = described(broken._replace(figures=broken.figures | OTHERS)).splitlines()
     assert third == "  The loss of 20 of them is not finite, the first at 0."
 
