@@ -487,7 +487,7 @@ def test_evaluate_takes_a_reference_its_logps_or_the_model_without_its_adapters(
     assert largest_difference(trained(model), before) == 0
 
 
-def test_logps_of_a_reference_are_taken_as_any_array_of_their_shape_and_by_an_evaluation_alone(tmp_path):
+def test_logps_of_a_reference_are_taken_as_any_array_of_their_shape():
     model, args = tiny_llama(moved=True), TrainingArgs(loss_type="dpo", reference_cache="none")
     everything = Reference(Scorer(tiny_llama(lora=False))).logps(PAIRS, range(len(PAIRS)))
     logps = everything[:8]
@@ -499,9 +499,6 @@ def test_logps_of_a_reference_are_taken_as_any_array_of_their_shape_and_by_an_ev
     for given, shape in ((logps[:5], r"\(5, 2, 2\)"), (logps[:, 0, 0], r"\(8,\)")):
         with pytest.raises(ConfigError, match=rf"reference has the shape {shape}, and the 8 pairs to evaluate take"):
             evaluate(model, PAIRS, 4, 2, args=args, reference=given)
-    for given in (logps, mx.array(logps)):
-        with pytest.raises(ConfigError, match="reference is a value of type n?d?array; training takes a Reference"):
-            short_run(tiny_llama(), PAIRS, tmp_path, reference=given)
 
 
 def test_evaluate_does_not_compare_a_model_with_itself():
@@ -516,10 +513,6 @@ def test_evaluate_does_not_compare_a_model_with_itself():
 
 def test_data_and_loss_that_do_not_fit_are_told(tmp_path):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(ConfigError, match="takes pairs, and the data set holds dict; make a PreferenceDataset of"):
-        short_run(tiny_llama(), rows, tmp_path)
-    with pytest.raises(ConfigError, match="takes pairs, and the data set holds dict; make a PreferenceDataset of"):
-        evaluate(tiny_llama(), CacheDataset(rows), 1, 1, args=TrainingArgs(loss_type="dpo"))
     preferences = PreferenceDataset(2 * rows, tokenizers.plain())
     for dataset in (preferences, CacheDataset(preferences)):
         with pytest.raises(ConfigError, match="no preference loss is asked for: set loss_type"):

@@ -68,11 +68,6 @@ def train_preference(
     checks["steps_per_save"] = replace(checks.pop("save_every"), name="steps_per_save")
     known = {name: getattr(args, name) for name in checks if hasattr(args, name)}
     args = replace(args, **{name: checks[name].check(value) for name, value in known.items()})
-    if reference is not None and not isinstance(reference, Reference):
-        raise ConfigError(
-            f"reference is a value of type {type(reference).__name__}; training takes a Reference, such as "
-            "Reference(Scorer(model)), and asks it for logps."
-        )
     refuse_without_gradient(objective.loss)
     check_trainable(objective.scorer.model)
     if args.epochs is not None:
@@ -84,10 +79,6 @@ def train_preference(
     logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
     if (args.save_best or args.early_stop or args.sample_prompts) and not len(logps.val_rows):
         raise ConfigError("save_best, early_stop and sample_prompts need validations, and there is no validation set.")
-    if args.sample_prompts and getattr(logps.val_dataset, "tokenizer", None) is None:
-        raise ConfigError(
-            "sample_prompts needs a tokenizer, which a PreferenceDataset has and a list of pairs has not."
-        )
     maybe_set_recommended_wired_limit()
     if (hint := slow_blas_hint()) is not None:
         rprint(hint)
