@@ -84,7 +84,8 @@ def evaluate(
     """Evaluate `model`; with a preference loss in `args`, on pairs.
 
     Args:
-        model, batch_size, num_batches, progress_callback: as upstream's; num_batches -1 takes all.
+        model, batch_size, num_batches: as upstream's; num_batches -1 takes all.
+        progress_callback: called after each batch that is run, which may have more pairs than `batch_size`.
         dataset: with a preference loss, a `PreferenceDataset`; the first batch_size x num_batches pairs count,
             each exactly once.
         max_seq_length, loss, iterate_batches, clear_cache_threshold: upstream's, read in its evaluation only.

@@ -48,16 +48,9 @@ def evaluate_preference(objective, dataset, args, batch_size, num_batches, refer
     for row in rows:
         refuse_other_form(dataset[int(row)], objective.loss)
     reference = reference_logps(objective, dataset, args, rows, reference)
-    done = 0
-
-    def advance(count):
-        # Upstream's callback counts batches of `batch_size` pairs.
-        nonlocal done
-        before, done = done, done + count
-        for _ in range(-(-done // batch_size) - -(-before // batch_size)):
-            progress_callback()
-
-    return means_of(pair_figures(objective, dataset, rows, reference, batch_size, progress_callback and advance))
+    # Upstream's callback counts batches.
+    advance = progress_callback and (lambda count: progress_callback())
+    return means_of(pair_figures(objective, dataset, rows, reference, batch_size, advance))
 
 
 def reference_logps(objective, dataset, args, rows, reference=None):
