@@ -402,8 +402,6 @@ def test_wpo_weights_multiply_each_pair_and_carry_no_gradient():
     sums = mx.array([-3.0]), mx.array([-2.0]), mx.array([6]), mx.array([4])
     assert losses.wpo_weights(*sums).item() == pytest.approx(math.exp(-1), rel=1e-6)
     assert mx.grad(lambda x: losses.wpo_weights(x, *sums[1:]).sum())(sums[0]).item() == 0
-    with pytest.raises(ValueError, match="needs wpo_weights"):
-        loss(make_pairs())
 
 
 def test_a_compiled_loss_is_the_eager_one():
@@ -433,7 +431,6 @@ def test_fields_of_different_lengths_are_refused_with_both_shapes():
         (["dpo", "sft"], {"loss_weights": [0, 0]}, "one of them must be above 0"),
         (["dpo", "sft"], {"loss_weights": [1, -1]}, "loss_weights is -1"),
         ("dpo", {"loss_weights": float("inf")}, "loss_weights is inf; it must be finite and >= 0"),
-        ("dpo", {"betta": 0.1}, r"betta is no option of a preference loss \(did you mean beta\?\)"),
         ("dpo", {"beta": -0.1}, "beta is -0.1; it must be a number, >= 0"),
         ("dpo", {"beta": float("inf")}, "beta is inf; it must be finite"),
         ("dpo", {"beta": float("nan")}, "beta is nan"),

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .. import losses as formulas
 from ..losses import PairLogps, mean_logps, with_f_divergence
-from .options import ConfigError, Option, nearest
+from .options import ConfigError, Option
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,12 @@ def preference_loss(loss_type, loss_weights=None, **parameters):
         A `PreferenceLoss`.
 
     Raises:
-        ConfigError: an unknown name or option, a value out of range, settings that exclude each other, or
-            a value other than the default for an option that none of the losses reads.
+        ConfigError: an unknown name, a value out of range, settings that exclude each other, or a value other
+            than the default for an option that none of the losses reads.
     """
     names = _checked_names(loss_type)
     weights = _checked_weights(loss_weights, names)
-    given = _checked_parameters(parameters)
+    given = {name: OPTION[name].check(value) for name, value in parameters.items() if value is not None}
     losses = [LOSSES[name] for name in names]
     _refuse_clashes({**DEFAULTS, **given}, losses)
     _refuse_unread(given, names, losses)
@@ -280,11 +280,9 @@ class PreferenceLoss:
             (B,) float32; its mean is the batch's loss.
 
         Raises:
-            ValueError: fields of different lengths, or WPO weights missing.
+            ValueError: fields of different lengths.
         """
         _check_shapes(pairs)
-        if self.reads_wpo and wpo_weights is None:
-            raise ValueError("use_weighting is set, so the loss needs wpo_weights; None was given.")
         scored = with_f_divergence(pairs, *self._divergence)
         total = 0.0
         for loss, weight in zip(self._losses, self.weights, strict=True):
@@ -353,16 +351,6 @@ def _checked_weights(loss_weights, names):
     if not any(weights):
         raise ConfigError(f"loss_weights is {weights}; one of them must be above 0.")
     return weights
-
-
-def _checked_parameters(parameters):
-    given = {}
-    for name, value in parameters.items():
-        if name not in DEFAULTS:
-            raise ConfigError(f"{name} is no option of a preference loss{nearest(name, DEFAULTS)}; remove it.")
-        if value is not None:
-            given[name] = OPTION[name].check(value)
-    return given
 
 
 def _refuse_unread(given, names, losses):
