@@ -27,23 +27,35 @@ def get_reporting_callbacks(report_to=None, project_name=None, log_dir=None, con
     return _upstream_get_reporting_callbacks(report_to, project_name, log_dir, config)
 
 
-class Services(TrainingCallback):
+class _Passing(TrainingCallback):
+    """Writes each report where it is told to, and passes it on to `wrapped_callback`, if there is one."""
+
+    def on_train_loss_report(self, train_info):
+        """Take a training report."""
+        self._take("on_train_loss_report", train_info)
+
+    def on_val_loss_report(self, val_info):
+        """Take a validation report."""
+        self._take("on_val_loss_report", val_info)
+
+    def _take(self, name, report):
+        self._write(report)
+        if self.wrapped_callback:
+            getattr(self.wrapped_callback, name)(report)
+
+    def _write(self, report):
+        pass
+
+
+class Services(_Passing):
     """Passes reports on to services until one fails, which is told: the run goes on, and none gets any more."""
 
     def __init__(self, wrapped_callback):
         self.wrapped_callback = wrapped_callback
 
-    def on_train_loss_report(self, train_info):
-        """Pass a training report on."""
+    def _take(self, name, report):
         with self.told():
-            if self.wrapped_callback:
-                self.wrapped_callback.on_train_loss_report(train_info)
-
-    def on_val_loss_report(self, val_info):
-        """Pass a validation report on."""
-        with self.told():
-            if self.wrapped_callback:
-                self.wrapped_callback.on_val_loss_report(val_info)
+            super()._take(name, report)
 
     @contextmanager
     def told(self):
@@ -58,23 +70,7 @@ class Services(TrainingCallback):
             )
 
 
-class _WritingCallback(TrainingCallback):
-    """Writes each report, and passes it on."""
-
-    def on_train_loss_report(self, train_info):
-        """Write a training report and pass it on."""
-        self._write(train_info)
-        if self.wrapped_callback:
-            self.wrapped_callback.on_train_loss_report(train_info)
-
-    def on_val_loss_report(self, val_info):
-        """Write a validation report and pass it on."""
-        self._write(val_info)
-        if self.wrapped_callback:
-            self.wrapped_callback.on_val_loss_report(val_info)
-
-
-class TensorBoardCallback(_WritingCallback):
+class TensorBoardCallback(_Passing):
     """Writes each report's figures under their names into the folder `tensorboard` of `log_dir`, and passes it on."""
 
     def __init__(self, project_name, log_dir, config, wrapped_callback=None):
@@ -95,7 +91,7 @@ class TensorBoardCallback(_WritingCallback):
 SUPPORT_CALLBACK["tensorboard"] = TensorBoardCallback
 
 
-class MetricsFile(_WritingCallback):
+class MetricsFile(_Passing):
     """Appends each report to `metrics.jsonl`, one JSON object a line, and passes it on.
 
     Args:
