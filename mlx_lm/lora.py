@@ -396,8 +396,8 @@ def _callbacks(args):
     if args.check:
         # Services are told of runs alone; that there are such may be checked.
         names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
-        unknown = [name for name in names if name not in (*SUPPORT_CALLBACK, "none")]
-        missing = [name for name in names if name in SUPPORT_CALLBACK and find_spec(name) is None]
+        unknown = [name for name in names if name not in SUPPORT_CALLBACK]
+        missing = [name for name in names if name in SUPPORT_CALLBACK and name != "none" and find_spec(name) is None]
         if unknown or missing:
             known = f"none of {', '.join(SUPPORT_CALLBACK)}"
             told = f"{unknown[0]} is {known}" if unknown else f"{missing[0]} is not installed"
@@ -410,7 +410,7 @@ def _callbacks(args):
         return found and Services(found)
     except Exception as error:
         # A service may refuse in any way.
-        told = f"{first_line(error)}; it is a name or names with commas between: {', '.join(SUPPORT_CALLBACK)}; or none"
+        told = f"{first_line(error)}; it is a name or names with commas between: {', '.join(SUPPORT_CALLBACK)}"
         raise ConfigError(f"report_to is {args.report_to!r}, which cannot be used: {told}.") from error
 
 

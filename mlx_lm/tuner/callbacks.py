@@ -17,16 +17,6 @@ from .preference.options import first_line
 TRL_NAMES = {"train_loss": "loss", "val_loss": "eval_loss"}
 
 
-_upstream_get_reporting_callbacks = get_reporting_callbacks
-
-
-def get_reporting_callbacks(report_to=None, project_name=None, log_dir=None, config=None):
-    """As upstream's, where `report_to` may also be `tensorboard`, or `none` for nothing."""
-    if str(report_to).strip().lower() == "none":
-        return None
-    return _upstream_get_reporting_callbacks(report_to, project_name, log_dir, config)
-
-
 class _Passing(TrainingCallback):
     """Writes each report where it is told to, and passes it on to `wrapped_callback`, if there is one."""
 
@@ -89,6 +79,7 @@ class TensorBoardCallback(_Passing):
 
 
 SUPPORT_CALLBACK["tensorboard"] = TensorBoardCallback
+SUPPORT_CALLBACK["none"] = lambda wrapped_callback, **_: wrapped_callback
 
 
 class MetricsFile(_Passing):
