@@ -105,50 +105,35 @@ def smoothed(h, label_smoothing):
 # Transforms of a batch
 
 
-def f_divergence_scores(logratios, f_divergence_type, f_alpha_divergence_coef):
-    """f'(policy / reference) up to a constant, which stands for the logratio under another divergence.
+def with_f_divergence(pairs, f_divergence_type, f_alpha_divergence_coef):
+    """`pairs` with f'(policy / reference) in the place of logratios u, for losses that read nothing else of it.
 
-    reverse_kl: the logratio u itself; forward_kl: 1 - exp(-u); js_divergence: log 2 + log sigma(u);
-    alpha_divergence: (exp((alpha - 1) u) - 1) / (alpha - 1), which is u for alpha = 1. Exponents are
-    held at 80 at most: beyond it a score is constant and its gradient is zero.
-
-    Args:
-        logratios: (B,) float32, nats.
-        f_divergence_type: one of the four names.
-        f_alpha_divergence_coef: alpha, read for alpha_divergence only.
-
-    Returns:
-        (B,) float32 scores.
+    Up to a constant, reverse_kl: u itself; forward_kl: 1 - exp(-u); js_divergence: log 2 + log sigma(u);
+    alpha_divergence: (exp((alpha - 1) u) - 1) / (alpha - 1), which is u for alpha = 1, alpha being
+    f_alpha_divergence_coef. Exponents are held at 80 at most: beyond it a score is constant and its gradient is zero.
 
     Source: arXiv 2309.16240.
     """
-    if f_divergence_type == "forward_kl":
-        return -_bounded_expm1(-logratios)
-    if f_divergence_type == "js_divergence":
-        return math.log(2) - softplus(-logratios)
     exponent = f_alpha_divergence_coef - 1
-    if f_divergence_type == "alpha_divergence" and abs(exponent) >= 1e-6:
-        return _bounded_expm1(exponent * logratios) / exponent
-    return logratios
+    if f_divergence_type == "reverse_kl" or (f_divergence_type == "alpha_divergence" and abs(exponent) < 1e-6):
+        return pairs
+    score = {
+        "forward_kl": lambda u: -_bounded_expm1(-u),
+        "js_divergence": lambda u: math.log(2) - softplus(-u),
+        "alpha_divergence": lambda u: _bounded_expm1(exponent * u) / exponent,
+    }[f_divergence_type]
+    zeros = mx.zeros_like(pairs.policy_chosen)
+    return pairs._replace(
+        policy_chosen=score(pairs.chosen_logratios),
+        policy_rejected=score(pairs.rejected_logratios),
+        reference_chosen=zeros,
+        reference_rejected=zeros,
+    )
 
 
 def _bounded_expm1(x):
     # Chosen by `where`, so that no gradient meets exp(80) where the bound is in force.
     return mx.where(x > LARGEST_EXPONENT, math.expm1(LARGEST_EXPONENT), mx.expm1(mx.minimum(x, LARGEST_EXPONENT)))
-
-
-def with_f_divergence(pairs, f_divergence_type, f_alpha_divergence_coef):
-    """`pairs` with scores in the place of logratios, for the losses that read nothing but logratios of it."""
-    if f_divergence_type == "reverse_kl":
-        return pairs
-    chosen, rejected = (
-        f_divergence_scores(logratios, f_divergence_type, f_alpha_divergence_coef)
-        for logratios in (pairs.chosen_logratios, pairs.rejected_logratios)
-    )
-    zeros = mx.zeros_like(chosen)
-    return pairs._replace(
-        policy_chosen=chosen, policy_rejected=rejected, reference_chosen=zeros, reference_rejected=zeros
-    )
 
 
 def ld_weighed(total, common, ld_alpha):
