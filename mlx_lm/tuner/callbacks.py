@@ -64,10 +64,9 @@ class TensorBoardCallback(_Passing):
     """Writes each report's figures under their names into the folder `tensorboard` of `log_dir`, and passes it on."""
 
     def __init__(self, project_name, log_dir, config, wrapped_callback=None):
-        try:
-            from tensorboard.summary import Writer
-        except ImportError as error:
-            raise ImportError("tensorboard is not installed; pip install tensorboard") from error
+        # Imported where it is needed: few have it.
+        from tensorboard.summary import Writer
+
         self.writer = Writer(str(Path(log_dir, "tensorboard")))
         self.wrapped_callback = wrapped_callback
 
