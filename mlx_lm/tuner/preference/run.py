@@ -320,15 +320,14 @@ def make_room(folder, config):
 
 def _refresh(scorer, schedule, logps, progress, args):
     """TR-DPO: the policy, or its mixture with the reference, becomes that of the rows that the coming steps visit."""
-    if logps.train is not None:
-        policy = scorer.model.trainable_parameters()
-        if logps.parameters is not None:
-            logps.mix(policy, args.reference_mixup_alpha)
-        steps = args.reference_update_steps * args.grad_accumulation_steps
-        rows = schedule.visited(progress.iteration + 1, progress.iteration + steps)
-        with parameters_in(scorer.model, policy if logps.parameters is None else logps.parameters):
-            logps.take(Reference(scorer, args.reference_batch_size), rows)
-        logps.of_bare = False
+    policy = scorer.model.trainable_parameters()
+    if logps.parameters is not None:
+        logps.mix(policy, args.reference_mixup_alpha)
+    steps = args.reference_update_steps * args.grad_accumulation_steps
+    rows = schedule.visited(progress.iteration + 1, progress.iteration + steps)
+    with parameters_in(scorer.model, policy if logps.parameters is None else logps.parameters):
+        logps.take(Reference(scorer, args.reference_batch_size), rows)
+    logps.of_bare = False
 
 
 def warn_of_balance(dataset, loss):
@@ -336,15 +335,14 @@ def warn_of_balance(dataset, loss):
     if not loss.unpaired:
         return
     good = sum(dataset[i].label for i in range(len(dataset)))
-    weights = [loss.parameters[f"{kind}_weight"] for kind in ("desirable", "undesirable")]
-    counts = [good, len(dataset) - good]
-    totals = [weight * count for weight, count in zip(weights, counts, strict=True)]
+    bad = len(dataset) - good
+    desirable, undesirable = good * loss.parameters["desirable_weight"], bad * loss.parameters["undesirable_weight"]
     # A hundredth less than 1: the advised weight is rounded.
-    if min(totals) > 0 and not 0.99 <= totals[0] / totals[1] <= 4 / 3:
+    if min(desirable, undesirable) > 0 and not 0.99 <= desirable / undesirable <= 4 / 3:
         rprint(
-            f"[WARNING] {counts[0]} responses are desirable and {counts[1]} are not; their numbers times their weights "
-            f"are {totals[0]:g} to {totals[1]:g}, and KTO's authors advise 1 to 4/3: for example an undesirable_weight "
-            f"of {totals[0] / counts[1]:.3g}."
+            f"[WARNING] {good} responses are desirable and {bad} are not; their numbers times their weights are "
+            f"{desirable:g} to {undesirable:g}, and KTO's authors advise 1 to 4/3: for example an undesirable_weight "
+            f"of {desirable / bad:.3g}."
         )
 
 
