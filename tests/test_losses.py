@@ -423,7 +423,6 @@ def test_fields_of_different_lengths_are_refused_with_both_shapes():
     [
         ("dpoo", {}, r"loss_type is 'dpoo' \(did you mean dpo\?\); it must be a name, one of dpo, robust"),
         (["dpo", "hing"], {}, "did you mean hinge"),
-        (["dpo", "sigmoid"], {}, "loss_type has sigmoid after dpo, the same loss"),
         ([], {}, "loss_type is an empty list"),
         ("sft", {}, "loss_type is sft, which is upstream's training"),
         (["dpo", "sft"], {"loss_weights": [1.0]}, "loss_weights is .1.0., but loss_type has dpo, sft"),

@@ -331,12 +331,7 @@ def _checked_names(loss_type):
             "loss_type is sft, which is upstream's training and no preference loss; name a preference loss, or put "
             "sft in a list to add the chosen responses' NLL to others."
         )
-    names = [checked] if isinstance(checked, str) else checked
-    for index, name in enumerate(names):
-        twin = next((other for other in names[:index] if LOSSES[other] is LOSSES[name]), None)
-        if twin is not None:
-            raise ConfigError(f"loss_type has {name} after {twin}, the same loss; name it once and give it a weight.")
-    return names
+    return [checked] if isinstance(checked, str) else checked
 
 
 def _checked_weights(loss_weights, names):
