@@ -693,13 +693,13 @@ class TestBest:
     @pytest.mark.parametrize("name", ["best", "0000003"])
     def test_a_link_is_replaced_and_what_it_leads_to_stays(self, name, tmp_path):
         """A user's own `best -> 0000001` is no place to write a later save to."""
-        options = {"save_best": "margin", "steps_per_eval": 2, "rate": 0.05, "config": dict(CONFIG)}
-        trained(tmp_path, iters=1, **options)
+        options = self.OPTIONS | {"save_best": "margin", "rate": 0.05, "config": dict(CONFIG)}
+        trained(tmp_path, **options | {"iters": 1})
         if (tmp_path / name).exists():
             (tmp_path / name).rename(tmp_path / "kept")
         (tmp_path / "mine").mkdir()
         (tmp_path / name).symlink_to("mine")
-        trained(tmp_path, iters=4, resume=True, **options)
+        trained(tmp_path, resume=True, **options)
         assert list((tmp_path / "mine").iterdir()) == [] and not (tmp_path / name).is_symlink()
         assert {path.name for path in (tmp_path / name).iterdir()} == {"adapters.safetensors", "adapter_config.json"}
 
