@@ -178,7 +178,10 @@ def test_loss_and_gradient_are_those_of_the_papers_formula(name, parameters):
     values = {"beta": 2.0 if name == "simpo" else 0.1, **({"eps": 1e-3} if name == "exo_pair" else {})}
     values.update({symbols.get(key, key): value for key, value in parameters.items()})
     loss = loss_of(name, **parameters)
-    assert mx.mean(loss(make_pairs())).item() == pytest.approx(papers(name, batch, **values).mean(), rel=1e-5)
+    expected = papers(name, batch, **values)
+    assert mx.mean(loss(make_pairs())).item() == pytest.approx(expected.mean(), rel=1e-5)
+    if name not in ("sft", "orpo", "cpo"):  # whose NLL is shared out over the batch
+        np.testing.assert_allclose(loss(make_pairs()), expected, rtol=1e-5)
     for field, gradient in gradients(loss, make_pairs()).items():
         for row in range(4):
             step = np.zeros(4)
@@ -186,14 +189,6 @@ def test_loss_and_gradient_are_those_of_the_papers_formula(name, parameters):
             ahead = papers(name, {**batch, field: batch[field] + step}, **values).mean()
             behind = papers(name, {**batch, field: batch[field] - step}, **values).mean()
             assert gradient[row].item() == pytest.approx((ahead - behind) / 2e-5, rel=1e-4, abs=1e-6), (field, row)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("sft", "orpo", "cpo")])
-def test_each_value_is_that_of_its_pair(name):
-    batch = {field: np.array(value) for field, value in PAIRS.items()}
-    loss = loss_of(name)
-    values = {"beta": loss.parameters["beta"], "eps": loss.parameters.get("label_smoothing", 0.0)}
-    np.testing.assert_allclose(loss(make_pairs()), papers(name, batch, **values), rtol=1e-5)
 
 
 # Stability
@@ -494,10 +489,6 @@ def test_a_preference_loss_says_what_it_reads():
 # The table
 
 
-def test_trls_name_of_dpo_is_read_too():
-    assert LOSSES["sigmoid"] is LOSSES["dpo"]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_each_row_agrees_with_its_function(name):
     loss, options = LOSSES[name], {option.name: option for option in OPTIONS}
@@ -519,9 +510,3 @@ def test_documents_have_a_row_for_each_loss_and_each_option():
     assert "`dpo`, `sigmoid`" in described
     assert "`beta` (2, >= 0), `label_smoothing` (0, >= 0 and < 0.5), `simpo_gamma` (0.5, >= 0)" in described
     assert "`label_smoothing` (0.001, >= 1e-12 and < 0.5)" in described
-
-
-def test_upstreams_losses_are_still_there():
-    logits = mx.array([[0.0, 1.0, 2.0]])
-    assert losses.kl_div_loss(logits, logits).item() == pytest.approx(0, abs=1e-6)
-    assert callable(losses.js_div_loss)
