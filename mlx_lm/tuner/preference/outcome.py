@@ -47,15 +47,12 @@ class Outcome:
     def _sampled(self):
         return self.logps.val_rows[: self.args.sample_prompts or 0]
 
-    def validated(self, iteration, figures, last):
-        """Take a validation's figures, pair by pair; answer the sampled prompts, and draw all but the first and last.
-
-        The first has nothing to draw yet, and after the last one the end draws.
-        """
+    def validated(self, iteration, figures):
+        """Take a validation's figures, pair by pair; answer the sampled prompts, and draw, where training has begun."""
         self._found = iteration, figures
         if len(self._sampled):
             self._answer(iteration)
-        if iteration > 0 and not last:
+        if iteration > 0:
             self.draw()
 
     def _answer(self, iteration):

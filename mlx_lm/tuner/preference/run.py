@@ -270,9 +270,7 @@ def _validate(objective, logps, progress, args, report, config, outcome):
     if args.save_best or args.early_stop:
         _keep_best(objective.scorer.model, figures, progress, args, config)
     if outcome is not None:
-        outcome.validated(
-            progress.iteration, found, last=progress.iteration == args.iters or _has_stalled(progress, args)
-        )
+        outcome.validated(progress.iteration, found)
 
 
 def _keep_best(model, figures, progress, args, config):
