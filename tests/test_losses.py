@@ -373,6 +373,12 @@ def test_beta_zero_leaves_the_reference_out(name):
     np.testing.assert_allclose(loss.rewards(without), np.zeros((2, 4)))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "beta" not in LOSSES[name].lowest])
+def test_only_losses_with_an_nll_have_a_gradient_where_beta_is_zero(name):
+    moved = any(mx.any(gradient != 0).item() for gradient in gradients(loss_of(name, beta=0), make_pairs()).values())
+    assert moved == loss_of(name).has_nll
+
+
 def test_rewards_are_logratios_where_there_is_a_reference_and_the_policys_own_logps_elsewhere():
     def rewards(loss_type, **parameters):
         return np.array(preference_loss(loss_type, **parameters).rewards(make_pairs()))[:, 0]

@@ -23,7 +23,7 @@ from mlx_lm.tuner.preference import batches
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss, refuse_without_gradient
+from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.tuner.preference.step import FIGURES, Objective, Step
@@ -533,8 +533,6 @@ def test_a_loss_that_is_constant_with_beta_0_is_refused(tmp_path):
         start = trained(model)
         short_run(model, PAIRS, tmp_path, loss_type=loss_type, beta=0.0, iters=1)
         assert largest_difference(trained(model), start) > 0
-    # With this beta its gradient is zero at some logps alone.
-    refuse_without_gradient(preference_loss("hinge", beta=2.0))
 
 
 @pytest.mark.parametrize("told", ["quantized", "nothing to train"])
