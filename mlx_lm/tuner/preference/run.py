@@ -71,9 +71,6 @@ def train_preference(
     refuse_without_gradient(objective.loss)
     check_trainable(objective.scorer.model)
     if args.epochs is not None:
-        if args.iters != type(args).iters:
-            told = f"epochs is {args.epochs:g} and iters is {args.iters}, which both say how long to train"
-            raise ConfigError(f"{told}; give one of them.")
         args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
     dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
     logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
