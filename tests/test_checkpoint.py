@@ -511,7 +511,7 @@ class TestLeftOut:
             refuse_non_finite_steps([0.7, 0.7], [np.inf, None], 1, schedule, "row {}".format)
 
     @pytest.mark.parametrize("every", [1, 12])
-    def test_a_run_without_a_finite_update_ends(self, every, tmp_path, monkeypatch, capsys):
+    def test_a_run_without_a_finite_update_ends(self, every, tmp_path, monkeypatch):
         monkeypatch.setattr(report, "MOST_LOST", 4)
         heavy = [pair._replace(weight=1e38) for pair in pairs()]
         monkeypatch.setattr(sys.modules[__name__], "pairs", lambda *_, **__: heavy)
@@ -520,7 +520,6 @@ class TestLeftOut:
         last = 4 if every == 1 else 6
         with pytest.raises(ConfigError, match=f"in the last {last} updates, up to iteration {last}"):
             trained(tmp_path / "more", iters=6, **options)
-        assert "7e+37" in (out := capsys.readouterr().out) and not re.search(r"\d{10}", out), "a loss of 38 digits"
 
 
 class TestEarlierStates:

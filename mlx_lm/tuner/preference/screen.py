@@ -35,12 +35,7 @@ def make_bars(rank):
 
 def signed(value):
     """A figure with its sign; what rounds to 0 has none of its own."""
-    return shown(round(value, 3) + 0.0, "+")
-
-
-def shown(value, sign=""):
-    """A figure with three places after the point, or with a power of ten where those fill a column."""
-    return f"{value:{sign}.3f}" if not abs(value) >= 1e4 else f"{value:{sign}.0e}"
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 class RunUI(TrainUI):
@@ -83,7 +78,7 @@ class RunUI(TrainUI):
         right = f"{accuracy:>8.3f}  [ui.strong]{signed(margin):>7}[/ui.strong]"
         # Numbers too long for their columns must not break a line in two.
         self._console.print(
-            f"[ui.muted]{iteration:>6}[/ui.muted]  [bold {style}]{shown(figures['loss']):>6} {arrow}[/bold {style}]  "
+            f"[ui.muted]{iteration:>6}[/ui.muted]  [bold {style}]{figures['loss']:>6.3f} {arrow}[/bold {style}]  "
             f"{signed(chosen):>7}  {signed(rejected):>8}  {right}  [ui.muted]{more}[/ui.muted]",
             soft_wrap=True,
         )
