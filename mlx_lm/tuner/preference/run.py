@@ -198,7 +198,6 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         due = due_at(progress, args)
         sums, norm = step(batch, reference, due.update)
         progress.updates += due.update
-        norm = norm if due.norm or step.skips else None
         window.add(sums, norm, tokens)
         work = [step.state(), step.accumulated or [], sums, [] if norm is None else norm]
         if due.update and not measured:
@@ -244,15 +243,11 @@ def due_at(progress, args):
     # Steps left over at the end make an update of their own: no pair is dropped.
     update = last or iteration % args.grad_accumulation_steps == 0
     every = args.reference_update_steps
-    next_update = min(iteration + args.grad_accumulation_steps, args.iters)
-    next_report = -(-iteration // args.steps_per_report) * args.steps_per_report
     return SimpleNamespace(
         last=last,
         update=update,
         # With TR-DPO, the reference is exchanged; after the last iteration for a run that goes on from it.
         refresh=bool(every) and update and (progress.updates + 1) % every == 0,
-        # The gradient's norm is reported; of other updates it is computed only where those may be left out.
-        norm=update and (last or next_update > next_report),
         report=last or iteration % args.steps_per_report == 0,
         validate=last or iteration % args.steps_per_eval == 0,
         save=iteration % args.steps_per_save == 0,
