@@ -261,14 +261,6 @@ def test_swapping_chosen_and_rejected_negates_reward_margins(name):
     np.testing.assert_allclose(negated, -margins)
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.2])
-def test_smoothing_counts_a_pair_as_its_swap_eps_of_the_time(eps):
-    pairs = make_pairs()
-    clean, flipped = loss_of("dpo")(pairs), loss_of("dpo")(swapped(pairs))
-    expected = (1 - eps) * clean + eps * flipped
-    np.testing.assert_allclose(loss_of("dpo", label_smoothing=eps)(pairs), expected, rtol=1e-6)
-
-
 def test_robust_undoes_flipped_labels_on_average():
     pairs, eps = make_pairs(), 0.3
     loss = loss_of("robust", label_smoothing=eps)
