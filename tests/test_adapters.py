@@ -132,10 +132,10 @@ def test_a_run_is_that_with_a_second_model_in_memory(tmp_path, every):
     options = {"reference_update_steps": every, "reference_mixup_alpha": share, "beta": beta, "iters": 8}
     model, policy, reference = (tiny_llama(moved=True) for _ in range(3))
     lines, validations = short_run(
-        model, pairs, tmp_path, optim.SGD(0.05), valid, share_prompt=False, steps_per_eval=4, **options
+        model, pairs, tmp_path, optim.SGD(0.02), valid, share_prompt=False, steps_per_eval=4, **options
     )
     objective = Objective(Scorer(policy, share_prompt=False), preference_loss("dpo", beta=beta))
-    step, schedule = Step(policy, optim.SGD(0.05), objective, False), Schedule(pairs, 4, 0, PLAIN, 8)
+    step, schedule = Step(policy, optim.SGD(0.02), objective, False), Schedule(pairs, 4, 0, PLAIN, 8)
     for i in range(1, 9):
         rows = schedule.rows(i)
         logps = Reference(Scorer(reference, share_prompt=False)).logps(pairs, rows)
@@ -148,11 +148,11 @@ def test_a_run_is_that_with_a_second_model_in_memory(tmp_path, every):
     assert largest_difference(trained(model), trained(policy)) < 1e-5
     # It neither jumped nor stayed.
     hard, _ = short_run(
-        tiny_llama(moved=True), pairs, tmp_path / "hard", optim.SGD(0.05), share_prompt=False,
+        tiny_llama(moved=True), pairs, tmp_path / "hard", optim.SGD(0.02), share_prompt=False,
         **options | {"reference_mixup_alpha": None},
     )  # fmt: skip
     still, _ = short_run(
-        tiny_llama(moved=True), pairs, tmp_path / "still", optim.SGD(0.05), share_prompt=False, beta=beta, iters=8
+        tiny_llama(moved=True), pairs, tmp_path / "still", optim.SGD(0.02), share_prompt=False, beta=beta, iters=8
     )
     assert min(abs(lines[-1]["loss"] - other[-1]["loss"]) for other in (hard, still)) > 1e-2
     assert validations[1]["eval_rewards/margins"] != validations[0]["eval_rewards/margins"]
