@@ -7,16 +7,10 @@ if os.environ.get("MLX_LM_DPO") == "0":
 
     stand_aside(globals())
 else:
-    from ._upstream import refuse_old_python, run_upstream
-
-    refuse_old_python()
-
+    from ._backend import load_fast_blas
     from ._interruption import end_quietly_while_importing
+    from ._upstream import run_upstream
 
     end_quietly_while_importing()
-
-    from ._backend import load_fast_blas
-
     load_fast_blas()
-
     run_upstream(globals(), needs=("load", "generate"))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 SUPPORTED = "mlx-lm >= 0.32.0, < 0.33"
 OLDEST, TOO_NEW = (0, 32), (0, 33)
-PYTHON = (3, 11)
 # Releases that have every name that is asked for here.
 TRIED = ("0.32.0", "0.32.1", "0.32.2")
 
@@ -76,15 +75,6 @@ def stand_aside(namespace):
     namespace.update(__spec__=spec, __file__=spec.origin)
     sys.modules.pop(__name__, None)
     exec(spec.loader.get_code("mlx_lm"), namespace)
-
-
-def refuse_old_python():
-    """Raise `UpstreamError` in a Python that no mlx-lm of the range runs on, such as the one that macOS brings."""
-    if sys.version_info < PYTHON:
-        _stop(
-            f"This project and {SUPPORTED} need Python {PYTHON[0]}.{PYTHON[1]} or later; {sys.executable} is "
-            f"{sys.version_info[0]}.{sys.version_info[1]}: make the environment with a later one."
-        )
 
 
 def rebound(function, **names):
