@@ -33,13 +33,10 @@ def run_upstream(namespace, needs=()):
         needs: names that the caller builds on; an upstream version without one of them is refused.
 
     Raises:
-        UpstreamError: the caller is imported by another name than mlx-lm's, mlx-lm is not installed, or is a version
-            that is too old or lacks the module or a needed name. A command ends with the sentence instead.
+        UpstreamError: mlx-lm is not installed, or is a version that is too old or lacks the module or a needed name. A
+            command ends with the sentence instead.
     """
     spec = namespace["__spec__"]
-    if __name__ != "mlx_lm._upstream":
-        # By its place in an installation, as an editor completes it.
-        _stop(f"{spec.name} is where mlx_lm stands, and cannot be imported: import mlx_lm in its place.")
     upstream = _find_upstream(spec.name)
     if upstream is None:
         _refuse(f"has no module {spec.name}")

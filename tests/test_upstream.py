@@ -149,17 +149,6 @@ def test_another_overlay_on_the_path_is_not_upstream(house, tmp_path):
     assert "No module named 'mlx_lm.only_there'" in done.stderr
 
 
-def test_the_place_of_an_installation_is_no_name_to_import(house, tmp_path):
-    shutil.copytree(house.overlay, tmp_path / "installed/mlx_lm_dpo")
-    path = [tmp_path / "installed/mlx_lm_dpo", tmp_path / "installed", house.upstream]
-    assert house.say("import mlx_lm.utils; print(mlx_lm.generate())", path=path) == "ours"
-    for words in (("-c", "from mlx_lm_dpo.mlx_lm.utils import load"), ("-m", "mlx_lm_dpo.mlx_lm.lora")):
-        told = house.run(*words, path=path).stderr
-        assert told.endswith(
-            "mlx_lm_dpo.mlx_lm is where mlx_lm stands, and cannot be imported: import mlx_lm in its place.\n"
-        )
-
-
 def test_files_linked_into_another_folder_run_as_well(house, tmp_path):
     """As setuptools' strict editable installation lays them out."""
     linked = tmp_path / "linked"
