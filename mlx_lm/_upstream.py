@@ -151,19 +151,14 @@ def _explain(error):
 
 def _refuse(lacks="", cause=None):
     """Say what the installed mlx-lm lacks, and which releases have it; by default, that it is missing or too old."""
-    found, spec = _version(), _find_upstream("mlx_lm")
-    if found is None and spec is None:
+    found = _version()
+    if found is None and _find_upstream("mlx_lm") is None:
         _stop(f"mlx-lm is not installed: this project adds preference training to {SUPPORTED}; install one of those.")
     told = f"This project adds preference training to {SUPPORTED}; the installed mlx-lm {found or ''}".rstrip()
     if not lacks:
         _stop(f"{told} is too old: install one of those.")
-    if found in TRIED:
-        _stop(
-            f"{told} {lacks}. The release {found} has all that is needed, so the files in "
-            f"{Path(spec.origin).parent} were changed: install it again, with --force-reinstall mlx-lm=={found}.",
-            cause,
-        )
-    _stop(f"{told} {lacks}. The releases {', '.join(TRIED)} have all that is needed: install one of those.", cause)
+    published = f"The releases {', '.join(TRIED)}, as published, have all that is needed"
+    _stop(f"{told} {lacks}. {published}: install one of those, with --force-reinstall.", cause)
 
 
 def _stop(sentence, cause=None):

@@ -206,7 +206,7 @@ def lose_a_name(house):
 
 
 REFUSALS = [
-    (lose_a_name, "the installed mlx-lm 0.32.1 lacks build_parser in mlx_lm.lora. The release 0.32.1 has all that"),
+    (lose_a_name, "the installed mlx-lm 0.32.1 lacks build_parser in mlx_lm.lora. The releases"),
     (refuse_old, "the installed mlx-lm 0.31.3 is too old"),
     (lack_a_name, "the installed mlx-lm 0.33.0 lacks build_parser in mlx_lm.lora"),
     (lack_a_module, "the installed mlx-lm 0.33.0 could not be imported (No module named 'mlx_lm.gone')"),
@@ -230,13 +230,9 @@ def test_an_upstream_that_does_not_fit_is_refused_in_one_sentence(house, fault, 
         assert done.stderr.count("\n") == 1, done.stderr
         assert reason in done.stderr
         assert fault is lack_a_backend or _upstream.SUPPORTED in done.stderr
-        if fault in (lack_a_name, lack_a_module):
-            assert f"The releases {', '.join(_upstream.TRIED)} have all that is needed" in done.stderr
-        if fault is lose_a_name:
-            folder = house.upstream / "mlx_lm"
-            assert f"the files in {folder} were changed: install it again, with --force-reinstall mlx-lm==0.32.1." in (
-                done.stderr
-            )
+        if fault in (lose_a_name, lack_a_name, lack_a_module):
+            told = f"The releases {', '.join(_upstream.TRIED)}, as published, have all that is needed: install one"
+            assert told in done.stderr
 
 
 def test_a_program_that_imports_us_can_catch_the_refusal(house):
