@@ -7,7 +7,6 @@ while MLX waits for the device, so that training waits in `mx.eval` alone, which
 """
 
 import faulthandler
-import hashlib
 import json
 import os
 import queue
@@ -42,26 +41,18 @@ _several, _watch = False, None  # whether MLX has found other workers; the Watch
 
 def gathered(text):
     """The texts that all workers give, in their order; `RuntimeError` where a worker is gone."""
-    content = text.encode()
-    content = np.frombuffer(_digest(content) + content, np.uint8)
+    content = np.frombuffer(text.encode(), np.uint8)
     sizes = _of_all(np.array([len(content)]))
-    confirm()
     padded = np.pad(content, (0, sizes.max() - len(content)))
     every = _of_all(padded[None])
-    rows = [row[:size].tobytes() for row, size in zip(every, sizes, strict=True)]
-    if any(_digest(row[8:]) != row[:8] for row in rows):
-        raise RuntimeError(LOST)
-    return [row[8:].decode() for row in rows]
+    return [row[:size].tobytes().decode() for row, size in zip(every, sizes, strict=True)]
 
 
 def _of_all(array):
     gathered = mx.distributed.all_gather(mx.array(array))
     mx.eval(gathered)  # which other threads can run beside
+    confirm()
     return np.array(gathered)
-
-
-def _digest(content):
-    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 def confirm():
