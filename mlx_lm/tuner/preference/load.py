@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from .objective import OPTIONS as LOSS_OPTIONS
 from .options import ConfigError, is_preference, nearest, printable
 
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
+NOT_THERE = "there is no such folder, and the hub's repo of this name cannot be had"
 ADAPTER_FILES = "adapters.safetensors and the adapter_config.json of its training"
 
 
@@ -42,7 +42,8 @@ def load_named(key, name, trust_remote_code=False):
         model, tokenizer = load(name, tokenizer_config=dict(trusted), **trusted)
     except Exception as error:
         # A folder that is no model fails in as many ways as there are files in it.
-        raise ConfigError(f"{key} is {name!r}, which cannot be loaded: {_why(Path(name), error)}.") from error
+        expected = HOLDS if Path(name).exists() else NOT_THERE
+        raise ConfigError(f"{key} is {name!r}, which cannot be loaded: {expected} ({_told(error)}).") from error
     if is_linux_cpu() and not is_float32(model):
         rprint(f"{name} is computed in float32 on this CPU, which is slow in half precision.")
         model.set_dtype(mx.float32)
@@ -53,22 +54,6 @@ def load_named(key, name, trust_remote_code=False):
     except Exception as error:
         raise ConfigError(f"{key} is {name!r}, which cannot be run: {_told(error)}.") from error
     return model, tokenizer
-
-
-def _why(folder, error):
-    told = _told(error)
-    if not folder.exists():
-        if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(folder)):
-            return f"there is no such folder, and the hub's repo of this name cannot be had ({told})"
-        return "there is no such folder" if folder.is_absolute() else f"there is no such folder in {Path.cwd()}"
-    if not folder.is_dir():
-        return f"it is a file; {HOLDS}"
-    for pattern in ("config.json", "model*.safetensors"):
-        if not any(folder.glob(pattern)):
-            return f"there is no {pattern} in it; {HOLDS}"
-    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
-        return f"there is no tokenizer in it; {HOLDS}"
-    return f"{told}; {HOLDS}"
 
 
 def _told(error):
