@@ -272,14 +272,9 @@ def metrics(draw, folder):
 
 def states(draw, folder):
     """A state of an earlier run, from which one is to go on."""
-    path, told = folder / "checkpoint.safetensors", {"iteration": 3, "best": None}
-    if draw.random() < 0.5:
-        told = changed(draw, told)
-    settings = json.dumps(changed(draw, {"beta": 0.1, "seed": 0}))
-    _write_state(path, {"random": mx.zeros(2, mx.uint32)}, {"progress": json.dumps(told), "settings": settings})
-    content = path.read_bytes()
-    if draw.random() < 0.7:
-        path.write_bytes(content := cut(draw, content))
+    path, told = folder / "checkpoint.safetensors", {"progress": '{"iteration": 3}', "settings": '{"beta": 0.1}'}
+    _write_state(path, {"random": mx.zeros(2, mx.uint32)}, told)
+    path.write_bytes(content := cut(draw, path.read_bytes()))
     model = SimpleNamespace(trainable_parameters=dict)
     return content, lambda: find_state(folder, model, {"beta": 0.1, "seed": 0}, 10), ""
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import mlx_lm.lora
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.preference.check import check_config, check_file, warn_of_unread_keys
-from mlx_lm.tuner.preference.checkpoint import _write_state, find_state, read_state
+from mlx_lm.tuner.preference.checkpoint import find_state, read_state
 from mlx_lm.tuner.preference.curves import plot_metrics
 from mlx_lm.tuner.preference.load import (
     _warn_of_scale,
@@ -199,16 +199,6 @@ def test_metrics_with_values_that_are_no_numbers_are_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
     assert plot_metrics(tmp_path) is None or (tmp_path / "training.png").is_file()
-
-
-@pytest.mark.parametrize(
-    "progress, settings", [({"iteration": "x"}, {}), ({"updates": 0.5}, {}), ({}, [1]), ({}, None)]
-)
-def test_a_state_whose_parts_are_of_other_kinds_is_told(tmp_path, progress, settings):
-    told = {"progress": json.dumps({"iteration": 3, **progress}), "settings": json.dumps(settings)}
-    _write_state(tmp_path / "checkpoint.safetensors", {"random": mx.zeros(2, mx.uint32)}, told)
-    with pytest.raises(ConfigError, match="damaged or no checkpoint of this project .its progress or its settings"):
-        find_state(tmp_path, None, {}, 10)
 
 
 @drawn

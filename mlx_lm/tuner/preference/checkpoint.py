@@ -169,11 +169,7 @@ def read_state(path):
         digest = metadata.pop("digest")
         if digest != _digest(arrays, metadata):
             raise ValueError("its content is not what was written")
-        progress, settings = Progress(**json.loads(metadata["progress"])), json.loads(metadata["settings"])
-        counts = [value for name, value in vars(progress).items() if name not in ("best", "saved")]
-        if not isinstance(settings, dict) or any(type(count) is not int for count in counts):
-            raise ValueError("its progress or its settings are none")
-        return arrays, progress, settings
+        return arrays, Progress(**json.loads(metadata["progress"])), json.loads(metadata["settings"])
     except KeyError as error:
         raise ValueError(f"it has no {error.args[0]}") from error
     except (OSError, RuntimeError, TypeError, ValueError, RecursionError) as error:
