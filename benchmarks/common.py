@@ -108,22 +108,10 @@ def own_step(spec, timeout=None, environment=None):
     return run_json([sys.executable, HERE / "harness.py", json.dumps(spec)], environment, timeout)
 
 
-def print_row(*cells):
-    """Print one row of a Markdown table at once."""
-    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
-
-
-def print_head(*cells):
-    """Print the head of a Markdown table."""
-    print_row(*cells)
-    print("|" + "---|" * len(cells), flush=True)
-
-
-def print_table(header, rows):
-    """Print a Markdown table."""
-    print_head(*header)
-    for row in rows:
-        print_row(*row)
+def markdown_table(header, rows):
+    """A Markdown table of the strings of `header` and `rows`."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def stored_dtype(model):

@@ -22,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import HERE, own_environment, print_table, run_json, say, stored_dtype
+from common import HERE, markdown_table, own_environment, run_json, say, stored_dtype
 from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
 from records import Results, cell, mean_and_error
 
@@ -299,9 +299,9 @@ def main():
             if options.samples:
                 add_base(options, results)
     grouped = groups(results.records)
-    print_table(*epoch_table(grouped))
+    print(markdown_table(*epoch_table(grouped)))
     print()
-    print_table(*held_out_table(grouped))
+    print(markdown_table(*held_out_table(grouped)))
     if options.picture:
         draw(grouped, options.picture)
     if not complete:

@@ -6,18 +6,17 @@ Both train the same model folder on the same token pairs, with the same LoRA lay
 size and number of iterations, each through its own training loop, in turn, each run in a process of its own. Without
 --model the folder holds a random Llama in float32: width 576, eight layers, 49,152 words. A step lasts from one of the
 loop's reports to the next, the first ones left out, so that loading does not count. mlx-lm-lora runs its reference, a
-second copy of the model, in each step; ours runs it before the first one: the column "with reference" spreads that
-pass over one epoch. "peak GB" is what MLX's arrays held at most in the timed steps, "resident" what the process did.
-"CPU s" is the processor time of a step, less sensitive to other work on the machine. With --batches 1 both see the same
-batch at each step, and their losses agree. Off Metal, mlx-lm-lora reads a device property that MLX does not have there:
-it is given one. It always compiles its step; the last run has MLX's compiler off, in case that is faster on a CPU. On
-Linux, OpenBLAS is loaded first for both where there is one.
+second copy of the model, in each step; ours runs it before the first one: the columns "with reference" add a batch's
+share of that pass. "peak GB" is what MLX's arrays held at most in the timed steps, "process GB" what the process did.
+With --batches 1 both see the same batch at each step, and their losses, which stderr and --out have, agree; so has
+the rate of a product, which tells whether both have one BLAS: on Linux, OpenBLAS is loaded first for both where there
+is one. Off Metal, mlx-lm-lora reads a device property that MLX does not have there: it is given one. It always compiles
+its step; the last run has MLX's compiler off, in case that is faster on a CPU.
 """
 
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -31,25 +30,20 @@ from common import (
     make_rows,
     own_environment,
     peak_resident_gb,
-    print_head,
-    print_row,
     run_json,
     say,
 )
 from records import keep
+from tables import mlx_lm_lora_table
 
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
 # Name: what to run, its options, and variables of its process.
 RUNS = {
     "ours": ("ours", {}, {}),
     "mlx-lm-lora": ("peer", {}, {}),
-    "ours, each prompt twice": ("ours", {"share_prompt": False}, {}),
-    "mlx-lm-lora, not compiled": ("peer", {}, {"MLX_DISABLE_COMPILE": "1"}),
+    "ours with each prompt twice": ("ours", {"share_prompt": False}, {}),
+    "mlx-lm-lora not compiled": ("peer", {}, {"MLX_DISABLE_COMPILE": "1"}),
 }
-COLUMNS = (
-    "tokens", "run", "ms a step", "CPU s", "pairs/s", "with reference", "peak GB", "of the whole run", "resident",
-    "first and last loss", "matmul GFLOP/s", "ours: times the pairs/s", "ours: of the peak GB",
-)  # fmt: skip
 
 
 class Clock:
@@ -70,7 +64,6 @@ class Clock:
         self.cpu_times.append(time.process_time())
         self.losses.append(float(report["train_loss"]))
         if len(self.times) == self.warmup:
-            self.earlier_peak = mx.get_peak_memory()
             mx.reset_peak_memory()
 
     def on_val_loss_report(self, report):
@@ -79,13 +72,11 @@ class Clock:
     def result(self):
         import mlx.core as mx
 
-        peak = mx.get_peak_memory()
         return {
             "seconds": differences(self.times[self.warmup - 1 :]),
             "cpu_seconds": differences(self.cpu_times[self.warmup - 1 :]),
             "losses": self.losses,
-            "peak_gb": peak / 1e9,
-            "run_peak_gb": max(peak, self.earlier_peak) / 1e9,
+            "peak_gb": mx.get_peak_memory() / 1e9,
             "resident_gb": peak_resident_gb(),
         }
 
@@ -165,7 +156,7 @@ def run_ours(spec, rows, folder):
     reference_seconds = time.perf_counter() - tic
     clock = Clock(spec["warmup"])
     train(model, optim.Adam(spec["learning_rate"]), pairs, None, args, training_callback=clock, reference=reference)
-    return clock.result() | {"reference_seconds": reference_seconds}
+    return clock.result() | {"reference_seconds": reference_seconds * spec["pairs"] / spec["rows"]}
 
 
 def run_peer(spec, rows, folder):
@@ -223,8 +214,8 @@ def start(side, spec, options, environment=None):
     return run_json(command, {"HF_HUB_OFFLINE": "1"} | variables | (environment or {}), options.timeout)
 
 
-def rounds_of(prompt, response, model, options):
-    """`{run: result}` with the steps of all rounds together."""
+def measure(prompt, response, model, options):
+    """`{run: result}` of the runs that came to their end."""
     spec = {
         "model": str(model),
         "vocabulary": json.loads((Path(model) / "config.json").read_text())["vocab_size"],
@@ -237,49 +228,12 @@ def rounds_of(prompt, response, model, options):
         "learning_rate": 1e-5,
     }
     found = {}
-    for _ in range(options.rounds):
-        for name in options.runs:
-            side, settings, environment = RUNS[name]
-            result = start(side, spec | {"options": settings}, options, environment)
-            say(f"{prompt}/{response} {name}: {json.dumps(result)}")
-            if "seconds" in result or name not in found:
-                earlier = found.get(name, {})
-                for key in ("seconds", "cpu_seconds"):
-                    result[key] = earlier.get(key, []) + result.get(key, [])
-                found[name] = result
-    return found
-
-
-def print_results(prompt, response, results, options):
-    """Print a table row for each run; the last two columns are ours over this run's pairs a second and peak memory."""
-    tokens, pairs, ours = f"{prompt}/{response}", options.pairs, None
-    for name, result in results.items():
-        if not result["seconds"]:
-            print_row(tokens, name, "not run: " + result["error"], *["-"] * (len(COLUMNS) - 3))
-            continue
-        second = statistics.median(result["seconds"])
-        reference = result["reference_seconds"] / (pairs * options.batches)  # of each pair, in one epoch
-        speed, peak = pairs / second, result["peak_gb"]
-        ours = (speed, peak) if name == "ours" else ours
-        print_row(
-            tokens,
-            name,
-            f"{1000 * second:.0f}",
-            f"{statistics.median(result['cpu_seconds']):.2f}",
-            f"{speed:.2f}",
-            f"{1 / (second / pairs + reference):.2f}",
-            *(f"{result[key]:.2f}" for key in ("peak_gb", "run_peak_gb", "resident_gb")),
-            f"{result['losses'][0]:.4f} {result['losses'][-1]:.4f}",
-            f"{result['rate'] / 1e9:.0f}",
-            *(("-", "-") if ours is None else (f"{ours[0] / speed:.2f}", f"{ours[1] / peak:.2f}")),
-        )
-
-
-def names(text):
-    """Some of RUNS; the names of two hold a comma."""
-    found = [name.strip() for name in text.split(";" if ";" in text or text in RUNS else ",")]
-    if unknown := [name for name in found if name not in RUNS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {'; '.join(RUNS)}")
+    for name in options.runs:
+        side, settings, environment = RUNS[name]
+        result = start(side, spec | {"options": settings}, options, environment)
+        say(f"{prompt}/{response} {name}: {json.dumps(result)}")
+        if "seconds" in result:
+            found[name] = result
     return found
 
 
@@ -294,28 +248,31 @@ def main():
     parser.add_argument("--batches", type=int, default=4, help="batches in the data set")
     parser.add_argument("--steps", type=int, default=8, help="timed steps a run")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1, help="times that each run is made; all their steps count")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds that one process may take")
-    parser.add_argument("--runs", type=names, default=list(RUNS), help=f"with ; or , between, of {'; '.join(RUNS)}")
+    parser.add_argument(
+        "--runs", type=lambda text: text.split(","), default=list(RUNS), help=f"by comma, of {', '.join(RUNS)}"
+    )
     parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         print("\n" + json.dumps(work(options.work)), flush=True)
         return
+    if options.runs[0] != "ours" or not set(options.runs) <= set(RUNS):
+        parser.error(f"runs are ours, beside which the others are told, and then some of {', '.join(RUNS)}")
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             made = start("model", {"folder": folder, "shape": options.shape, "layers": options.layers}, options)
             if "error" in made:
                 sys.exit(made["error"])
-        print_head(*COLUMNS)
         rows = []
         for prompt, response in options.lengths:
-            results = rounds_of(prompt, response, options.model or folder, options)
-            print_results(prompt, response, results, options)
-            rows.append({"prompt": prompt, "response": response, "runs": results})
-            if options.out:
-                keep(options.out, rows)
+            runs = measure(prompt, response, options.model or folder, options)
+            if "ours" not in runs:
+                sys.exit(1)
+            rows.append({"prompt": prompt, "response": response, "runs": runs})
+            found = keep(options.out, rows)
+    print(mlx_lm_lora_table(found))
 
 
 if __name__ == "__main__":

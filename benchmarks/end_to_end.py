@@ -27,7 +27,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import print_head, print_row, say
+from common import markdown_table, say
 from programs import (
     NotRun,
     Training,
@@ -222,9 +222,7 @@ def main():
                 # Written after each program: a call that is cut off keeps what it had.
                 Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
     results = {RUNS[name]: result for name, result in found["runs"].items()}
-    print_head("", *results)
-    for row in table(results):
-        print_row(*row)
+    print(markdown_table(("", *results), table(results)))
     print(f"\n{found['machine']}; {found['rows']} pairs, {found['iters']} steps of {options.batch_size}.")
     if any("error" in result for result in results.values()):
         sys.exit(1)

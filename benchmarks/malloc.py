@@ -10,8 +10,9 @@ turns. On a CPU the step is computed as well, which says little of a GPU's.
 import argparse
 import sys
 
-from common import SHAPES, fast_blas, own_step, print_head, print_row, run_json, say
+from common import SHAPES, fast_blas, own_step, run_json, say
 from records import RESULTS, keep
+from tables import malloc_table
 
 MEASURED = ("laid_out_ms", "ms")
 
@@ -44,11 +45,7 @@ def main():
             for kind in MEASURED:
                 row[kind].append(found[kind])
             say(row)
-    print_head("malloc", "graph laid out, ms", "step, ms")
-    for row in rows:
-        times = (", ".join(f"{ms:.1f}" for ms in row[kind]) for kind in MEASURED)
-        print_row(row["malloc"] or "C library", *times)
-    keep(options.out, rows)
+    print(malloc_table(keep(options.out, rows)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 import threading
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from programs import command_line, environment, machine, versions
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def keep(path, rows):
-    """Write rows of a table with what made them: machine, versions and command."""
-    found = {"machine": machine(), "versions": versions(), "environment": environment(), "command": command_line()}
-    found["rows"] = rows
-    Path(path).parent.mkdir(exist_ok=True)
-    Path(path).write_text(json.dumps(found, indent=1) + "\n")
+def keep(path, rows, python=sys.executable):
+    """Rows of a table with what made them, written to `path` unless it is None.
+
+    That is the machine, the versions, those of another interpreter too, and the command.
+    """
+    found = {"machine": machine(), "versions": versions() | versions(python), "environment": environment()}
+    found |= {"command": command_line(), "rows": rows}
+    if path is not None:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 class Results:

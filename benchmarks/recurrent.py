@@ -5,8 +5,8 @@
     python benchmarks/recurrent.py gpu          # Qwen3.5-0.8B's shape, bfloat16, LoRA on all linear layers
     python benchmarks/recurrent.py shared       # the Qwen3.5 of 2 layers with prompts run once, and once a response
 
-Weights are random. Each setting runs in a process of its own. Tables go to stdout, numbers to results/recurrent.json
-beside this file, a key a mode. `--shape tiny` tries a mode in seconds.
+Weights are random. Each setting runs in a process of its own. Numbers go to results/recurrent.json beside this file, a
+key a mode; `tables.py` puts them into the documents. `--shape tiny` tries a mode in seconds and keeps nothing.
 """
 
 import argparse
@@ -16,9 +16,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 
-from common import HERE, own_environment, print_head, print_row, run_json, say
+from common import HERE, own_environment, run_json, say
 
 RESULTS = HERE / "results" / "recurrent.json"
 # Hidden, layers, intermediate, attention heads, their key-value heads and width, gated delta heads and width, every
@@ -202,7 +201,7 @@ RELATIVES = (*WIDE, "lfm2", "lfm2_moe", "baichuan_m1", "gear", "minimax")
 
 
 def measure_relative(name, length, chunked, device="cpu"):
-    """KB a token above weights of a small model's forward and backward pass, and KB of its states.
+    """KB a token above weights of a small model's forward and backward pass, and its seconds.
 
     Attention is left out: it would be most of it. Its values stand for its outputs.
     """
@@ -213,8 +212,6 @@ def measure_relative(name, length, chunked, device="cpu"):
     import mlx.core as mx
     import mlx.nn as nn
     from architectures import make_model
-    from mlx.utils import tree_flatten
-    from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     from mlx_lm._backend import prepare_for_training
@@ -227,12 +224,6 @@ def measure_relative(name, length, chunked, device="cpu"):
         return mx.repeat(values, queries.shape[1] // values.shape[1], axis=1)
 
     model = make_model(name, **WIDE.get(name, {}))
-    cache = make_prompt_cache(model)
-    mx.eval(model(mx.zeros((1, 2), mx.int32), cache=cache))
-    kinds = [kind for entry in cache for kind in (entry.caches if isinstance(entry, CacheList) else [entry])]
-    states = [
-        x for kind in kinds if isinstance(kind, ArraysCache) for _, x in tree_flatten(kind.state) if x is not None
-    ]
     mx.fast.scaled_dot_product_attention = without_scores
     model.train()
     model.freeze()
@@ -248,13 +239,14 @@ def measure_relative(name, length, chunked, device="cpu"):
             mx.eval(nn.value_and_grad(model, lambda model: mx.square(model(tokens)).mean())(model))
             peaks.append((mx.get_peak_memory() - before, time.perf_counter() - tic))
     peak, seconds = peaks[-1]
-    return {"kb_a_token": peak / length / 1e3, "state_kb": sum(x.nbytes for x in states) / 1e3, "s": seconds}
+    return {"kb_a_token": peak / length / 1e3, "s": seconds}
 
 
 def alone(function, timeout=150, **options):
     """A function of this file in a process of its own."""
-    say(function, options)
-    return run_json([sys.executable, __file__, "one", json.dumps([function, options])], own_environment(), timeout)
+    found = run_json([sys.executable, __file__, "one", json.dumps([function, options])], own_environment(), timeout)
+    say(function, options, json.dumps(found))
+    return found
 
 
 def keep(mode, measured):
@@ -267,24 +259,9 @@ def keep(mode, measured):
     RESULTS.write_text(json.dumps(kept | {mode: measured}, indent=1) + "\n")
 
 
-def step_table(settings):
-    """Measure steps and print them; returns the results with their settings."""
-    print_head(
-        "recurrence", "prompt/response", "pairs", "ms a step", "peak GB", "MB above weights", "KB a token",
-        "of the matmul rate",
-    )  # fmt: skip
-    measured = []
-    for setting in settings:
-        result = alone("measure_step", **setting)
-        measured.append(setting | result)
-        head = setting["recurrence"], f"{setting['prompt']}/{setting['response']}", setting["pairs"]
-        if "ms" not in result:
-            print_row(*head, result["error"], *["-"] * 4)
-            continue
-        above = result["peak_gb"] - result["weights_gb"]
-        print_row(*head, f"{result['ms']:.0f}", f"{result['peak_gb']:.3f}", f"{1000 * above:.0f}",
-                  f"{1e6 * above / result['tokens']:.0f}", f"{result['share']:.3f}")  # fmt: skip
-    return measured
+def measure_steps(settings):
+    """The settings with what `measure_step` says of each."""
+    return [setting | alone("measure_step", **setting) for setting in settings]
 
 
 def run_cpu(options):
@@ -292,12 +269,11 @@ def run_cpu(options):
     # As mlx-lm runs it, each prompt for each of its responses.
     settings = [fixed | {"recurrence": "loop", "prompt": 512, "share_prompt": False}]
     settings += [fixed | {"recurrence": "chunks", "prompt": prompt} for prompt in LENGTHS]
-    return step_table(settings)
+    return measure_steps(settings)
 
 
 def run_shared(options):
     fixed = {"shape": options.shape or "2-layers", "recurrence": "chunks", "device": "cpu", "steps": 3}
-    print_head("prompt/response", "pairs", "ms a step, packed", "plain", "peak GB, packed", "plain")
     measured = []
     for prompt, response, pairs in ((512, 128, 2), (256, 192, 4), (64, 192, 4)):
         setting = fixed | {"prompt": prompt, "response": response, "pairs": pairs}
@@ -305,16 +281,14 @@ def run_shared(options):
         row = setting | {"device": both[0].get("device")}
         row |= {key: [result.get(key) for result in both] for key in ("ms", "peak_gb", "tokens")}
         measured.append(row)
-        figures = [f"{x:.0f}" for x in row["ms"]] + [f"{x:.2f}" for x in row["peak_gb"]]
-        print_row(f"{prompt}/{response}", pairs, *figures)
     return measured
 
 
 def run_gpu(options):
     shape, device = options.shape or "0.8b", options.device or "gpu"
-    fixed = {"shape": shape, "prompt": options.prompt, "response": options.response, "pairs": 2, "device": device}
-    short = fixed | {"prompt": options.prompt // 8, "response": options.response // 8}
-    measured = step_table(
+    fixed = {"shape": shape, "prompt": 1024, "response": 256, "pairs": 2, "device": device}
+    short = fixed | {"prompt": 128, "response": 32}
+    measured = measure_steps(
         [
             fixed | {"recurrence": "rule", "compiled": True, "steps": 10, "warmup": 5},
             fixed | {"recurrence": "chunks", "compiled": True, "steps": 10, "warmup": 5},
@@ -325,23 +299,13 @@ def run_gpu(options):
             fixed | {"recurrence": "loop", "compiled": False, "steps": 1, "warmup": 1},
         ]
     )
-    print("\nOne layer's recurrence alone:\n")
-    print_head("recurrence", "forward ms", "GB", "forward and backward ms", "GB", "largest error")
     for kind, chunk in (("rule", 64), ("chunks", 32), ("chunks", 64), ("chunks", 128), ("fused", 64), ("loop", 64)):
         setting = {"kind": kind, "chunk": chunk, "shape": shape, "pairs": 2, "device": device}
-        result = alone("measure_rule", **setting, length=options.prompt + options.response)
-        measured.append(setting | result)
-        cells = [f"{result[k]:.3g}" for k in ("forward_ms", "forward_gb", "both_ms", "both_gb", "error") if k in result]
-        print_row(
-            f"{kind} of {chunk}" if kind == "chunks" else kind, *(cells or [result.get("error", "-"), *["-"] * 4])
-        )
+        measured.append(setting | alone("measure_rule", **setting, length=1280))
     return measured
 
 
 def run_relatives(options):
-    print_head(
-        "type", "KB of states", "KB a token at 512", "at 2,048", "in chunks at 512", "at 2,048", "s", "in chunks"
-    )
     device = options.device or "cpu"
 
     def row_of(name):
@@ -353,15 +317,8 @@ def run_relatives(options):
             for length in (512, 2048)
         }
 
-    measured = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(row_of, options.types.split(",") if options.types else RELATIVES):
-            measured.append(row)
-            found = [row[key] for key in ("upstream_512", "upstream_2048", "chunks_512", "chunks_2048")]
-            kb = [f"{x['kb_a_token']:.1f}" if "s" in x else x["error"][:60] for x in found]
-            seconds = [f"{x['s']:.2f}" if "s" in x else "-" for x in found[1::2]]
-            print_row(row["type"], f"{found[0].get('state_kb', 0):.1f}", *kb, *seconds)
-    return measured
+        return list(pool.map(row_of, options.types.split(",") if options.types else RELATIVES))
 
 
 def main():
@@ -375,11 +332,8 @@ def main():
     parser.add_argument("--types", help="for relatives: some, with commas between; others keep what they had")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="for relatives (cpu), and for gpu, to try it without")
     parser.add_argument("--jobs", type=int, default=1, help="for relatives: processes beside each other")
-    parser.add_argument("--prompt", type=int, default=1024, help="for gpu")
-    parser.add_argument("--response", type=int, default=256, help="for gpu")
     options = parser.parse_args()
     measured = {"cpu": run_cpu, "gpu": run_gpu, "relatives": run_relatives, "shared": run_shared}[options.mode](options)
-    print(f"\n{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
     if options.shape != "tiny":
         keep("relatives_gpu" if options.mode == "relatives" and options.device == "gpu" else options.mode, measured)
 

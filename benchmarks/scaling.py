@@ -12,8 +12,9 @@ import argparse
 import json
 import sys
 
-from common import SHAPES, own_step, print_head, print_row, say
+from common import SHAPES, own_step, say
 from records import keep
+from tables import scaling_table
 
 FACTORS = {
     "prompt": (128, 256, 512, 1024, 2048, 4096),
@@ -31,21 +32,6 @@ def settings(base, varied):
     for factor, values in varied.items():
         for value in values:
             yield factor, value, base | {factor: value}
-
-
-def cells(result):
-    """The table cells of a measured setting."""
-    tokens = result["tokens"]
-    above = result["peak_gb"] - result["weights_gb"]
-    return (
-        tokens,
-        f"{result['ms']:.1f}",
-        f"{result['pairs_per_second']:.2f}",
-        f"{1000 * result['ms'] / tokens:.1f}",
-        f"{result['peak_gb']:.3f}",
-        f"{1e6 * above / tokens:.1f}",
-        f"{result['share']:.3f}",
-    )
 
 
 def main():
@@ -66,24 +52,18 @@ def main():
     base = options.base
     fixed = {name: vars(options)[name] for name in ("shape", "layers", "device", "response", "steps", "warmup")}
     varied = {factor: [v for v in vars(options)[factor] if v] for factor in FACTORS}
-    print_head(
-        "varied", "value", "tokens", "ms a step", "pairs/s", "us a token", "peak GB", "KB a token above weights",
-        "of the matmul rate",
-    )  # fmt: skip
     measured, rows = {}, []
     for factor, value, setting in settings(base, varied):
         key = json.dumps(setting)
         if key not in measured:
             measured[key] = own_step(fixed | setting, options.timeout)
             say(f"{key}: {json.dumps(measured[key])}")
-        result = measured[key]
-        print_row(factor, value, *(cells(result) if "ms" in result else ["not run: " + result["error"], *["-"] * 6]))
-        if "ms" in result:
-            rows.append({"factor": factor, "value": value} | result)
-        if options.out:
-            keep(options.out, rows)
-    device = next((result["device"] for result in measured.values() if "device" in result), "nothing ran")
-    print(f"\n{' '.join(sys.argv[1:])}: {device}; base setting {base}, responses of {options.response} tokens.")
+        if "ms" in measured[key]:
+            rows.append({"factor": factor, "value": value} | measured[key])
+            found = keep(options.out, rows)
+    if not rows:
+        sys.exit("nothing was measured")
+    print(scaling_table(found))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import HERE, own_environment, print_table, run_json, say, stored_dtype
+from common import HERE, markdown_table, own_environment, run_json, say, stored_dtype
 from programs import command_line, machine, versions
 from records import Results, cell, mean_and_error
 
@@ -280,7 +280,7 @@ def main():
         complete = run_all(options, setting, results)
     runs = runs_of(results.records)
     for header, rows in (points_table(runs), scores_table(runs, options.at)):
-        print_table(header, rows)
+        print(markdown_table(header, rows))
         print()
     if options.picture:
         draw(runs, options.picture)

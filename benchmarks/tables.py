@@ -11,7 +11,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from common import SHAPES
+from common import SHAPES, markdown_table
 from compare_learning import epoch_table, groups, held_out_table
 from macs import parameters
 from sentiment import points_table, runs_of, scores_table
@@ -31,17 +31,26 @@ def result(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def markdown_table(header, rows):
-    """A Markdown table of the strings of `header` and `rows`."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def made_by(found):
     """A line under a table: the command, the machine and the versions."""
     versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
     variables = "".join(f"{key}={value} " for key, value in found.get("environment", {}).items())
     return f"`{variables}{found['command']}`; {found['machine']}; {versions}."
+
+
+def table_of(header, rows, found):
+    """A table, and the line that says what made it."""
+    return markdown_table(header, rows) + "\n\n" + made_by(found)
+
+
+def spread(values, digits=0):
+    """The median of values, and their range."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def of_files(pattern, table):
+    """A function that makes the tables of the results whose file names match a pattern."""
+    return lambda: "\n\n".join(map(table, files(pattern).values()))
 
 
 def paragraph(text):
@@ -55,16 +64,15 @@ def settings_cell(settings):
 # The embedded example
 
 
-def results_table():
+def results_table(found):
     """Every loss trained on the embedded example: the validation set's figures before and after."""
-    found = result("example_losses")
     rows = []
     for row in found["rows"]:
         cells = [f"{row[when][name]:.3f}" for name in ("loss", "accuracy") for when in ("before", "after")]
         rows.append((f"`{row['loss']}`", settings_cell(row["settings"]), *cells))
     steps = found["rows"][0]["steps"]
     header = ("loss", "with", "loss at 0", f"loss at {steps}", "accuracy at 0", f"accuracy at {steps}")
-    return markdown_table(header, rows) + "\n\n" + made_by(found)
+    return table_of(header, rows, found)
 
 
 def example_text():
@@ -138,10 +146,9 @@ def soak_text():
 # Memory and time
 
 
-def memory_table():
-    found = result("memory_cpu")
+def memory_table(found):
     rows = [(row["setting"], f"{row['peak_gb']:.2f}", f"{row['weights_gb']:.2f}") for row in found["rows"]]
-    return markdown_table(("setting", "peak GB", "of it weights"), rows) + "\n\n" + made_by(found)
+    return table_of(("setting", "peak GB", "of it weights"), rows, found)
 
 
 MACS = {8: 5.3, 16: 10.7, 32: 21.3}  # GB of memory: GB that Metal lets a process use
@@ -265,9 +272,8 @@ def ms(row):
     return row["cpu_ms"] if row["kind"] == "cpu" else row["ms"]
 
 
-def trl_step_table():
+def trl_step_table(found):
     """A step on one batch, ours and TRL's."""
-    found = result("trl_step_h200")
     ours = {(row["prompt"], row["response"]): row for row in found["rows"] if row["setting"] == "ours"}
     rows = []
     for row in found["rows"]:
@@ -279,67 +285,57 @@ def trl_step_table():
     header = (
         "prompt / response", "program", "ms a step", "times our time", "peak GB", "of the rate of matrix products",
     )  # fmt: skip
-    return markdown_table(header, rows) + "\n\n" + made_by(found)
+    return table_of(header, rows, found)
 
 
-def mlx_lm_lora_table():
+def mlx_lm_lora_table(found):
     """Our step and mlx-lm-lora's, and how many times as much it takes."""
-    tables = []
-    for found in files("mlx_lm_lora_*.json").values():
-        rows = []
-        for row in found["rows"]:
-            for name, run in row["runs"].items():
-                mine, ours = (
-                    (seconds := statistics.median(found["seconds"]), seconds + found["reference_seconds"],
-                     found["peak_gb"], found["resident_gb"])
-                    for found in (run, row["runs"]["ours"])
-                )  # fmt: skip
-                named = {"ours": "here", "ours, each prompt twice": "here, `share_prompt: false`"}.get(name, name)
-                cells = (f"{x:.2f}" for x in (*mine, *(theirs / own for theirs, own in zip(mine, ours, strict=True))))
-                rows.append((f"{row['prompt']} / {row['response']}", named, *cells))
-        header = (
-            "prompt / response", "program", "s a step", "with reference", "peak GB", "process GB", "times our step",
-            "with reference", "times our peak", "our process",
-        )  # fmt: skip
-        tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
-    return "\n\n".join(tables)
+    rows = []
+    for row in found["rows"]:
+        for name, run in row["runs"].items():
+            mine, ours = (
+                (seconds := statistics.median(each["seconds"]), seconds + each["reference_seconds"],
+                 each["peak_gb"], each["resident_gb"])
+                for each in (run, row["runs"]["ours"])
+            )  # fmt: skip
+            named = name.replace("ours", "here")
+            cells = (f"{x:.2f}" for x in (*mine, *(theirs / own for theirs, own in zip(mine, ours, strict=True))))
+            rows.append((f"{row['prompt']} / {row['response']}", named, *cells))
+    header = (
+        "prompt / response", "program", "s a step", "with reference", "peak GB", "process GB", "times our step",
+        "with reference", "times our peak", "our process",
+    )  # fmt: skip
+    return table_of(header, rows, found)
 
 
-def pieces_table():
+def pieces_table(found):
     """A step with and without each piece that can be left out."""
-    tables = []
-    for found in files("pieces_*.json").values():
-        rows = []
-        for row in found["rows"]:
-            cells = [f"{ms(row[when]):,.0f} ms, {row[when]['peak_gb']:.2f} GB" for when in ("with", "without")]
-            rows.append((row["piece"], f"{row['prompt']} / {row['response']}", *cells))
-        header = ("piece", "prompt / response", "with", "without")
-        tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
-    return "\n\n".join(tables)
+    rows = []
+    for row in found["rows"]:
+        cells = [f"{ms(row[when]):,.0f} ms, {row[when]['peak_gb']:.2f} GB" for when in ("with", "without")]
+        rows.append((row["piece"], f"{row['prompt']} / {row['response']}", *cells))
+    header = ("piece", "prompt / response", "with", "without")
+    return table_of(header, rows, found)
 
 
-def scaling_table():
+def scaling_table(found):
     """How a step's cost grows with one factor at a time."""
-    tables = []
-    for found in files("scaling_*.json").values():
-        rows = []
-        for row in found["rows"]:
-            above = 1e6 * (row["peak_gb"] - row["weights_gb"]) / row["tokens"]
-            costs = (
-                f"{ms(row):,.0f}",
-                f"{1000 * ms(row) / row['tokens']:,.0f}",
-                f"{row['peak_gb']:.2f}",
-                f"{above:.0f}",
-            )
-            rows.append((row["factor"], f"{row['value']:,}", f"{row['tokens']:,}", *costs))
-        header = ("varied", "value", "tokens", "ms a step", "us a token", "peak GB", "KB a token above weights")
-        tables.append(markdown_table(header, rows) + "\n\n" + made_by(found))
-    return "\n\n".join(tables)
+    rows = []
+    for row in found["rows"]:
+        above = 1e6 * (row["peak_gb"] - row["weights_gb"]) / row["tokens"]
+        costs = (
+            f"{ms(row):,.0f}",
+            f"{1000 * ms(row) / row['tokens']:,.0f}",
+            f"{row['peak_gb']:.2f}",
+            f"{above:.0f}",
+        )
+        rows.append((row["factor"], f"{row['value']:,}", f"{row['tokens']:,}", *costs))
+    header = ("varied", "value", "tokens", "ms a step", "us a token", "peak GB", "KB a token above weights")
+    return table_of(header, rows, found)
 
 
-def recurrent_table():
+def recurrent_table(found):
     """A step of a Qwen3.5 with and without chunks, and what a token costs in every recurrent architecture."""
-    found = result("recurrent")
     rows = []
     for row in (row for mode in ("cpu", "gpu") for row in found.get(mode, [])):
         if "ms" in row:
@@ -358,9 +354,9 @@ def recurrent_table():
     return markdown_table(header, rows) + "\n\n" + made
 
 
-def shared_table():
+def shared_table(found):
     """A step of a Qwen3.5 with prompts run once for both responses, and once for each."""
-    found, rows = result("recurrent"), []
+    rows = []
     for row in [*found["shared"], *found["shared_h200"]]:
         times, peaks = row["ms"], row["peak_gb"]
         cells = [f"{x:.0f}" for x in times] + [f"{times[0] / times[1]:.2f}"]
@@ -377,9 +373,8 @@ def shared_table():
     return markdown_table(header, rows) + "\n\n" + made
 
 
-def relatives_table():
+def relatives_table(found):
     """KB a token of each recurrent type, upstream's way and here, and on a GPU how long both passes take."""
-    found = result("recurrent")
     on_gpu, rows = {row["type"]: row for row in found["relatives_gpu"]}, []
     for row in found["relatives"]:
         other = on_gpu.get(row["type"], {})
@@ -415,103 +410,89 @@ def gradients_table():
     return markdown_table(header, rows) + "\n\n" + "\n".join(made)
 
 
-def gpus_table():
+def gpus_table(found):
     """One run on one GPU and on several: losses of every ten steps, and pairs a second after the first ten."""
-    parts = []
-    for found in files("gpus_*.json").values():
-        header = ("GPUs", *(f"loss, step {step}" for step in found["steps"]), "pairs a second", "peak GB of each")
-        rows = []
-        for row in found["rows"]:
-            speed = row["pairs_per_second"][1:]
-            told = f"{statistics.fmean(speed):.0f} ({min(speed):.0f} to {max(speed):.0f})"
-            rows.append((row["gpus"], *(f"{loss:.4f}" for loss in row["losses"]), told, f"{row['peak_gb']:.1f}"))
-        parts += [markdown_table(header, rows), f"{settings_cell(found['settings'])}; {made_by(found)}"]
-    return "\n\n".join(parts)
+    header = ("GPUs", *(f"loss, step {step}" for step in found["steps"]), "pairs a second", "peak GB of each")
+    rows = []
+    for row in found["rows"]:
+        speed = row["pairs_per_second"][1:]
+        told = f"{statistics.fmean(speed):.0f} ({min(speed):.0f} to {max(speed):.0f})"
+        rows.append((row["gpus"], *(f"{loss:.4f}" for loss in row["losses"]), told, f"{row['peak_gb']:.1f}"))
+    return f"{markdown_table(header, rows)}\n\n{settings_cell(found['settings'])}; {made_by(found)}"
 
 
-def cache_table():
+def cache_table(found):
     """Milliseconds a step and memory by how often MLX's cache is given back."""
-    found = result("cache_h200")
     rows = []
     for row in found["rows"]:
         memory = (row["arrays_gb"], row["held_gb"], row["driver_gb"])
-        told = f"{statistics.median(row['ms']):.0f} ({min(row['ms']):.0f} to {max(row['ms']):.0f})"
+        told = spread(row["ms"])
         cells = ("-" if x is None else f"{x:.1f}" for x in memory)
         rows.append((row["model"], row["pairs"], row["gpus"], row["given_back"], told, *cells))
     header = (
         "model", "pairs a step", "GPUs", "the cache is given back", "ms a step", "arrays, GB", "with the cache, GB",
         "by the driver, GB",
     )  # fmt: skip
-    return markdown_table(header, rows) + "\n\n" + made_by(found)
+    return table_of(header, rows, found)
 
 
-def arrangements_table():
+def arrangements_table(found):
     """Milliseconds a step and memory of packed batches and of plain ones on a GPU."""
-    found, rows = result("arrangements_h200"), []
-    for row in found["rows"]:
-        told = f"{statistics.median(row['ms']):.0f} ({min(row['ms']):.0f} to {max(row['ms']):.0f})"
-        rows.append((row["how"], row["card"], told, f"{row['arrays_gb']:.1f}", f"{row['driver_gb']:.1f}"))
-    header = ("batch", "card", "ms a step", "arrays, GB", "by the driver, GB")
-    return markdown_table(header, rows) + "\n\n" + made_by(found)
-
-
-def vectors_table():
-    """Milliseconds a step with each parameter updated by itself, and with all as vectors."""
-    found = result("vectors_h200")
     rows = []
     for row in found["rows"]:
-        times = (
-            f"{statistics.median(ms):.0f} ({min(ms):.0f} to {max(ms):.0f})"
-            for ms in (row["one_by_one_ms"], row["as_vectors_ms"])
-        )
+        told = spread(row["ms"])
+        rows.append((row["how"], row["card"], told, f"{row['arrays_gb']:.1f}", f"{row['driver_gb']:.1f}"))
+    header = ("batch", "card", "ms a step", "arrays, GB", "by the driver, GB")
+    return table_of(header, rows, found)
+
+
+def vectors_table(found):
+    """Milliseconds a step with each parameter updated by itself, and with all as vectors."""
+    rows = []
+    for row in found["rows"]:
+        times = spread(row["one_by_one_ms"]), spread(row["as_vectors_ms"])
         rows.append((row["model"], row["pairs"], f"{row['kernels']:,}", f"{row['device_ms']:.0f}", *times))
     header = (
         "model", "pairs a step", "kernels a step, one by one", "of these on the device, ms", "ms a step, one by one",
         "as vectors",
     )  # fmt: skip
-    return markdown_table(header, rows) + "\n\n" + made_by(found)
+    return table_of(header, rows, found)
 
 
-def siblings_table():
+def siblings_table(found):
     """Milliseconds a step with LoRA layers that read one input computed apart and together."""
-    found, rows = result("siblings_h200"), []
+    rows = []
     for row in found["rows"]:
-        times = (
-            f"{statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})"
-            for ms in (row["apart_ms"], row["together_ms"])
-        )
+        times = spread(row["apart_ms"], 1), spread(row["together_ms"], 1)
         memory = (f"{row[f'{how}_gb']:.2f}" for how in ("apart", "together"))
         rows.append((row["model"], row["pairs"], *times, *memory))
     header = ("model", "pairs a step", "ms a step, apart", "together", "peak GB, apart", "together")
-    return markdown_table(header, rows) + "\n\n" + made_by(found)
+    return table_of(header, rows, found)
 
 
-def kernels_table():
+def kernels_table(found):
     """Milliseconds a step and memory with and without this project's own copying kernels on CUDA."""
-    found, rows = result("kernels_h200"), []
+    rows = []
     for row in found["rows"]:
-        told = f"{statistics.median(row['ms']):.0f} ({min(row['ms']):.0f} to {max(row['ms']):.0f})"
+        told = spread(row["ms"])
         memory = f"{row['arrays_gb']:.1f}", f"{row['driver_gb']:.1f}"
         rows.append((row["model"], row["pairs"], row["batch"], row["kernels"], told, *memory))
     header = ("model", "pairs a step", "batch", "kernels", "ms a step", "arrays, GB", "by the driver, GB")
-    return markdown_table(header, rows) + "\n\n" + made_by(found)
+    return table_of(header, rows, found)
 
 
-def malloc_table():
+def malloc_table(found):
     """Milliseconds to lay out a step's graph, and of the step, with the C library's malloc and with others."""
-    found, rows = result("malloc"), []
+    rows = []
     for row in found["rows"]:
-        told = (
-            f"{statistics.median(row[kind]):.{digits}f} ({min(row[kind]):.{digits}f} to {max(row[kind]):.{digits}f})"
-            for kind, digits in (("laid_out_ms", 1), ("ms", 0))
-        )
+        told = spread(row["laid_out_ms"], 1), spread(row["ms"])
         rows.append((f"`{row['malloc']}`" if row["malloc"] else "C library", *told))
-    return markdown_table(("malloc", "graph laid out, ms", "step, ms"), rows) + "\n\n" + made_by(found)
+    return table_of(("malloc", "graph laid out, ms", "step, ms"), rows, found)
 
 
-def rule_table():
+def rule_table(found):
     """Milliseconds of a layer's recurrence alone, by kernels and in chunks."""
-    found = result("recurrent")["rule_h200"]
+    found = found["rule_h200"]
     rows = [
         (row["how"], f"{row['forward_ms']:.2f}", f"{row['both_ms']:.2f}", row["value_error"], row["gradient_error"])
         for row in found["rows"]
@@ -559,25 +540,25 @@ REGIONS = {
     "discopop": (MANUAL, discopop_text),
     "soak": (MANUAL, soak_text),
     "macs": (MANUAL, macs_table),
-    "results": (BENCHMARKS, results_table),
-    "memory": (BENCHMARKS, memory_table),
+    "results": (BENCHMARKS, of_files("example_losses.json", results_table)),
+    "memory": (BENCHMARKS, of_files("memory_*.json", memory_table)),
     "end to end": (BENCHMARKS, end_to_end_table),
-    "TRL's step": (BENCHMARKS, trl_step_table),
-    "mlx-lm-lora's step": (BENCHMARKS, mlx_lm_lora_table),
-    "pieces": (BENCHMARKS, pieces_table),
+    "TRL's step": (BENCHMARKS, of_files("trl_step_*.json", trl_step_table)),
+    "mlx-lm-lora's step": (BENCHMARKS, of_files("mlx_lm_lora_*.json", mlx_lm_lora_table)),
+    "pieces": (BENCHMARKS, of_files("pieces_*.json", pieces_table)),
     "gradients": (BENCHMARKS, gradients_table),
-    "scaling": (BENCHMARKS, scaling_table),
-    "gpus": (BENCHMARKS, gpus_table),
-    "cache": (BENCHMARKS, cache_table),
-    "vectors": (BENCHMARKS, vectors_table),
-    "siblings": (BENCHMARKS, siblings_table),
-    "kernels": (BENCHMARKS, kernels_table),
-    "malloc": (BENCHMARKS, malloc_table),
-    "recurrent": (BENCHMARKS, recurrent_table),
-    "rule": (BENCHMARKS, rule_table),
-    "shared": (BENCHMARKS, shared_table),
-    "arrangements": (BENCHMARKS, arrangements_table),
-    "relatives": (BENCHMARKS, relatives_table),
+    "scaling": (BENCHMARKS, of_files("scaling_*.json", scaling_table)),
+    "gpus": (BENCHMARKS, of_files("gpus_*.json", gpus_table)),
+    "cache": (BENCHMARKS, of_files("cache_*.json", cache_table)),
+    "vectors": (BENCHMARKS, of_files("vectors_*.json", vectors_table)),
+    "siblings": (BENCHMARKS, of_files("siblings_*.json", siblings_table)),
+    "kernels": (BENCHMARKS, of_files("kernels_*.json", kernels_table)),
+    "malloc": (BENCHMARKS, of_files("malloc.json", malloc_table)),
+    "recurrent": (BENCHMARKS, of_files("recurrent.json", recurrent_table)),
+    "rule": (BENCHMARKS, of_files("recurrent.json", rule_table)),
+    "shared": (BENCHMARKS, of_files("recurrent.json", shared_table)),
+    "arrangements": (BENCHMARKS, of_files("arrangements_*.json", arrangements_table)),
+    "relatives": (BENCHMARKS, of_files("recurrent.json", relatives_table)),
     "learning": (BENCHMARKS, learning_table),
     "sentiment": (BENCHMARKS, sentiment_table),
 }

@@ -1,7 +1,7 @@
-"""Time the training step of TRL's DPOTrainer on made-up pairs, one JSON line a setting.
+"""Time the training step of TRL's DPOTrainer on made-up pairs, as a line of JSON.
 
-    python benchmarks/trl_step.py --shape 1b --prompt 1024 --response 256
-    python benchmarks/trl_step.py --shape tiny --prompt 64 --response 32 --settings precomputed,online    # on a CPU
+    python benchmarks/trl_step.py --shape 1b --prompt 1024 --response 256 --setting precomputed
+    python benchmarks/trl_step.py --shape tiny --prompt 64 --response 32 --setting online    # on a CPU
 
 The model is a random Llama with scaled-dot-product attention and LoRA of rank 8 and alpha 160 on all linear layers of
 its blocks: bfloat16 on a GPU under TRL's own autocast, float32 on a CPU. The step is timed between TRL's callbacks at
@@ -10,7 +10,6 @@ checkpointing, clipping or dropout. Needs trl 1.16, peft, and for Liger liger-ke
 """
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
@@ -25,7 +24,6 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-# Liger patches transformers for the whole process: it comes last.
 SETTINGS = {
     "online": {},
     "precomputed": {"precompute_ref_log_probs": True},
@@ -64,13 +62,13 @@ class StepClock(TrainerCallback):
         return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_resident_gb()
 
 
-def make_model(shape, vocabulary=None, layers=None):
+def make_model(shape):
     """A random Llama on the device that training will use."""
     on_gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
         return AutoModelForCausalLM.from_config(
-            LlamaConfig(**llama_config(shape, vocabulary, layers)),
+            LlamaConfig(**llama_config(shape)),
             dtype=torch.bfloat16 if on_gpu else torch.float32,
             attn_implementation="sdpa",
         )
@@ -112,7 +110,7 @@ def make_trainer(model, rows, pairs, steps, setting, clock, folder):
 
 def measure(setting, options):
     """Train with one setting and return what its steps cost."""
-    model = make_model(options.shape, options.vocabulary, options.layers)
+    model = make_model(options.shape)
     rows = make_rows(ROWS_PER_PAIR * options.pairs, options.prompt, options.response, model.config.vocab_size)
     clock = StepClock(options.warmup)
     with tempfile.TemporaryDirectory() as folder:
@@ -136,25 +134,15 @@ def measure(setting, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--vocabulary", type=int, help="instead of the shape's")
-    parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--response", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--settings", default=",".join(SETTINGS), help="some of " + ", ".join(SETTINGS))
+    parser.add_argument("--setting", choices=SETTINGS, default="online")
     options = parser.parse_args()
     disable_progress_bars()
-    for setting in sorted(options.settings.split(","), key=list(SETTINGS).index):
-        try:
-            result = measure(setting, options)
-        except (ImportError, RuntimeError, ValueError) as error:
-            # A setting that cannot run here (memory, Liger without a GPU) leaves the others to run.
-            result = {"error": str(error).splitlines()[0]}
-        print(json.dumps({"setting": setting} | result), flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+    print(json.dumps(measure(options.setting, options)), flush=True)
 
 
 if __name__ == "__main__":
