@@ -127,55 +127,6 @@ def measure_step(
     return result | {"device": name, "flops": flops, "rate": rate, "share": share}
 
 
-def measure_rule(kind, shape, pairs, length, device, chunk=64):
-    """Milliseconds and GB of one layer's recurrence alone, forward and both passes, and how far it is from the loop.
-
-    Args:
-        kind: "rule" for what a run computes, "chunks", "loop", or "fused" for `mx.fast.gated_delta_update`.
-        chunk: tokens a chunk.
-    """
-    import mlx.core as mx
-
-    from mlx_lm.tuner.preference import recurrent
-
-    recurrent.CHUNK = chunk
-    mx.set_default_device(getattr(mx, device))
-    *_, heads, width, _, _ = SHAPES[shape]
-    mx.random.seed(0)
-
-    def unit():
-        x = mx.random.normal((2 * pairs, length, heads, width))
-        return x / mx.linalg.norm(x, axis=-1, keepdims=True)
-
-    def fused(queries, keys, values, log_gates, betas):
-        return mx.fast.gated_delta_update(queries, keys, values, mx.exp(log_gates), betas)
-
-    per_head = (2 * pairs, length, heads)
-    dtype = mx.bfloat16 if device == "gpu" else mx.float32
-    inputs = [unit() * width**-0.5, unit(), mx.random.normal((*per_head, width))]
-    inputs = [x.astype(dtype) for x in inputs]
-    inputs += [-mx.exp(mx.random.normal(per_head) - 2), mx.sigmoid(mx.random.normal(per_head)).astype(dtype)]
-    if kind == "chunks":
-        recurrent.on_cuda = lambda: False  # where kernels stand in for them
-    function = {"loop": loop, "fused": fused}.get(kind, recurrent.gated_delta_rule)
-    both = mx.grad(lambda *inputs: function(*inputs)[0].astype(mx.float32).square().sum(), argnums=(0, 1, 2, 3, 4))
-    mx.eval(inputs)
-    result = {}
-    for name, work in (("forward", lambda: function(*inputs)), ("both", lambda: both(*inputs))):
-        mx.eval(work())
-        mx.synchronize()
-        mx.reset_peak_memory()
-        tic = time.perf_counter()
-        out = work()
-        mx.eval(out)
-        result |= {f"{name}_ms": 1000 * (time.perf_counter() - tic), f"{name}_gb": mx.get_peak_memory() / 1e9}
-        if name == "forward":
-            error = mx.abs(out[0][:1].astype(mx.float32) - loop(*(x[:1] for x in inputs))[0].astype(mx.float32)).max()
-            result["error"] = error.item()
-        del out
-    return result
-
-
 # States much wider than what else there is of a token, so that a state kept for each token shows.
 WIDE = {
     "falcon_h1": {"mamba_d_state": 64},
@@ -288,7 +239,7 @@ def run_gpu(options):
     shape, device = options.shape or "0.8b", options.device or "gpu"
     fixed = {"shape": shape, "prompt": 1024, "response": 256, "pairs": 2, "device": device}
     short = fixed | {"prompt": 128, "response": 32}
-    measured = measure_steps(
+    return measure_steps(
         [
             fixed | {"recurrence": "rule", "compiled": True, "steps": 10, "warmup": 5},
             fixed | {"recurrence": "chunks", "compiled": True, "steps": 10, "warmup": 5},
@@ -299,10 +250,6 @@ def run_gpu(options):
             fixed | {"recurrence": "loop", "compiled": False, "steps": 1, "warmup": 1},
         ]
     )
-    for kind, chunk in (("rule", 64), ("chunks", 32), ("chunks", 64), ("chunks", 128), ("fused", 64), ("loop", 64)):
-        setting = {"kind": kind, "chunk": chunk, "shape": shape, "pairs": 2, "device": device}
-        measured.append(setting | alone("measure_rule", **setting, length=1280))
-    return measured
 
 
 def run_relatives(options):
