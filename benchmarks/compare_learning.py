@@ -1,7 +1,7 @@
 """Compare what is learned with our command and with TRL's trainer, seed by seed, on held-out pairs.
 
     python benchmarks/compare_learning.py --model FOLDER --data FOLDER --out learning.json --seeds 0,1,2,3,4
-    python benchmarks/compare_learning.py --out learning.json --picture learning.png          # what the file holds
+    python benchmarks/compare_learning.py --out learning.json                                 # what the file holds
 
 Each run trains LoRA on all linear layers with DPO for some epochs, with AdamW at the same rate and schedule, and
 validates before the first step and after each epoch; runs differ in the seed of adapters and order. Each run is added
@@ -213,32 +213,6 @@ def measures(dtype, epoch, records):
     return [r["held_out"][epoch] for r in records if measured_in(r) == dtype and epoch in r["held_out"]]
 
 
-def draw(grouped, path):
-    """The curves of all groups over the epochs: a line each seed, and the mean with its standard error."""
-    from matplotlib.figure import Figure
-
-    trained = [(key, records) for key, records in grouped.items() if records[0]["epochs"]]
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 3).flat, FIGURES, strict=False):
-        # Before the first step every pair is a tie, which TRL counts as wrong.
-        first = 1 if name == "accuracy" else 0
-        for number, ((label, dtype, _), records) in enumerate(trained):
-            curves = [[epoch[name] for epoch in record["epochs"][first:]] for record in records]
-            points = [mean_and_error(column) for column in zip(*curves, strict=True)]
-            steps = range(first, first + len(points))
-            for curve in curves:
-                axes.plot(steps, curve, color=f"C{number}", alpha=0.25, linewidth=0.8)
-            means, errors = [mean for mean, _ in points], [error or 0 for _, error in points]
-            axes.errorbar(steps, means, errors, color=f"C{number}", capsize=3, label=f"{label}, {dtype}")
-        axes.set_title(f"held-out {name}")
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
-    figure.axes[-1].set_visible(False)
-    figure.savefig(path, dpi=110)
-
-
 def seeds(text):
     return [int(seed) for seed in text.split(",")]
 
@@ -252,7 +226,6 @@ def options_of(arguments=None):
     parser.add_argument("--only", choices=("ours", "trl"))
     parser.add_argument("--label", default="ours", help="name of our runs in the table")
     parser.add_argument("--set", type=json.loads, default={}, help="more keys of our configuration, as a JSON object")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="cast the model first")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-seq-length", type=int, default=1024)
@@ -267,34 +240,21 @@ def options_of(arguments=None):
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--python-trl", default=sys.executable, metavar="PYTHON", help="interpreter that has TRL")
     parser.add_argument("--timeout", type=float, help="seconds that one run may take")
-    parser.add_argument("--picture", help="PNG file for the curves")
     options = parser.parse_args(arguments)
     if options.model and not options.data:
         parser.error("--model needs --data")
     return options
 
 
-def prepare(options, folder):
-    """Cast the model and shorten the data, where that is asked for; say with which model adapters are measured."""
-    if options.limit is not None:
-        options.data = limited_data(options.data, f"{folder}/data", options.limit)
-    if options.dtype is None:
-        options.dtype = stored_dtype(options.model)
-        options.measured_with = options.measured_with or options.model
-        return
-    made = held_out({"model": options.model, "cast": options.dtype, "to": f"{folder}/model"})
-    if "error" in made:
-        sys.exit(f"the model cannot be cast to {options.dtype}: {made['error']}")
-    options.model = made["model"]
-    options.measured_with = options.measured_with or options.model
-
-
 def main():
     options = options_of()
     results, complete = Results(options.out), True
     if options.model:
+        options.dtype = stored_dtype(options.model)
+        options.measured_with = options.measured_with or options.model
         with tempfile.TemporaryDirectory() as folder:
-            prepare(options, folder)
+            if options.limit is not None:
+                options.data = limited_data(options.data, f"{folder}/data", options.limit)
             complete = run_all(options, results)
             if options.samples:
                 add_base(options, results)
@@ -302,8 +262,6 @@ def main():
     print(markdown_table(*epoch_table(grouped)))
     print()
     print(markdown_table(*held_out_table(grouped)))
-    if options.picture:
-        draw(grouped, options.picture)
     if not complete:
         sys.exit(1)
 

@@ -3,18 +3,16 @@
     PYTHONPATH=. python benchmarks/held_out.py '{"model": FOLDER, "data": FOLDER, "adapters": [FOLDER], "samples": 64}'
 
 Prints a JSON object with the list `measured`; see `measure`. Both programs' adapters are measured by the same code,
-with the model's own logps. A spec with `cast` writes the model in another dtype into the folder `to` instead.
+with the model's own logps.
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lm import batch_generate, load
@@ -24,19 +22,6 @@ from mlx_lm.utils import get_batched_logps
 IGNORED = -100
 MAX_TOKENS = 256
 BATCH = 8
-
-
-def cast(model, dtype, folder):
-    """Write a copy of a model folder in another dtype."""
-    folder = Path(folder)
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
-    for path in Path(model).glob("*.safetensors"):
-        weights = tree_map(lambda x: x.astype(getattr(mx, dtype)), mx.load(str(path)))
-        mx.save_safetensors(str(folder / path.name), weights, {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("dtype", None)
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}))
-    return {"model": str(folder)}
 
 
 def add_peft_adapters(model, folder):
@@ -160,6 +145,4 @@ def by_length(rewards, pairs):
 
 
 if __name__ == "__main__":
-    spec = json.loads(sys.argv[1])
-    result = cast(spec["model"], spec["cast"], spec["to"]) if "cast" in spec else {"measured": measure(**spec)}
-    print(json.dumps(result))
+    print(json.dumps({"measured": measure(**json.loads(sys.argv[1]))}))
