@@ -1,14 +1,13 @@
 """Compare a whole DPO run of our command with one of TRL's trainer, each as its user starts it, as one Markdown table.
 
     python benchmarks/end_to_end.py --model FOLDER --data FOLDER                   # one GPU, or a CPU
-    python benchmarks/end_to_end.py --model FOLDER --data FOLDER --only ours --fresh-kernels
     python benchmarks/end_to_end.py --model FOLDER --data FOLDER --limit 64 --max-seq-length 512 --python-trl PYTHON
 
 Ours is `python -m mlx_lm.lora --config FILE`, TRL's is `trl_train.py` (DPOTrainer with the reference precomputed, and
 with --liger a third run that uses Liger's kernels). Both train the model folder in the dtype of its files on DATA's
 train.jsonl, LoRA of rank 8 on all linear layers, AdamW, the same rate, batch size, length and beta, and validate on
-valid.jsonl at the start, in the middle and at the end. Nothing is kept from an earlier run but MLX's compiled kernels;
---fresh-kernels leaves those out too. Phases are taken from the times at which the programs print their lines:
+valid.jsonl at the start, in the middle and at the end. Nothing is kept from an earlier run but MLX's compiled kernels.
+Phases are taken from the times at which the programs print their lines:
 
 - load: from the start of the process until the model is there, imports included
 - tokenizing and reference: until the pairs, and until the reference's logps of both splits are there
@@ -44,13 +43,9 @@ from programs import (
 RUNS = {"ours": "ours", "trl": "TRL", "liger": "TRL, Liger"}
 
 
-def measure_ours(training, folder, fresh_kernels, workers, timeout):
+def measure_ours(training, folder, workers, timeout):
     """One run of our command."""
-    environment = {}
-    if fresh_kernels:
-        # MLX's own folder of compiled kernels, and the driver's.
-        environment = {"MLX_PTX_CACHE_DIR": f"{folder}/kernels", "CUDA_CACHE_PATH": f"{folder}/driver"}
-    watched, reports = start_ours(training, folder, environment, workers, timeout=timeout)
+    watched, reports = start_ours(training, folder, workers, timeout=timeout)
     validations = [report for report in reports if "eval_loss" in report]
     told = [seconds for seconds, line in watched.lines if re.search(r" validation of \d+ pairs, ", line)]
     # The last is in the head of the table of steps.
@@ -177,8 +172,7 @@ def options_of(arguments=None):
     parser.add_argument("--only", choices=RUNS, help="leave the other programs out")
     parser.add_argument("--liger", action="store_true", help="also run TRL with Liger's kernels")
     parser.add_argument("--python-trl", default=sys.executable, metavar="PYTHON", help="interpreter that has TRL")
-    parser.add_argument("--fresh-kernels", action="store_true", help="have MLX compile its CUDA kernels anew")
-    parser.add_argument("--workers", type=int, default=1, help="of our run, on this machine")
+    parser.add_argument("--workers", type=int, default=1, help="of our run, on this machine's CPU")
     parser.add_argument("--timeout", type=float, help="seconds that one program may take")
     parser.add_argument("--out", help="JSON file for the results")
     options = parser.parse_args(arguments)
@@ -191,7 +185,7 @@ def measure(name, training, options):
     with tempfile.TemporaryDirectory() as folder:
         try:
             if name == "ours":
-                return measure_ours(training, folder, options.fresh_kernels, options.workers, options.timeout)
+                return measure_ours(training, folder, options.workers, options.timeout)
             return measure_trl(training, folder, name == "liger", options)
         except NotRun as error:
             return {"error": str(error)}
@@ -211,7 +205,6 @@ def main():
             "rows": training.rows,
             "validation_rows": count_lines(Path(data) / "valid.jsonl"),
             "iters": training.iters,
-            "fresh_kernels": options.fresh_kernels,
             "load_average": os.getloadavg()[0],
             "runs": {},
         }

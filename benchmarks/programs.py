@@ -139,14 +139,13 @@ class NotRun(RuntimeError):
     """A program ended without what a run prints; the sentence is its last."""
 
 
-def start_ours(training, folder, environment=None, workers=1, **limits):
+def start_ours(training, folder, workers=1, **limits):
     """Run `python -m mlx_lm.lora --config FILE`.
 
     Args:
         training: a `Training`.
         folder: for the configuration, the adapters and the reference's logps.
-        environment: variables besides this process's; None removes one.
-        workers: processes on this machine that share each batch, over NCCL where there is a GPU for each.
+        workers: processes on this machine that share each batch, over MLX's ring.
         limits: for `watch`.
 
     Returns:
@@ -159,15 +158,10 @@ def start_ours(training, folder, environment=None, workers=1, **limits):
     config.write_text(json.dumps(training.our_config(folder)))
     command = [sys.executable, "-m", "mlx_lm.lora", "--config", config]
     if workers > 1:
-        command = by_hand(command, folder, workers) if query_gpu("name") is None else launched(command, workers)
-    watched = watch(command, own_environment() | (environment or {}), **limits)
+        command = by_hand(command, folder, workers)
+    watched = watch(command, own_environment(), **limits)
     metrics = Path(folder) / "adapters" / "metrics.jsonl"
     return watched, [json.loads(line) for line in metrics.read_text().splitlines()]
-
-
-def launched(command, workers):
-    """The command that starts one for each of so many GPUs."""
-    return [Path(sys.executable).with_name("mlx.launch"), "--backend", "nccl", "-n", workers, "--", *command]
 
 
 def by_hand(command, folder, workers):
