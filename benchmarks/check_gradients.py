@@ -38,6 +38,7 @@ from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import Objective, Step
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dpo_loss, get_batched_logps, load
+from held_out import IGNORED, padded
 
 EXAMPLES = Path(mlx_lm.__file__).parent / "examples"
 # Of all batches together, and of each.
@@ -45,7 +46,6 @@ LEAST = {mx.float32: 0.9999, mx.float16: 0.995, mx.bfloat16: 0.995}
 LEAST_OF_EACH = {mx.float32: 0.9999, mx.float16: 0.98, mx.bfloat16: 0.98}
 BETA = 0.1
 PLAIN_PASS = ("plain pass", "eager", False)
-IGNORED = -100
 
 
 def add_lora(model, keys=None, rank=8):
@@ -59,14 +59,8 @@ def add_lora(model, keys=None, rank=8):
 
 def padded_rows(pairs):
     """`(inputs, targets)`, each `(2B, T)`: whole rows, `IGNORED` where no response token is predicted."""
-    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in rows) - 1
-    inputs, targets = np.zeros((len(rows), width), np.int32), np.full((len(rows), width), IGNORED, np.int32)
-    for i, (prompt, response) in enumerate(rows):
-        sequence = [*prompt, *response]
-        inputs[i, : len(sequence) - 1] = sequence[:-1]
-        targets[i, len(prompt) - 1 : len(sequence) - 1] = response
-    return mx.array(inputs), mx.array(targets)
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return padded([pair.prompt for pair in pairs] * 2, responses, multiple=1)
 
 
 def plain_gradient(model, pairs, reference=None):
