@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from common import SHAPES, llama_config, make_rows  # noqa: F401
+from common import llama_config, make_rows
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -121,11 +121,12 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     }
 
 
-def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, device=None, compiled=None, **options):
+def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, bits=None, trained_layers=None,
+            device=None, compiled=None, **options):  # fmt: skip
     """Measure a step of a shape on the default device, and the share of its matmul rate that the step reaches.
 
     Args:
-        shape, vocabulary, layers: as for `make_llama`; in bfloat16 on a GPU and float32 on a CPU.
+        shape, vocabulary, layers, bits, trained_layers: as for `make_llama`; in bfloat16 on a GPU and float32 on a CPU.
         prompt, response: their lengths in tokens.
         pairs: pairs a step.
         device: "cpu" or "gpu", or None for the default one.
@@ -141,7 +142,7 @@ def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, devi
     on_gpu = mx.default_device() == mx.gpu
     dtype = mx.bfloat16 if on_gpu else mx.float32
     rate = matmul_rate(dtype, 8192 if on_gpu else 1024)
-    model = make_llama(shape, dtype, vocabulary, layers=layers)
+    model = make_llama(shape, dtype, vocabulary, layers=layers, bits=bits, trained_layers=trained_layers)
     batch = make_pairs(pairs, prompt, response, model.args.vocab_size)
     result = measure_step(model, batch, compiled=on_gpu if compiled is None else compiled, **options)
     flops = model_flops(model, prompt, response, pairs)

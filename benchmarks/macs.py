@@ -1,7 +1,6 @@
 """What a layer keeps of a token in a training step, into results/macs.json; LORA.md's table for Macs comes from it.
 
     python benchmarks/macs.py            # a CPU: some minutes
-    python benchmarks/macs.py --only 135m
 
 A step of a random Llama with one and with two layers of a model's own size, 1 pair, LoRA of rank 8 on all linear
 layers, in float32, with and without `grad_checkpoint`: what the second layer adds is a layer's share, the rest is
@@ -10,7 +9,6 @@ half precision, and adds up. A model in 4 bit has 4.5 bits a weight (groups of 6
 LoRA's float32 matrices count four times, for gradient and Adam's two moments.
 """
 
-import argparse
 import json
 
 from common import SHAPES, own_step, say
@@ -41,20 +39,6 @@ def measure(shape, checkpoint):
     return {"layer": (above[1] - above[0]) / found["tokens"], "fixed": 2 * above[0] - above[1]}
 
 
-def row_of(shape):
-    """A shape's row of the results."""
-    return {"shape": shape, "kept": measure(shape, False), "checkpointed": measure(shape, True)}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=MEASURED, help="print a shape's row and keep nothing")
-    only = parser.parse_args().only
-    if only:
-        print(json.dumps(row_of(only), indent=1))
-    else:
-        keep(RESULTS / "macs.json", [row_of(shape) for shape in MEASURED])
-
-
 if __name__ == "__main__":
-    main()
+    rows = [{"shape": shape, "kept": measure(shape, False), "checkpointed": measure(shape, True)} for shape in MEASURED]
+    keep(RESULTS / "macs.json", rows)

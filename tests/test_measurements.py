@@ -10,6 +10,7 @@ from pathlib import Path
 import check_gradients
 import example
 import macs
+import memory
 import pytest
 import sentiment
 import tables
@@ -73,8 +74,7 @@ def test_a_row_of_the_growth_takes_its_memory():
 
 
 def test_a_setting_takes_the_memory_that_its_row_says():
-    command = [sys.executable, ROOT / "benchmarks" / "memory.py", "--only", 1]
-    found, row = run_json(command, own_environment(), timeout=300), rows("memory_cpu")[1]
+    found, row = memory.measure(*memory.SETTINGS[1]), rows("memory_cpu")[1]
     assert found["setting"] == row["setting"] and found["peak_gb"] == pytest.approx(row["peak_gb"], rel=0.1)
 
 
