@@ -600,12 +600,12 @@ class TestAdapterFolder:
         assert not Path(nothing).exists()
         empty = command.folder / "empty"
         empty.mkdir()
-        command.refused("adapter_config.json cannot be read", train=False, test=True, adapter_path=str(empty))
+        command.refused("adapter_config.json cannot be used", train=False, test=True, adapter_path=str(empty))
 
     @pytest.mark.parametrize(
         "name, content, told",
         [
-            ("adapter_config.json", b"{", "adapter_config.json cannot be read"),
+            ("adapter_config.json", b"{", "adapter_config.json cannot be used"),
             ("adapter_config.json", b"[]", "does not hold num_layers and lora_parameters"),
             ("adapter_config.json", b"{}", "does not hold num_layers and lora_parameters"),
             ("adapters.safetensors", None, "adapter_path is .*adapters.safetensors., and there is no such file"),

@@ -97,7 +97,7 @@ def test_aliases_of_aliases_are_not_written_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content, told",
     [
-        ("[" * 100_000, "cannot be read"),
+        ("[" * 100_000, "cannot be used"),
         (
             '{"num_layers": 1, "lora_parameters": {"rank": 8, "scale": null, "dropout": 0}}',
             "lora_parameters lacks scale",

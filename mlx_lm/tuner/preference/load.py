@@ -19,7 +19,7 @@ from .layers import is_float32
 from .objective import ALIASES
 from .objective import DEFAULTS as LOSS_DEFAULTS
 from .objective import OPTIONS as LOSS_OPTIONS
-from .options import ConfigError, is_preference, nearest, printable
+from .options import ConfigError, first_line, is_preference, nearest, printable
 
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
 NOT_THERE = "there is no such folder, and the hub's repo of this name cannot be had"
@@ -189,20 +189,15 @@ def read_adapter_config(adapter_path, key="adapter_path"):
         )
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{told}, but its {path.name} cannot be read ({reason}); it needs {ADAPTER_FILES}."
-        ) from error
-    if not isinstance(config, dict) or not {"num_layers", "lora_parameters"} <= set(config):
-        raise ConfigError(
-            f"{told}, but its {path.name} does not hold num_layers and lora_parameters; it needs {ADAPTER_FILES}."
-        )
-    if config.get("fine_tune_type") != "full":
-        try:
+        if not isinstance(config, dict) or not {"num_layers", "lora_parameters"} <= set(config):
+            raise ValueError("it does not hold num_layers and lora_parameters")
+        if config.get("fine_tune_type") != "full":
             check_lora(config["lora_parameters"])
-        except ConfigError as error:
-            raise ConfigError(f"{told}, but in {path} {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(
+            f"{told}, but its {path.name} cannot be used ({reason}); it needs {ADAPTER_FILES}."
+        ) from error
     return config
 
 
