@@ -7,6 +7,7 @@ import random
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -47,6 +48,11 @@ def make_rows(count, prompt, response, vocabulary, seed=0):
 def lengths(text):
     """`[(prompt, response)]` of text like "256/256,1024/256"."""
     return [tuple(int(number) for number in part.split("/")) for part in text.split(",")]
+
+
+def by_comma(kind):
+    """A parser of values with commas between."""
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def peak_resident_gb():
@@ -96,16 +102,21 @@ def fast_blas():
     return {"LD_PRELOAD": os.environ.get("LD_PRELOAD") or found}
 
 
-def own_step(spec, timeout=None, environment=None):
-    """`harness.measure(**spec)` in a process of its own, so that its peak memory is its own.
+def run_own(script, spec, timeout=None, environment=None):
+    """What a script of this folder prints for a spec, in a process of its own, so that its peak memory is its own.
 
     Args:
+        script: its file's name.
         spec: a dict.
         timeout: seconds to give it.
         environment: variables besides `own_environment`'s.
     """
     environment = own_environment() | (environment or {})
-    return run_json([sys.executable, HERE / "harness.py", json.dumps(spec)], environment, timeout)
+    return run_json([sys.executable, HERE / script, json.dumps(spec)], environment, timeout)
+
+
+# `harness.measure` of a spec.
+own_step = partial(run_own, "harness.py")
 
 
 def markdown_table(header, rows):

@@ -22,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import HERE, markdown_table, own_environment, run_json, say, stored_dtype
+from common import by_comma, markdown_table, run_own, say, stored_dtype
 from programs import NotRun, Training, command_line, count_lines, limited_data, machine, start_ours, start_trl, versions
 from records import Results, cell, mean_and_error
 
@@ -51,11 +51,6 @@ COMPARED = ("loss", "accuracy", "margin", "chosen_reward")
 # Keys of --set that make another loss than TRL's runs have.
 OF_LOSS = {"loss_type", "ld_alpha"}
 SETTINGS = ("epochs", "batch_size", "max_seq_length", "learning_rate", "schedule", "beta")
-
-
-def held_out(spec, timeout=None):
-    """`held_out.py` in a process of its own."""
-    return run_json([sys.executable, HERE / "held_out.py", json.dumps(spec)], own_environment(), timeout)
 
 
 def even_batches(data):
@@ -93,7 +88,7 @@ def train(program, seed, options):
         adapters = [f"{folder}/adapters/{iteration:07d}" for iteration in ends]
         spec = {"model": options.measured_with, "data": options.data, "adapters": adapters, "beta": options.beta}
         spec |= {"samples": options.samples, "max_seq_length": options.max_seq_length}
-        found = held_out(spec, options.timeout)
+        found = run_own("held_out.py", spec, options.timeout)
         if "error" in found:
             raise NotRun(found["error"])
     validations = [report for report in reports if "eval_loss" in report]
@@ -138,7 +133,8 @@ def add_base(options, results):
     settings = {"model": Path(model).name, "samples": options.samples}
     if any(record["label"] == "base" and record["settings"] == settings for record in results.records):
         return
-    found = held_out({"model": model, "data": options.data, "adapters": [], "samples": options.samples})
+    spec = {"model": model, "data": options.data, "adapters": [], "samples": options.samples}
+    found = run_own("held_out.py", spec)
     named = {"program": "base", "label": "base", "seed": 0, "settings": settings, "epochs": []}
     named |= {"dtype": stored_dtype(model)}
     results.add(named | {"held_out": {"0": found["measured"][0]}, "machine": machine()})
@@ -213,16 +209,12 @@ def measures(dtype, epoch, records):
     return [r["held_out"][epoch] for r in records if measured_in(r) == dtype and epoch in r["held_out"]]
 
 
-def seeds(text):
-    return [int(seed) for seed in text.split(",")]
-
-
 def options_of(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="model folder, read by both; without it only the file's table is printed")
     parser.add_argument("--data", help="folder with train.jsonl and valid.jsonl")
     parser.add_argument("--out", required=True, help="JSON file that the runs are added to")
-    parser.add_argument("--seeds", type=seeds, default="0,1,2,3,4", help="by comma")
+    parser.add_argument("--seeds", type=by_comma(int), default="0,1,2,3,4", help="by comma")
     parser.add_argument("--only", choices=("ours", "trl"))
     parser.add_argument("--label", default="ours", help="name of our runs in the table")
     parser.add_argument("--set", type=json.loads, default={}, help="more keys of our configuration, as a JSON object")

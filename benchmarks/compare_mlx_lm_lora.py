@@ -24,6 +24,7 @@ from pathlib import Path
 
 from common import (
     SHAPES,
+    by_comma,
     fast_blas,
     lengths,
     llama_config,
@@ -249,9 +250,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8, help="timed steps a run")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds that one process may take")
-    parser.add_argument(
-        "--runs", type=lambda text: text.split(","), default=list(RUNS), help=f"by comma, of {', '.join(RUNS)}"
-    )
+    parser.add_argument("--runs", type=by_comma(str), default=list(RUNS), help=f"by comma, of {', '.join(RUNS)}")
     parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 
-from common import SHAPES, own_step, say
+from common import SHAPES, by_comma, own_step, say
 from records import keep
 from tables import scaling_table
 
@@ -21,10 +21,6 @@ FACTORS = {
     "pairs": (1, 2, 4, 8, 16),
     "vocabulary": (32768, 65536, 131072, 262144),
 }
-
-
-def numbers(text):
-    return [int(number) for number in text.split(",")]
 
 
 def settings(base, varied):
@@ -47,7 +43,7 @@ def main():
     parser.add_argument("--out", help="JSON file for the results")
     for factor, values in FACTORS.items():
         default = ",".join(map(str, values))
-        parser.add_argument(f"--{factor}", type=numbers, default=default, help="values to try; 0 leaves it out")
+        parser.add_argument(f"--{factor}", type=by_comma(int), default=default, help="values to try; 0 leaves it out")
     options = parser.parse_args()
     base = options.base
     fixed = {name: vars(options)[name] for name in ("shape", "layers", "device", "response", "steps", "warmup")}

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import HERE, markdown_table, own_environment, run_json, say, stored_dtype
+from common import by_comma, markdown_table, run_own, say, stored_dtype
 from programs import command_line, machine, versions
 from records import Results, cell, mean_and_error
 
@@ -65,11 +65,6 @@ SETTINGS = {
 }
 
 
-def task(spec, timeout=None):
-    """`sentiment_task.py` in a process of its own."""
-    return run_json([sys.executable, HERE / "sentiment_task.py", json.dumps(spec)], own_environment(), timeout)
-
-
 def known_run(name):
     """What a run of RUNS, or of another parameter such as dpo:0.2, trains with."""
     if name in RUNS:
@@ -95,7 +90,9 @@ def make_pairs(options, setting):
     path = Path(options.pairs)
     if path.exists():
         return json.loads(path.read_text())
-    made = task({"work": "pairs", "model": options.model, **setting["sampling"]}, options.timeout)
+    made = run_own(
+        "sentiment_task.py", {"work": "pairs", "model": options.model, **setting["sampling"]}, options.timeout
+    )
     if "error" in made:
         sys.exit(f"no pairs were made: {made['error']}")
     path.write_text(json.dumps(made) + "\n")
@@ -114,7 +111,7 @@ def run_all(options, setting, results):
     def one(item):
         seed, name = item
         spec = {"work": "train", "model": options.model, "pairs": options.pairs, "run": known_run(name), "seed": seed}
-        made = task(spec | training | setting["evaluation"], options.timeout)
+        made = run_own("sentiment_task.py", spec | training | setting["evaluation"], options.timeout)
         if "error" in made:
             say(f"{name}, seed {seed}: not run: {made['error']}")
             return False
@@ -239,10 +236,6 @@ def draw(runs, path):
     figure.savefig(path, dpi=110)
 
 
-def numbers(text):
-    return [float(number) for number in text.split(",")]
-
-
 def options_of(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="model folder; without it only the file's tables are printed")
@@ -252,14 +245,14 @@ def options_of(arguments=None):
     parser.add_argument(
         "--runs", type=run_names, help=f"by comma, some of {', '.join(RUNS)}; further: the losses that the paper lacks"
     )
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], help="by comma")
+    parser.add_argument("--seeds", type=by_comma(int), help="by comma")
     parser.add_argument("--steps", type=int, help="instead of the setting's")
     parser.add_argument("--every", type=int, help="steps from one point to the next")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--timeout", type=float, help="seconds that one run may take")
-    parser.add_argument("--at", type=numbers, default="5,10", help="KL, by comma, to tell the scores at")
+    parser.add_argument("--at", type=by_comma(float), default="5,10", help="KL, by comma, to tell the scores at")
     parser.add_argument("--picture", help="PNG file for the frontiers")
     options = parser.parse_args(arguments)
     setting = SETTINGS[options.setting]
