@@ -6,7 +6,6 @@ than OpenBLAS or MKL. Symbols loaded first win, so loading one of these before M
 
 import ctypes
 import ctypes.util
-import json
 import os
 import sys
 import tempfile
@@ -15,9 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
-# By which they are told how many threads to take, in the environment and by their own functions.
-THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-SET_THREADS = ("openblas_set_num_threads", "MKL_Set_Num_Threads")
 HINT = (
     "MLX multiplies with its slow built-in BLAS here; some forty times faster with OpenBLAS: "
     "apt-get install libopenblas0-pthread (or your distribution's OpenBLAS)."
@@ -59,32 +55,10 @@ def load_fast_blas():
     if "mlx.core" in sys.modules or not is_linux_cpu():
         return None
     for name in LIBRARIES:
-        try:
-            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-        _share_cores(library)
-        return name
+        with suppress(OSError):
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            return name
     return None
-
-
-def _share_cores(library):
-    """Have a BLAS take this worker's share of the cores, where others of its run are on this machine."""
-    workers = _workers_here()
-    if workers > 1 and not any(name in os.environ for name in THREADS):
-        for function in (getattr(library, name, None) for name in SET_THREADS):
-            if function is not None:
-                function(max(1, len(os.sched_getaffinity(0)) // workers))
-
-
-def _workers_here():
-    """How many workers of MLX's ring are on this machine: those with this one's address."""
-    try:
-        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
-        addresses = [host[0].rpartition(":")[0] for host in hosts]
-        return addresses.count(addresses[int(os.environ["MLX_RANK"])])
-    except (KeyError, OSError, ValueError, IndexError, TypeError, AttributeError):
-        return 1  # MLX tells what is wrong with them
 
 
 def slow_blas_hint():
