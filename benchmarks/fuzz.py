@@ -59,22 +59,8 @@ OTHERS += [USER, GOOD, BAD, [USER, GOOD], [BAD]]
 RAW = {"@digits@": "7" * 5000, "@deep@": "[" * 50_000, "@nested@": "[" * 400 + "]" * 400, "@twice@": '1, "prompt": 2'}
 YAML_TEXTS = ["2001-99-99", "0x_", "!!int x", "!!timestamp x", "9" * 400, "9" * 5000, "0x" + "f" * 5000, "!!float ''"]
 YAML_TEXTS += ["!!python/object:os.system x", "*a", "&a [*a]", "{" * 50, "[" * 2000, "0o9", "1:99", "!!binary x"]
-YAML_TEXTS += [
-    "!!set {a: b}",
-    "'",
-    "<<",
-    "? a",
-    "\t",
-    "@",
-    "x" * 300,
-    "a\0b",
-    "~nobody/x",
-    "1GB",
-    "1e-4",
-    ".inf",
-    "-.inf",
-]
-YAML_TEXTS += [".nan", "[dpo, sft]", "{name: cosine_decay, arguments: [x]}", "{adam: {betas: 3}}"]
+YAML_TEXTS += ["!!set {a: b}", "'", "<<", "? a", "\t", "@", "x" * 300, "a\0b", "~nobody/x", "1GB", "1e-4", ".inf"]
+YAML_TEXTS += ["-.inf", ".nan", "[dpo, sft]", "{name: cosine_decay, arguments: [x]}", "{adam: {betas: 3}}"]
 YAML_TEXTS += ["{rank: 8, scale: .nan, dropout: 2}", "{rank: 999999999999999999999999, scale: 1, dropout: 0}"]
 YAML_TEXTS += ["{name: cosine_decay, arguments: [1.0e-4, 9999], warmup: -1}"]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"

@@ -37,22 +37,19 @@ def load_named(key, name, trust_remote_code=False):
     """
     from ...utils import load
 
+    trusted = {"trust_remote_code": trust_remote_code}
     try:
-        trusted = {"trust_remote_code": trust_remote_code}
         model, tokenizer = load(name, tokenizer_config=dict(trusted), **trusted)
-    except Exception as error:
-        # A folder that is no model fails in as many ways as there are files in it.
-        expected = HOLDS if Path(name).exists() else NOT_THERE
-        raise ConfigError(f"{key} is {name!r}, which cannot be loaded: {expected} ({_told(error)}).") from error
-    if is_linux_cpu() and not is_float32(model):
-        rprint(f"{name} is computed in float32 on this CPU, which is slow in half precision.")
-        model.set_dtype(mx.float32)
-    try:
+        if is_linux_cpu() and not is_float32(model):
+            rprint(f"{name} is computed in float32 on this CPU, which is slow in half precision.")
+            model.set_dtype(mx.float32)
         if tokenizer is not None:
             tokenizer.encode("a")
         mx.eval(model(mx.zeros((1, 1), mx.int32)))
     except Exception as error:
-        raise ConfigError(f"{key} is {name!r}, which cannot be run: {_told(error)}.") from error
+        # A folder that is no model fails in as many ways as there are files in it.
+        expected = HOLDS if Path(name).exists() else NOT_THERE
+        raise ConfigError(f"{key} is {name!r}, which cannot be loaded: {expected} ({_told(error)}).") from error
     return model, tokenizer
 
 
