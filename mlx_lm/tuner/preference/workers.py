@@ -6,7 +6,6 @@ a machine is gone. So it costs nothing in a step, and does not depend on the bac
 while MLX waits for the device, so that training waits in `mx.eval` alone, which lets go of Python's lock.
 """
 
-import faulthandler
 import json
 import os
 import queue
@@ -94,11 +93,10 @@ def find_others():
     """Have MLX find the other workers, if there are any; `ConfigError` where they cannot be found."""
     global _several
     # MLX waits for them without looking at what Python has to do: Ctrl-C has to end it by itself, and where they do not
-    # come, because one has died already, a thread that does without Python.
+    # come, because one has died already, an alarm.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    nowhere = open(os.devnull, "w")
     if (rank := os.environ.get("MLX_RANK")) is not None:
-        faulthandler.dump_traceback_later(WAITING, exit=True, file=nowhere)
+        signal.setitimer(signal.ITIMER_REAL, WAITING)
     if rank == "0":
         print(f"Waiting for the other workers to be started, {WAITING / 60:.0f} minutes at most.", file=sys.stderr)
     try:
@@ -107,8 +105,7 @@ def find_others():
         told = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"the other workers cannot be found ({told}); start all, with one list of hosts.") from error
     finally:
-        faulthandler.cancel_dump_traceback_later()
-        nowhere.close()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, handler)
 
 
