@@ -39,7 +39,6 @@ class Training:
         model, data: folders.
         schedule: of the learning rate, "constant" or "linear" (falls to zero).
         validations: how many follow the one at the start, evenly spread.
-        rank, scale: of LoRA on all linear layers; scale is alpha / rank.
         options: more keys of our configuration, or other values of those here.
         trl_options: more words after `trl_train.py`.
     """
@@ -54,8 +53,6 @@ class Training:
     beta: float = 0.1
     seed: int = 0
     validations: int = 2
-    rank: int = 8
-    scale: float = 20.0
     options: dict = field(default_factory=dict)
     trl_options: tuple = ()
 
@@ -86,7 +83,7 @@ class Training:
             "optimizer": "adamw",
             # As torch's AdamW of TRL's run: its bias correction, and no weight decay.
             "optimizer_config": {"adamw": {"bias_correction": True, "weight_decay": 0.0}},
-            "lora_parameters": {"rank": self.rank, "scale": self.scale, "dropout": 0.0},
+            "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0},
             "num_layers": -1,
             "batch_size": self.batch_size,
             "iters": self.iters,
@@ -104,7 +101,7 @@ class Training:
     def trl_arguments(self, folder, liger=False):
         """The words after `trl_train.py`; `trl_options` are added to them."""
         named = ("model", "data", "batch_size", "iters", "steps_per_eval", "max_seq_length", "learning_rate")
-        named += ("schedule", "beta", "rank", "scale", "seed")
+        named += ("schedule", "beta", "seed")
         words = [word for name in named for word in (f"--{name.replace('_', '-')}", getattr(self, name))]
         return [*words, "--output", f"{folder}/adapters", *self.trl_options, *(["--liger"] if liger else [])]
 

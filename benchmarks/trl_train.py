@@ -153,8 +153,6 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--schedule", choices=("constant", "linear"), default="constant")
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--scale", type=float, default=20.0, help="alpha / rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="save the adapters at each validation too")
     parser.add_argument("--liger", action="store_true", help="with Liger's kernels")
@@ -165,13 +163,8 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     tell("loaded", dtype=str(model.dtype))
     train_set, valid_set = (load_rows(options.data, split, tokenizer) for split in ("train", "valid"))
-    lora = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank * options.scale,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    # mlx-lm's scale of 20 is alpha / rank.
+    lora = LoraConfig(r=8, lora_alpha=160, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = TimedTrainer(
         model=model,
         args=dpo_config(options, model.dtype),
