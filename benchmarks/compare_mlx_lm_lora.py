@@ -8,10 +8,10 @@ size and number of iterations, each through its own training loop, in turn, each
 loop's reports to the next, the first ones left out, so that loading does not count. mlx-lm-lora runs its reference, a
 second copy of the model, in each step; ours runs it before the first one: the columns "with reference" add a batch's
 share of that pass. "peak GB" is what MLX's arrays held at most in the timed steps, "process GB" what the process did.
-With --batches 1 both see the same batch at each step, and their losses, which stderr and --out have, agree; so has
-the rate of a product, which tells whether both have one BLAS: on Linux, OpenBLAS is loaded first for both where there
-is one. Off Metal, mlx-lm-lora reads a device property that MLX does not have there: it is given one. It always compiles
-its step; the last run has MLX's compiler off, in case that is faster on a CPU.
+With --batches 1 both see the same batch at each step, and their losses, which stderr and --out have, agree. Off Metal,
+mlx-lm-lora reads a device property that MLX does not have there: it is given one. It always compiles its step; the last
+run has MLX's compiler off, in case that is faster on a CPU. On Linux, OpenBLAS is loaded first for both where there is
+one.
 """
 
 import argparse
@@ -84,19 +84,6 @@ class Clock:
 
 def differences(times):
     return [end - start for start, end in zip(times, times[1:], strict=False)]
-
-
-def product_rate(size=1024):
-    """Floating-point operations a second of a float32 product: equal in both processes if they have one BLAS."""
-    import mlx.core as mx
-
-    a, best = mx.random.normal((size, size)), float("inf")
-    mx.eval(a)
-    for _ in range(6):
-        tic = time.perf_counter()
-        mx.eval(a @ a)
-        best = min(best, time.perf_counter() - tic)
-    return 2 * size**3 / best
 
 
 def load(folder):
@@ -200,11 +187,9 @@ def work(spec):
     """What a process of the comparison does."""
     if spec["side"] == "model":
         return write_model(spec["folder"], spec["shape"], spec["layers"])
-    rate = product_rate()
     rows = make_rows(spec["rows"], spec["prompt"], spec["response"], spec["vocabulary"])
     with tempfile.TemporaryDirectory() as folder:
-        result = (run_ours if spec["side"] == "ours" else run_peer)(spec, rows, folder)
-    return result | {"rate": rate}
+        return (run_ours if spec["side"] == "ours" else run_peer)(spec, rows, folder)
 
 
 def start(side, spec, options, environment=None):

@@ -163,11 +163,7 @@ def options_of(arguments=None):
     parser.add_argument("--data", required=True, help="folder with train.jsonl and valid.jsonl")
     parser.add_argument("--limit", type=int, help="take only so many training pairs, and a quarter for validation")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-seq-length", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", type=json.loads, default={}, help="more keys of our configuration, as a JSON object")
     parser.add_argument("--only", choices=RUNS, help="leave the other programs out")
     parser.add_argument("--liger", action="store_true", help="also run TRL with Liger's kernels")
@@ -195,8 +191,8 @@ def main():
     options = options_of()
     with tempfile.TemporaryDirectory() as folder:
         data = options.data if options.limit is None else limited_data(options.data, f"{folder}/data", options.limit)
-        names = ("batch_size", "epochs", "max_seq_length", "learning_rate", "beta", "seed")
-        training = Training(options.model, data, **{n: getattr(options, n) for n in names}, options=options.set)
+        training = Training(options.model, data, options.batch_size, max_seq_length=options.max_seq_length)
+        training.options = options.set
         found = {
             "machine": machine(),
             "versions": versions() | versions(options.python_trl),
