@@ -105,7 +105,7 @@ def measure_step(
     import mlx.core as mx
 
     from mlx_lm._backend import prepare_for_training
-    from mlx_lm.tuner.preference import pieces, recurrent
+    from mlx_lm.tuner.preference import pieces
 
     prepare_for_training()
     mx.set_default_device(getattr(mx, device))
@@ -116,7 +116,7 @@ def measure_step(
     if recurrence == "loop":
         pieces.gated_delta_rule = loop
     elif recurrence == "chunks":
-        recurrent.on_cuda = lambda: False  # where kernels stand in for them
+        pieces.on_cuda = lambda: False  # where kernels stand in for them
     batch = harness.make_pairs(pairs, prompt, response, SHAPES[shape][-1])
     result = harness.measure_step(
         model, batch, steps=steps, warmup=warmup, compiled=compiled, share_prompt=share_prompt

@@ -1,18 +1,21 @@
 """The kernels of the gated delta rule, run on the CPU, against upstream's loop over tokens."""
 
-import mlx.core as mx
 import pytest
 from kernels_on_cpu import cuda_kernels  # noqa: F401
-from test_recurrent import NAMES, assert_close, loop, make_inputs, values_and_gradients
+from test_recurrent import (
+    assert_close,
+    assert_is_the_loop,
+    make_inputs,
+    values_and_gradients,
+    with_all,
+    with_one_key,
+    with_strong_decay,
+)
 
-from mlx_lm.tuner.preference import cuda_delta, recurrent
-from mlx_lm.tuner.preference.recurrent import gated_delta_rule
+from mlx_lm.tuner.preference import cuda_delta, pieces
+from mlx_lm.tuner.preference.pieces import gated_delta_rule
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
-
-
-def rule(*inputs):
-    return cuda_delta.gated_delta_loops(*inputs[:6])
 
 
 def inputs_of(length, by_channel=False, **sizes):
@@ -20,56 +23,40 @@ def inputs_of(length, by_channel=False, **sizes):
     return make_inputs(length, by_channel, **sizes)
 
 
-def assert_is_the_loop(inputs, tolerance=4e-6):
-    expected, slopes = values_and_gradients(loop, inputs)
-    found, found_slopes = values_and_gradients(rule, inputs)
-    for name, a, b in zip(("outputs", "last state"), found, expected, strict=True):
-        assert_close(a, b, tolerance, name)
-    for name, a, b in zip(NAMES, found_slopes, slopes, strict=True):
-        assert_close(a, b, tolerance, f"gradient of {name}")
+def assert_kernels_are_the_loop(inputs, tolerance=4e-6):
+    assert_is_the_loop(inputs, tolerance, tolerance, cuda_delta.gated_delta_loops)
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize("length", [1, cuda_delta.TILE, 3 * cuda_delta.TILE + 5])
 def test_any_length_gives_the_loops_values_and_gradients(length, by_channel):
-    assert_is_the_loop(inputs_of(length, by_channel))
+    assert_kernels_are_the_loop(inputs_of(length, by_channel))
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(64, 32), (96, 192)])
 def test_widths_that_differ(key_width, value_width):
-    assert_is_the_loop(inputs_of(9, True, batch=1, key_width=key_width, value_width=value_width))
+    assert_kernels_are_the_loop(inputs_of(9, True, batch=1, key_width=key_width, value_width=value_width))
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize("gate", [0.0, -1e-7, -90.0, -1e4])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_gates_and_betas_at_their_bounds(gate, beta, by_channel):
-    inputs = inputs_of(21, by_channel)
-    inputs[3], inputs[4] = mx.full(inputs[3].shape, gate), mx.full(inputs[4].shape, beta)
-    assert_is_the_loop(inputs)
+    assert_kernels_are_the_loop(with_all(inputs_of(21, by_channel), gate, beta))
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
-def test_strong_decay_between_weak_ones_costs_no_digits(by_channel):
+def test_strong_decay_and_one_key_cost_no_digits(by_channel):
     inputs = inputs_of(40, by_channel)
-    strong = (mx.arange(40) % 3 == 0).reshape(1, -1, *[1] * (inputs[3].ndim - 2))
-    inputs[3] = mx.broadcast_to(mx.where(strong, -100.0, -0.01), inputs[3].shape)
-    assert_is_the_loop(inputs)
+    assert_kernels_are_the_loop(with_strong_decay(inputs))
+    for beta in (0.5, 1.9):
+        assert_kernels_are_the_loop(with_one_key(inputs, beta), 1e-5)
 
 
-@pytest.mark.parametrize("by_channel", [False, True])
-@pytest.mark.parametrize("beta", [0.5, 1.9])
-def test_one_key_for_all_tokens_costs_no_digits(beta, by_channel):
-    inputs = inputs_of(40, by_channel)
-    inputs[1] = mx.broadcast_to(inputs[1][:, :1], inputs[1].shape)
-    inputs[3], inputs[4] = mx.full(inputs[3].shape, -1e-4), mx.full(inputs[4].shape, beta)
-    assert_is_the_loop(inputs, 1e-5)
-
-
-def test_on_cuda_they_stand_in_without_a_mask_for_widths_that_fit(cuda_kernels, monkeypatch):  # noqa: F811
+def test_on_cuda_they_stand_in_for_widths_that_fit(cuda_kernels, monkeypatch):  # noqa: F811
     inputs, expected = inputs_of(5), values_and_gradients(gated_delta_rule, inputs_of(5))
     assert cuda_kernels == []
-    monkeypatch.setattr(recurrent, "on_cuda", lambda: True)
+    monkeypatch.setattr(pieces, "on_cuda", lambda: True)
     found = values_and_gradients(gated_delta_rule, inputs)
     assert cuda_kernels == ["gated_delta_forward", "gated_delta_updates", "gated_delta_keys"]
     for a, b in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):

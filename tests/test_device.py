@@ -38,7 +38,7 @@ from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.recurrent import gated_delta_rule
+from mlx_lm.tuner.preference.pieces import gated_delta_rule
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.tuner.preference.step import Objective, Step
 

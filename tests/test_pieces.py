@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from architectures import ARCHITECTURES, make_model
 from mlx.utils import tree_flatten
-from plain_pass import add_lora, make_pairs
-from test_recurrent import GATED
+from plain_pass import make_pairs
+from test_architectures import make_policy
 
+from mlx_lm.models import gated_delta
 from mlx_lm.tuner.preference import batches, pieces
 from mlx_lm.tuner.preference.batches import RECURRENT, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
@@ -19,17 +20,34 @@ from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, sp
 
 TYPES = (
     "bailing_moe_linear",
+    "bailing_moe_v3",
     "falcon_h1",
     "falcon_mamba",
     "granitemoehybrid",
     "jamba",
+    "kimi_k3",
+    "kimi_linear",
     "mamba",
     "mamba2",
     "nemotron_h",
+    "olmo_hybrid",
     "plamo2",
+    "prism_hadamard_qwen35",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
     "rwkv7",
 )
 LENGTH = 2 * CHUNK + 5
+
+
+def make_trained(name):
+    """A model of which LoRA's matrices and the recurrent layers' own parameters are trained."""
+    model = make_policy(name)
+    model.apply_to_modules(
+        lambda _, module: module.unfreeze(keys=["A_log", "D", "dt_bias", "x_r"], recurse=False, strict=False)
+    )
+    return model
 
 
 def in_pieces(model):
@@ -62,16 +80,12 @@ def assert_same(found, expected):
 
 
 def test_the_types_that_run_in_pieces_are_known():
-    assert {name for name in ARCHITECTURES if in_pieces(make_model(name))} == {*TYPES, *GATED}
+    assert {name for name in ARCHITECTURES if in_pieces(make_model(name))} == set(TYPES)
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_a_model_in_pieces_has_upstreams_logits_and_gradients(name):
-    """Of LoRA's matrices and of the layers' own parameters."""
-    model = add_lora(make_model(name))
-    model.apply_to_modules(
-        lambda _, module: module.unfreeze(keys=["A_log", "D", "dt_bias", "x_r"], recurse=False, strict=False)
-    )
+    model = make_trained(name)
     tokens = mx.random.randint(0, 101, (2, LENGTH), key=mx.random.key(1))
     expected = logits_and_gradients(model, tokens)
     classes = [type(module) for module in model.modules()]
@@ -91,6 +105,17 @@ def test_a_cached_prompt_goes_on_in_pieces(name):
         model(tokens[:, :7], cache=cache)
         found = model(tokens[:, 7:], cache=cache)
     assert_same({"logits": found}, {"logits": expected})
+
+
+def test_outside_the_context_the_loop_runs_as_it_does_upstream(monkeypatch):
+    model, tokens = make_model("qwen3_5").train(), mx.zeros((1, 3), mx.int32)
+    with pytest.raises(KeyError), recurrences_in_pieces(model.modules()):
+        raise KeyError
+    monkeypatch.setattr(gated_delta, "gated_delta_ops", lambda *_: pytest.fail("the loop over tokens ran"))
+    with recurrences_in_pieces(model.modules()):
+        model(tokens)
+    with pytest.raises(pytest.fail.Exception, match="loop"):
+        model(tokens)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -119,7 +144,7 @@ def test_no_more_than_fits_is_run_at_a_time(name, monkeypatch):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_what_is_at_once_in_memory_changes_nothing(name, monkeypatch):
-    model = make_model(name)
+    model = make_trained(name)
     tokens = mx.random.randint(0, 101, (2, 3 * CHUNK + 5), key=mx.random.key(1))
     with recurrences_in_pieces(model.modules()):
         whole = logits_and_gradients(model, tokens)

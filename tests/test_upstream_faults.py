@@ -7,7 +7,6 @@ Versions: MLX 0.32.4 and mlx-lm 0.32.2.
 import ast
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,26 +69,6 @@ def test_cuda_refuses_rope_of_few_dimensions_on_many_rows():
     x, offset = mx.ones((128, 4, 1, 16)), mx.arange(128)
     with pytest.raises(RuntimeError, match="invalid argument"):
         mx.eval(mx.fast.rope(x, 16, traditional=False, base=1e4, scale=1.0, offset=offset))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
-def test_compile_fails_on_the_same_split_of_a_computed_array():
-    """`mx.compile`: a function that splits a computed array twice in the same way cannot be compiled.
-
-    What happens: the two equal primitives are merged, and their outputs' siblings are then looked for in vain.
-    Reproduce: below.
-    Expected: the function's value. Raised: IndexError: _Map_base::at.
-    Seen on: MLX 0.32.4, CPU.
-    Workaround: slices in `gated_delta_rule` in tuner/preference/recurrent.py, where both passes take a sequence apart.
-    """
-
-    def twice(x):
-        x = 1.1 * x
-        (first, second), (third, fourth) = mx.split(x, 2), mx.split(x, 2)
-        return first * second + third - fourth
-
-    with pytest.raises(IndexError):
-        mx.eval(mx.compile(twice)(mx.ones(4)))
 
 
 def test_checkpoint_keeps_what_it_computed_again():

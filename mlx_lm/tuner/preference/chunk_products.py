@@ -16,7 +16,8 @@ def in_chunks(x, chunk):
     return x.reshape(len(x), -1, chunk, *x.shape[2:])
 
 
-def states_between(state, decays, turns, additions, known=None):
+@mx.custom_function
+def states_between(state, decays, turns, additions):
     """The states with which each of N chunks begins, `(N, ..., Dv, Dk)`, and the one with which the last ends.
 
     A chunk makes `decays * S - S @ turns + additions` of a state S. One after another, these are a product each, and
@@ -25,24 +26,19 @@ def states_between(state, decays, turns, additions, known=None):
     Args:
         state: `(..., Dv, Dk)`, with which the first chunk begins.
         decays, turns, additions: `(N, ..., 1, 1 or Dk)`, `(N, ..., Dk, Dk)` and `(N, ..., Dv, Dk)`.
-        known: what was returned for the same before, where only the gradient is wanted.
     """
+    return _one_after_another(state, decays, turns, additions)
 
-    @mx.custom_function
-    def between(*arrays):
-        return known or _one_after_another(*arrays)
 
-    @between.vjp
-    def backward(arrays, slopes, outputs):
-        (_, decays, turns, _), (states_slope, last_slope), (states, _) = arrays, slopes, outputs
-        slopes, first = _one_after_another(last_slope, decays, turns.swapaxes(-1, -2), states_slope, -1)
-        products = states.swapaxes(-1, -2) @ slopes  # whose diagonal is the decays' gradient
-        of_decays = products.flatten(-2)[..., None, :: products.shape[-1] + 1]
-        if decays.shape[-1] == 1:
-            of_decays = of_decays.sum(-1, keepdims=True)
-        return first, of_decays, -products, slopes
-
-    return between(state, decays, turns, additions)
+@states_between.vjp
+def _states_between_vjp(arrays, slopes, outputs):
+    (_, decays, turns, _), (states_slope, last_slope), (states, _) = arrays, slopes, outputs
+    slopes, first = _one_after_another(last_slope, decays, turns.swapaxes(-1, -2), states_slope, -1)
+    products = states.swapaxes(-1, -2) @ slopes  # whose diagonal is the decays' gradient
+    of_decays = products.flatten(-2)[..., None, :: products.shape[-1] + 1]
+    if decays.shape[-1] == 1:
+        of_decays = of_decays.sum(-1, keepdims=True)
+    return first, of_decays, -products, slopes
 
 
 def _one_after_another(state, decays, turns, additions, direction=1):
@@ -133,6 +129,6 @@ def inverse_of(lower):
 
 
 @inverse_of.vjp
-def _inverse_slopes(_, slope, inverse):
+def _inverse_of_vjp(_, slope, inverse):
     transposed = inverse.swapaxes(-1, -2)
     return transposed @ -slope @ transposed

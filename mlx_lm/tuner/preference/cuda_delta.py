@@ -307,18 +307,10 @@ def _rows_a_thread(name, rows, lanes):
     return max(count for count in range(1, MOST_ROWS[name] + 1) if rows % (THREADS // lanes * count) == 0)
 
 
-def gated_delta_loops(queries, keys, values, log_gates, betas, state):
-    """The gated delta rule, as `recurrent.gated_delta_rule` has it without a mask, for widths that `fits` allows.
+def gated_delta_loops(queries, keys, values, log_gates, betas, state=None):
+    """As `recurrent.gated_delta_chunks`, for widths that `fits` allows, outputs in the dtype of `values`.
 
-    Args:
-        queries, keys: `(B, T, Hk, Dk)`.
-        values: `(B, T, Hv, Dv)`.
-        log_gates: `(B, T, Hv)` or `(B, T, Hv, Dk)`, float32.
-        betas: `(B, T, Hv)`.
-        state: `(B, Hv, Dv, Dk)`, float32.
-
-    Returns:
-        `(outputs, state)`, as there. The backward pass keeps the inputs, and e of each token in float32.
+    The backward pass keeps the inputs, and e of each token in float32.
     """
     batch, length, key_heads, key_width = keys.shape
     value_heads, value_width = values.shape[2:]
@@ -371,7 +363,9 @@ def gated_delta_loops(queries, keys, values, log_gates, betas, state):
         )
         return tuple(slope.astype(x.dtype) for slope, x in zip(slopes, inputs, strict=True))
 
-    outputs, _, last = loop(queries, keys, values, log_gates, betas, state)
+    before = (batch, value_heads, value_width, key_width)
+    state = mx.zeros(before) if state is None else state.astype(mx.float32)
+    outputs, _, last = loop(queries, keys, values, log_gates.astype(mx.float32), betas, state)
     return outputs, last
 
 

@@ -3,7 +3,8 @@
 Upstream loops over the tokens of Mamba, Jamba, RWKV-7, Bailing's linear attention and the gated delta rule and keeps a
 state for each; of state-space models of the second generation it runs 256 tokens at once and keeps their products with
 each other. Here the gated delta rule runs as `recurrent` has it, and the others as `state_space` has them, in pieces
-that are computed again in the backward pass: nothing but the states between pieces is kept.
+that are computed again in the backward pass: nothing but the states between pieces is kept. On CUDA kernels of our own
+(`cuda_delta`, `cuda_scan`) stand in for the widths that fit them.
 """
 
 import sys
@@ -16,10 +17,9 @@ import mlx.nn as nn
 from mlx_lm.models.ssm import compute_dt
 
 from ...models.activations import swiglu
+from . import cuda_delta, cuda_scan, recurrent
 from .attention import on_cuda
-from .cuda_scan import fits, selective_loops
 from .intercept import exchanged, intercepted, recomputed
-from .recurrent import gated_delta_rule
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
 # Numbers of an array, where all of a piece is computed at once.
@@ -80,6 +80,20 @@ def _at_once(chunk, numbers):
         numbers: how many there are of a token, of all sequences, in the largest array that a step makes.
     """
     return chunk * max(1, AT_ONCE[mx.default_device().type] // max(1, numbers * chunk))
+
+
+def gated_delta_rule(queries, keys, values, log_gates, betas, state=None):
+    """As `recurrent.gated_delta_chunks`, outputs in the queries' dtype."""
+    (*_, heads, value_width), key_width = values.shape, keys.shape[-1]
+    if on_cuda() and cuda_delta.fits(key_width, value_width):
+        return cuda_delta.gated_delta_loops(queries, keys, values, log_gates, betas, state)
+
+    def step(*arrays):
+        out, state = recurrent.gated_delta_chunks(*arrays)
+        return [out.astype(queries.dtype), state]
+
+    piece = _at_once(recurrent.CHUNK, len(values) * heads * (key_width + value_width))
+    return scan(step, [queries, keys, values, log_gates, betas], state, piece)
 
 
 def _gated_delta(upstream, packed):
@@ -201,8 +215,8 @@ def _selected(module, x, A, state, norms, packed):
 
     def scanned(*sequences_and_state):
         *sequences, state = sequences_and_state
-        if on_cuda() and fits(*A.shape):
-            return selective_loops(*sequences, A, state)
+        if on_cuda() and cuda_scan.fits(*A.shape):
+            return cuda_scan.selective_loops(*sequences, A, state)
         return scan(step, sequences, state, _at_once(SCAN_CHUNK, len(sequences[0]) * A.size), [A])
 
     sequences = [x, steps, write, read]
