@@ -19,7 +19,7 @@ from mlx_lm.models.ssm import compute_dt
 from ...models.activations import swiglu
 from . import cuda_delta, cuda_scan, recurrent
 from .attention import on_cuda
-from .intercept import exchanged, intercepted, recomputed
+from .intercept import exchanged, recomputed
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
 # Numbers of an array, where all of a piece is computed at once.
@@ -35,15 +35,12 @@ def recurrences_in_pieces(modules, packed=None):
     files = {type(module).__module__ for module in modules}
     with ExitStack() as stack:
         for namespace in (sys.modules[file] for file in files if file in sys.modules):
-            for (file, name), in_pieces in FUNCTIONS.items():
-                function = getattr(namespace, name, None)
+            for (file, kind, name), in_pieces in RECURRENCES.items():
+                owner = namespace if kind is None else getattr(namespace, kind, None)
+                function = getattr(owner, name, None)
                 # Within another such context it is not upstream's.
                 if getattr(function, "__module__", None) == MODELS + file:
-                    stack.enter_context(exchanged(namespace, name, in_pieces(function, packed)))
-        for module in modules:
-            if type(module).__name__ in METHODS and type(module).__module__.startswith(MODELS):
-                name, in_pieces = METHODS[type(module).__name__]
-                stack.enter_context(intercepted(module, name, in_pieces(packed)))
+                    stack.enter_context(exchanged(owner, name, in_pieces(function, packed)))
         yield
 
 
@@ -165,7 +162,7 @@ def _linear_attention(_, __):
     return attend
 
 
-def _mamba(packed):
+def _mamba(_, packed):
     """A Mamba layer from its input to its output: upstream's loop stands between its projections."""
 
     def process(module, x, conv_state, state):
@@ -184,7 +181,7 @@ def _mamba(packed):
     return process
 
 
-def _jamba(packed):
+def _jamba(_, packed):
     """Jamba's loop, which makes an array of all states anew for each token."""
 
     def process(module, x, A, state=None):
@@ -224,7 +221,7 @@ def _selected(module, x, A, state, norms, packed):
     return out + module.D * x, state
 
 
-def _rwkv(_):
+def _rwkv(_, __):
     """RWKV-7's loop, or on Metal its kernel, which has no gradient."""
 
     def process(module, r, w, k, v, a, b, state):
@@ -240,15 +237,13 @@ def _rwkv(_):
 
 
 MODELS = "mlx_lm.models."
-# What upstream's files call by name, by the file that defines it, and methods of its classes; and what makes each run
-# in pieces.
-FUNCTIONS = {
-    ("gated_delta", "gated_delta_update"): _gated_delta,
-    ("ssm", "ssm_update"): _state_space,
-    ("bailing_moe_linear", "recurrent_gla"): _linear_attention,
-}
-METHODS = {
-    "MambaBlock": ("_process_sequence", _mamba),
-    "JambaMambaMixer": ("ssm_step", _jamba),
-    "Rwkv7TimeMixing": ("_wkv7", _rwkv),
+# What upstream's files call by name, and methods of their classes: the file that defines each, its class or None, and
+# its name; and what makes each run in pieces.
+RECURRENCES = {
+    ("gated_delta", None, "gated_delta_update"): _gated_delta,
+    ("ssm", None, "ssm_update"): _state_space,
+    ("bailing_moe_linear", None, "recurrent_gla"): _linear_attention,
+    ("mamba", "MambaBlock", "_process_sequence"): _mamba,
+    ("jamba", "JambaMambaMixer", "ssm_step"): _jamba,
+    ("rwkv7", "Rwkv7TimeMixing", "_wkv7"): _rwkv,
 }
