@@ -30,8 +30,8 @@ def routers_of(model):
         experts = next((part for part in parts if type(part) in (SwitchGLU, SwitchMLP)), None)
         if gate is None or experts is None:
             continue
-        count = _experts_in(experts)
-        router = next((part for part in [gate, *gate.modules()] if _outputs(part) == count), None)
+        count = experts_in(experts)
+        router = next((part for part in gate.modules() if _outputs(part) == count), None)
         if router is not None:
             found.append((router, experts))
             counts.add(count)
@@ -41,12 +41,8 @@ def routers_of(model):
     return found
 
 
-def experts_of(routers):
+def experts_in(experts):
     """How many experts a layer has."""
-    return _experts_in(routers[0][1])
-
-
-def _experts_in(experts):
     kinds = (SwitchLinear, QuantizedSwitchLinear)
     return next(part.num_experts for part in experts.modules() if isinstance(part, kinds))
 
@@ -62,22 +58,21 @@ def routed(routers):
     """Within the context, `routers_of` tell aside logits and choices, the latter float32, 0 or 1, each `(..., E)`."""
     with ExitStack() as stack:
         for router, experts in routers:
-            for part, call in zip((router, experts), _calls(router, experts), strict=True):
-                stack.enter_context(intercepted(part, "__call__", call))
+            routing, mixing = _calls(type(router).__call__, type(experts).__call__, experts_in(experts))
+            stack.enter_context(intercepted(router, "__call__", routing))
+            stack.enter_context(intercepted(experts, "__call__", mixing))
         yield
 
 
-def _calls(router, experts):
-    """The calls of a router and its experts that tell of themselves."""
-    route, mix, count = type(router).__call__, type(experts).__call__, _experts_in(experts)
-    linear = isinstance(router, (nn.Linear, nn.QuantizedLinear)) or "lora_a" in router
+def _calls(route, mix, count):
+    """The calls of a router and of its experts, so many, that tell of themselves."""
     logits = None
 
     def routing(module, x, *args, **kwargs):
         nonlocal logits
         out = route(module, x, *args, **kwargs)
         # A gate with a matrix of its own gives its choices only.
-        logits = out if linear else x @ module["weight"].T
+        logits = out if isinstance(out, mx.array) else x @ module["weight"].T
         return out
 
     def mixing(module, x, indices, *args, **kwargs):

@@ -14,7 +14,7 @@ from .flat import FlatParameters
 from .intercept import aside, exchanged
 from .memory import Need
 from .nonfinite import update_if
-from .routing import experts_of, load_balancing_loss, routed, routers_of
+from .routing import experts_in, load_balancing_loss, routed, routers_of
 
 # What is summed over pairs, in this order; TRL's names.
 FIGURES = (
@@ -68,7 +68,7 @@ class Objective:
         self._routers = self._unwatched = [] if router_coef is None else routers_of(scorer.model)
         self.further = ("kl", DESIRABLE) if loss.unpaired else ()
         if self._routers:
-            self.further += ("aux_loss", *(f"{SHARES}{i}" for i in range(experts_of(self._routers))))
+            self.further += ("aux_loss", *(f"{SHARES}{i}" for i in range(experts_in(self._routers[0][1]))))
         self.reads_batch = loss.reads_batch or bool(self._routers)
 
     def __call__(self, batch, reference, gradient=False):
