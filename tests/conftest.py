@@ -10,6 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import mlx_lm  # noqa: F401, I001 (first: it chooses the BLAS that MLX multiplies with)
 import mlx.core as mx
 import pytest
+from kernels_on_cpu import cuda_kernels  # noqa: F401 (a fixture)
 
 from mlx_lm._backend import prepare_for_training
 
@@ -19,6 +20,14 @@ prepare_for_training()
 
 # Some tests run the scripts there, which import each other.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+
+@pytest.fixture
+def uncompiled():
+    """Compiling upstream's small functions takes longer than running them."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 def pytest_addoption(parser):

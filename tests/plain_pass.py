@@ -1,11 +1,10 @@
 """What a scorer is compared with: upstream's forward pass over whole padded rows, and its gradient."""
 
-import sys
-from pathlib import Path
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from architectures import WITHOUT_LORA, make_model
+from check_gradients import padded_rows
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -15,9 +14,6 @@ from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.step import Objective
 from mlx_lm.utils import dpo_loss, get_batched_logps
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from check_gradients import padded_rows  # noqa: E402
 
 BETA = 0.5
 
@@ -40,6 +36,15 @@ def add_lora(model, keys=None, rank=4, dropout=0.0, use_dora=False):
     linear_to_lora_layers(model, len(model.layers), config, use_dora=use_dora)
     model.update(tree_map(_nonzero, model.trainable_parameters()))
     return model.train()
+
+
+def make_policy(name):
+    """A model of a type with LoRA on all layers that upstream puts it on, but those that cannot have it."""
+    model, keys = make_model(name), None
+    if left_out := WITHOUT_LORA.get(name):
+        paths = {path for layer in model.layers for path, module in layer.named_modules() if "weight" in module}
+        keys = {path for path in paths if path.endswith("proj") and not any(part in path for part in left_out)}
+    return add_lora(model, keys)
 
 
 def _nonzero(value):

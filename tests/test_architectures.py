@@ -9,17 +9,16 @@ from architectures import (
     SKIPPED,
     UNPACKED,
     UNTRAINABLE,
-    WITHOUT_LORA,
     installed_model_types,
     make_model,
 )
 from make_architecture_table import BEGIN, END, table_row
 from plain_pass import (
     PAIRS,
-    add_lora,
     arrangements_for,
     gradient_error,
     make_pairs,
+    make_policy,
     plain_gradient,
     plain_logps,
     reference_of,
@@ -46,26 +45,7 @@ WINDOWS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling upstream's small functions for each type would take longer than all else."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-def lora_keys(name, model):
-    """None for all layers that upstream puts LoRA on, or their names without those that cannot have it."""
-    left_out = WITHOUT_LORA.get(name)
-    if left_out is None:
-        return None
-    paths = {path for layer in model.layers for path, module in layer.named_modules() if "weight" in module}
-    return {path for path in paths if path.endswith("proj") and not any(part in path for part in left_out)}
-
-
-def make_policy(name):
-    model = make_model(name)
-    return add_lora(model, lora_keys(name, model))
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def test_every_model_type_is_tried_or_listed():

@@ -33,12 +33,7 @@ from mlx_lm.tuner.preference.logps import Scorer, narrow_windows
 ATTENTION = mx.fast.scaled_dot_product_attention
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling upstream's small functions takes longer than running them."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 # The layout of a packed batch

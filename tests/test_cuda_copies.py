@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 import pytest
-from kernels_on_cpu import cuda_kernels  # noqa: F401
 from mlx.utils import tree_flatten
 from tiny import some_pairs, tiny_llama
 
@@ -36,7 +35,7 @@ def test_rows_fit_in_whole_words():
     assert not fit([normal(3, 3)]) and not fit([normal(3, 2), normal(3, 2).astype(mx.bfloat16)])
 
 
-def test_tokens_are_spread_over_parts_and_collected_with_their_gradients(cuda_kernels, monkeypatch):  # noqa: F811
+def test_tokens_are_spread_over_parts_and_collected_with_their_gradients(cuda_kernels, monkeypatch):
     arrays = [normal(5, 2, 4), normal(5, 1, 6, seed=1)]
     twice = Places([mx.array([[1, 0]]), mx.array([[2, 3], [4, 1]])], mx.array([[1, 0, 2, 3, 4], [-1, 5, -1, -1, -1]]))
     once = Places([mx.array([[4, -1]]), mx.array([[0, -1], [-1, 2]])], mx.array([[2, -1, 5, -1, 0]]), holes=True)
@@ -62,7 +61,7 @@ def test_joined_arrays_begin_at_multiples_with_zeros_between(most, monkeypatch):
     assert mx.array_equal(joined(arrays, flat.ALIGNED), flat._side_by_side(arrays))
 
 
-def test_a_steps_gradient_is_the_same(cuda_kernels, monkeypatch):  # noqa: F811
+def test_a_steps_gradient_is_the_same(cuda_kernels, monkeypatch):
     def gradient():
         model = tiny_llama(moved=True)
         step = Step(model, None, Objective(Scorer(model), preference_loss("dpo")), compiled=False)

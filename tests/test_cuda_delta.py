@@ -1,7 +1,6 @@
 """The kernels of the gated delta rule, run on the CPU, against upstream's loop over tokens."""
 
 import pytest
-from kernels_on_cpu import cuda_kernels  # noqa: F401
 from test_recurrent import (
     assert_close,
     assert_is_the_loop,
@@ -53,7 +52,7 @@ def test_strong_decay_and_one_key_cost_no_digits(by_channel):
         assert_kernels_are_the_loop(with_one_key(inputs, beta), 1e-5)
 
 
-def test_on_cuda_they_stand_in_for_widths_that_fit(cuda_kernels, monkeypatch):  # noqa: F811
+def test_on_cuda_they_stand_in_for_widths_that_fit(cuda_kernels, monkeypatch):
     inputs, expected = inputs_of(5), values_and_gradients(gated_delta_rule, inputs_of(5))
     assert cuda_kernels == []
     monkeypatch.setattr(pieces, "on_cuda", lambda: True)

@@ -3,7 +3,6 @@
 import mlx.core as mx
 import pytest
 from architectures import make_model
-from kernels_on_cpu import cuda_kernels  # noqa: F401
 from test_pieces import assert_same, logits_and_gradients
 from test_recurrent import assert_close, values_and_gradients
 from test_state_space import make_tokens, scan_loop
@@ -54,7 +53,7 @@ def test_without_a_state_it_begins_with_zeros():
         ("mamba", {"state_size": 16, "intermediate_size": 96}),
     ],
 )
-def test_on_cuda_they_stand_in_for_widths_that_fit(name, sizes, cuda_kernels, monkeypatch):  # noqa: F811
+def test_on_cuda_they_stand_in_for_widths_that_fit(name, sizes, cuda_kernels, monkeypatch):
     model, tokens = make_model(name, **sizes), mx.arange(2 * (TILE + 3)).reshape(2, -1) % 50
     expected = logits_and_gradients(model, tokens)
     monkeypatch.setattr(pieces, "on_cuda", lambda: True)

@@ -5,9 +5,7 @@ On a CPU: `python -m pytest -m device --run-device tests/test_device.py`, in flo
 
 import itertools
 import operator
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +13,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from architectures import make_model
+from check_gradients import LEAST, PLAIN_PASS, add_lora, compare, cosines, in_float32
 from mlx.utils import tree_flatten
 from plain_pass import make_pairs
 from test_recurrent import loop, make_inputs, values_and_gradients
@@ -41,10 +40,6 @@ from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.pieces import gated_delta_rule
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.tuner.preference.step import Objective, Step
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-from check_gradients import LEAST, PLAIN_PASS, add_lora, compare, cosines, in_float32  # noqa: E402
 
 pytestmark = pytest.mark.device
 

@@ -45,6 +45,7 @@ WORKER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+import conftest
 import mlx.core as mx
 import numpy as np
 from test_distributed import OPTIONS, RUNS, model_of, rows_of

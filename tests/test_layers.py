@@ -393,14 +393,6 @@ def test_dropout_can_be_drawn_again():
 # Layers computed again
 
 
-@pytest.fixture
-def uncompiled():
-    """Compiling upstream's small functions takes longer than running them."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_layers_computed_again_draw_the_same_dropout(arrangement, uncompiled):
     model = add_lora(make_model("qwen3"), dropout=0.5)

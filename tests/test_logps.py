@@ -35,12 +35,7 @@ from mlx_lm.tuner.preference.step import Objective, Step
 TIED, UNTIED = "qwen2", "qwen3"
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling upstream's small functions takes longer than running them; one test below compiles."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 class Wrapped(nn.Module):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from architectures import ARCHITECTURES, make_model
 from mlx.utils import tree_flatten
-from plain_pass import make_pairs
-from test_architectures import make_policy
+from plain_pass import make_pairs, make_policy
 
 from mlx_lm.models import gated_delta
 from mlx_lm.tuner.preference import batches, pieces

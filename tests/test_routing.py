@@ -10,8 +10,7 @@ import pytest
 from architectures import ARCHITECTURES, UNTRAINABLE, make_model
 from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from plain_pass import PAIRS, add_lora, arrangements_for, gradient_error
-from test_architectures import lora_keys
+from plain_pass import PAIRS, arrangements_for, gradient_error, make_policy
 from tiny import short_run, some_pairs, trained
 
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
@@ -33,12 +32,7 @@ MIXTURES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling upstream's small functions for each type would take longer than all else."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 # The formula
@@ -97,11 +91,6 @@ def test_even_use_gives_k_and_one_expert_for_all_gives_their_number():
 
 
 # Every model type
-
-
-def make_policy(name):
-    model = make_model(name)
-    return add_lora(model, lora_keys(name, model))
 
 
 @pytest.mark.parametrize("name", MIXTURES)
