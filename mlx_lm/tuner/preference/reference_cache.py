@@ -105,8 +105,6 @@ class Cache:
             if digest != self._digest(rows):
                 raise ValueError("it is damaged, or another model's")
             table = np.frombuffer(rows, ROW)
-            if not np.isfinite(table["values"]).all():
-                raise ValueError("it has values that are not finite")
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
