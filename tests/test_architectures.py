@@ -1,7 +1,5 @@
 """Every model type of the installed mlx-lm through the scorer, against upstream's own forward pass."""
 
-from pathlib import Path
-
 import mlx.core as mx
 import pytest
 from architectures import (
@@ -12,7 +10,6 @@ from architectures import (
     installed_model_types,
     make_model,
 )
-from make_architecture_table import BEGIN, END, table_row
 from plain_pass import (
     PAIRS,
     arrangements_for,
@@ -25,7 +22,6 @@ from plain_pass import (
     scored_gradient,
 )
 
-import mlx_lm
 from mlx_lm.tuner.preference import batches
 from mlx_lm.tuner.preference.batches import PLAIN, make_batch
 from mlx_lm.tuner.preference.logps import PROBE_WINDOW, Scorer, narrow_windows
@@ -76,15 +72,6 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(name, monkeypatch):
         for checkpoint in (False, True):
             found = scored_gradient(scorer, reference, pairs, arrangement, checkpoint)
             assert gradient_error(found, gradient) < TOLERANCE, (arrangement, checkpoint)
-    _check_documented(name, scorer)
-
-
-def _check_documented(name, scorer):
-    document = Path(__file__).parents[1] / "BENCHMARKS.md"
-    text = document.read_text() if document.exists() else ""
-    table = text[text.index(BEGIN) : text.index(END)] if BEGIN in text else ""
-    if f"mlx-lm {mlx_lm.__version__}:" in table:
-        assert table_row(name, scorer) in table, "run tests/make_architecture_table.py"
 
 
 @pytest.mark.parametrize("name", UNTRAINABLE)

@@ -51,6 +51,8 @@ def slug(heading):
 @pytest.mark.parametrize("name", FROM_CODE | REGIONS)
 def test_generated_text_is_what_code_and_results_say(name):
     document, make = (FROM_CODE | REGIONS)[name]
+    if name == "architectures" and f"mlx-lm {mlx_lm.__version__}: " not in MEASURED:
+        pytest.skip("the table is of another release of mlx-lm")
     made = make()
     assert len(made) > 100 and between(document.read_text(), name) == made, "run: python -m tests.make_tables"
 
