@@ -49,22 +49,27 @@ def scan(step, sequences, state, piece, shared=()):
 
     Args:
         step: takes a piece of each sequence, the shared arrays, and the state but where it is None; returns
-            `[output, state]`.
+            `(output, state)`.
         sequences: arrays `(B, T, ...)`.
         state: the first piece's, or None for zeros.
         piece: tokens a piece.
         shared: arrays that all pieces read, of which gradients are taken too.
 
     Returns:
-        `(output, state)`: outputs of all pieces, `(B, T, ...)`, and the last one's state.
+        `(output, state)`: outputs of all pieces, `(B, T, ...)` in the first sequence's dtype, and the last one's state.
     """
+
+    def run(*arrays):
+        out, state = step(*arrays)
+        return [out.astype(sequences[0].dtype), state]
+
     bounds = list(range(piece, sequences[0].shape[1], piece))
     outputs, states = [], [] if state is None else [state]
     for pieces in zip(*(split(x, bounds) for x in sequences), strict=True):
         if outputs:
             # Without waiting for the piece before, much of all pieces could be computed first.
             pieces = mx.depends(list(pieces), states)
-        out, *states = recomputed(nn.Module(), step)(*pieces, *shared, *states)
+        out, *states = recomputed(nn.Module(), run)(*pieces, *shared, *states)
         outputs.append(out)
     return mx.concatenate(outputs, axis=1), states[0]
 
@@ -84,13 +89,8 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None):
     (*_, heads, value_width), key_width = values.shape, keys.shape[-1]
     if on_cuda() and cuda_delta.fits(key_width, value_width):
         return cuda_delta.gated_delta_loops(queries, keys, values, log_gates, betas, state)
-
-    def step(*arrays):
-        out, state = recurrent.gated_delta_chunks(*arrays)
-        return [out.astype(queries.dtype), state]
-
     piece = _at_once(recurrent.CHUNK, len(values) * heads * (key_width + value_width))
-    return scan(step, [queries, keys, values, log_gates, betas], state, piece)
+    return scan(recurrent.gated_delta_chunks, [queries, keys, values, log_gates, betas], state, piece)
 
 
 def _gated_delta(upstream, packed):
@@ -131,7 +131,7 @@ def _state_space(upstream, packed):
         def step(x, B, C, dt, A_log, D, dt_bias, *state):
             dt = compute_dt(dt, dt_bias, time_step_limit)
             out, state = decayed_sums(C, B, dt[..., None] * x, -mx.exp(A_log) * dt, *state)
-            return [(out + D[:, None] * x).astype(x.dtype), state]
+            return out + D[:, None] * x, state
 
         def in_pieces(*sequences_and_state):
             *sequences, state = sequences_and_state
@@ -152,7 +152,7 @@ def _linear_attention(_, __):
         def step(q, k, v, g, *state):
             gates = mx.broadcast_to(g, v.shape[:3])
             out, state = decayed_sums(scale * q, k, v, gates, *(x.swapaxes(-1, -2) for x in state))
-            return [out.astype(q.dtype), state.swapaxes(-1, -2)]
+            return out, state.swapaxes(-1, -2)
 
         sequences = [x.swapaxes(1, 2) for x in (q, k, v)]
         piece = _at_once(CHUNK, CHUNK * v.shape[0] * v.shape[1])
@@ -206,15 +206,11 @@ def _selected(module, x, A, state, norms, packed):
     steps, write, read = (norm(part) for norm, part in zip(norms, parts, strict=True))
     steps = nn.softplus(module.dt_proj(steps))
 
-    def step(*arrays):
-        out, state = selective_scan(*arrays)
-        return [out.astype(arrays[0].dtype), state]
-
     def scanned(*sequences_and_state):
         *sequences, state = sequences_and_state
         if on_cuda() and cuda_scan.fits(*A.shape):
             return cuda_scan.selective_loops(*sequences, A, state)
-        return scan(step, sequences, state, _at_once(SCAN_CHUNK, len(sequences[0]) * A.size), [A])
+        return scan(selective_scan, sequences, state, _at_once(SCAN_CHUNK, len(sequences[0]) * A.size), [A])
 
     sequences = [x, steps, write, read]
     out, state = scanned(*sequences, state) if packed is None else (packed.in_rows(scanned, sequences), None)
@@ -225,13 +221,9 @@ def _rwkv(_, __):
     """RWKV-7's loop, or on Metal its kernel, which has no gradient."""
 
     def process(module, r, w, k, v, a, b, state):
-        def step(*arrays):
-            out, state = wkv7(*arrays)
-            return [out.astype(r.dtype), state]
-
         # A chunk has a matrix of a head's width.
         piece = _at_once(WKV_CHUNK, r[:, 0].size * r.shape[-1] // WKV_CHUNK)
-        return scan(step, [r, w, k, v, a, b], state, piece)
+        return scan(wkv7, [r, w, k, v, a, b], state, piece)
 
     return process
 
