@@ -347,15 +347,16 @@ def gated_delta_loops(queries, keys, values, log_gates, betas, state=None):
         )
         columns = {"before": state.swapaxes(-1, -2), "after_slope": last_slope.swapaxes(-1, -2)}
         columns |= {"slopes": slopes, "errors": errors, "update_slopes": updates}
-        written = dict.fromkeys(("query_slopes", "read_slopes", "write_slopes"), (per_key, mx.float32))
-        found = run("keys", key_width, value_width, common | columns, written)
-        query_slopes, key_slopes, passed = _slopes(queries, keys, *found)
+        wanted = dict.fromkeys(("query_slopes", "read_slopes", "write_slopes"), (per_key, mx.float32))
+        found = run("keys", key_width, value_width, common | columns, wanted)
+        asked, read, written = (x.reshape(batch, length, key_heads, -1, key_width) for x in found)
+        passed = (queries[..., None, :] * asked + keys[..., None, :] * (read - written)).reshape(per_key)
         at_end = (last * last_slope).sum(-2)
         if channels == 1:
             passed, at_end = passed.sum(-1), at_end.sum(-1)
         slopes = (
-            query_slopes,
-            key_slopes,
+            asked.sum(3),
+            (read + written).sum(3),
             betas[..., None] * updates,
             mx.cumsum(passed, axis=1, reverse=True) + at_end[:, None],
             (errors * updates).sum(-1),
@@ -367,11 +368,3 @@ def gated_delta_loops(queries, keys, values, log_gates, betas, state=None):
     state = mx.zeros(before) if state is None else state.astype(mx.float32)
     outputs, _, last = loop(queries, keys, values, log_gates.astype(mx.float32), betas, state)
     return outputs, last
-
-
-def _slopes(queries, keys, query_slopes, read_slopes, write_slopes):
-    """The gradients of queries and keys, and `(B, T, Hv, Dk)` of which those of the gates are sums."""
-    heads = *keys.shape[:3], -1, keys.shape[3]
-    asked, read, written = (x.reshape(heads) for x in (query_slopes, read_slopes, write_slopes))
-    passed = queries[..., None, :] * asked + keys[..., None, :] * (read - written)
-    return asked.sum(3), (read + written).sum(3), passed.reshape(query_slopes.shape)

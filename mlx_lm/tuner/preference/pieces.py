@@ -133,10 +133,9 @@ def _state_space(upstream, packed):
             out, state = decayed_sums(C, B, dt[..., None] * x, -mx.exp(A_log) * dt, *state)
             return out + D[:, None] * x, state
 
-        def in_pieces(*sequences_and_state):
-            *sequences, state = sequences_and_state
-            piece = _at_once(CHUNK, CHUNK * sequences[0][:, 0, :, 0].size)
-            return scan(step, sequences, state, piece, [A_log, D, dt_bias])
+        def in_pieces(x, B, C, dt, state):
+            piece = _at_once(CHUNK, CHUNK * x[:, 0, :, 0].size)
+            return scan(step, [x, B, C, dt], state, piece, [A_log, D, dt_bias])
 
         if packed is not None:
             return packed.in_rows(in_pieces, [x, B, C, dt]), None
@@ -206,11 +205,10 @@ def _selected(module, x, A, state, norms, packed):
     steps, write, read = (norm(part) for norm, part in zip(norms, parts, strict=True))
     steps = nn.softplus(module.dt_proj(steps))
 
-    def scanned(*sequences_and_state):
-        *sequences, state = sequences_and_state
+    def scanned(x, steps, write, read, state):
         if on_cuda() and cuda_scan.fits(*A.shape):
-            return cuda_scan.selective_loops(*sequences, A, state)
-        return scan(selective_scan, sequences, state, _at_once(SCAN_CHUNK, len(sequences[0]) * A.size), [A])
+            return cuda_scan.selective_loops(x, steps, write, read, A, state)
+        return scan(selective_scan, [x, steps, write, read], state, _at_once(SCAN_CHUNK, len(x) * A.size), [A])
 
     sequences = [x, steps, write, read]
     out, state = scanned(*sequences, state) if packed is None else (packed.in_rows(scanned, sequences), None)
