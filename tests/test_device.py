@@ -149,20 +149,25 @@ def cosine(found, expected):
     return found @ expected / np.sqrt((found @ found) * (expected @ expected))
 
 
+def assert_near_the_loop(function, loop, inputs, exact):
+    """Values and gradients of a loop in float32 of the same inputs are what the function's have to be."""
+    expected, slopes = values_and_gradients(loop, [x.astype(mx.float32) for x in inputs])
+    found, found_slopes = values_and_gradients(function, inputs)
+    for a, b in zip([*found, *found_slopes], [*expected, *slopes], strict=True):
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+        assert mx.linalg.norm(a - b).item() < (1e-5 if exact else 1e-2) * mx.linalg.norm(b).item()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize("width", [32, 128, 192, 24])
 def test_the_gated_delta_rule_is_the_loop_over_tokens(dtype, by_channel, width):
-    """On CUDA by kernels, but for the last width; a loop in float32 of the same inputs is what it has to be."""
+    """On CUDA by kernels, but for the last width."""
     inputs = make_inputs(77, by_channel, key_width=width, value_width=width)
     inputs = [x.astype(dtype) for x in inputs[:3]] + inputs[3:4] + [inputs[4].astype(dtype), inputs[5]]
-    expected, slopes = values_and_gradients(loop, [x.astype(mx.float32) for x in inputs])
-    found, found_slopes = values_and_gradients(gated_delta_rule, inputs)
     # As chunks, products are of a GPU's ten bits too.
     exact = dtype == mx.float32 and (not ON_GPU or on_cuda() and width != 24)
-    for a, b in zip([*found, *found_slopes], [*expected, *slopes], strict=True):
-        a, b = a.astype(mx.float32), b.astype(mx.float32)
-        assert mx.linalg.norm(a - b).item() < (1e-5 if exact else 1e-2) * mx.linalg.norm(b).item()
+    assert_near_the_loop(gated_delta_rule, loop, inputs, exact)
 
 
 # Widths as models have, and how many of the inputs a model has in its own dtype.
@@ -183,11 +188,7 @@ def test_other_recurrences_are_their_loops_over_tokens(name, dtype):
     widths, rounded = OTHERS[name]
     inputs = make(200, **widths)
     inputs = [x.astype(dtype) for x in inputs[:rounded]] + inputs[rounded:]
-    expected, slopes = values_and_gradients(loop, [x.astype(mx.float32) for x in inputs])
-    found, found_slopes = values_and_gradients(function, inputs)
-    exact = dtype == mx.float32 and not ON_GPU
-    for a, b in zip([*found, *found_slopes], [*expected, *slopes], strict=True):
-        assert mx.linalg.norm(a.astype(mx.float32) - b).item() < (1e-5 if exact else 1e-2) * mx.linalg.norm(b).item()
+    assert_near_the_loop(function, loop, inputs, dtype == mx.float32 and not ON_GPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,7 +1,6 @@
 """Decayed sums, the scan of Mamba's first generation and RWKV-7's recurrence in chunks, against loops over tokens."""
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from test_recurrent import assert_close, values_and_gradients
 
@@ -108,14 +107,3 @@ def test_sums_are_in_float32(name):
     found, exact = function(*inputs), function(*(x.astype(mx.float32) for x in inputs))
     assert all(x.dtype == mx.float32 for x in found)
     assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(found, exact, strict=True))
-
-
-def test_a_sequence_goes_on_from_a_state():
-    arrays = make_inputs(3 * CHUNK)
-    whole, last = decayed_sums(*arrays)
-    *sequences, state = arrays
-    cut, outputs = CHUNK + 11, []
-    for part in ([x[:, :cut] for x in sequences], [x[:, cut:] for x in sequences]):
-        out, state = decayed_sums(*part, state)
-        outputs.append(out)
-    assert np.allclose(np.concatenate(outputs, axis=1), whole, atol=1e-4) and np.allclose(state, last, atol=1e-4)
