@@ -75,12 +75,7 @@ def scan(step, sequences, state, piece, shared=()):
 
 
 def _at_once(chunk, numbers):
-    """Tokens a piece, a whole number of chunks, of which all is computed at once.
-
-    Args:
-        chunk: tokens.
-        numbers: how many there are of a token, of all sequences, in the largest array that a step makes.
-    """
+    """Tokens a piece, whole chunks, by the numbers that a token of all sequences has in the largest array of a step."""
     return chunk * max(1, AT_ONCE[mx.default_device().type] // max(1, numbers * chunk))
 
 
@@ -190,15 +185,9 @@ def _jamba(_, packed):
 
 
 def _selected(module, x, A, state, norms, packed):
-    """What a layer of Mamba's first generation makes of what it has convolved, and its last state.
+    """What a layer of Mamba's first generation makes of `x` `(B, T, D)`, which it has convolved, and its last state.
 
-    Args:
-        module: with `x_proj`, `dt_proj` and `D`.
-        x: `(B, T, D)`.
-        A: `(D, N)`.
-        state: `(B, D, N)`, or None.
-        norms: of a token's step, and of what it writes and reads.
-        packed: the `PackedRows` of a packed batch, or None.
+    `norms` are of a token's step, and of what it writes and reads; the others as for `selective_scan`.
     """
     rank, states = module.time_step_rank, A.shape[-1]
     parts = mx.split(module.x_proj(x), [rank, rank + states], axis=-1)
