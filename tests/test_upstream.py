@@ -137,28 +137,6 @@ def test_the_overlay_stands_aside_where_it_is_told_to(house):
     assert house.run("-m", "mlx_lm", "lora").stdout == "package ran\n"
 
 
-def test_another_overlay_on_the_path_is_not_upstream(house, tmp_path):
-    installed = tmp_path / "installed"
-    shutil.copytree(house.overlay, installed)
-    house.write(installed, "only_there.py", "")
-    both = [house.overlay, installed, house.upstream]
-    assert house.say("import mlx_lm; print(mlx_lm.generate())", path=both) == "ours"
-    joined = house.say("import mlx_lm; print(*mlx_lm.__path__)", path=both)
-    assert joined == f"{house.overlay}/mlx_lm {house.upstream}/mlx_lm"
-    done = house.run("-c", "import mlx_lm.only_there", path=both)
-    assert "No module named 'mlx_lm.only_there'" in done.stderr
-
-
-def test_files_linked_into_another_folder_run_as_well(house, tmp_path):
-    """As setuptools' strict editable installation lays them out."""
-    linked = tmp_path / "linked"
-    for file in house.overlay.rglob("*.py"):
-        link = linked / file.relative_to(house.overlay)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file)
-    assert house.say("import mlx_lm.lora; print(mlx_lm.generate())", path=[linked, house.upstream]) == "ours"
-
-
 def test_an_upstream_that_an_import_hook_alone_knows_is_found(house):
     """As setuptools' editable installation of mlx-lm provides it."""
     hook = f"""
