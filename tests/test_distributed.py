@@ -160,9 +160,9 @@ def test_only_the_first_worker_writes_and_speaks(workers):
     assert saved >= {"adapters.safetensors", "0000002_adapters.safetensors"}
     assert len(list((folder / "cache").iterdir())) == 3  # the base model, tr-dpo's adapter, and the mixture
     assert "loss" in outputs[0] and outputs[1] == "done\n"
-    # The reference pass is shared out, and its bar ends where all pairs are done.
+    # The reference pass is shared out: of nine pairs and of seven the first worker takes one more.
     told = re.sub(r"\x1b\[[0-9;]*m", "", outputs[0])
-    assert re.findall(r"ref.*?(\d+)/(\d+)", told)[:2] == [("9", "9"), ("7", "7")]
+    assert re.findall(r"ref.*?(\d+)/(\d+)", told)[:2] == [("5", "5"), ("4", "4")]
 
 
 @pytest.mark.parametrize("iteration", [2, 4])

@@ -80,24 +80,20 @@ class Reference:
         mx.clear_cache()
 
     def _compute(self, dataset, rows, values, split):
-        """Fill `values` `(n, 4)`, batch by batch."""
+        """Fill `values` `(n, 4)`, batch by batch; several workers take the rows in turns."""
         world = mx.distributed.init()
+        mine = np.arange(world.rank(), len(rows), world.size())
         with evaluating(self.scorer.model), bounded_memory() as evaluate, make_bars(world.rank()) as bars:
-            # Of several workers, each has a batch.
-            share = -(-len(rows) // world.size())
-            batches = batches_of(self.scorer, dataset, rows, self.batch_size, share=share)
-            task = bars.add_task(f"reference, {split}" if split else "reference", total=len(rows))
+            batches = batches_of(self.scorer, dataset, [rows[i] for i in mine], self.batch_size)
+            task = bars.add_task(f"reference, {split}" if split else "reference", total=len(mine))
 
-            def logps_of(turn):
-                places = batches[turn]
-                batch, *_ = make_batch([dataset[rows[place]] for place in places], self.scorer.arrangement)
-                return self.score(batch), turn
+            def logps_of(places):
+                batch, *_ = make_batch([dataset[rows[i]] for i in mine[places]], self.scorer.arrangement)
+                return self.score(batch), mine[places]
 
-            turns = range(world.rank(), len(batches), world.size())
-            for found, turn in one_behind(evaluate, map(logps_of, turns)):
-                values[batches[turn]] = np.array(found).reshape(-1, 4)
-                bars.advance(task, sum(map(len, batches[turn : turn + world.size()])))
-        mine = np.concatenate(batches[world.rank() :: world.size()] or [[]]).astype(int)
+            for found, places in one_behind(evaluate, map(logps_of, batches)):
+                values[places] = np.array(found).reshape(-1, 4)
+                bars.advance(task, len(places))
         shares = np.zeros_like(values)
         shares[mine] = values[mine]
         summed = np.array(mx.distributed.all_sum(mx.array(shares)))
@@ -174,19 +170,18 @@ def does_nothing(model):
     return bool(matrices) and not mx.stack([mx.any(value != 0) for value in matrices]).any().item()
 
 
-def batches_of(scorer, dataset, rows, size=None, workers=1, share=None):
+def batches_of(scorer, dataset, rows, size=None, workers=1):
     """Places in `rows`, pairs of like length together: `size` of them, or as many as memory is ample for.
 
     Args:
         scorer: the `Scorer` that will run them.
         workers: how many take a batch together.
-        share: pairs in a batch at most, or None.
     """
     lengths = lengths_of(dataset[int(row)] for row in rows)
     if size is not None:
         return filled(lengths, scorer.arrangement, size)
-    most = workers * ample_tokens(scorer, int(lengths.sum(axis=1).max()))
-    return filled(lengths, scorer.arrangement, share, most)
+    most = workers * ample_tokens(scorer, int(lengths.sum(axis=1).max(initial=0)))
+    return filled(lengths, scorer.arrangement, most=most)
 
 
 def ample_tokens(scorer, longest, most=MOST_TOKENS):
