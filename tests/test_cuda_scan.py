@@ -4,29 +4,23 @@ import mlx.core as mx
 import pytest
 from architectures import make_model
 from test_pieces import assert_same, logits_and_gradients
-from test_recurrent import assert_close, values_and_gradients
+from test_recurrent import assert_is_the_loop
 from test_state_space import make_tokens, scan_loop
 
 from mlx_lm.tuner.preference import pieces
 from mlx_lm.tuner.preference.cuda_scan import NUMBERS, THREADS, TILE, fits, selective_loops
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
-NAMES = "x", "steps", "write", "read", "A", "state"
 
 
-def assert_is_the_loop(inputs):
-    expected, slopes = values_and_gradients(scan_loop, inputs)
-    found, found_slopes = values_and_gradients(selective_loops, inputs)
-    for name, a, b in zip(
-        ("outputs", "last state", *NAMES), [*found, *found_slopes], [*expected, *slopes], strict=True
-    ):
-        assert_close(a, b, 4e-6, name)
+def assert_kernels_are_the_loop(inputs):
+    assert_is_the_loop(inputs, 4e-6, 4e-6, selective_loops, scan_loop)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.01, 1.0, 30.0])
 @pytest.mark.parametrize("length", [1, TILE, 3 * TILE + 5])
 def test_any_length_gives_the_loops_values_and_gradients(length, strength):
-    assert_is_the_loop(make_tokens(length, width=2 * THREADS * NUMBERS // 16, states=16, strength=strength))
+    assert_kernels_are_the_loop(make_tokens(length, width=2 * THREADS * NUMBERS // 16, states=16, strength=strength))
 
 
 @pytest.mark.parametrize("states", [8, 32])
@@ -35,7 +29,7 @@ def test_states_of_other_sizes(states):
     assert fits(width, states) and not fits(width + 1, states) and not fits(width, states + 1) and not fits(width, 64)
     # Its arrays would be larger than a block's shared memory.
     assert not fits(THREADS, NUMBERS)
-    assert_is_the_loop(make_tokens(TILE + 3, batch=1, width=width, states=states))
+    assert_kernels_are_the_loop(make_tokens(TILE + 3, batch=1, width=width, states=states))
 
 
 def test_without_a_state_it_begins_with_zeros():

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from test_recurrent import assert_close, values_and_gradients
+from test_recurrent import assert_is_the_loop
 
 from mlx_lm.tuner.preference.state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, wkv7
 
@@ -82,13 +82,7 @@ GATES = [
 @pytest.mark.parametrize("chunks, more", [(0, 1), (0, 7), (1, 0), (2, 5), (3, 5), (5, 3)])
 def test_values_and_gradients_are_the_loops(name, gates, chunks, more):
     function, loop, make, chunk = RECURRENCES[name]
-    inputs = make(chunks * chunk + more, **gates)
-    expected, slopes = values_and_gradients(loop, inputs)
-    found, found_slopes = values_and_gradients(function, inputs)
-    for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, 1e-5)
-    for a, b in zip(found_slopes, slopes, strict=True):
-        assert_close(a, b, 1e-4)
+    assert_is_the_loop(make(chunks * chunk + more, **gates), function=function, loop=loop)
 
 
 @pytest.mark.parametrize("name", RECURRENCES)
