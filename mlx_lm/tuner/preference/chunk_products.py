@@ -88,7 +88,7 @@ def decayed_products_by_channel(keys, queries, log_gates):
     In a block of 2 s tokens the gates between one of the first s and one of the last s are a factor of each, so that
     one product does for all of these; s doubles from 1.
     """
-    rows = mx.stack([keys, mx.broadcast_to(queries, keys.shape)])
+    rows = mx.stack([keys, queries])
     diagonal = mx.stack([mx.zeros(keys.shape[:-1]), (queries * keys).sum(-1)])
     inner = mx.broadcast_to(diagonal, (2, *mx.broadcast_shapes(keys.shape[:-1], log_gates.shape[:-1])))[..., None, None]
     size = 1  # inner: (2, ..., C / s, s, s)

@@ -125,13 +125,7 @@ def joined(arrays, aligned):
         starts = np.append(0, ends[:-1]).astype(np.int32)
         inputs = {f"part_{i}": x for i, x in enumerate(some)}
         inputs["places"] = mx.array(np.stack([starts, sizes, ends]))
-        vectors += run_kernel(
-            f"joined_{len(some)}",
-            _joining_source(len(some)),
-            inputs,
-            outputs={"joined": ((int(ends[-1]),), some[0].dtype)},
-            grid=(-(-int(sizes.max()) // (4 * THREADS)) * THREADS, len(some), 1),
-            threads=THREADS,
-            T=some[0].dtype,
-        )
+        outputs, count = {"joined": ((int(ends[-1]),), some[0].dtype)}, len(some)
+        grid, source = (-(-int(sizes.max()) // (4 * THREADS)) * THREADS, count, 1), _joining_source(count)
+        vectors += run_kernel(f"joined_{count}", source, inputs, outputs, grid, THREADS, T=some[0].dtype)
     return mx.concatenate(vectors)
