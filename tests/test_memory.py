@@ -131,17 +131,11 @@ def test_elsewhere_nothing_is_limited(usual):
         assert limit() == usual and work.item() == 2 * MEGABYTE
 
 
-@pytest.mark.parametrize("threshold, cleared", [(10**6, True), (10**12, False)])
-def test_a_threshold_of_the_user_decides(threshold, cleared, monkeypatch):
-    monkeypatch.setattr(mx, "get_cache_memory", lambda: 2 * 10**6)
-    found = []
-    monkeypatch.setattr(mx, "clear_cache", lambda: found.append(1))
-    trim_cache(threshold)
-    assert bool(found) == cleared
-
-
-@pytest.mark.parametrize("held, kept", [(MOST_HELD - 0.01, True), (MOST_HELD + 0.01, False)])
-def test_what_is_kept_for_later_arrays_is_given_back_where_it_is_much(held, kept, monkeypatch):
+@pytest.mark.parametrize(
+    "threshold, held, given_back",
+    [(10**6, 0.6, True), (10**12, 2.0, False), (0, MOST_HELD - 0.01, False), (0, MOST_HELD + 0.01, True)],
+)
+def test_what_is_kept_is_given_back_beyond_a_threshold_or_where_it_is_much(threshold, held, given_back, monkeypatch):
     monkeypatch.setattr(mx, "get_active_memory", lambda: 0.5e9)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: held * 1e9 - 0.5e9)
     monkeypatch.setattr(mx, "get_peak_memory", lambda: 1e9)
@@ -149,8 +143,8 @@ def test_what_is_kept_for_later_arrays_is_given_back_where_it_is_much(held, kept
     monkeypatch.setattr(mx, "eval", lambda *_: pytest.fail("the device is waited for on CUDA alone"))
     cleared = []
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
-    trim_cache()
-    assert (not cleared) == kept
+    trim_cache(threshold)
+    assert bool(cleared) == given_back
 
 
 def test_on_cuda_it_is_given_back_from_time_to_time_once_the_device_is_done(monkeypatch):
