@@ -168,7 +168,7 @@ def test_what_is_spread_gets_its_gradient_collected():
     weights = mx.random.normal((6, 2, 4), key=mx.random.key(1)) * (mx.arange(6) < 5)[:, None, None]
 
     def taken(x):
-        (parts,) = spread([x], [places], [x.shape[1:]])
+        (parts,) = spread([x], [places])
         assert [part.shape[:2] for part in parts] == [(1, 2), (2, 2)]
         return mx.concatenate([part.flatten(0, 1) for part in parts])
 

@@ -254,7 +254,7 @@ def test_what_is_spread_and_collected_is_the_same_at_every_run(dtype, width, cou
     places = Places(parts, mx.array(np.stack([np.arange(500), second]), mx.int32))
 
     def rows(*arrays):
-        spreads = spread(arrays, [places] * count, [x.shape[1:]] * count)
+        spreads = spread(arrays, [places] * count)
         return [part.flatten(0, 1) for part in spreads[-1]]
 
     def run():

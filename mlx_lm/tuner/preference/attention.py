@@ -129,8 +129,7 @@ class PackedRows:
     """Tokens of a packed batch as rows of `Parts`."""
 
     def __init__(self, parts):
-        self._keys = Places(parts.keys, parts.uses)
-        self._answers = Places(parts.answered, parts.outputs[None], holes=True)
+        self._keys, self._answers = places_of(parts)
 
     def in_rows(self, function, arrays):
         """What a recurrence's function gives for tokens that come as sequences of one, `(N, 1, ...)`.
@@ -140,7 +139,7 @@ class PackedRows:
                 `(K, T, ...)` and the state behind them, `(K, ...)`.
             arrays: what it takes, each `(N, 1, ...)`.
         """
-        columns = spread(arrays, [self._keys] * len(arrays), [x.shape[2:] for x in arrays])
+        columns = spread([x.squeeze(1) for x in arrays], [self._keys] * len(arrays))
         first, *others = map(len, columns[0])
         begun, state, answers = sum(others) == 2 * first, None, []
         for part in zip(*columns, strict=True):
@@ -156,11 +155,8 @@ class PackedCache(RowCache):
     """In every layer's cache's place on a packed batch of N sequences of one token, which a `Layout` tells."""
 
     def __init__(self, layout):
-        parts = layout.attended
         self.offset = layout.places
-        asking = [keys[:, -own.shape[1] :] for keys, own in zip(parts.keys, parts.answered, strict=True)]
-        self._queries, self._keys = Places(asking, parts.outputs[None]), Places(parts.keys, parts.uses)
-        self._answers = Places(parts.answered, parts.outputs[None], holes=True)
+        self._keys, self._queries = places_of(layout.attended)
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What `attend` reads; a mask to compute with cannot be had."""
@@ -182,8 +178,7 @@ class PackedCache(RowCache):
         """
         if not (mask == "causal" or isinstance(mask, Window)) or queries.shape[2] != 1 or keys.shape[2] != 1:
             raise ValueError("a packed batch has no mask, and no rows, of a model's own")
-        arrays, places = [queries, keys, values], [self._queries, self._keys, self._keys]
-        columns = spread(arrays, places, [(x.shape[1], x.shape[3]) for x in arrays])
+        columns = spread([x.squeeze(2) for x in (queries, keys, values)], [self._queries, self._keys, self._keys])
         out = []
         for part in zip(*columns, strict=True):
             (length, whole), seen = (x.shape[1] for x in part[:2]), mask
@@ -193,7 +188,7 @@ class PackedCache(RowCache):
                     seen = create_causal_mask(length, whole - length, window_size=mask.size)
             inputs = (x.swapaxes(1, 2) for x in part)
             out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2))
-        return collected(out, self._answers)[:, :, None]
+        return collected(out, self._queries)[:, :, None]
 
 
 class PackedState(ArraysCache):
@@ -226,99 +221,89 @@ class PackedState(ArraysCache):
         """What upstream answers where there is no cache."""
 
 
-class Places:
+class Places(NamedTuple):
     """Which of N tokens stand in the rows of parts, and in which rows each token stands.
 
-    Args:
-        parts: of each part `(K, T)` int32, the token that stands there; -1 for none.
+    Attributes:
+        parts: of each part `(K, T)` int32, the token that stands there.
         sources: `(R, N)` int32, rows that a token stands in, numbered from the first part's to the last's; -1 for none.
-        holes: whether there is a -1 in a part.
+        holes: whether a part has -1 where none stands, for zeros.
     """
 
-    def __init__(self, parts, sources, holes=False):
-        self.shapes, self.sources = [part.shape for part in parts], sources
-        self.parts = [part.reshape(-1) for part in parts]
-        self._taken = [mx.maximum(part, 0) for part in self.parts]
-        self._there = [(part >= 0)[:, None] for part in self.parts] if holes else None
-        self._known = [(mx.maximum(row, 0), (row >= 0)[:, None]) for row in sources]
+    parts: list
+    sources: mx.array
+    holes: bool = False
 
-    def of(self, x):
-        """The parts' rows `(K T, ...)` of tokens `x` `(N, ...)`, a list."""
-        rows = [_taken(x.reshape(len(x), -1), taken) for taken in self._taken]
-        if self._there is not None:
-            rows = [mx.where(there, part, 0) for there, part in zip(self._there, rows, strict=True)]
-        return [part.reshape(-1, *x.shape[1:]) for part in rows]
-
-    def back(self, parts):
-        """The tokens' sums `(N, ...)` of such rows."""
-        rows = mx.concatenate([part.reshape(len(part), -1) for part in parts])
-        total = sum(mx.where(known, _taken(rows, source), 0) for source, known in self._known)
-        return total.reshape(-1, *parts[0].shape[1:])
+    def indices(self):
+        """Of each part the tokens that are its rows, as `_moved` reads them."""
+        return [part.reshape(1, -1) if self.holes else part.reshape(-1) for part in self.parts]
 
 
-def spread(arrays, places, shapes):
-    """Tokens of arrays as rows of parts, whose gradients are gathered too: faster than scattered, and always the same.
+def places_of(parts):
+    """The `Places` of the keys of `Parts`, and of what asks and is answered."""
+    return Places(parts.keys, parts.uses), Places(parts.answered, parts.outputs[None], holes=True)
 
-    Args:
-        arrays: each `(N, ...)`.
-        places: the `Places` of each.
-        shapes: of what each has of a token.
 
-    Returns:
-        A list for each array, of each part's `(K, T, *shape)`.
-    """
-    at_once = on_cuda() and fit(arrays)
-
-    @mx.custom_function
-    def rows(*arrays):
-        return tuple(_parts_of(arrays, places, at_once))
-
-    @rows.vjp
-    def backward(_, slopes, __):
-        own = iter(slopes)
-        return tuple(_tokens_of([[next(own) for _ in each.parts] for each in places], places, at_once))
-
-    found = iter(rows(*arrays))
+def spread(arrays, places):
+    """Tokens of arrays, each `(N, ...)`, as rows of parts: a list for each array of each part's `(K, T, ...)`."""
+    found = iter(_moved([[x] for x in arrays], [own.indices() for own in places], [[own.sources] for own in places]))
     return [
-        [next(found).reshape(*own, *shape) for own in each.shapes] for each, shape in zip(places, shapes, strict=True)
+        [next(found).reshape(*part.shape, *x.shape[1:]) for part in own.parts]
+        for own, x in zip(places, arrays, strict=True)
     ]
 
 
 def collected(parts, places):
     """The tokens' `(N, ...)` of what stands in the parts' rows, `(K, T, ...)` each: the other way around."""
-    at_once = on_cuda() and fit([part.flatten(0, 1) for part in parts])
+    return _moved([[part.flatten(0, 1) for part in parts]], [[places.sources]], [places.indices()])[0]
+
+
+def _moved(arrays, there, back):
+    """Rows of arrays in other places; gradients are gathered too, which is faster than to scatter, and always the same.
+
+    Args:
+        arrays: each in parts `(n, ...)`, whose rows are numbered from the first part's to the last's.
+        there: of each array, for each part to come, which rows that has, `(M,)` int32, or the sums of which, `(S, M)`,
+            where -1 is none.
+        back: the same for the gradients of what it is in.
+
+    Returns:
+        The parts to come, one array's after another's.
+    """
+    at_once = on_cuda() and all(map(fit, arrays))
+
+    def gathered(rows, before, after):
+        rows = iter(rows)
+        found = [([next(rows) for _ in own], index) for own, index in zip(before, after, strict=True)]
+        if not at_once:
+            return tuple(_rows(parts, index) for parts, indices in found for index in indices)
+        # MLX copies an array that is not in a row before a kernel reads it: once, and not for each part.
+        found = [(list(map(mx.contiguous, parts)) if len(own) > 1 else parts, own) for parts, own in found]
+        pairs = [(parts, mx.atleast_2d(index)) for parts, indices in found for index in indices]
+        return tuple(rows_of(*zip(*pairs, strict=True)))
 
     @mx.custom_function
-    def tokens(*parts):
-        return _tokens_of([parts], [places], at_once)[0]
+    def moved(*rows):
+        return gathered(rows, back, there)
 
-    @tokens.vjp
-    def backward(_, slope, __):
-        return tuple(_parts_of([slope], [places], at_once))
+    @moved.vjp
+    def backward(_, slopes, __):
+        return gathered(slopes, there, back)
 
-    return tokens(*(part.flatten(0, 1) for part in parts))
-
-
-def _parts_of(arrays, places, at_once):
-    """The rows of all arrays' parts, one after another."""
-    if not at_once:
-        return [rows for own, x in zip(places, arrays, strict=True) for rows in own.of(x)]
-    # MLX copies an array that is not in a row before a kernel reads it: once, and not for each part.
-    arrays = [mx.contiguous(x) if len(own.parts) > 1 else x for own, x in zip(places, arrays, strict=True)]
-    pairs = [(x, index) for own, x in zip(places, arrays, strict=True) for index in own.parts]
-    return rows_of([[x] for x, _ in pairs], [index[None] for _, index in pairs])
+    return moved(*(part for parts in arrays for part in parts))
 
 
-def _tokens_of(parts, places, at_once):
-    """The tokens of several arrays' parts."""
-    if not at_once:
-        return [own.back(rows) for own, rows in zip(places, parts, strict=True)]
-    return rows_of(parts, [own.sources for own in places])
-
-
-def _taken(x, index):
-    """`x[index]` of `(N, D)`, in words of eight bytes where they fit: MLX takes as long for a word of two."""
-    return x.view(mx.uint64)[index].view(x.dtype) if fit([x]) else x[index]
+def _rows(parts, index):
+    """The rows of an array's parts that an index of `_moved` names, `(M, ...)`."""
+    rows = mx.concatenate([part.reshape(len(part), -1) for part in parts])
+    # In words of eight bytes where they fit: MLX takes as long for a word of two.
+    words = rows.view(mx.uint64) if fit([rows]) else rows
+    if index.ndim == 1:
+        found = words[index].view(rows.dtype)
+    else:
+        named = (mx.where((row >= 0)[:, None], words[mx.maximum(row, 0)].view(rows.dtype), 0) for row in index)
+        found = sum(named, next(named))
+    return found.reshape(-1, *parts[0].shape[1:])
 
 
 def attention(queries, keys, values, scale, mask=None, sinks=None):
