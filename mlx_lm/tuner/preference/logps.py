@@ -158,16 +158,15 @@ class Scorer:
                 expected = _run(self.model, rows.tokens, None).flatten(0, 1)[rows.positions]
             try:
                 with self.lean_layers(tried):
-                    states = self.response_states(tried)
-                    found = self.logits(states)
+                    found = self.logits(self.response_states(tried))
                     mx.eval(found)
             except Exception:  # in parts, or in a batch that it was not written for, its own code may fail in any way
                 return False
             # Recurrences carry on what half precision rounds: 24 random layers of Qwen3.5's on CUDA are off by 0.035.
             slack = 2 if self._channels and not is_float32(self.model) else 1
             same = found.shape == expected.shape and relative_error(found, expected) < slack * tolerance(self.model)
-            if same and self.head and arrangement == PLAIN:
-                self.head.learn(states, found.shape[-1])
+            if same and self.head:
+                self.head.vocabulary = found.shape[-1]
             return same
 
 
@@ -250,12 +249,17 @@ class Head:
     Args:
         model: an mlx-lm model.
         body: the module of it that makes hidden states of tokens.
-        vocabulary: V.
-        trainable: names of the trainable parameters that logits depend on besides hidden states.
+
+    Attributes:
+        vocabulary: V, once it was tried.
+        trainable: names of the trainable parameters outside of layers: logits may depend on them besides hidden states.
     """
 
-    def __init__(self, model, body, vocabulary=0, trainable=()):
-        self.model, self.body, self.vocabulary, self.trainable = model, body, vocabulary, trainable
+    def __init__(self, model, body):
+        self.model, self.body, self.vocabulary = model, body, None
+        inside = {id(x) for layer in layers_of(model) for _, x in tree_flatten(layer.trainable_parameters())}
+        others = [item for item in tree_flatten(model.trainable_parameters()) if id(item[1]) not in inside]
+        self.trainable = [name for name, x in others if mx.issubdtype(x.dtype, mx.floating)]
 
     @classmethod
     def find(cls, model):
@@ -265,24 +269,6 @@ class Head:
             body = body.language_model
         body = next((body[name] for name in BODIES if isinstance(body.get(name), nn.Module)), None)
         return None if body is None else cls(model, body)
-
-    def learn(self, states, vocabulary):
-        """Take V, and find the trainable parameters of modules which logits depend on besides hidden `states`."""
-        self.vocabulary, self.trainable = vocabulary, []
-        inside = {id(x) for layer in layers_of(self.model) for _, x in tree_flatten(layer.trainable_parameters())}
-        parameters = [item for item in tree_flatten(self.model.trainable_parameters()) if id(item[1]) not in inside]
-        floating = [(name, x) for name, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
-        if not floating:
-            return
-
-        def total(parameters):
-            with parameters_in(self.model, parameters):
-                return mx.square(self.logits(states)).sum()
-
-        slopes = tree_flatten(mx.grad(total)(tree_unflatten(floating)))
-        # A matrix of zeros hides that its partner is read: they are of one module.
-        modules = {name.rpartition(".")[0] for name, slope in slopes if mx.any(slope != 0).item()}
-        self.trainable = [name for name, _ in floating if name.rpartition(".")[0] in modules]
 
     def hidden_states(self, tokens, cache):
         """The body's output `(B, T, D)` for `tokens` `(B, T)`; what the model makes of it is never computed."""
@@ -327,7 +313,7 @@ class Head:
     def _recomputed(self, states, targets, alignment):
         """As `_logps` for a head with trainable parameters: the backward pass computes each chunk's logits again."""
         found = dict(tree_flatten(self.model.trainable_parameters()))
-        names, values = list(self.trainable), [found[name] for name in self.trainable]
+        names, values = self.trainable, [found[name] for name in self.trainable]
         key = mx.random.state[0]
 
         def chunk_logps(*inputs, targets, alignment=False):
