@@ -4,7 +4,7 @@ from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from ...models.activations import recomputed_activations
 from ..lora import LoRALinear
@@ -261,36 +261,31 @@ def checkpointed_layers(model):
 
 def _checkpointed(call):
     def checkpointed(layer, *args, **kwargs):
-        leaves = tree_flatten([args, kwargs], is_leaf=_is_empty)
-        if any(_keeps_state(x) for _, x in leaves):
+        leaves = [x for _, x in tree_flatten([args, kwargs])]
+        if any(map(_keeps_state, leaves)):
             # What a layer leaves in an object has no gradient once the layer is computed again.
             return call(layer, *args, **kwargs)
-        # MLX refuses to look for a gradient where an integer array is an index.
-        names = [name for name, x in leaves if isinstance(x, mx.array) and mx.issubdtype(x.dtype, mx.floating)]
         outputs = []
 
         def run(*arrays):
-            given = dict(zip(names, arrays, strict=True))
-            args, kwargs = tree_unflatten([(name, given.get(name, x)) for name, x in leaves])
+            arrays = iter(arrays)
+            given, named = tree_map(lambda x: next(arrays) if _is_floating(x) else x, [args, kwargs])
             with aside() as told:
-                out = call(layer, *args, **kwargs)
-            outputs.append(tree_flatten([out, told], is_leaf=_is_empty))
+                outputs.append([call(layer, *given, **named), told])
             # MLX loses the gradient of an array that is returned twice: views differ.
-            return [mx.expand_dims(x, 0) for _, x in outputs[-1] if isinstance(x, mx.array)]
+            return [mx.expand_dims(x, 0) for _, x in tree_flatten(outputs[-1]) if isinstance(x, mx.array)]
 
-        found = iter(recomputed(layer, run)(*(x for name, x in leaves if name in names)))
-        out, told = tree_unflatten(
-            [(name, next(found).squeeze(0) if isinstance(x, mx.array) else x) for name, x in outputs[0]]
-        )
+        found = iter(recomputed(layer, run)(*filter(_is_floating, leaves)))
+        out, told = tree_map(lambda x: next(found).squeeze(0) if isinstance(x, mx.array) else x, outputs[0])
         tell_aside(*told)
         return out
 
     return checkpointed
 
 
-def _is_empty(value):
-    """Whether a value is a list, tuple or dict of nothing, which leaves no trace among its leaves."""
-    return isinstance(value, (list, tuple, dict)) and not value
+def _is_floating(value):
+    """Whether a value is an array with a gradient: MLX refuses to look for one where an integer array is an index."""
+    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
 
 
 def _keeps_state(value):
