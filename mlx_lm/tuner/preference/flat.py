@@ -76,8 +76,8 @@ class FlatParameters:
 
     Args:
         model: its trainable parameters are read once, and again by `read`.
-        optimizer: what will update them, or None; unless it is one of BY_ELEMENT, nothing is joined. One that asks for
-            names is given the model's.
+        optimizer: what will update them, or None; unless it is one of BY_ELEMENT, or `LoraPlus` of such, nothing is
+            joined, and each has its own name.
         siblings: the model's `Siblings`, for which the model is given joined matrices.
 
     Attributes:
@@ -88,8 +88,8 @@ class FlatParameters:
         self.vectors, self._model = nn.Module(), model
         self._lora = [pair for pair in lora_layers(model) if "lora_b" in pair[0].trainable_parameters()]
         of_lora = {id(x): (dtype, module.scale) for module, dtype in self._lora for x in (module.lora_a, module.lora_b)}
-        named = isinstance(optimizer, optim.MultiOptimizer) and not isinstance(optimizer, LoraPlus)
-        joins, kinds = optimizer is None or (_is_by_element(optimizer) and not named), {}
+        parts = optimizer.optimizers if isinstance(optimizer, LoraPlus) else [optimizer]
+        joins, kinds = optimizer is None or all(type(part) in BY_ELEMENT for part in parts), {}
         for name, value in tree_flatten(model.trainable_parameters()):
             leaf = "lora_b" if name.endswith(".lora_b") else "others"
             rounded, scale = of_lora.get(id(value), (None, 1.0))
@@ -97,9 +97,7 @@ class FlatParameters:
             kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
             kinds.setdefault(kind, []).append((name, value.shape))
         self._parts = {f"part_{i}": part for i, part in enumerate(kinds.items())}
-        self._names = {
-            place: kind.name if named else f"{place}.{kind.leaf}" for place, (kind, _) in self._parts.items()
-        }
+        self._names = {place: kind.name or f"{place}.{kind.leaf}" for place, (kind, _) in self._parts.items()}
         self._siblings, self._rearranged = [], {}
         self._rearrange(siblings)
         self.read()
@@ -247,14 +245,6 @@ def _side_by_side(arrays):
         gap = -array.size % ALIGNED
         parts += [array.reshape(-1), mx.zeros(gap, array.dtype)] if gap else [array.reshape(-1)]
     return mx.concatenate(parts)
-
-
-def _is_by_element(optimizer):
-    """Whether an optimizer, and all that it is made of, are of BY_ELEMENT."""
-    if type(optimizer) in BY_ELEMENT:
-        return True
-    parts = getattr(optimizer, "optimizers", ())
-    return bool(parts) and all(map(_is_by_element, parts))
 
 
 class LoraPlus(optim.MultiOptimizer):
