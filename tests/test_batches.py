@@ -19,7 +19,6 @@ from mlx_lm.tuner.preference.batches import (
     RECURRENT,
     Schedule,
     Shape,
-    as_batch,
     at_once,
     by_length,
     drawn,
@@ -349,19 +348,6 @@ def test_a_response_token_is_scored_where_it_is_predicted(arrangement):
         expected += [(a, b, i, n < len(other)) for n, (a, b) in enumerate(zip(before, response, strict=True))]
     assert scored[: len(expected)] == expected
     assert all(sequence == 10 and not common for *_, sequence, common in scored[len(expected) :])
-
-
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_a_batch_comes_back_from_plain_tuples(arrangement):
-    """MLX's compiler knows tuples, and not which kind they were."""
-    batch, *_ = make_batch(some_pairs(3), arrangement)
-
-    def plain(value):
-        return tuple(map(plain, value)) if isinstance(value, tuple) else value
-
-    again = as_batch(plain(batch))
-    assert type(again) is type(batch) and type(again.layout) is type(batch.layout)
-    assert shapes_in(again) == shapes_in(batch)
 
 
 def test_common_logps_stop_where_the_shorter_response_ends():

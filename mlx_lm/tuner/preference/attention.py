@@ -240,8 +240,9 @@ class Places(NamedTuple):
 
 
 def places_of(parts):
-    """The `Places` of the keys of `Parts`, and of what asks and is answered."""
-    return Places(parts.keys, parts.uses), Places(parts.answered, parts.outputs[None], holes=True)
+    """The `Places` of the keys of `Parts`, or a tuple of such, and of what asks and is answered."""
+    keys, answered, outputs, uses = parts
+    return Places(keys, uses), Places(answered, outputs[None], holes=True)
 
 
 def spread(arrays, places):

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from .attention import CUDA_TILE, Layout, Parts, make_parts, on_cuda
+from .attention import CUDA_TILE, Layout, make_parts, on_cuda
 from .options import MOST_ITERS, ConfigError
 
 # How a batch is arranged: all its tokens side by side, a prompt's once; the same for a model that convolves, which has
@@ -75,15 +75,6 @@ class Batch(NamedTuple):
     labels: mx.array
     reads: mx.array
     ntoks: mx.array
-
-
-def as_batch(parts):
-    """The `Batch` of the plain tuples into which MLX's compiler has turned one."""
-    batch = Batch(*parts)
-    if not batch.layout:
-        return batch
-    places, *parts = batch.layout
-    return batch._replace(layout=Layout(places, *(Parts(*part) if part else () for part in parts)))
 
 
 def multiple():

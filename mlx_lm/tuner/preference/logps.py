@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ...models.activations import fast_exp, fast_max
 from ...models.cache import CacheList, ChunkedKVCache, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from ...utils import token_logps
-from .attention import PackedCache, PackedRows, PackedState, RowCache, on_cuda
+from .attention import Layout, PackedCache, PackedRows, PackedState, RowCache, on_cuda
 from .batches import PACKED, PLAIN, RECURRENT, lengths_of, make_batch, shape_of
 from .intercept import drawing_from, evaluating, exchanged, intercepted, parameters_in
 from .layers import convolved_channels, is_float32, layers_of, lean_layers
@@ -121,7 +121,7 @@ class Scorer:
         """Hidden states `(M, D)`, or logits `(M, V)` where there is no head, that the batch's targets are read from."""
         own, others, cache = RowCache(), None, None
         if batch.layout:
-            own, others = PackedCache(batch.layout), PackedState(len(batch.tokens), self._channels)
+            own, others = PackedCache(Layout(*batch.layout)), PackedState(len(batch.tokens), self._channels)
         if self._caches is not None:
             cache = [_in_place(entry, own, others) for entry in self._caches]
         with self.lean_layers(batch):
@@ -133,7 +133,8 @@ class Scorer:
         if self._is_lean:
             yield
             return
-        packed = PackedRows(batch.layout.recurrent) if batch.layout and batch.layout.recurrent else None
+        recurrent = Layout(*batch.layout).recurrent if batch.layout else ()
+        packed = PackedRows(recurrent) if recurrent else None
         with exchanged(self, "_is_lean", True), lean_layers(self._modules, packed):
             yield
 

@@ -9,7 +9,7 @@ from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
 from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
-from .batches import as_batch
+from .batches import Batch
 from .flat import FlatParameters
 from .intercept import aside, exchanged
 from .memory import Need
@@ -278,7 +278,7 @@ class Step:
         return [self.flat.vectors.state, self.optimizer.state, mx.random.state]
 
     def _take_gradient(self, batch, reference):
-        batch = as_batch(batch)
+        batch = Batch(*batch)  # MLX's compiler has made plain tuples of it
         parameters = self.flat.views(as_multiplied=True)
 
         def loss(parameters):
