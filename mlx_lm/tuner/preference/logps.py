@@ -226,8 +226,12 @@ def logps_and_more(logits, targets, alignment, by_token=False):
         # Compiled, a GPU reads the logits half as often; a CPU would have each shape's kernel compiled by g++.
         figures_of = _compiled_figures if mx.default_device() == mx.gpu else _token_figures
         logps, *figures = figures_of(logits, targets)
-    squares = mx.logsumexp(2 * logits, -1) - 2 * mx.logsumexp(logits, -1) if alignment else mx.zeros_like(logps)
-    return [logps, squares, *figures]
+    return [logps, _squares(logits) if alignment else mx.zeros_like(logps), *figures]
+
+
+def _squares(logits):
+    """log sum_v p(v)^2 of logits `(N, V)`, `(N,)`."""
+    return mx.logsumexp(2 * logits, axis=-1) - 2 * mx.logsumexp(logits, axis=-1)
 
 
 def _token_figures(logits, targets):
@@ -354,8 +358,9 @@ class Head:
         def logps_and_gradient(states, targets):
             logits = self.logits(states)
             seeds = _seeds if mx.default_device() == mx.gpu else _seeds_on_cpu
-            logps, squares, slope = seeds(logits.astype(mx.float32), targets[:, None], alignment)
+            logps, slope = seeds(logits.astype(mx.float32), targets[:, None])
             _, (gradient,) = mx.vjp(self.logits, [states], [slope.astype(logits.dtype)])
+            squares = _squares(logits.astype(mx.float32)) if alignment else mx.zeros_like(logps)
             return [logps, squares, gradient]
 
         @mx.custom_function
@@ -377,37 +382,27 @@ class Head:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _seeds(logits, column, alignment):
-    """Logps of the targets, and the gradients of these, negative, with respect to the logits.
+def _seeds(logits, column):
+    """Logps of the targets `(N,)`, and the gradients of these, negative, with respect to the logits.
 
     Args:
         logits: `(N, V)` float32.
         column: `(N, 1)` int, the targets.
-        alignment: whether log sum_v p(v)^2 is wanted too.
-
-    Returns:
-        `(logps, squares, gradient)`: `(N,)`, `(N,)`, zeros where it is not wanted, and `(N, V)`.
     """
     normalizers = mx.logsumexp(logits, axis=-1, keepdims=True)
     # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
     gradient = mx.exp(logits - normalizers) - (mx.arange(logits.shape[-1]) == column)
-    logps = (mx.take_along_axis(logits, column, axis=-1) - normalizers).squeeze(-1)
-    squares = mx.logsumexp(2 * logits, axis=-1) - 2 * normalizers.squeeze(-1) if alignment else mx.zeros_like(logps)
-    return logps, squares, gradient
+    return (mx.take_along_axis(logits, column, axis=-1) - normalizers).squeeze(-1), gradient
 
 
-def _seeds_on_cpu(logits, column, alignment):
+def _seeds_on_cpu(logits, column):
     """As `_seeds`, with one exponential a logit in place of two."""
     top = fast_max(logits)
     exponentials = fast_exp(logits - top)
     totals = exponentials.sum(axis=-1, keepdims=True)
-    logps = (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1)
     own = mx.take_along_axis(exponentials, column, axis=-1)
     gradient = mx.put_along_axis(exponentials, column, own - totals, axis=-1) / totals
-    squares = mx.zeros_like(logps)
-    if alignment:
-        squares = mx.log(mx.square(exponentials).sum(axis=-1)) - 2 * mx.log(totals.squeeze(-1))
-    return logps, squares, gradient
+    return (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1), gradient
 
 
 def tolerance(model):
