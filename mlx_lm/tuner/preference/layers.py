@@ -36,20 +36,14 @@ class LeanLoRALinear(LoRALinear):
 
 
 def _adapted(linear, x, lora_a, lora_b):
-    """`linear(x) + x @ lora_a @ lora_b`, `(..., out)` of `x` `(..., in)`, in its dtype; `linear` is frozen."""
-    out = _adapted_product(linear, x.reshape(-1, x.shape[-1]), lora_a.astype(x.dtype), lora_b.astype(x.dtype))
-    return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def _adapted_product(linear, x, lora_a, lora_b):
-    """`linear(x) + x @ lora_a @ lora_b`, `(N, out)`, with a backward pass that reads large arrays seldom.
+    """`linear(x) + x @ lora_a @ lora_b` in the dtype of `x`, with a backward pass that reads large arrays seldom.
 
     MLX evaluates gradients of parameters last and keeps what they need until then: here the gradient that is passed on
     waits for them.
 
     Args:
         linear: a frozen layer.
-        x: `(N, in)`.
+        x: `(..., in)`.
         lora_a, lora_b: `(in, rank)` and `(rank, out)`.
     """
 
@@ -71,7 +65,8 @@ def _adapted_product(linear, x, lora_a, lora_b):
         # A float32 layer among narrower ones gives gradients of float32, which MLX refuses or misreads.
         return tuple(found.astype(x.dtype) for found, x in zip(own, arrays, strict=True))
 
-    return product(lora_a, lora_b, x)[0]
+    out = product(lora_a.astype(x.dtype), lora_b.astype(x.dtype), x.reshape(-1, x.shape[-1]))[0]
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class DepthwiseConv1d(nn.Conv1d):
