@@ -15,6 +15,7 @@ import numpy as np
 
 from ..lora import LoRALinear
 from .intercept import evaluating, exchanged, intercepted
+from .state_space import split
 
 # Columns that the first matrices have together at most: off the diagonal the second ones are zeros, which cost more
 # than launching does where ranks are large.
@@ -101,26 +102,13 @@ class Siblings:
         if any(own.lora_a is not a or own.lora_b is not b for own, (a, b) in zip(self.layers, parts, strict=True)):
             return None
         if self._input is not x:
-            self._input, self._outputs = x, _split(product(self.linear, x, first, second), self._columns)
+            out, ends = product(self.linear, x, first, second), [own.stop for own in self._columns]
+            self._input, self._outputs = x, split(out, ends[:-1], axis=-1)
         place = next(i for i, own in enumerate(self.layers) if own is layer)
         out = self._outputs[place]
         if place == len(self.layers) - 1:
             self._input = self._outputs = None
         return out
-
-
-def _split(x, columns):
-    """Parts `(..., D)` of the last axis of `x`, whose gradients are put side by side."""
-
-    @mx.custom_function
-    def parts(x):
-        return tuple(x[..., own] for own in columns)
-
-    @parts.vjp
-    def side_by_side(_, slopes, __):
-        return mx.concatenate(slopes, axis=-1)
-
-    return parts(x)
 
 
 def find_siblings(model, run):

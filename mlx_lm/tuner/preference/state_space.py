@@ -151,15 +151,15 @@ def wkv7(r, w, k, v, a, b, state=None):
     return outputs.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)[:, :length], last
 
 
-def split(x, bounds):
-    """`mx.split` along the second axis, whose own gradient is a sum of arrays as large as `x`, one for each part."""
+def split(x, bounds, axis=1):
+    """`mx.split`, whose own gradient is a sum of arrays as large as `x`, one for each part."""
 
     @mx.custom_function
     def parts(x):
-        return tuple(mx.split(x, bounds, axis=1))
+        return tuple(mx.split(x, bounds, axis))
 
     @parts.vjp
     def joined(_, cotangents, __):
-        return mx.concatenate(cotangents, axis=1)
+        return mx.concatenate(cotangents, axis)
 
     return parts(x) if bounds else (x,)
