@@ -77,7 +77,7 @@ class Scorer:
     def __init__(self, model, share_prompt=True, response_only=True, together=None):
         self.model, self._is_lean = model, False
         together = on_cuda() if together is None else together
-        self.siblings = find_siblings(model, lambda: model(mx.arange(1, 13).reshape(2, 6))) if together else []
+        self.siblings = find_siblings(model) if together else []
         # To look for them for each batch took a fifth of the time to lay out 30 layers.
         self._modules = model.modules()
         self._channels, head, caches = convolved_channels(model), Head.find(model) if response_only else None, None

@@ -7,7 +7,9 @@ second ones along the diagonal of a larger one: three products forward and five 
 
 import copy
 import weakref
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import groupby
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -111,15 +113,10 @@ class Siblings:
         return out
 
 
-def find_siblings(model, run):
-    """The layers of a model that read one input one after another and can be computed together, as `Siblings`.
+def find_siblings(model):
+    """A list of the `Siblings` of a model: layers that read one input one after another and can be computed together.
 
-    Args:
-        model: an mlx-lm model.
-        run: runs it on a few tokens.
-
-    Returns:
-        A list; none where the model cannot be run so.
+    Found by running the model on a few tokens; none where it cannot be run so.
     """
     calls = []
 
@@ -134,14 +131,10 @@ def find_siblings(model, run):
             stack.enter_context(intercepted(layer, "__call__", listened))
         # A model's own code may fail in any way.
         with suppress(Exception):
-            run()
-    groups, counts = [], {}
-    for layer, x in calls:
-        counts[id(layer)] = counts.get(id(layer), 0) + 1
-        if not groups or groups[-1][0] is not x:
-            groups.append((x, []))
-        groups[-1][1].append(layer)
-    once = [own for _, own in groups if all(counts[id(layer)] == 1 for layer in own)]
+            model(mx.arange(1, 13).reshape(2, 6))
+    counts = Counter(id(layer) for layer, _ in calls)
+    groups = ([layer for layer, _ in own] for _, own in groupby(calls, key=lambda call: id(call[1])))
+    once = (own for own in groups if all(counts[id(layer)] == 1 for layer in own))
     return [_siblings(own) for own in once if _go_together(own)]
 
 
