@@ -297,12 +297,10 @@ def _moved(arrays, there, back):
 def _rows(parts, index):
     """The rows of an array's parts that an index of `_moved` names, `(M, ...)`."""
     rows = mx.concatenate([part.reshape(len(part), -1) for part in parts])
-    # In words of eight bytes where they fit: MLX takes as long for a word of two.
-    words = rows.view(mx.uint64) if fit([rows]) else rows
     if index.ndim == 1:
-        found = words[index].view(rows.dtype)
+        found = rows[index]
     else:
-        named = (mx.where((row >= 0)[:, None], words[mx.maximum(row, 0)].view(rows.dtype), 0) for row in index)
+        named = (mx.where((row >= 0)[:, None], rows[mx.maximum(row, 0)], 0) for row in index)
         found = sum(named, next(named))
     return found.reshape(-1, *parts[0].shape[1:])
 
