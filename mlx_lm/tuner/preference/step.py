@@ -5,7 +5,6 @@ from functools import cached_property, partial
 
 import mlx.core as mx
 from mlx.nn.utils import average_gradients
-from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
 
 from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
@@ -293,13 +292,10 @@ class Step:
     def _update(self, gradient, pairs):
         gradient = average_gradients(gradient)
         pairs = mx.distributed.all_sum(pairs) / mx.distributed.init().size()
-        mean = tree_map(lambda value: (value / pairs).astype(value.dtype), gradient)
-        if self.max_grad_norm is None:
-            # Of the sum: the mean, which the optimizer alone reads then, is no array of its own in a compiled update.
-            squares = sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradient))
-            norm = mx.sqrt(squares) / pairs
-        else:
-            mean, norm = clip_grad_norm(mean, self.max_grad_norm)
+        squares = sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradient))
+        norm = mx.sqrt(squares) / pairs
+        divisor = pairs if self.max_grad_norm is None else pairs * mx.maximum((norm + 1e-6) / self.max_grad_norm, 1)
+        mean = tree_map(lambda value: (value / divisor).astype(value.dtype), gradient)
         if self.skips:
             # Its square too, which Adam's second moments would take over.
             update_if(mx.isfinite(mx.square(norm)), self.optimizer, self.flat.vectors, mean)
