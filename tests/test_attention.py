@@ -194,15 +194,6 @@ def test_a_row_cache_answers_what_upstream_does_without_a_cache(length, return_a
     assert mx.array_equal(found, expected) if isinstance(found, mx.array) else found == expected
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "gpt_oss", "ministral3", "deepseek_v3"])
-def test_a_row_cache_changes_no_logits(name):
-    model = make_model(name)
-    tokens = mx.arange(40).reshape(2, 20)
-    expected = model(tokens)
-    found = model(tokens, cache=[RowCache()] * len(model.layers))
-    assert mx.allclose(found, expected, atol=1e-5 * mx.abs(expected).max().item())
-
-
 # Attention that keeps no scores
 
 
@@ -365,22 +356,6 @@ def test_the_gradient_of_attentions_output_is_laid_out_tokens_first(laid_out):
 # Whole models
 
 
-def test_packed_logits_are_those_of_rows_of_their_own(monkeypatch):
-    monkeypatch.setattr(batches_module, "multiple", lambda: 1)  # on a GPU lengths are rounded up
-    model = make_model("qwen3")
-    scorer = Scorer(model)
-    assert scorer.arrangement == PACKED
-    batch, *_ = make_batch(PAIRS, PACKED)
-    assert batch.tokens.shape == (sum(map(len, (part for pair in PAIRS for part in pair[:3]))) - 2 * len(PAIRS), 1)
-    found = scorer.head.logits(scorer.response_states(batch))
-    expected = []
-    for response in ("chosen", "rejected"):
-        for pair in PAIRS:
-            row = [*pair.prompt, *getattr(pair, response)]
-            expected.append(model(mx.array([row[:-1]]))[0, len(pair.prompt) - 1 :])
-    assert mx.allclose(found[: batch.targets.size], mx.concatenate(expected), atol=1e-5)
-
-
 @pytest.mark.parametrize("length", [5, 20, 64])
 def test_windows_are_each_sequences_own(length):
     """Windows shorter and longer than a sequence, and shorter than the batch but not than a sequence."""
@@ -477,11 +452,6 @@ def numbered(states):
 @pytest.mark.parametrize("mix, arrangement", [(lambda x: x, PACKED), (shifted, PLAIN), (numbered, PLAIN)])
 def test_models_that_mix_or_number_positions_themselves_are_not_packed(mix, arrangement):
     assert Scorer(Mixing(mix)).arrangement == arrangement
-
-
-@pytest.mark.parametrize("name", ["plamo2", "rwkv7", "kimi_linear", "llama4", "deepseek_v3", "gemma2"])
-def test_models_that_recur_mask_or_cache_in_ways_of_their_own_are_not_packed(name):
-    assert Scorer(make_model(name)).arrangement == PLAIN
 
 
 @pytest.mark.parametrize("name", ["plamo2", "rwkv7"])
