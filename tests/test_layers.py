@@ -15,7 +15,7 @@ from mlx_lm.models import activations, qwen3
 from mlx_lm.models.activations import recomputed_activations, swiglu
 from mlx_lm.tuner.preference.attention import RowCache
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
-from mlx_lm.tuner.preference.intercept import drawing_from, evaluating, intercepted, parameters_in, recomputed
+from mlx_lm.tuner.preference.intercept import drawing_from, intercepted, parameters_in, recomputed
 from mlx_lm.tuner.preference.layers import (
     DepthwiseConv1d,
     LeanLoRALinear,
@@ -346,18 +346,6 @@ def test_matrices_that_are_multiplied_once_give_the_same_logps(dtype):
         assert mx.array_equal(scorer(batch).total, expected)
     assert all(value is before[name] for name, value in tree_flatten(model.parameters()))
     assert all(module.scale != 1.0 for module in adapted)
-
-
-def test_modes_are_given_back_module_by_module():
-    model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2)))
-    model.layers[1].layers[0].eval()
-    model.layers[1].eval()
-    model.layers[1].layers[1].train()
-    modes = [each.training for each in model.modules()]
-    assert True in modes and False in modes
-    with evaluating(model):
-        assert not any(each.training for each in model.modules())
-    assert [each.training for each in model.modules()] == modes
 
 
 def test_parameters_are_exchanged_for_a_while():

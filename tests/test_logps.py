@@ -271,11 +271,9 @@ def test_dropout_in_a_trainable_head_is_drawn_again_for_the_backward_pass(monkey
 
 def test_head_and_cache_are_recognised_while_dropout_is_on():
     model = add_lora(make_model(UNTIED), {"self_attn.q_proj", "lm_head"}, dropout=0.5)
-    model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
     scorer = Scorer(model)
     assert scorer.head is not None and scorer.arrangement == PACKED
-    assert [module.training for module in model.modules()] == modes
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "minicpm", "seed_oss", "talkie"])

@@ -55,15 +55,12 @@ def exchanged(owner, name, replacement):
 @contextmanager
 def evaluating(model):
     """Within the context, the model is in evaluation mode: no dropout."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        # A module comes before what it holds, so that a part in another mode than the whole gets it back.
-        for module, training in modes:
-            if module.training != training:
-                module.train(training)
+        model.train(training)
 
 
 @contextmanager
