@@ -58,7 +58,7 @@ def test_rows_of_like_length_come_together():
     batches = [totals[rows] for rows in filled(lengths, PLAIN, 8)]
     assert all(shorter.max() <= longer.min() for shorter, longer in pairwise(batches))
     # Of rows of one length, like responses.
-    assert by_length([[5, 3, 1], [7, 1, 1], [4, 1, 4], [6, 2, 2]]).tolist() == [1, 3, 0, 2]
+    assert by_length(np.array([[5, 3, 1], [7, 1, 1], [4, 1, 4], [6, 2, 2]])).tolist() == [1, 3, 0, 2]
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
@@ -95,8 +95,9 @@ def test_filled_batches_hold_each_row_once_and_stay_under_the_tokens(arrangement
         (PLAIN, 4, (0, 8, 16)),
     ],
 )
-def test_the_least_shape_of_a_batch(arrangement, to, shape):
-    assert shape_of([[5, 3, 1], [2, 4, 7]], arrangement, to) == Shape(*shape)
+def test_the_least_shape_of_a_batch(arrangement, to, shape, monkeypatch):
+    monkeypatch.setattr(module, "multiple", lambda: to)
+    assert shape_of(np.array([[5, 3, 1], [2, 4, 7]]), arrangement) == Shape(*shape)
 
 
 @pytest.mark.parametrize("multiple, expected", [(1, [0, 0, 32, 32, 96, 128]), (128, [0, 0, 0, 0, 0, 128])])
@@ -104,7 +105,7 @@ def test_what_begins_a_batch_leaves_a_token_of_each_prompt(multiple, expected, m
     """A prompt's last token predicts a response's first, which may be its only one."""
     monkeypatch.setattr(module, "multiple", lambda: multiple)
     shortest = [1, 32, 33, 64, 128, 129]
-    assert [shape_of([[200, 3, 1], [n, 1, 1]], RECURRENT).begun for n in shortest] == expected
+    assert [shape_of(np.array([[200, 3, 1], [n, 1, 1]]), RECURRENT).begun for n in shortest] == expected
     pairs = [Pair([1] * 32, [2], [3])] * 2
     assert all(keys.shape[1] for keys in make_batch(pairs, RECURRENT)[0].layout.recurrent.keys)
 
@@ -115,14 +116,15 @@ def real_lengths(count, seed=0):
     return np.minimum(np.exp(draw.normal([4.0, 4.5, 4.5], 0.8, (count, 3))).astype(int) + 1, 500)
 
 
-def shapes_of(lengths, size, arrangement, to):
-    return [shape_of(lengths[rows], arrangement, to) for rows in filled(lengths, arrangement, size)]
+def shapes_of(lengths, size, arrangement):
+    return [shape_of(lengths[rows], arrangement) for rows in filled(lengths, arrangement, size)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 9, 60, 257, 3000])
 @pytest.mark.parametrize("arrangement, to", [(PACKED, 128), (PLAIN, 32), (PACKED, 1)])
-def test_a_ladder_has_room_for_every_batch_in_few_shapes(count, arrangement, to):
-    shapes = shapes_of(real_lengths(4 * count), 4, arrangement, to)
+def test_a_ladder_has_room_for_every_batch_in_few_shapes(count, arrangement, to, monkeypatch):
+    monkeypatch.setattr(module, "multiple", lambda: to)
+    shapes = shapes_of(real_lengths(4 * count), 4, arrangement)
     assert len(shapes) == count
     # In an order of their own: a ladder may not lean on theirs.
     shapes = [shapes[i] for i in np.random.default_rng(1).permutation(count)]
@@ -147,14 +149,15 @@ def padded(found, shapes):
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("arrangement", [PACKED, RECURRENT])
-def test_a_ladder_is_nearly_the_best_split_of_the_sorted_shapes(most, arrangement):
+def test_a_ladder_is_nearly_the_best_split_of_the_sorted_shapes(most, arrangement, monkeypatch):
     """Against every split into so many groups, the work being tokens + scored / 4 + 2 B width^2 / 4096 - B begun / 4.
 
     What all of a group begin with is the least of them.
     """
+    monkeypatch.setattr(module, "multiple", lambda: 16)
     # Prompts of all lengths, so that batches begin with more and less of them.
     lengths = np.random.default_rng(0).integers(1, [500, 100, 100], (40, 3))
-    shapes = shapes_of(lengths, 4, arrangement, 16)
+    shapes = shapes_of(lengths, 4, arrangement)
     assert len(set(shapes)) == 10 and len({shape.begun for shape in shapes}) > 4 * (arrangement == RECURRENT)
 
     def work(shape):
@@ -169,9 +172,10 @@ def test_a_ladder_is_nearly_the_best_split_of_the_sorted_shapes(most, arrangemen
     assert sum(map(work, ladder(shapes, 4, most))) < 1.02 * min(splits)
 
 
-def test_a_ladder_pads_real_lengths_little():
+def test_a_ladder_pads_real_lengths_little(monkeypatch):
     """Eight shapes for 750 batches; lengths spread over a factor of ten, of which one shape would fill a third."""
-    shapes = shapes_of(real_lengths(3000), 4, PACKED, 1)
+    monkeypatch.setattr(module, "multiple", lambda: 1)
+    shapes = shapes_of(real_lengths(3000), 4, PACKED)
     tokens = np.array([shape.tokens for shape in shapes])
     found = np.array([shape.tokens for shape in ladder(shapes, 4)])
     assert tokens.sum() / (len(shapes) * tokens.max()) < 0.4

@@ -98,23 +98,22 @@ def lengths_of(pairs):
     return lengths
 
 
-def shape_of(lengths, arrangement, to=None, down_to=None):
+def shape_of(lengths, arrangement, down_to=None):
     """The least `Shape` of a batch.
 
     Args:
         lengths: `(B, 3)` int, tokens of prompt, chosen and rejected.
         arrangement: PACKED, RECURRENT or PLAIN.
-        to: lengths are rounded up to multiples of this; by default what suits the device.
         down_to: the beginnings of prompts are rounded down to multiples of this; by default what suits the device.
     """
-    lengths, to = np.asarray(lengths).reshape(-1, 3), to or multiple()
+    to = multiple()
     # A response's last token predicts nothing.
     tokens = 0 if arrangement == PLAIN else int(lengths.sum()) - 2 * len(lengths)
     width = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()) - 1
     shape = Shape(*(-(-number // to) * to for number in (tokens, width, int(lengths[:, 1:].sum()))))
     if arrangement == RECURRENT:
         # A prompt's last token predicts a response's first, which may be its only one.
-        down_to = down_to or max(BEGUN, multiple())
+        down_to = down_to or max(BEGUN, to)
         shape = shape._replace(begun=(int(lengths[:, 0].min()) - 1) // down_to * down_to)
     return shape
 
@@ -154,7 +153,6 @@ def _work(shapes, size):
 
 def by_length(lengths):
     """Row numbers in an order in which rows of like length come together: `(n,)` of `(n, 3)`, as of `lengths_of`."""
-    lengths = np.asarray(lengths).reshape(-1, 3)
     responses = lengths[:, 1:].max(axis=1)
     return np.lexsort((responses, lengths[:, 0] + responses))
 
@@ -171,7 +169,6 @@ def filled(lengths, arrangement, size=None, most=np.inf):
     Returns:
         A list of int arrays that holds each row once.
     """
-    lengths = np.asarray(lengths).reshape(-1, 3)
     totals, own = (lengths[:, 0] + lengths[:, 1:].max(axis=1)).tolist(), lengths.sum(axis=1).tolist()
     batches, rows, packed = [], [], 0
     for row in by_length(lengths).tolist():

@@ -125,8 +125,9 @@ class FlatParameters:
                 [_rows(starts[name], x.shape, size) for name, x in zip(*of_leaf, strict=True)]
                 for of_leaf in zip(told, matrices, strict=True)
             ]
-            for leaf, of_leaf, shape, index in zip(LEAVES, told, own.shapes, own.joined(*rows, np, -1), strict=True):
+            for leaf, of_leaf, index in zip(LEAVES, told, own.joined(*rows, np, -1), strict=True):
                 joined |= dict.fromkeys(of_leaf)
+                shape = len(index), index.shape[1] * size
                 joined[of_leaf[0]] = f"{SIBLINGS}.{len(self._siblings)}.{leaf}", shape, index
             self._siblings.append(own)
         for place, (_, parameters) in self._parts.items():

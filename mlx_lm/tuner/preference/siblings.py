@@ -38,16 +38,14 @@ class Siblings:
     Attributes:
         layers: these.
         linear: the layer of all their weights.
-        shapes: of the joined `lora_a` `(in, n rank)` and `lora_b` `(n rank, out)`, n being the layers.
     """
 
     def __init__(self, layers):
         self.layers, linears = layers, [layer.linear for layer in layers]
         ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
         self._columns = [slice(end - len(linear.weight), end) for end, linear in zip(ends, linears, strict=True)]
-        inputs, rank = layers[0].lora_a.shape
+        rank = layers[0].lora_a.shape[1]
         self._rows = [slice(rank * i, rank * (i + 1)) for i in range(len(layers))]
-        self.shapes = (inputs, rank * len(layers)), (rank * len(layers), ends[-1])
         self.linear = copy.copy(linears[0])
         for name in linears[0].parameters():
             self.linear[name] = mx.concatenate([linear[name] for linear in linears])
