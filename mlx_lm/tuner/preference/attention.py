@@ -16,7 +16,7 @@ import numpy as np
 
 from ...models.base import create_attention_mask, create_causal_mask
 from ...models.cache import ArraysCache
-from .cpu_attention import BLOCK_SCORES, added, blocks_of, causal_attention
+from .cpu_attention import BLOCK_SCORES, blocks_of, causal_attention, in_blocks
 from .cuda_copies import fit, rows_of
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
@@ -340,39 +340,14 @@ def _tokens_first_vjp(x, slope, _):
 
 def _blocked(call, queries, keys, values, mask):
     """Attention in blocks of queries, each computed again in the backward pass."""
-    length, whole = queries.shape[2], keys.shape[2]
-    causal, spans = isinstance(mask, str), blocks_of(queries, keys, MOST_SCORES)
+    causal = isinstance(mask, str)
+    by_query = mask is not None and not causal and mask.ndim > 1 and mask.shape[-2] > 1
 
-    def block(queries, keys, values, start, stop):
-        whole_mask = mask is None or causal or mask.ndim < 2 or mask.shape[-2] == 1
-        return call(queries, keys, values, mask=mask if whole_mask else mask[..., start:stop, :])
+    def block(queries, keys, values, start):
+        own = mask[..., start : start + queries.shape[2], :] if by_query else mask
+        return [call(queries, keys, values, mask=own)]
 
-    def seen(stop):
-        """How many keys a block's queries may attend to: the last query to the last key."""
-        return whole - length + stop if causal else whole
+    def gradient(queries, keys, values, start, slope, _):
+        return mx.vjp(partial(block, start=start), [queries, keys, values], [slope])[1]
 
-    @mx.custom_function
-    def blocks(queries, keys, values):
-        parts = []
-        for start, stop in spans:
-            own = mx.depends([queries[:, :, start:stop]], parts[-1:])[0]
-            parts.append(block(own, keys[:, :, : seen(stop)], values[:, :, : seen(stop)], start, stop))
-        return mx.concatenate(parts, axis=2)
-
-    @blocks.vjp
-    def backward(inputs, cotangent, _):
-        queries, keys, values = inputs
-        slopes, sums = [], []
-        for start, stop in spans:
-            own, slope = mx.depends([queries[:, :, start:stop], cotangent[:, :, start:stop]], sums)
-            others = [x[:, :, : seen(stop)] for x in (keys, values)]
-            _, (first, *rest) = mx.vjp(partial(block, start=start, stop=stop), [own, *others], [slope])
-            slopes.append(first)
-            sums = [added(total.astype(mx.float32), x) for total, x in zip(sums, rest, strict=True)] if sums else rest
-            # Left for later, the queries' gradients would keep each block's scores.
-            sums = mx.depends(sums, [first])
-        return mx.concatenate(slopes, axis=2), *(
-            total.astype(x.dtype) for total, x in zip(sums, (keys, values), strict=True)
-        )
-
-    return blocks(queries, keys, values)
+    return in_blocks(queries, keys, values, blocks_of(queries, keys, MOST_SCORES), causal, block, gradient)

@@ -22,9 +22,52 @@ def blocks_of(queries, keys, most, count=1):
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def added(total, part):
-    """The sum of earlier blocks' gradients and of one that reaches to as many keys or more, `(B, H, T, D)`."""
-    both = total.shape[2]
+def in_blocks(queries, keys, values, spans, causal, block, gradient):
+    """Attention in blocks of queries, one after another: side by side, they would all have their scores at once.
+
+    Args:
+        queries, keys, values: `(B, H, Q, D)`, `(B, H / R, T, D)` and `(B, H / R, T, Dv)`; the queries are the last Q.
+        spans: `[(start, stop)]` of the queries.
+        causal: whether a block sees the keys up to its last query's alone.
+        block: takes a block's queries, the keys and values that it sees, and its start; returns a list, of which the
+            output `(B, H, q, Dv)` is the first.
+        gradient: takes the same, the output's gradient and what `block` gave; returns those of the three arrays.
+
+    Returns:
+        `(B, H, Q, Dv)`.
+    """
+    before = keys.shape[2] - queries.shape[2]
+
+    def seen(arrays, stop):
+        return [x[:, :, : before + stop] for x in arrays] if causal else arrays
+
+    @mx.custom_function
+    def attend(queries, *others):
+        parts = []
+        for start, stop in spans:
+            own = mx.depends([queries[:, :, start:stop]], [part[0] for part in parts[-1:]])[0]
+            parts.append(block(own, *seen(others, stop), start))
+        return tuple(mx.concatenate(column, axis=2) for column in zip(*parts, strict=True))
+
+    @attend.vjp
+    def backward(inputs, cotangents, outputs):
+        queries, *others = inputs
+        slopes, sums = [], []
+        for start, stop in spans:
+            own, slope = mx.depends([x[:, :, start:stop] for x in (queries, cotangents[0])], sums)
+            found = (x[:, :, start:stop] for x in outputs)
+            first, *rest = gradient(own, *seen(others, stop), start, slope, *found)
+            slopes.append(first)
+            # Left for later, the queries' gradients would keep each block's scores.
+            sums = mx.depends([_added(*pair) for pair in zip(sums, rest, strict=True)] if sums else rest, [first])
+        return mx.concatenate(slopes, axis=2), *(x.astype(own.dtype) for x, own in zip(sums, others, strict=True))
+
+    return attend(queries, keys, values)[0]
+
+
+def _added(total, part):
+    """The sum, in float32, of earlier blocks' gradients and of one of as many keys or more, `(B, H, T, D)`."""
+    both, total = total.shape[2], total.astype(mx.float32)
     total = total + part[:, :, :both]
     return total if part.shape[2] == both else mx.concatenate([total, part[:, :, both:]], axis=2)
 
@@ -33,69 +76,39 @@ def causal_attention(queries, keys, values, scale):
     """As `mx.fast.scaled_dot_product_attention` with the mask "causal"; keeps a number a query for the backward pass.
 
     Args:
-        queries: `(B, H, Q, D)` float32, the last Q of T tokens.
-        keys, values: `(B, H / R, T, D)` and `(B, H / R, T, Dv)` float32.
+        queries, keys, values: as for `in_blocks`, float32.
         scale: of the scores.
 
     Returns:
         `(B, H, Q, Dv)`.
     """
-    batch, heads, length, _ = queries.shape
-    shared, whole = keys.shape[1:3]
-    spans = blocks_of(queries, keys, BLOCK_SCORES, BLOCKS)
-    before = whole - length
+    batch, shared, before = len(queries), keys.shape[1], keys.shape[2] - queries.shape[2]
 
-    def rows(x, start, stop):
-        """The block of `x` `(B, H, Q, ...)` as `(B, H / R, R q, ...)`: heads with the same keys one after another."""
-        return x[:, :, start:stop].reshape(batch, shared, -1, x.shape[-1])
+    def rows(x):
+        """`x` `(B, H, q, ...)` as `(B, H / R, R q, ...)`: heads with the same keys one after another."""
+        return x.reshape(batch, shared, -1, x.shape[-1])
 
-    def exponents(scaled, keys, start, stop):
+    def exponents(scaled, keys, start):
         """Scores `(B, H / R, R, q, k)` of a block; minus infinity for keys behind the query."""
-        scores = rows(scaled, start, stop) @ keys.swapaxes(-1, -2)
-        scores = scores.reshape(batch, shared, -1, stop - start, keys.shape[2])
-        seen = mx.arange(start + before, stop + before)[:, None] >= mx.arange(keys.shape[2])
-        return mx.where(seen, scores, -mx.inf)
+        length, whole = scaled.shape[2], keys.shape[2]
+        scores = (rows(scaled) @ keys.swapaxes(-1, -2)).reshape(batch, shared, -1, length, whole)
+        places = mx.arange(before + start, before + start + length)[:, None]
+        return mx.where(places >= mx.arange(whole), scores, -mx.inf)
 
-    def up_to(x, stop):
-        return x[:, :, : before + stop]
+    def block(queries, keys, values, start):
+        scores = exponents(scale * queries, keys, start)
+        top = fast_max(scores)
+        weights = fast_exp(scores - top)
+        top, total = (x.reshape(*queries.shape[:3], 1) for x in (top, weights.sum(axis=-1, keepdims=True)))
+        return [(rows(weights) @ values).reshape(*queries.shape[:3], -1) / total, top, total]
 
-    @mx.custom_function
-    def attend(queries, keys, values):
-        scaled, outs, tops, totals = scale * queries, [], [], []
-        for start, stop in spans:
-            # Side by side, blocks would all have their scores at once.
-            scaled = mx.depends([scaled], outs[-1:])[0]
-            scores = exponents(scaled, up_to(keys, stop), start, stop)
-            top = fast_max(scores)
-            weights = fast_exp(scores - top)
-            total = weights.sum(axis=-1, keepdims=True)
-            weights = weights.reshape(batch, shared, -1, weights.shape[-1])
-            out = (weights @ up_to(values, stop)).reshape(batch, heads, stop - start, -1)
-            total = total.reshape(batch, heads, -1, 1)
-            outs.append(out / total)
-            tops.append(top.reshape(total.shape))
-            totals.append(total)
-        return tuple(mx.concatenate(parts, axis=2) for parts in (outs, tops, totals))
+    def gradient(queries, keys, values, start, slope, out, top, total):
+        scaled, slope = scale * queries, slope / total
+        weights = fast_exp(rows(exponents(scaled, keys, start)) - rows(top))
+        share = (slope * out).sum(axis=-1, keepdims=True)
+        slopes = weights * (rows(slope) @ values.swapaxes(-1, -2) - rows(share))
+        others = (x.swapaxes(-1, -2) @ rows(y) for x, y in ((slopes, scaled), (weights, slope)))
+        return [scale * (slopes @ keys).reshape(queries.shape), *others]
 
-    @attend.vjp
-    def backward(inputs, cotangents, outputs):
-        queries, keys, values = inputs
-        out, tops, totals = outputs
-        scaled, slope = scale * queries, cotangents[0] / totals
-        shares = (slope * out).sum(axis=-1, keepdims=True)
-        own, sums = [], []
-        for start, stop in spans:
-            scaled, slope = mx.depends([scaled, slope], sums)
-            near = up_to(keys, stop)
-            scores = exponents(scaled, near, start, stop)
-            tall = (batch, shared, -1, near.shape[2])
-            weights = fast_exp(scores.reshape(tall) - rows(tops, start, stop))
-            slopes = rows(slope, start, stop) @ up_to(values, stop).swapaxes(-1, -2)
-            slopes = weights * (slopes - rows(shares, start, stop))
-            parts = [x.swapaxes(-1, -2) @ rows(y, start, stop) for x, y in ((slopes, scaled), (weights, slope))]
-            own.append((slopes @ near).reshape(batch, heads, stop - start, -1))
-            # Left for later, the queries' gradients would keep every block's scores.
-            sums = mx.depends(list(map(added, sums, parts)) if sums else parts, [own[-1]])
-        return scale * mx.concatenate(own, axis=2), *sums
-
-    return attend(queries, keys, values)[0]
+    spans = blocks_of(queries, keys, BLOCK_SCORES, BLOCKS)
+    return in_blocks(queries, keys, values, spans, True, block, gradient)
