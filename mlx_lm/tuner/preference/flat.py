@@ -105,27 +105,22 @@ class FlatParameters:
     def _rearrange(self, siblings):
         """Find out how vectors are rearranged so that each of `siblings` has its joined matrices in one place."""
         names = {id(value): name for name, value in tree_flatten(self._model.trainable_parameters())}
-        starts = {}
+        size, rows, joined = siblings[0].layers[0].lora_a.shape[1] if siblings else 1, {}, {}
         for kind, parameters in self._parts.values():
-            sizes = [_whole(math.prod(shape)) for _, shape in parameters]
-            # Others are not scaled before they are multiplied by.
-            if not kind.name and kind.rounded is not None:
-                starts |= zip((name for name, _ in parameters), np.cumsum([0, *sizes]).tolist(), strict=False)
-        size = siblings[0].layers[0].lora_a.shape[1] if siblings else 0
-        joined = {}
+            start = 0
+            for name, shape in parameters:
+                count = math.prod(shape)
+                # A row is as wide as a first matrix; what is no matrix of LoRA is not scaled and rounded as these are.
+                if not kind.name and kind.rounded is not None and shape[1] % size == 0 == ALIGNED % size:
+                    rows[name] = np.arange(start, start + count, size).reshape(shape[0], -1) // size
+                start += _whole(count)
         for own in siblings:
-            matrices = own.matrices()
             # None for one that is trained no more.
-            told = [[names.get(id(x)) for x in of_leaf] for of_leaf in matrices]
-            # Rows of the vectors are as wide as a first matrix, and each matrix is whole rows.
-            whole = ALIGNED % size == 0 and all(x.shape[1] % size == 0 for x in matrices[1])
-            if matrices[0][0].shape[1] != size or not whole or not starts.keys() >= {*told[0], *told[1]}:
+            told = [[names.get(id(x)) for x in of_leaf] for of_leaf in own.matrices()]
+            if not rows.keys() >= {*told[0], *told[1]}:
                 continue
-            rows = [
-                [_rows(starts[name], x.shape, size) for name, x in zip(*of_leaf, strict=True)]
-                for of_leaf in zip(told, matrices, strict=True)
-            ]
-            for leaf, of_leaf, index in zip(LEAVES, told, own.joined(*rows, np, -1), strict=True):
+            indices = own.joined(*([rows[name] for name in of_leaf] for of_leaf in told), np, -1)
+            for leaf, of_leaf, index in zip(LEAVES, told, indices, strict=True):
                 joined |= dict.fromkeys(of_leaf)
                 shape = len(index), index.shape[1] * size
                 joined[of_leaf[0]] = f"{SIBLINGS}.{len(self._siblings)}.{leaf}", shape, index
@@ -205,11 +200,6 @@ class FlatParameters:
             for own, matrices in zip(self._siblings, joined, strict=True):
                 stack.enter_context(own.holding(*(matrices[leaf] for leaf in LEAVES)))
             yield
-
-
-def _rows(start, shape, size):
-    """Which rows of `size` values a parameter that starts there is, `(shape[0], shape[1] / size)`."""
-    return (start // size + np.arange(math.prod(shape) // size)).reshape(shape[0], -1)
 
 
 def _in_order(parameters, joined, size):
