@@ -96,8 +96,7 @@ class FlatParameters:
             alone = "" if joins and value.size <= LARGEST else name
             kind = Kind(leaf, value.dtype, rounded, scale if leaf == "lora_b" else 1.0, alone)
             kinds.setdefault(kind, []).append((name, value.shape))
-        self._parts = {f"part_{i}": part for i, part in enumerate(kinds.items())}
-        self._names = {place: kind.name or f"{place}.{kind.leaf}" for place, (kind, _) in self._parts.items()}
+        self._parts = {part[0].name or f"part_{i}.{part[0].leaf}": part for i, part in enumerate(kinds.items())}
         self._siblings, self._rearranged = [], {}
         self._rearrange(siblings)
         self.read()
@@ -148,7 +147,7 @@ class FlatParameters:
         """
         vectors, found = dict(tree_flatten(vectors or self.vectors)), {}
         for place, (kind, parameters) in self._parts.items():
-            vector = vectors[self._names[place]]
+            vector = vectors[place]
             if as_multiplied and kind.rounded is not None:
                 vector = (vector if kind.scale == 1.0 else kind.scale * vector).astype(kind.rounded)
             if as_multiplied and place in self._rearranged:
@@ -179,7 +178,7 @@ class FlatParameters:
             if as_multiplied and kind.rounded is not None:
                 vector = vector.astype(kind.dtype)
                 vector = vector if kind.scale == 1.0 else kind.scale * vector
-            vectors[self._names[place]] = vector
+            vectors[place] = vector
         return tree_unflatten(list(vectors.items()))
 
     @contextmanager
