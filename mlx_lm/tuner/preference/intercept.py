@@ -12,14 +12,13 @@ def intercepted(module, method, replacement):
 
     The module's class is exchanged, not the module: the tree of parameters stays as it is.
     """
-    original = type(module)
-    module.__class__ = exchanged = type(original.__name__, (original,), {method: replacement})
+    own = type(type(module).__name__, (type(module),), {method: replacement})
     try:
-        yield
+        with exchanged(module, "__class__", own):
+            yield
     finally:
-        module.__class__ = original
         # A class is only freed when cycles are collected, and until then keeps the arrays that its methods hold.
-        delattr(exchanged, method)
+        delattr(own, method)
 
 
 _aside = []
