@@ -184,21 +184,6 @@ def test_weights_that_are_exchanged_are_those_that_are_read():
         assert np.allclose(scorer(batch).total, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_frozen_behind_the_scorer_are_trained_no_more():
-    model = tiny_llama(moved=True)
-    scorer = Scorer(model, together=True)
-    model.layers[0].self_attn.v_proj.freeze()
-    batch = make_batch(PAIRS, scorer.arrangement)[0]
-    step, apart = (
-        Step(model, optim.SGD(0.1), Objective(scorer, preference_loss("dpo")), False, together=together)
-        for together in (True, False)
-    )
-    gradient, expected = (
-        dict(tree_flatten(one.flat.views(one.gradient(batch, REFERENCE)[1]))) for one in (step, apart)
-    )
-    assert largest_difference(gradient, expected) < 1e-4
-
-
 def test_a_model_that_is_let_go_of_is_gone():
     model = tiny_llama()
     scorer = Scorer(model, together=True)

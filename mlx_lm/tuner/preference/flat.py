@@ -114,8 +114,7 @@ class FlatParameters:
                     rows[name] = np.arange(start, start + count, size).reshape(shape[0], -1) // size
                 start += _whole(count)
         for own in siblings:
-            # None for one that is trained no more.
-            told = [[names.get(id(x)) for x in of_leaf] for of_leaf in own.matrices()]
+            told = [[names[id(x)] for x in of_leaf] for of_leaf in own.matrices()]
             if not rows.keys() >= {*told[0], *told[1]}:
                 continue
             indices = own.joined(*([rows[name] for name in of_leaf] for of_leaf in told), np, -1)
