@@ -119,9 +119,7 @@ class Objective:
         if self.loss.reads_wpo:
             weights = wpo_weights(*mx.split(rows.alignment, 2), pairs.chosen_lengths, pairs.rejected_lengths)
         losses = self.loss(pairs, weights) * batch.weights
-        figures, further = (_of_single if self.loss.unpaired else _of_pairs)(
-            self, pairs, rows.by_token if by_token else None
-        )
+        figures, further = (_of_single if self.loss.unpaired else _of_pairs)(self, pairs, rows.by_token)
         if self._routers:
             balance, shares = _balanced(told, batch)
             losses = losses + self.router_coef * balance
@@ -165,12 +163,12 @@ class Objective:
 
 
 def _of_pairs(objective, pairs, by_token):
-    """Lists of FIGURES behind the first, with TOKEN_FIGURES where `by_token` is given, and of `further`."""
+    """Lists of FIGURES behind the first, with TOKEN_FIGURES where there is `by_token`, and of `further`."""
     chosen, rejected = objective.loss.rewards(pairs)
     lengths = pairs.chosen_lengths, pairs.rejected_lengths
     correct = (objective.order(chosen - rejected, pairs) + 1) / 2
     figures = [chosen, rejected, correct, chosen - rejected, pairs.policy_chosen, pairs.policy_rejected, *lengths]
-    if by_token is not None:
+    if by_token:
         logits, entropies, hits = (mx.split(values, 2) for values in by_token)
         figures += [logits[0] / lengths[0], logits[1] / lengths[1]]
         figures += [sum(entropies) / sum(lengths), hits[0] / lengths[0]]
@@ -187,7 +185,7 @@ def _of_single(objective, pairs, by_token):
         return [good * values, (1 - good) * values]
 
     figures = [*sides(rewards), correct, signs * rewards, *sides(pairs.policy_chosen), *sides(pairs.chosen_lengths)]
-    if by_token is not None:
+    if by_token:
         logits, entropies, hits = (mx.split(values, 2)[0] / pairs.chosen_lengths for values in by_token)
         figures += [logits, logits, entropies, hits]
     return figures, [pairs.kl, good]
