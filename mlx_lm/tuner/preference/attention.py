@@ -181,11 +181,9 @@ class PackedCache(RowCache):
         columns = spread([x.squeeze(2) for x in (queries, keys, values)], [self._queries, self._keys, self._keys])
         out = []
         for part in zip(*columns, strict=True):
-            (length, whole), seen = (x.shape[1] for x in part[:2]), mask
-            if isinstance(mask, Window):
-                seen = "causal"
-                if whole > mask.size:
-                    seen = create_causal_mask(length, whole - length, window_size=mask.size)
+            length, whole = (x.shape[1] for x in part[:2])
+            narrow = isinstance(mask, Window) and mask.size < whole
+            seen = create_causal_mask(length, whole - length, window_size=mask.size) if narrow else "causal"
             inputs = (x.swapaxes(1, 2) for x in part)
             out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2))
         return collected(out, self._queries)[:, :, None]
