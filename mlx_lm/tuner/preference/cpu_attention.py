@@ -1,4 +1,4 @@
-"""Causal attention in float32 on a CPU, where exponentials take most of the time.
+"""Attention in blocks of queries; causal in float32 on a CPU, where exponentials take most of the time.
 
 MLX's own computes all scores of a square, the upper half of which counts for nothing, with an exponential of twice to
 three times the time of libm's pow. Here a block of queries sees the keys up to its last one, heads that share keys are
