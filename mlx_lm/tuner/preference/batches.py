@@ -130,25 +130,29 @@ def ladder(shapes, size, most=MOST_SHAPES):
         A list with a `Shape` for each batch that serves it, of which `most` differ at most. In the order of an estimate
         of their work, those two neighbours become one that add the least to all batches' work, until few are left.
     """
-    own, counts = np.unique(LARGER * np.array(shapes), axis=0, return_counts=True)
-    order = np.argsort(_work(LARGER * own, size), kind="stable")
+    shapes = LARGER * np.array(shapes)
+    own, counts = np.unique(shapes, axis=0, return_counts=True)
+    order = np.argsort(_work(own, size), kind="stable")
     own, counts = own[order], counts[order]
     while len(own) > most:
         both, together = np.maximum(own[:-1], own[1:]), counts[:-1] + counts[1:]
-        costs = _work(LARGER * own, size) * counts
-        i = int(np.argmin(_work(LARGER * both, size) * together - costs[:-1] - costs[1:]))
+        costs = _work(own, size) * counts
+        i = int(np.argmin(_work(both, size) * together - costs[:-1] - costs[1:]))
         own, counts = np.delete(own, i, axis=0), np.delete(counts, i)
         own[i], counts[i] = both[i], together[i]
     # Each shape's is the first that holds it.
-    places = [int(np.argmax((own >= LARGER * np.array(shape)).all(axis=1))) for shape in shapes]
-    return [Shape(*(LARGER * own[place]).tolist()) for place in places]
+    places = (own >= shapes[:, None]).all(axis=2).argmax(axis=1)
+    return [Shape(*shape) for shape in (LARGER * own[places]).tolist()]
 
 
 def _work(shapes, size):
-    """About what a step costs, in tokens through the model's body: the head, and products of queries and keys, too."""
-    tokens, width, scored, begun = np.moveaxis(np.asarray(shapes, float), -1, 0)
+    """About what a step costs, in tokens through the model's body: the head, and products of queries and keys, too.
+
+    Shapes are `(n, 4)`, times LARGER.
+    """
+    tokens, width, scored, begun = shapes.T
     rows = 2 * size * width
-    return np.where(tokens > 0, tokens, rows) + scored / 4 + rows * width / 4096 - size * begun / 4
+    return np.where(tokens > 0, tokens, rows) + scored / 4 + rows * width / 4096 + size * begun / 4
 
 
 def by_length(lengths):
