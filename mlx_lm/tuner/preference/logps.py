@@ -317,13 +317,11 @@ class Head:
 
     def _recomputed(self, states, targets, alignment):
         """As `_logps` for a head with trainable parameters: the backward pass computes each chunk's logits again."""
-        found = dict(tree_flatten(self.model.trainable_parameters()))
-        names, values = self.trainable, [found[name] for name in self.trainable]
-        key = mx.random.state[0]
+        parameters, key = dict(tree_flatten(self.model.trainable_parameters())), mx.random.state[0]
 
-        def chunk_logps(*inputs, targets, alignment=False):
-            with parameters_in(self.model, tree_unflatten(list(zip(names, inputs[1:], strict=True)))):
-                return self._logps(inputs[0], targets, alignment)
+        def chunk_logps(chunk, *values, targets, alignment=False):
+            with parameters_in(self.model, tree_unflatten(list(zip(self.trainable, values, strict=True)))):
+                return self._logps(chunk, targets, alignment)
 
         @mx.custom_function
         def logps(states, *values):
@@ -334,19 +332,20 @@ class Head:
 
         @logps.vjp
         def backward(primals, cotangents, outputs):
-            sums = [mx.zeros(value.shape) for value in primals[1:]]
+            states, *values = primals
+            sums = [mx.zeros(value.shape) for value in values]
 
             def function(chunk, targets, *cotangents):
                 nonlocal sums
-                _, (slope, *slopes) = mx.vjp(partial(chunk_logps, targets=targets), [chunk, *primals[1:]], cotangents)
+                _, (slope, *slopes) = mx.vjp(partial(chunk_logps, targets=targets), [chunk, *values], cotangents)
                 sums = [total + new for total, new in zip(sums, slopes, strict=True)]
                 return mx.depends([slope], sums)
 
             with drawing_from(key):
-                slopes = self._chunked(function, primals[0], targets, *cotangents, share=GRADIENT_SHARE)
-            return (*slopes, *(total.astype(value.dtype) for total, value in zip(sums, primals[1:], strict=True)))
+                slopes = self._chunked(function, states, targets, *cotangents, share=GRADIENT_SHARE)
+            return (*slopes, *(total.astype(value.dtype) for total, value in zip(sums, values, strict=True)))
 
-        return logps(states, *values)
+        return logps(states, *(parameters[name] for name in self.trainable))
 
     def _with_gradient(self, states, targets, alignment):
         """As `_logps` for a frozen head, with each position's gradient computed while its logits are there.
