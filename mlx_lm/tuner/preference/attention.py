@@ -53,6 +53,30 @@ class Parts(NamedTuple):
     outputs: mx.array
     uses: mx.array
 
+    def places(self):
+        """The `Places` of keys, and of what asks and is answered."""
+        return Places(self.keys, self.uses), Places(self.answered, self.outputs[None], holes=True)
+
+    def in_rows(self, function, arrays):
+        """What a recurrence's function gives for tokens that come as sequences of one, `(N, 1, ...)`.
+
+        Args:
+            function: takes sequences `(K, T, ...)` and the state before them, None at the beginning; returns outputs
+                `(K, T, ...)` and the state behind them, `(K, ...)`.
+            arrays: what it takes, each `(N, 1, ...)`.
+        """
+        keys, queries = self.places()
+        columns = spread([x.squeeze(1) for x in arrays], [keys] * len(arrays))
+        first, *others = map(len, columns[0])
+        begun, state, answers = sum(others) == 2 * first, None, []
+        for part in zip(*columns, strict=True):
+            before = None if state is None else mx.concatenate([state] * (len(part[0]) // first))
+            out, behind = function(*part, before)
+            if begun and state is None:
+                state = behind
+            answers.append(out)
+        return collected(answers, queries)[:, None]
+
 
 class Layout(NamedTuple):
     """Where the N tokens of a packed batch belong.
@@ -125,38 +149,12 @@ class RowCache:
         return attention(queries, keys, values, scale, mask, sinks)
 
 
-class PackedRows:
-    """Tokens of a packed batch as rows of `Parts`."""
-
-    def __init__(self, parts):
-        self._keys, self._answers = places_of(parts)
-
-    def in_rows(self, function, arrays):
-        """What a recurrence's function gives for tokens that come as sequences of one, `(N, 1, ...)`.
-
-        Args:
-            function: takes sequences `(K, T, ...)` and the state before them, None at the beginning; returns outputs
-                `(K, T, ...)` and the state behind them, `(K, ...)`.
-            arrays: what it takes, each `(N, 1, ...)`.
-        """
-        columns = spread([x.squeeze(1) for x in arrays], [self._keys] * len(arrays))
-        first, *others = map(len, columns[0])
-        begun, state, answers = sum(others) == 2 * first, None, []
-        for part in zip(*columns, strict=True):
-            before = None if state is None else mx.concatenate([state] * (len(part[0]) // first))
-            out, behind = function(*part, before)
-            if begun and state is None:
-                state = behind
-            answers.append(out)
-        return collected(answers, self._answers)[:, None]
-
-
 class PackedCache(RowCache):
     """In every layer's cache's place on a packed batch of N sequences of one token, which a `Layout` tells."""
 
     def __init__(self, layout):
         self.offset = layout.places
-        self._keys, self._queries = places_of(layout.attended)
+        self._keys, self._queries = Parts(*layout.attended).places()
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What `attend` reads; a mask to compute with cannot be had."""
@@ -235,12 +233,6 @@ class Places(NamedTuple):
     def indices(self):
         """Of each part the tokens that are its rows, as `_moved` reads them."""
         return [part.reshape(1, -1) if self.holes else part.reshape(-1) for part in self.parts]
-
-
-def places_of(parts):
-    """The `Places` of the keys of `Parts`, or a tuple of such, and of what asks and is answered."""
-    keys, answered, outputs, uses = parts
-    return Places(keys, uses), Places(answered, outputs[None], holes=True)
 
 
 def spread(arrays, places):

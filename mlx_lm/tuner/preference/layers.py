@@ -158,7 +158,7 @@ def lean_layers(modules, packed=None):
 
     Args:
         modules: all of an mlx-lm model, or of a part of one.
-        packed: the `PackedRows` of a packed batch, which recurrent layers, and what they convolve with, read.
+        packed: the recurrent `Parts` of a packed batch, which recurrent layers, and what they convolve with, read.
     """
     lean = {LoRALinear: LeanLoRALinear} if on_cuda() else {LoRALinear: LeanLoRALinear, nn.Conv1d: DepthwiseConv1d}
     if mx.default_device() != mx.gpu:

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ...models.activations import fast_exp, fast_max
 from ...models.cache import CacheList, ChunkedKVCache, ConcatenateKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from ...utils import token_logps
-from .attention import Layout, PackedCache, PackedRows, PackedState, RowCache, on_cuda
+from .attention import Layout, PackedCache, PackedState, Parts, RowCache, on_cuda
 from .batches import PACKED, PLAIN, RECURRENT, lengths_of, make_batch, shape_of
 from .intercept import drawing_from, evaluating, exchanged, intercepted, parameters_in
 from .layers import convolved_channels, is_float32, layers_of, lean_layers
@@ -134,7 +134,7 @@ class Scorer:
             yield
             return
         recurrent = Layout(*batch.layout).recurrent if batch.layout else ()
-        packed = PackedRows(recurrent) if recurrent else None
+        packed = Parts(*recurrent) if recurrent else None
         with exchanged(self, "_is_lean", True), lean_layers(self._modules, packed):
             yield
 

@@ -30,7 +30,7 @@ AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**25}
 def recurrences_in_pieces(modules, packed=None):
     """Within the context, which must last around the backward pass, such layers of a model's `modules` run in pieces.
 
-    With the `PackedRows` of a packed batch they do so on each of its sequences.
+    With the recurrent `Parts` of a packed batch they do so on each of its sequences.
     """
     files = {type(module).__module__ for module in modules}
     with ExitStack() as stack:
