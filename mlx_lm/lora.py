@@ -41,7 +41,6 @@ from .tuner.preference.check import (
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import STATE_FILE, check_adapter, starting_point
-from .tuner.preference.counterparts import BY_NAME, hint
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
@@ -73,7 +72,6 @@ from .tuner.preference.options import (
     Unset,
     first_line,
     is_preference,
-    nearest,
     of_flag,
     size,
 )
@@ -135,21 +133,7 @@ def build_parser():
         metavar="FILE",
         help="Print TRL's DPOConfig or KTOConfig in FILE (YAML or JSON) in this command's words, and end.",
     )
-    parser.error = partial(_refuse, parser.error, parser._option_string_actions)
     return parser
-
-
-def _refuse(error, flags, message):
-    """The parser's `error`, which says of a word that is none of the flags what it is here."""
-
-    def hinted(word):
-        key = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        flag = "--" + BY_NAME.get(key, (key,))[0].replace("_", "-")
-        told = f" (did you mean {flag}?)" if flag in flags else hint(key) or nearest(flag, flags)
-        return word + (told if word.startswith("--") else "")
-
-    unknown = message.partition("unrecognized arguments: ")[2]
-    error(f"unrecognized arguments: {' '.join(map(hinted, unknown.split(' ')))}" if unknown else message)
 
 
 def training_args(args, adapter_file):

@@ -99,22 +99,6 @@ class TestCommandLine:
         assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "flags, told",
-        [
-            ("--loss_type dpo", "--loss_type (did you mean --loss-type?) dpo"),
-            ("--per-device-train-batch-size 4", "--per-device-train-batch-size (did you mean --batch-size?) 4"),
-            ("--learning_rate=1e-5 --bata 1", "--learning_rate=1e-5 (did you mean --learning-rate?) --bata (did you "),
-            ("--lora_r 8", "--lora_r (did you mean lora_parameters?) 8"),
-            ("--load-in-4bit", "--load-in-4bit (name a quantized model; mlx_lm convert -q makes one)"),
-            ("--zzzzzz stray", "--zzzzzz stray"),
-        ],
-    )
-    def test_a_flag_of_trls_is_told_as_a_key_is(self, flags, told, capsys):
-        with pytest.raises(SystemExit):
-            parse(*flags.split())
-        assert f"error: unrecognized arguments: {told}" in capsys.readouterr().err
-
-    @pytest.mark.parametrize(
         "text, value",
         [("2000", 2000), ("500MB", 5 * 10**8), ("1.5GB", 15 * 10**8), ("2g", 2 * 10**9), ("3 M", 3 * 10**6)],
     )
