@@ -1,6 +1,5 @@
 """Adds to mlx_lm.lora: preference options, their checks, and what a preference run does."""
 
-import errno
 import re
 import sys
 from pathlib import Path
@@ -452,11 +451,6 @@ def main():
         sys.exit(workers.tell(f"error: {error}", 2))
     except yaml.YAMLError as error:
         sys.exit(workers.tell(f"error: the configuration file cannot be read: {' '.join(str(error).split())}.", 2))
-    except OSError as error:
-        # Of what is printed: the other files' errors are told where they are written.
-        if error.errno not in (errno.ENOSPC, errno.EPIPE):
-            raise
-        sys.exit(workers.tell(f"error: what is printed cannot be written ({error.strerror}).", 2))
     except KeyboardInterrupt as error:
         sys.exit(workers.tell(str(error) or "interrupted.", getattr(error, "status", 130)))
     except SystemExit as stop:

@@ -5,7 +5,6 @@ Most cases run the command within this process, which takes a tenth of a second;
 
 import contextlib
 import copy
-import errno
 import io
 import json
 import os
@@ -983,17 +982,3 @@ class TestProcesses:
             process = command.process("--beta", "-1", module=module)
             out, err = process.communicate()
             assert (process.returncode, err) == (2, "error: beta is -1.0; it must be a number, >= 0.\n"), out
-
-
-@pytest.mark.parametrize("number, told", [(errno.ENOSPC, True), (errno.EPIPE, True), (errno.EIO, False)])
-def test_output_that_cannot_be_written_is_told_in_a_sentence(number, told, monkeypatch, capsys):
-    def full():
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(mlx_lm.lora, "_upstream_main", full)
-    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora"])
-    with pytest.raises(SystemExit if told else OSError) as stop:
-        mlx_lm.lora.main()
-    assert not told or stop.value.code == 2
-    sentence = f"error: what is printed cannot be written ({os.strerror(number)}).\n"
-    assert capsys.readouterr().err == (sentence if told else "")
