@@ -461,20 +461,6 @@ def test_one_report_is_seen(tmp_path, monkeypatch):
         assert drawn[-1].axes[0].get_legend().get_texts()[0].get_text() == f"loss, {kind}"
 
 
-def test_a_long_run_is_drawn_from_few_points_with_its_peaks(tmp_path, monkeypatch):
-    """The file is read once, and of 100,000 points those are drawn that are seen."""
-    drawn = []
-    monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure))
-    lines = [{"iteration": i, "loss": 0.7 + (i == 51234) - 0.5 * (i == 77777)} for i in range(1, 100001)]
-    monkeypatch.setattr(curves, "read_metrics", lambda path: pytest.fail("the lines are given"))
-    curves.plot_metrics(tmp_path, lines)
-    found = drawn[0].axes[0].lines[0].get_xydata()
-    assert 1000 < len(found) <= curves.MOST_POINTS and (np.diff(found[:, 0]) >= 0).all()
-    assert [51234, 1.7] in found.tolist() and min(found[:, 1]) == pytest.approx(0.2)
-    curves.plot_metrics(tmp_path, lines[:500])
-    assert len(drawn[1].axes[0].lines[0].get_xydata()) == 500
-
-
 def test_runs_of_any_name_are_in_the_legend(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure))

@@ -3,7 +3,6 @@
 import argparse
 import json
 import textwrap
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ NOT_COMPARED = {"adapter_path", "check", "config", "predictions", "project_name"
 NOT_COMPARED |= {"sample_prompts", "test", "train"}
 COLORS = [f"C{i}" for i in range(10)]
 LEGEND_WIDTH, LEGEND_LINE = 110, 0.19  # letters that the picture is wide; inches that a line is high
-MOST_POINTS = 2000  # of a curve, some for each pixel that a panel is wide
 STYLES = (("", "-", "training"), ("eval_", "o--", "validation"))
 
 
@@ -143,21 +141,12 @@ def _draw(axes, title, curves, colors=COLORS):
             if points:
                 # A line of one point is not seen.
                 marker = "s" if len(points) == 1 and style == "-" else style
-                axes.plot(*zip(*_thinned(points), strict=True), marker, color=color, label=label and label + kind)
+                axes.plot(*zip(*points, strict=True), marker, color=color, label=label and label + kind)
     axes.set_title(title)
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
-
-
-def _thinned(points):
-    """Of each stretch of a long curve's points the lowest and the highest: to the eye the same picture."""
-    size = -(-2 * len(points) // MOST_POINTS)
-    if size <= 2:
-        return points
-    stretches = (sorted(points[i : i + size], key=itemgetter(1)) for i in range(0, len(points), size))
-    return [point for stretch in stretches for point in sorted((stretch[0], stretch[-1]))]
 
 
 def _written(figure, path):
