@@ -253,7 +253,12 @@ def metrics(draw, folder):
     lines = [{"iteration": i, "loss": 0.5, "rewards/chosen": 1.0, "eval_loss": 0.1} for i in range(draw.randint(0, 4))]
     content = b"\n".join(as_json(draw, changed(draw, line)) for line in lines)
     (folder / "metrics.jsonl").write_bytes(content)
-    return content, lambda: read_metrics(folder / "metrics.jsonl") and draw.random() < 0.05 and plot_metrics(folder), ""
+
+    def use():
+        lines = read_metrics(folder / "metrics.jsonl")
+        return draw.random() < 0.05 and plot_metrics(folder, lines)
+
+    return content, use, ""
 
 
 def states(draw, folder):

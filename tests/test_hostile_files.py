@@ -125,8 +125,9 @@ def test_metrics_with_values_that_are_no_numbers_are_drawn(tmp_path):
     lines = [{"iteration": 1, "loss": "x"}, {"iteration": 2, "loss": 0.5}, {"iteration": 3, "loss": [1]}]
     lines += [{"iteration": 4, "loss": 1e308}, {"iteration": 5, "loss": 10**400}, {"iteration": 10**400, "loss": 1}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
-    assert plot_metrics(tmp_path) is None or (tmp_path / "training.png").is_file()
+    read = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(read) == 5
+    assert plot_metrics(tmp_path, read) is None or (tmp_path / "training.png").is_file()
 
 
 def test_what_is_told_of_rows_adapters_and_configurations_holds_no_control_characters(tmp_path, capsys):

@@ -325,24 +325,20 @@ def test_a_test_is_offered_where_there_is_a_test_set(tmp_path, given):
     assert offered(hf_dataset={"path": "a", "test_split": "quiz"}) and not offered(hf_dataset=[{"path": "a"}])
 
 
-def test_runs_that_were_ended_before_their_first_report_are_left_out_of_a_picture(tmp_path, monkeypatch, capsys):
-    drawn, folders = [], [str(tmp_path / f"run {i}") for i in range(14)]
+def test_each_run_of_a_picture_has_a_color(tmp_path, monkeypatch, capsys):
+    drawn, folders = [], [str(tmp_path / f"run {i}") for i in range(12)]
     for folder in folders:
         Path(folder).mkdir()
-    with pytest.raises(ConfigError, match="there is no metrics.jsonl with figures of a run in it"):
-        call(mlx_lm.lora.build_parser().parse_args, "--plot", *folders[:2])
-    for folder in folders[2:]:
         (Path(folder) / "metrics.jsonl").write_text('{"iteration": 1, "loss": 0.7}\n')
     monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure) or path)
     monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "--plot", *folders])
     with pytest.raises(SystemExit, match="0"):
         mlx_lm.lora.main()
-    out = " ".join(capsys.readouterr().out.split())
-    assert out.count("it is left out") == 2 and f"The curves of {folders[2]} and" in out
-    # Each run has a color of its own, that of its line in the legend.
+    assert f"The curves of {folders[0]} and {folders[1]}" in " ".join(capsys.readouterr().out.split())
+    # That of its line in the legend.
     lines, legend = drawn[0].axes[0].lines, drawn[0].legends[0].get_lines()
     found, expected = ([tuple(line.get_color()) for line in those] for those in (lines, legend))
-    assert len(set(found)) == len(folders) - 2 and found == expected
+    assert len(set(found)) == len(folders) and found == expected
     drawn[0].canvas.draw()
     assert drawn[0].axes[0].get_window_extent().height > 150
 
@@ -357,11 +353,11 @@ def test_a_picture_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys)
         call(mlx_lm.lora.main, "--plot", str(tmp_path))
     assert "error: plot: the picture cannot be written (" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        call(mlx_lm.lora.main, "--plot", str(tmp_path / "none"))
+        call(mlx_lm.lora.main, "--plot", str(tmp_path), str(tmp_path / "none"))
     assert "none: there is no metrics.jsonl with figures of a run in it." in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for folders in ([tmp_path], [tmp_path, tmp_path]):
-        assert curves.plot_runs(folders) is None
+    for runs in ({tmp_path: [{}]}, {tmp_path: [{}], tmp_path / "other": [{}]}):
+        assert curves.plot_runs(runs) is None
         assert "[WARNING] matplotlib is not installed" in capsys.readouterr().out
 
 
@@ -454,23 +450,22 @@ def test_one_report_is_seen(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure))
     for key in ("loss", "eval_loss"):
-        (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 9, key: 0.7}) + "\n")
-        curves.plot_metrics(tmp_path)
+        curves.plot_metrics(tmp_path, [{"iteration": 9, key: 0.7}])
         assert drawn[-1].axes[0].lines[0].get_marker() in ("s", "o")
         kind = "training" if key == "loss" else "validation"
         assert drawn[-1].axes[0].get_legend().get_texts()[0].get_text() == f"loss, {kind}"
 
 
 def test_runs_of_any_name_are_in_the_legend(tmp_path, monkeypatch):
-    drawn = []
+    drawn, runs = [], {}
     monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure))
     folders = [tmp_path / name for name in ("_under", "cost $x^2_a$ $", "only validations")]
     for i, folder in enumerate(folders):
         folder.mkdir()
         key = "eval_loss" if i == 2 else "loss"
-        (folder / "metrics.jsonl").write_text(json.dumps({"iteration": 1, key: 0.7}) + "\n")
+        runs[folder] = [{"iteration": 1, key: 0.7}]
         (folder / "adapter_config.json").write_text(json.dumps({f"a key of some length {j}": i for j in range(9)}))
-    curves.plot_runs(folders)
+    curves.plot_runs(runs)
     drawn[0].canvas.draw()
     assert curves.differences(folders[:2]) == [
         f"{folder}: " + ", ".join(f"a key of some length {j} {i}" for j in range(9))

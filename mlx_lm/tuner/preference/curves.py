@@ -34,13 +34,12 @@ LEGEND_WIDTH, LEGEND_LINE = 110, 0.19  # letters that the picture is wide; inche
 STYLES = (("", "-", "training"), ("eval_", "o--", "validation"))
 
 
-def plot_metrics(folder, lines=None):
-    """Draw a run's curves from `metrics.jsonl` into `training.png`; its path, or None without matplotlib or figures.
+def plot_metrics(folder, lines):
+    """Draw the curves of `lines`, a run's `metrics.jsonl`, into its folder's `training.png`.
 
-    Args:
-        lines: those of the file, where they have been read.
+    Returns:
+        The path of the picture, or None without matplotlib or figures.
     """
-    lines = read_metrics(Path(folder) / METRICS_FILE) if lines is None else lines
     if not lines or (figure := _figure()) is None:
         return None
     # Placed by hand, which takes half the time of a layout that is computed.
@@ -50,18 +49,15 @@ def plot_metrics(folder, lines=None):
     return _written(figure, Path(folder) / PLOT_FILE)
 
 
-def plot_runs(folders, runs=None):
-    """Draw several runs' curves into one picture, `comparison.png` in the first one's folder.
-
-    Args:
-        runs: the lines of each one's `metrics.jsonl`, where they have been read.
+def plot_runs(runs):
+    """Draw several runs, the lines of their `metrics.jsonl` by folder, into `comparison.png` in the first folder.
 
     Returns:
-        The path of the plot, or None where matplotlib is missing. With one folder, what `plot_metrics` returns.
+        The path of the picture, or None where matplotlib is missing. With one run, what `plot_metrics` returns.
     """
-    runs = runs or [read_metrics(Path(folder) / METRICS_FILE) for folder in folders]
+    folders = list(runs)
     if len(folders) == 1:
-        return plot_metrics(folders[0], runs[0])
+        return plot_metrics(folders[0], runs[folders[0]])
     if (figure := _figure("constrained")) is None:
         return None
     from matplotlib import colormaps
@@ -71,7 +67,7 @@ def plot_runs(folders, runs=None):
     colors = COLORS if len(runs) <= len(COLORS) else colormaps["turbo"](np.linspace(0, 1, len(runs)))
 
     for axes, (title, key) in zip(figure.subplots(2, 2).flat, COMPARED, strict=True):
-        _draw(axes, title, [(lines, key, None) for lines in runs], colors)
+        _draw(axes, title, [(lines, key, None) for lines in runs.values()], colors)
     handles = [Line2D([], [], color=color) for color, _ in zip(colors, runs, strict=False)]
     names = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in differences(folders)]
     # The legend of many runs is not taken off the panels' height.
@@ -106,19 +102,16 @@ class Plot(argparse.Action):
     """`--plot FOLDER [FOLDER ...]`: draw runs, say where the picture is, and end."""
 
     def __call__(self, parser, namespace, folders, option_string=None):
-        runs = [read_metrics(Path(folder) / METRICS_FILE) for folder in folders]
-        for folder in (folder for folder, lines in zip(folders, runs, strict=True) if not lines):
-            told = f"--plot {folder}: there is no {METRICS_FILE} with figures of a run in it"
-            if not any(runs):
-                raise ConfigError(f"{told}.")
-            rprint(f"[WARNING] {told}; it is left out.")
-        folders = [folder for folder, lines in zip(folders, runs, strict=True) if lines]
+        runs = {folder: read_metrics(Path(folder) / METRICS_FILE) for folder in folders}
+        for folder, lines in runs.items():
+            if not lines:
+                raise ConfigError(f"--plot {folder}: there is no {METRICS_FILE} with figures of a run in it.")
         try:
-            path = plot_runs(folders, [lines for lines in runs if lines])
+            path = plot_runs(runs)
         except OSError as error:
             raise ConfigError(f"plot: the picture cannot be written ({error}).") from error
         if path is not None:
-            print(f"The curves of {' and '.join(folders)} are in {path}.")
+            print(f"The curves of {' and '.join(runs)} are in {path}.")
         parser.exit(0 if path is not None else 1)
 
 
