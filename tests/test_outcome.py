@@ -415,9 +415,9 @@ def test_no_command_goes_on_at_a_rate_of_zero(tmp_path, monkeypatch, capsys, nam
     assert ("resume" in next_commands(args)) == goes_on
     for updates in (1, 20, 40):  # within the warmup, of this run, and of one twice as long
         warn_of_ended_schedule(schedule, updates)
-    told = re.findall(r"rate is 0 after update (\d+) of (\d+)", capsys.readouterr().err)
-    # Upstream puts the schedule behind one more update than the warmup has.
-    assert told == ([] if goes_on else [("21", "40")])
+    told = re.findall(r"rate is 0 by update (\d+) of (\d+)", capsys.readouterr().err)
+    # It is from the 22nd on: upstream puts the schedule behind one more update than the warmup has.
+    assert told == ([] if goes_on else [("22", "40")])
 
 
 def test_paths_are_no_markup(tmp_path, capsys):

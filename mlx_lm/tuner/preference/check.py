@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-from bisect import bisect_left
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -317,46 +316,40 @@ def _check_schedule(schedule, updates):
     _check_keys("lr_schedule", schedule, ("name", "arguments", "warmup", "warmup_init"), form)
     if not {"name", "arguments"} <= set(schedule):
         raise ConfigError(f"lr_schedule is {shown(schedule)}; {form}.")
-    names = [name for name, value in vars(optimizers.schedulers).items() if inspect.isfunction(value)]
-    names.remove("join_schedules")  # it takes schedules, which warmup makes it do
-    if schedule["name"] not in names:
-        raise ConfigError(
-            f"lr_schedule's name is {shown(schedule['name'])}{nearest(schedule['name'], names)}; "
-            f"it must be one of {', '.join(sorted(names))}."
-        )
-    function = inspect.signature(getattr(optimizers.schedulers, schedule["name"]))
-    takes = f"{schedule['name']} takes a list of {', '.join(function.parameters)}"
     try:
-        rate = build_schedule(schedule)
-        steps = (0, 1, updates // 2, updates, *(updates * i // 16 for i in range(16)))
-        rates = {step: float(rate(mx.array(step, mx.uint64))) for step in steps}
+        rates = _rates(schedule, updates)
     except Exception as error:
         # Numbers of any type reach arithmetic of any kind here.
-        raise ConfigError(f"lr_schedule is {shown(schedule)}, which cannot be followed ({error}); {takes}.") from error
+        known = {name: made for name, made in vars(optimizers.schedulers).items() if inspect.isfunction(made)}
+        known.pop("join_schedules")  # it takes schedules, which warmup makes it do
+        taken = (f"{name} of {', '.join(inspect.signature(made).parameters)}" for name, made in known.items())
+        told = f"lr_schedule is {shown(schedule)}, which cannot be followed ({error})"
+        raise ConfigError(f"{told}; there are {'; '.join(taken)}.") from error
     # At its end a schedule in float32 may be a rounding below zero.
     rounding = 1e-6 * max(rates.values())
     for step, value in rates.items():
         if not math.isfinite(value) or value < -rounding:
-            raise ConfigError(f"lr_schedule gives a learning rate of {value:g} at update {step}; {takes}.")
+            raise ConfigError(f"lr_schedule gives a learning rate of {value:g} at update {step}; give other arguments.")
+
+
+def _rates(schedule, updates):
+    """The learning rate at the first updates of a run of so many, and at each sixteenth of it, by update."""
+    rate = build_schedule(schedule)
+    return {step: float(rate(mx.array(step, mx.uint64))) for step in (0, 1, *(updates * i // 16 for i in range(17)))}
 
 
 def schedule_end(schedule, updates):
-    """The update after which a schedule's rate is 0 in a run of so many; None where it is so only near the end."""
-    rate = build_schedule(schedule)
-    most = max(float(rate(mx.array(step, mx.uint64))) for step in (0, *(2**i for i in range(updates.bit_length()))))
-
-    def is_zero(step):
-        return float(rate(mx.array(step, mx.uint64))) <= 1e-6 * most
-
-    # Before its first update a warmup is at 0, too.
-    return (bisect_left(range(updates), True, key=is_zero) or None) if is_zero(updates * 15 // 16) else None
+    """An update by which a schedule's rate is 0 in a run of so many; None where it is so only near the end."""
+    rates = _rates(schedule, updates)
+    last = max((step for step, rate in rates.items() if rate > 1e-6 * max(rates.values())), default=updates)
+    return next(step for step in rates if step > last) if last < updates * 15 // 16 else None
 
 
 def warn_of_ended_schedule(schedule, updates):
     """Say so where a schedule leaves a rate of 0 to a part of a run of so many updates."""
     if schedule is not None and (end := schedule_end(schedule, updates)) is not None:
         rprint(
-            f"[WARNING] lr_schedule's rate is 0 after update {end} of {updates}: the rest teaches nothing; give "
+            f"[WARNING] lr_schedule's rate is 0 by update {end} of {updates}: the rest teaches nothing; give "
             "numbers that fit the run.",
             file=sys.stderr,
         )
