@@ -336,7 +336,7 @@ class TestValues:
             ({"lora_parameters": {**LORA, "rank": 0}}, "lora_parameters.rank is 0; it must be a whole number, >= 1"),
             ({"lora_parameters": {**LORA, "rank": 2**31}}, "rank is 2147483648; it must be .*, >= 1 and <= 2147483647"),
             ({"optimizer": "lion"}, "optimizer is 'lion'; it must be a name, one of adam"),
-            ({"optimizer_config": {"adam": {"beta1": 0.9}}}, "optimizer_config's adam has beta1 .did you mean betas"),
+            ({"optimizer_config": {"adam": {"beta1": 0.9}}}, "'beta1'.; it takes betas, bias_correction, eps"),
             ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 0]}}, "lr_schedule is .* cannot be followed"),
             ({"epochs": 2}, "epochs is 2 and iters is 3, which both say how long to train; give one of them"),
             ({"epochs": 0, "iters": ...}, "epochs is 0; it must be a number, > 0"),

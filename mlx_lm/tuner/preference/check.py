@@ -192,8 +192,7 @@ def check_config(args):
         )
     if args.lr_schedule is not None:
         _check_schedule(args.lr_schedule, -(-args.iters // args.grad_accumulation_steps))
-    args.optimizer_config = _checked_optimizers(args.optimizer_config)
-    _try_optimizer(args.optimizer, args.optimizer_config.get(args.optimizer, {}))
+    args.optimizer_config = _checked_optimizers(args.optimizer_config, args.optimizer)
     if args.train:
         _warn_of_unread_rate(args)
     if args.resume_adapter_file is not None:
@@ -355,26 +354,20 @@ def warn_of_ended_schedule(schedule, updates):
         )
 
 
-def _checked_optimizers(configs):
-    """`optimizer_config`, each optimizer's own settings a dict."""
+def _checked_optimizers(configs, name):
+    """`optimizer_config`, each optimizer's own settings a dict; those of the one that `name` names were tried."""
     form = "it holds the settings of an optimizer below its name, such as adamw: {weight_decay: 0.01}"
     _check_keys("optimizer_config", configs, _CLASSES, form)
-    for name, config in configs.items():
-        if not isinstance(config, (dict, type(None))):
-            raise ConfigError(f"optimizer_config's {name} is {shown(config)}; {form}.")
-    return {name: config or {} for name, config in configs.items()}
-
-
-def _try_optimizer(name, config):
-    make = getattr(optimizers, _CLASSES[name])
-    allowed = set(inspect.signature(make).parameters) - {"learning_rate"}
-    _check_keys(f"optimizer_config's {name}", config, allowed, f"it takes {', '.join(sorted(allowed))}")
+    configs = {key: config or {} for key, config in configs.items()}
+    make, config = getattr(optimizers, _CLASSES[name]), configs.get(name, {})
     try:
         # LoRA's first gradient has zeros: those of the matrices behind which zeros stand.
         ones, zeros = mx.ones((2, 2)), mx.zeros((2, 2))
         updated = make(learning_rate=1e-3, **config).apply_gradients({"a": ones, "b": zeros}, {"a": ones, "b": ones})
-        sound = all(mx.isfinite(value).all().item() for value in updated.values())
+        if not all(mx.isfinite(value).all().item() for value in updated.values()):
+            raise ValueError("its first update is not finite")
     except Exception as error:
-        raise ConfigError(f"optimizer_config's {name} is {shown(config)}, which cannot be used ({error}).") from error
-    if not sound:
-        raise ConfigError(f"optimizer_config's {name} is {shown(config)}, whose first update is not finite.")
+        takes = ", ".join(sorted(set(inspect.signature(make).parameters) - {"learning_rate"}))
+        told = f"optimizer_config's {name} is {shown(config)}, which cannot be used ({error})"
+        raise ConfigError(f"{told}; it takes {takes}.") from error
+    return configs
