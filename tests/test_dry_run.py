@@ -238,8 +238,7 @@ def test_spans_that_are_not_scored_stand_outside_of_the_marks():
     assert with_marks(Letters(), range(3), ((0, 1),)) == "a\u27e6bc\u27e7"
     assert with_marks(Letters(), range(2), ()) == "\u27e6ab\u27e7"
     assert text_of(Letters(), [-70]) == "\\x1b", "an escape sequence of the data is none on the terminal"
-    long = text_of(Letters(), [0] * 2000)
-    assert "1400 characters" in long and len(long) < 700
+    assert len(text_of(Letters(), [0] * 2000)) < 700
 
 
 def test_no_colour_where_none_is_wanted(monkeypatch):

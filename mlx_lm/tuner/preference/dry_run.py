@@ -17,7 +17,7 @@ from .divergence import validated_pairs
 from .intercept import evaluating
 from .layers import checkpointed_layers
 from .memory import LESS, begin_peak_anew, bounded_memory, peak_memory, trim_cache
-from .options import ConfigError
+from .options import ConfigError, shortened
 from .reference import batches_of, device_memory, refuse_non_finite
 
 QUANTILES = {"least": 0, "10 %": 0.1, "50 %": 0.5, "90 %": 0.9, "most": 1}
@@ -80,9 +80,7 @@ def marked(text):
 def text_of(tokenizer, tokens):
     """What tokens say, the special ones too, on indented lines and without other control characters."""
     text = tokenizer.decode(list(tokens), skip_special_tokens=False) if len(tokens) else ""
-    if len(text) > LONGEST_TEXT:
-        half = LONGEST_TEXT // 2
-        text = f"{text[:half]} ... {len(text) - 2 * half} characters ... {text[-half:]}"
+    text = shortened(text, LONGEST_TEXT)
     text = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
     return text.replace("\n", "\n" + " " * 14)
 
