@@ -11,7 +11,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ...cli_ui import rprint
-from .answers import answers
 from .batches import lengths_of, make_batch, reference_rows
 from .divergence import validated_pairs
 from .intercept import evaluating
@@ -85,7 +84,7 @@ def text_of(tokenizer, tokens):
     return text.replace("\n", "\n" + " " * 14)
 
 
-def rehearse(step, objective, reference, schedule, logps, args, done=0):
+def rehearse(step, objective, reference, schedule, logps, args):
     """Run what takes most memory of a run, and print what that and, with `steps`, the whole run take.
 
     The model is another one afterwards.
@@ -96,16 +95,13 @@ def rehearse(step, objective, reference, schedule, logps, args, done=0):
         schedule: its `Schedule`.
         logps: its `ReferenceLogps`, not taken yet.
         args: `TrainingArgs`.
-        done: iterations that a run which is gone on with has behind it.
 
     Raises:
         ConfigError: the device has less memory than the longest batch seems to need.
     """
-    left = args.iters - done
-    epochs = left / schedule.epoch_steps  # the last batch of one may hold fewer pairs
-    updates = -(-args.iters // args.grad_accumulation_steps) - done // args.grad_accumulation_steps
-    counted = f"{left} further" if done else left
-    rprint(f"\n{counted} iterations of {args.batch_size} pairs are {epochs:.2f} epochs and {updates} updates")
+    epochs = args.iters / schedule.epoch_steps  # the last batch of one may hold fewer pairs
+    updates = -(-args.iters // args.grad_accumulation_steps)
+    rprint(f"\n{args.iters} iterations of {args.batch_size} pairs are {epochs:.2f} epochs and {updates} updates")
     # The most of all workers, which average what they find and so take the same steps.
     tokens = np.array(mx.distributed.all_max(mx.array([*map(schedule.tokens, range(1, args.iters + 1))])))
     with checkpointed_layers(step.model) if args.grad_checkpoint else nullcontext(), bounded_memory() as evaluate:
@@ -129,7 +125,7 @@ def rehearse(step, objective, reference, schedule, logps, args, done=0):
         mx.eval(work)
         tell_memory(step)
         if args.steps:
-            tell_time(step, objective, schedule, logps, args, done, tokens, scoring, evaluate)
+            tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
     rprint("\nNothing that can be told beforehand stops this run.")
 
 
@@ -216,8 +212,8 @@ def tell_memory(step):
         rprint(f"  {name:22} {size / 1e9:8.3f}" + (f" of {device_memory() / 1e9:.1f}" if name == "in all" else ""))
 
 
-def tell_time(step, objective, schedule, logps, args, done, tokens, scoring, evaluate):
-    """Time `steps` steps of usual length, and print what the rest of the run will take by that."""
+def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate):
+    """Time `steps` steps of usual length, and print what a whole run will take by that."""
     usual = np.argsort(np.abs(tokens - tokens.mean()), kind="stable")[: args.steps]
     if step.compiled:
         evaluate([run_step(step, schedule, int(i) + 1, args) for i in usual])
@@ -225,36 +221,18 @@ def tell_time(step, objective, schedule, logps, args, done, tokens, scoring, eva
     for i in usual:
         mx.eval(run_step(step, schedule, int(i) + 1, args))
     seconds = (time.perf_counter() - tic) / len(usual) * tokens.mean() / tokens[usual].mean()
-    left = args.iters - done
-    parts = {f"{left} steps of {seconds:.3f} s": left * seconds}
+    parts = {f"{args.iters} steps of {seconds:.3f} s": args.iters * seconds}
     validation, reference = scoring
     lengths = lengths_of(logps.val_dataset[int(row)] for row in logps.val_rows).sum(axis=1)
-    referenced = lengths.sum() * reference
-    # Of a run that is gone on with the first validation is over.
-    count = -(-args.iters // args.steps_per_eval) - (done // args.steps_per_eval if done else -1)
     if len(lengths):
+        count = 1 - (-args.iters // args.steps_per_eval)
         # The KL runs the policy and the reference over some pairs.
         each = lengths.sum() * validation + 2 * validated_pairs(len(lengths)) * lengths.mean() * reference
         parts[f"{count} validations of {each:.3f} s"] = count * each
-        if args.sample_prompts:
-            each = args.sample_prompts * time_answer(objective.scorer.model, logps)
-            parts[f"{count} times {args.sample_prompts} answers of {each:.3f} s"] = count * each
     if objective.loss.needs_reference:
-        every = (args.reference_update_steps or 0) * args.grad_accumulation_steps
-        visited = lengths_of(logps.dataset[int(row)] for row in schedule.visited(1, every or args.iters)).sum()
-        parts["reference, where none of it is kept"] = visited * reference + referenced
-        if every:
-            exchanges = -(-args.iters // args.grad_accumulation_steps) // args.reference_update_steps - done // every
-            again = every * tokens.mean() * reference + referenced
-            parts[f"exchanges of the reference, {exchanges}"] = exchanges * again
-    parts["in all, but for loading, saving, test"] = sum(parts.values())
+        visited = lengths_of(logps.dataset[int(row)] for row in schedule.visited(1, args.iters)).sum()
+        parts["reference, once, where none is kept"] = (visited + lengths.sum()) * reference
+    parts["steps, validations, reference, in all"] = sum(parts.values())
     rprint(f"\ntime by {len(usual)} steps")
     for name, total in parts.items():
         rprint(f"  {name:38} {total:8.1f} s" if total < 120 else f"  {name:38} {total / 60:8.1f} min")
-
-
-def time_answer(model, logps):
-    """The seconds of an answer to the first validation prompt."""
-    tic = time.perf_counter()
-    answers(model, logps.val_dataset.tokenizer, [logps.val_dataset[int(logps.val_rows[0])].prompt])
-    return time.perf_counter() - tic

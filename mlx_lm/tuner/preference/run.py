@@ -132,7 +132,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     skips, together = args.on_nonfinite == "skip", not args.grad_checkpoint
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm, skips, together)
     if args.check:
-        return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args, iteration)
+        return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args)
     if args.reference_mixup_alpha is not None:
         logps.parameters = model.trainable_parameters()
     progress = Progress() if state is None else restore_run(state, step, logps)
