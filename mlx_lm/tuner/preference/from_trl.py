@@ -51,8 +51,6 @@ KTO_LOSSES = ("kto", "apo_zero_unpaired")
 # Layers that PEFT names by their last word, by their path in a block of most of mlx-lm's models.
 PATHS = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 PATHS |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
-# What an entry of `datasets` hands on to datasets.load_dataset.
-LOADED_WITH = ("name", "data_dir", "data_files")
 BEST = {"loss": "eval_loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 UNBOUNDED = 2**20  # tokens
 NOTHING = (None, False, "", [], {}, "no", "none")
@@ -131,43 +129,27 @@ def _model_and_data(made):
             made.put(key, value)
         else:
             made.note(f"{key}: the file has no {names}; give one here or as --{key.replace('_', '-')}.")
-    entries, share = made.take("datasets") or [], made.take("test_split_size")
-    given = {key: made.take(f"dataset_{key}") for key in ("name", "config", "train_split", "test_split")}
-    if not entries and given["name"] is not None:
-        share = None  # of datasets alone
-        entries = [{"path": given["name"], "name": given["config"], "split": given["train_split"]}]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
-        raise ConfigError(f"datasets is {entries!r}; it must be a list of objects with path.")
-    if not entries:
-        return made.note("data: the file has no dataset_name; give a folder or a data set here or as --data.")
-    if dropped := {key for entry in entries for key in entry} - {"path", "split", *LOADED_WITH}:
-        made.note(f"datasets: no counterpart here for {', '.join(sorted(dropped))} of an entry.")
+    name, config, train_split, test_split = (
+        made.take(f"dataset_{key}") for key in ("name", "config", "train_split", "test_split")
+    )
     validates = _strategy(made, "eval_strategy") != "no"
-    named = given["test_split"] is not None or share or any(entries[0].get(key) for key in ("split", *LOADED_WITH))
-    if len(entries) == 1 and not named and not validates:
-        return made.put("data", entries[0]["path"])
-    test_split = given["test_split"] or ("test" if validates else None)
-    told = "" if share or test_split else "valid_split stands for none, and is not validated on with val_batches 0"
-    made.put("hf_dataset", [_entry(entry, test_split, share) for entry in entries], note=told)
-    if share:
-        parts = any(re.search(r"[\[+]", str(entry.get("split"))) for entry in entries)
-        made.put("valid_share", share, note="of whole splits alone; beside others name a valid_split" if parts else "")
+    if name is None:
+        return made.note("data: the file has no dataset_name; give a folder or a data set here or as --data.")
+    if not (config or train_split or test_split or validates):
+        return made.put("data", name)
+    train_split, told = str(train_split or "train"), ""
+    if not test_split and not validates:
+        # All rows are trained on.
+        test_split = re.split(r"[\[+]", train_split)[0] + "[:1]"
+        told = "valid_split stands for none, and is not validated on with val_batches 0"
+    entry = {"path": name, "train_split": train_split, "valid_split": test_split or "test"}
+    made.put("hf_dataset", [entry | ({"config": {"name": config}} if config else {})], note=told)
 
 
 def _strategy(made, name, default=None):
     """When something is done; YAML reads a bare `no` as false."""
     value = made.take(name, default)
     return "no" if value is False else str(value)
-
-
-def _entry(entry, test_split, share):
-    """An entry of hf_dataset; with neither a split nor a share to validate on, all rows are trained on."""
-    train_split = str(entry.get("split") or "train")
-    made = {"path": entry["path"], "train_split": train_split}
-    if not share:
-        made["valid_split"] = test_split or re.split(r"[\[+]", train_split)[0] + "[:1]"
-    config = {key: entry[key] for key in LOADED_WITH if entry.get(key)}
-    return made | ({"config": config} if config else {})
 
 
 def _loss(made, default):
