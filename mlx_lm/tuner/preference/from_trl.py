@@ -14,7 +14,7 @@ import yaml
 
 from .check import check_file
 from .counterparts import BY_NAME
-from .objective import LOSSES, OPTION
+from .objective import LOSSES
 from .options import ConfigError, nearest, printable
 
 # DPOConfig's defaults where this command's are others, or a setting here is made of several there.
@@ -166,17 +166,11 @@ def _loss(made, default):
     read = {"beta", "loss_weights"}.union(*(LOSSES[name].options for name in names))
     if not {"robust", "exo_pair", "aot", "aot_unpaired"} & set(names):
         read.discard("label_smoothing")
-    if made.given.get("f_divergence_type") != "alpha_divergence":
-        read.discard("f_alpha_divergence_coef")
     for key in AS_THEY_ARE:
-        if key not in made.given:
-            continue
-        value = made.take(key)
-        if key in read:
+        if key in read & made.given.keys():
+            value = made.take(key)
             smooths_dpo = key == "label_smoothing" and value and LOSSES["dpo"] in (LOSSES[name] for name in names)
             made.put(key, value, note=_differs(key) if smooths_dpo else "")
-        elif value != OPTION[key].default:
-            made.note(f"{key}: {value} is not read there with {', '.join(names)}.")
     every, share, synced = (
         made.take(key) for key in ("ref_model_sync_steps", "ref_model_mixup_alpha", "sync_ref_model")
     )
@@ -246,11 +240,8 @@ def _optimizer(made, updates):
     if "adamw" not in name and name not in known:
         made.note(f"optim: {name} has no counterpart; AdamW stands for it.")
     optimizer = name if name in known else "adamw"
-    exact = optimizer == name or name.startswith("adamw_torch")
-    made.put("optimizer", optimizer, "optim", note="" if exact else f"{name} there")
-    full = "model_name_or_path" in made.given and not made.given.get("use_peft")
-    told = "norms and biases decay, too, but not there" if decay and full else ""
-    made.put("optimizer_config", {optimizer: known.get(optimizer, adam)}, note=told)
+    made.put("optimizer", optimizer, "optim")
+    made.put("optimizer_config", {optimizer: known.get(optimizer, adam)})
     if (clip := made.take("max_grad_norm") or 0) > 0:
         made.put("max_grad_norm", clip, "max_grad_norm")
     made.put("learning_rate", made.take("learning_rate"), "learning_rate")
@@ -270,9 +261,7 @@ def _schedule(made, updates):
         letters = ("U - W", "W") if warmup else ("U", 0)
         return made.note(f"lr_schedule: {wanted} there; with U updates {_text(_schedule_of(kind, rate, *letters))}.")
     warmup = math.ceil(warmup * updates) if warmup < 1 else int(warmup)
-    told = "decays from an update later on than there" if warmup and kind != "constant_with_warmup" else ""
-    schedule = _schedule_of(kind, rate, max(updates - warmup, 1), warmup)
-    made.put("lr_schedule", schedule, "lr_scheduler_type", note=told)
+    made.put("lr_schedule", _schedule_of(kind, rate, max(updates - warmup, 1), warmup), "lr_scheduler_type")
 
 
 def _schedule_of(kind, rate, decay, warmup):
