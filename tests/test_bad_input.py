@@ -396,9 +396,8 @@ class TestValues:
         with pytest.raises(SystemExit) as stop:
             mlx_lm.lora.main()
         assert stop.value.code == 2
-        assert capsys.readouterr().err == (
-            "error: config is 'nothing.yaml', which cannot be read (No such file or directory); give a file.\n"
-        )
+        told = "error: the configuration file nothing.yaml cannot be read (No such file or directory).\n"
+        assert capsys.readouterr().err == told
 
 
 class TestModel:

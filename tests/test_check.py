@@ -102,10 +102,10 @@ class TestFile:
     @pytest.mark.parametrize(
         "content, told",
         [
-            ("", "is empty; it must hold a key with a value on each line"),
-            ("# nothing\n", "is empty"),
-            ("- a\n- b\n", "holds a list; it must hold a key with a value"),
-            ("hello", "holds text; it must hold a key with a value"),
+            ("", "holds no keys; it must hold a key with a value on each line"),
+            ("# nothing\n", "holds no keys"),
+            ("- a\n- b\n", "holds no keys"),
+            ("hello", "holds no keys"),
             ("a: [1\nb: 2", "is not YAML: while parsing a flow sequence in .*config.yaml, line 1, column 4"),
             ("a:\n\t- 1", "is not YAML: while scanning"),
             (b"a: \xff\xfe", "is not YAML: 'utf-8' codec"),
@@ -122,7 +122,7 @@ class TestFile:
 
     def test_what_cannot_be_read_is_told(self, tmp_path):
         for path, told in ((tmp_path, "Is a directory"), (tmp_path / "nothing.yaml", "No such file")):
-            with pytest.raises(ConfigError, match=re.escape(f"config is '{path}', which cannot be read ({told}")):
+            with pytest.raises(ConfigError, match=re.escape(f"{path} cannot be read ({told}")):
                 config.check_file(str(path), mlx_lm.lora.yaml_loader)
 
     @pytest.mark.parametrize("flag", ["--config", "--from-trl"])

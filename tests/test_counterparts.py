@@ -394,7 +394,7 @@ def test_a_mixture_of_data_sets_is_left_to_its_user():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("- a", "holds a list"),
+        ("- a", "holds no keys"),
         ("loss_type: [sigmoyd]", r"loss_type has 'sigmoyd' \(did you mean sigmoid\?\)"),
         ("loss_type: apo_zero_unpaired", "of single responses kto is the loss here"),
         ("max_steps: many", "a type that TRL does not take"),
@@ -402,7 +402,7 @@ def test_a_mixture_of_data_sets_is_left_to_its_user():
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_translated_is_refused(tmp_path, monkeypatch, text, told):
-    with pytest.raises(ConfigError, match="from_trl is .*none.yaml', which cannot be read"):
+    with pytest.raises(ConfigError, match="none.yaml cannot be read"):
         mlx_lm.lora.build_parser().parse_args(["--from-trl", str(tmp_path / "none.yaml")])
     (tmp_path / "dpo.yaml").write_text(text)
     with pytest.raises(ConfigError, match=told):

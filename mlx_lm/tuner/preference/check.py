@@ -42,10 +42,8 @@ SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
 _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
 
 
-def check_file(path, loader, given_as="config"):
+def check_file(path, loader):
     """Check that a configuration file holds keys with values, and warn of a key that it gives twice; its text.
-
-    `given_as` is the option that named it.
 
     Raises:
         ConfigError: it cannot be read, is not YAML, or holds something else.
@@ -54,17 +52,13 @@ def check_file(path, loader, given_as="config"):
         text = Path(path).read_text(encoding="utf-8")
         node = yaml.compose(text, loader)
     except OSError as error:
-        told = f"{given_as} is {str(path)!r}, which cannot be read ({error.strerror})"
-        raise ConfigError(f"{told}; give a file.") from error
+        raise ConfigError(f"the configuration file {path} cannot be read ({error.strerror}).") from error
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()).replace('"<unicode string>"', str(path))
         raise ConfigError(f"the configuration file {path} is not YAML: {reason}.") from error
     form = "it must hold a key with a value on each line, such as beta: 0.1"
-    if node is None:
-        raise ConfigError(f"the configuration file {path} is empty; {form}.")
     if not isinstance(node, yaml.MappingNode):
-        what = "a list" if isinstance(node, yaml.SequenceNode) else "text"
-        raise ConfigError(f"the configuration file {path} holds {what}; {form}.")
+        raise ConfigError(f"the configuration file {path} holds no keys; {form}.")
     lines, values = {}, loader("")
     for key, value in node.value:
         line = key.start_mark.line + 1

@@ -347,7 +347,7 @@ class FromTrl(argparse.Action):
         self.loader = loader
 
     def __call__(self, parser, namespace, path, option_string=None):
-        given = yaml.load(check_file(path, self.loader, "from_trl"), self.loader)
+        given = yaml.load(check_file(path, self.loader), self.loader)
         try:
             sys.stdout.write(translate(given, Path(path).name))
         except (TypeError, ValueError, ArithmeticError) as error:
