@@ -15,7 +15,7 @@ import yaml
 from .check import check_file
 from .counterparts import BY_NAME
 from .objective import LOSSES
-from .options import ConfigError, nearest, printable
+from .options import ConfigError, printable
 
 # DPOConfig's defaults where this command's are others, or a setting here is made of several there.
 DEFAULTS = {
@@ -47,7 +47,6 @@ DEFAULTS = {
 MODEL_DEFAULTS = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 # What a KTOConfig alone has; its other defaults here are DPOConfig's.
 KTO_WEIGHTS = ("desirable_weight", "undesirable_weight")
-KTO_LOSSES = ("kto", "apo_zero_unpaired")
 # Layers that PEFT names by their last word, by their path in a block of most of mlx-lm's models.
 PATHS = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 PATHS |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
@@ -108,7 +107,7 @@ def translate(given, name):
         ConfigError: a value is of another type than TRL's, or a loss is not known.
     """
     made = _Translation(given)
-    kto = any(key in given for key in KTO_WEIGHTS) or given.get("loss_type") in KTO_LOSSES
+    kto = any(key in given for key in KTO_WEIGHTS) or given.get("loss_type") == "kto"
     made.note(f"{name}, a {'KTO' if kto else 'DPO'}Config of TRL, in the words of mlx_lm.lora.")
     _model_and_data(made)
     made.note("use_chat_template: strings become turns of a chat here; false trains them as they stand, as TRL does.")
@@ -156,12 +155,8 @@ def _loss(made, default):
     names = made.take("loss_type") if "loss_type" in made.given else default
     names = [names] if isinstance(names, str) else names
     for name in names:
-        if name == "apo_zero_unpaired":
-            raise ConfigError(
-                "loss_type is apo_zero_unpaired; of single responses kto is the loss here, of pairs apo_zero."
-            )
         if name not in LOSSES:
-            raise ConfigError(f"loss_type has {name!r}{nearest(name, LOSSES)}, which is no loss here.")
+            raise ConfigError(f"loss_type has {name!r}, which is no loss here.")
     made.put("loss_type", names[0] if len(names) == 1 else names, "loss_type")
     read = {"beta", "loss_weights"}.union(*(LOSSES[name].options for name in names))
     if not {"robust", "exo_pair", "aot", "aot_unpaired"} & set(names):
