@@ -21,10 +21,7 @@ from io import StringIO
 from signal import SIGINT
 from types import SimpleNamespace
 
-from rich.markup import escape
-
 from ._version import __version__
-from .cli_ui import print_header_panel
 from .tuner.callbacks import SUPPORT_CALLBACK, Services
 from .tuner.preference import VERSION, workers
 from .tuner.preference.batches import iterations
@@ -182,6 +179,12 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         warn_of_rounding(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
+        losses = (
+            f"{weight:g} {name}".removeprefix("1 ") for name, weight in zip(loss.names, loss.weights, strict=True)
+        )
+        parameters = loss.parameters.items()
+        told = [f"{name} {value}" for name, value in parameters if name == "beta" or value != LOSS_DEFAULTS[name]]
+        rprint(f"loss: {', '.join([' + '.join(losses), *told])}")
         objective = objective_of(model, args, loss)
         reference = None
         if loss.needs_reference:
@@ -201,28 +204,9 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         CacheDataset=lambda dataset: dataset,
         **({"Path": NotMade} if args.check else {}),
         linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),
-        print_lora_run_header=partial(_print_header, loss=loss, layers=len(model.layers)),
     )
     run_training(args, model, train_set, valid_set, training_callback)
     return objective, logps
-
-
-def _print_header(console, args, loss, layers):
-    """Upstream's panel of a run, with the loss in it and the number of layers for -1."""
-    names = [
-        name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(loss.names, loss.weights, strict=True)
-    ]
-    # Of the parameters, beta and what is not at its default.
-    shown = {name: value for name, value in loss.parameters.items() if name == "beta" or value != LOSS_DEFAULTS[name]}
-    told = " · ".join([" + ".join(names), *(f"{name} {value}" for name, value in shown.items())])
-
-    def panel(console, title, rows):
-        # A path may hold what the console takes for markup.
-        print_header_panel(console, title, [(name, escape(str(text))) for name, text in [*rows, ("loss", told)]])
-
-    header = rebound(print_lora_run_header, print_header_panel=panel)
-    counted = {"num_layers": layers if args.num_layers == -1 else args.num_layers}
-    header(console, SimpleNamespace(**vars(args) | counted))
 
 
 def _reference(args, scorer, tokenizer, datasets):
