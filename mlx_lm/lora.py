@@ -91,7 +91,7 @@ def build_parser():
     parser.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
     parser.usage = "%(prog)s [-h] [-c FILE] [--OPTION VALUE ...]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    upstreams = [action for action in parser._actions if action.dest not in ("help", "config")]
+    parser._optionals.title = UPSTREAM_GROUP
     for key, title in GROUPS.items():
         group = parser.add_argument_group(title, describe_losses() if key == "loss" else None)
         for option in OPTIONS:
@@ -100,10 +100,6 @@ def build_parser():
                 if option.words:
                     flag = option.flag.replace("--", "--no-", 1)
                     group.add_argument(flag, dest=option.name, action="store_false", default=None, help="The reverse.")
-    group = parser.add_argument_group(UPSTREAM_GROUP)
-    for action in upstreams:
-        parser._optionals._group_actions.remove(action)
-        group._group_actions.append(action)
     for action in parser._actions:
         if action.dest == "clear_cache_threshold":
             action.type = size
@@ -112,8 +108,8 @@ def build_parser():
         elif action.dest in ("iters", "epochs"):
             # Both say how long to train, and a flag of one wins over the other in a file.
             action.type = of_flag(action.type)
-    group.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
-    group.add_argument("--no-test", dest="test", action="store_false", default=None, help="Only train.")
+    parser.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
+    parser.add_argument("--no-test", dest="test", action="store_false", default=None, help="Only train.")
     parser.add_argument(
         "--plot",
         action=Plot,
