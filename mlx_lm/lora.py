@@ -31,7 +31,6 @@ from .tuner.preference.check import (
     check_config,
     check_file,
     holds_preferences,
-    known_keys,
     warn_of_ended_schedule,
     warn_of_preference_keys,
     warn_of_unread_keys,
@@ -257,7 +256,7 @@ def run(args, training_callback=None):
         # First of all: joining and checks compute, and MLX reads these settings at its first computation.
         prepare_for_training()
     workers.join(vars(args))
-    warn_of_unread_keys(args, known_keys(build_parser(), CONFIG_DEFAULTS, supervised=not preference))
+    warn_of_unread_keys(args, CONFIG_DEFAULTS, supervised=not preference)
     if preference:
         loss = check_config(args)
         if not args.train and (slow_blas := slow_blas_hint()) is not None:

@@ -17,7 +17,7 @@ from tables import REGIONS, between, replaced
 import mlx_lm.lora
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.losses import PairLogps, discopop
-from mlx_lm.tuner.preference.check import FURTHER_KEYS, check_config, known_keys, warn_of_unread_keys
+from mlx_lm.tuner.preference.check import FURTHER_KEYS, check_config, warn_of_unread_keys
 from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
 from mlx_lm.tuner.preference.objective import TABLE
 from mlx_lm.tuner.preference.options import RUN_OPTIONS
@@ -168,9 +168,7 @@ def test_yaml_examples_pass_the_check_and_hold_no_unread_key(capsys):
     assert len(examples) >= 4
     for block in examples:
         config = config_of(block)
-        warn_of_unread_keys(
-            config, known_keys(mlx_lm.lora.build_parser(), mlx_lm.lora.CONFIG_DEFAULTS, supervised=False)
-        )
+        warn_of_unread_keys(config, mlx_lm.lora.CONFIG_DEFAULTS)
         check_config(config)
     assert capsys.readouterr().err == ""
 

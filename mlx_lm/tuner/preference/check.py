@@ -36,7 +36,7 @@ PATHS = ("model", "data", "adapter_path", "resume_adapter_file", "reference_mode
 
 # Keys that upstream and the data sets read without a flag or a default of their own, and one that stands in an
 # adapter_config.json, which may be a configuration again; the features are those of supervised rows.
-FURTHER_KEYS = {"config", "hf_dataset", "chat_template_kwargs", "versions"}
+FURTHER_KEYS = {"hf_dataset", "chat_template_kwargs", "versions"}
 SUPERVISED_KEYS = {"completion_feature", "text_feature", "chat_feature"}
 
 _CLASSES = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon", "sgd": "SGD", "adafactor": "Adafactor"}
@@ -78,14 +78,9 @@ def check_file(path, loader):
     return text
 
 
-def known_keys(parser, defaults, supervised):
-    """Every key that a run reads; `supervised` says which kind of run it is."""
-    keys = {action.dest for action in parser._actions} | set(defaults) | FURTHER_KEYS
-    return keys | SUPERVISED_KEYS if supervised else keys
-
-
-def warn_of_unread_keys(args, known):
-    """Name each key of the configuration that nothing reads, with the known key most like it."""
+def warn_of_unread_keys(args, defaults, supervised=False):
+    """Name each key that a run, `supervised` or of preferences, does not read, with the known key most like it."""
+    known = set(defaults) | FURTHER_KEYS | (SUPERVISED_KEYS if supervised else set())
     for key in sorted(set(vars(args)) - known, key=str):
         told = hint(key) or nearest(key, known)
         rprint(printable(f"[WARNING] {key} is not a key that this command reads{told}."), file=sys.stderr)
