@@ -140,7 +140,7 @@ class TestFile:
         if flag == "--config":
             assert (begun[0].beta, begun[0].loss_type) == (0.25, "ipo")
         else:
-            assert "\nbeta: 0.25\n" in capsys.readouterr().out
+            assert "\nbeta: 0.25  #" in capsys.readouterr().out
 
     def test_a_key_that_stands_twice_is_told(self, tmp_path, capsys):
         self.check(tmp_path, "beta: 0.1\nseed: 1\nbeta: 0.2\n")

@@ -70,16 +70,21 @@ class _Translation:
         self.left.pop(name, None)
         return self.given.get(name, DEFAULTS.get(name, default))
 
-    def put(self, key, value, name=None, note=""):
-        """A setting here, made of a key there."""
-        default = "TRL's default" if name is not None and name not in self.given else ""
-        told = "; ".join(filter(None, (default, note)))
-        self.lines.append(f"{key}: {_text(value)}" + (f"  # {_one_line(told)}" if told else ""))
+    def line(self, key, value, note=""):
+        """A setting here."""
+        self.lines.append(f"{key}: {_text(value)}" + (f"  # {_one_line(note)}" if note else ""))
 
-    def carry(self, key, name, note=""):
-        """A setting here that has the value of a key there, unless that is off."""
-        if (value := self.take(name)) not in NOTHING:
-            self.put(key, value, name, note)
+    def put(self, name, value):
+        """The counterpart of a key there, with what the table says of it."""
+        here, differs = BY_NAME[name]
+        default = "" if name in self.given else "TRL's default"
+        self.line(here, value, "; ".join(filter(None, (default, differs))))
+
+    def carry(self, *names):
+        """The counterparts of keys there, with their values, unless these are off."""
+        for name in names:
+            if (value := self.take(name)) not in NOTHING:
+                self.put(name, value)
 
     def note(self, text):
         self.lines.append("# " + _one_line(text))
@@ -112,7 +117,7 @@ def translate(given, name):
     _model_and_data(made)
     made.note("use_chat_template: strings become turns of a chat here; false trains them as they stand, as TRL does.")
     made.note("score: of a response the model's own turns here; all scores those of users and tools, too, as TRL does.")
-    made.put("train", True)
+    made.line("train", True)
     _loss(made, ["kto"] if kto else DEFAULTS["loss_type"])
     _adapters(made)
     updates = _length(made)
@@ -125,7 +130,7 @@ def translate(given, name):
 def _model_and_data(made):
     for key, names in (("model", "model_name_or_path"), ("adapter_path", "output_dir")):
         if (value := made.take(names)) is not None:
-            made.put(key, value)
+            made.line(key, value)
         else:
             made.note(f"{key}: the file has no {names}; give one here or as --{key.replace('_', '-')}.")
     name, config, train_split, test_split = (
@@ -135,14 +140,14 @@ def _model_and_data(made):
     if name is None:
         return made.note("data: the file has no dataset_name; give a folder or a data set here or as --data.")
     if not (config or train_split or test_split or validates):
-        return made.put("data", name)
+        return made.line("data", name)
     train_split, told = str(train_split or "train"), ""
     if not test_split and not validates:
         # All rows are trained on.
         test_split = re.split(r"[\[+]", train_split)[0] + "[:1]"
         told = "valid_split stands for none, and is not validated on with val_batches 0"
     entry = {"path": name, "train_split": train_split, "valid_split": test_split or "test"}
-    made.put("hf_dataset", [entry | ({"config": {"name": config}} if config else {})], note=told)
+    made.line("hf_dataset", [entry | ({"config": {"name": config}} if config else {})], told)
 
 
 def _strategy(made, name, default=None):
@@ -157,25 +162,22 @@ def _loss(made, default):
     for name in names:
         if name not in LOSSES:
             raise ConfigError(f"loss_type has {name!r}, which is no loss here.")
-    made.put("loss_type", names[0] if len(names) == 1 else names, "loss_type")
+    made.put("loss_type", names[0] if len(names) == 1 else names)
     read = {"beta", "loss_weights"}.union(*(LOSSES[name].options for name in names))
     if not {"robust", "exo_pair", "aot", "aot_unpaired"} & set(names):
         read.discard("label_smoothing")
-    for key in AS_THEY_ARE:
-        if key in read & made.given.keys():
-            value = made.take(key)
-            smooths_dpo = key == "label_smoothing" and value and LOSSES["dpo"] in (LOSSES[name] for name in names)
-            made.put(key, value, note=_differs(key) if smooths_dpo else "")
+    for name in AS_THEY_ARE:
+        if name in read & made.given.keys():
+            made.put(name, made.take(name))
     every, share, synced = (
         made.take(key) for key in ("ref_model_sync_steps", "ref_model_mixup_alpha", "sync_ref_model")
     )
     if synced:
-        made.put("reference_update_steps", every, "ref_model_sync_steps")
-        made.put("reference_mixup_alpha", share, "ref_model_mixup_alpha")
-    made.carry("reference_batch_size", "precompute_ref_batch_size")
+        made.put("ref_model_sync_steps", every)
+        made.put("ref_model_mixup_alpha", share)
     if "router_aux_loss_coef" not in made.given:
-        made.note(f"router_aux_loss_coef: {_differs('router_aux_loss_coef')}, where it is a mixture of experts.")
-    made.carry("router_aux_loss_coef", "router_aux_loss_coef")
+        made.note(f"router_aux_loss_coef: {BY_NAME['router_aux_loss_coef'][1]}, where it is a mixture of experts.")
+    made.carry("precompute_ref_batch_size", "router_aux_loss_coef")
 
 
 def _adapters(made):
@@ -187,10 +189,10 @@ def _adapters(made):
     peft = {name: made.take(name, MODEL_DEFAULTS[name]) for name in MODEL_DEFAULTS}
     dora, modules = made.take("use_dora"), made.take("lora_target_modules")
     if not peft["use_peft"]:
-        made.put("fine_tune_type", "full", "use_peft", note="trains the layers; there embeddings and head, too")
-        return made.put("num_layers", -1)
-    made.put("fine_tune_type", "dora" if dora else "lora")
-    made.put("num_layers", -1)
+        made.line("fine_tune_type", "full", "trains the layers; there embeddings and head, too")
+        return made.line("num_layers", -1)
+    made.line("fine_tune_type", "dora" if dora else "lora")
+    made.line("num_layers", -1)
     parameters = {"rank": peft["lora_r"], "scale": peft["lora_alpha"] / peft["lora_r"]}
     parameters["dropout"] = 0.0 if dropped else peft["lora_dropout"]
     if modules is None:
@@ -199,30 +201,26 @@ def _adapters(made):
     modules = [modules] if isinstance(modules, str) else modules
     if modules != ["all-linear"]:
         parameters["keys"] = [PATHS.get(module, module) for module in modules]
-    made.put("lora_parameters", parameters)
-    made.carry("use_rslora", "use_rslora")
-    made.carry("lora_plus_ratio", "loraplus_lr_ratio")
+    made.line("lora_parameters", parameters)
+    made.carry("use_rslora", "loraplus_lr_ratio")
 
 
 def _length(made):
     """Steps, and what bounds them; the number of updates where the file says it."""
-    accumulated = made.take("gradient_accumulation_steps")
-    made.carry("batch_size", "per_device_train_batch_size", _differs("batch_size"))
-    told = _differs("grad_accumulation_steps") if accumulated > 1 else ""
-    made.put("grad_accumulation_steps", accumulated, "gradient_accumulation_steps", note=told)
+    made.carry("per_device_train_batch_size", "gradient_accumulation_steps")
     epochs, updates = made.take("num_train_epochs"), made.take("max_steps")
     if updates > 0:
-        made.put("iters", updates * accumulated, "max_steps", note=_differs("iters"))
+        made.put("max_steps", updates * made.take("gradient_accumulation_steps"))
     else:
-        made.put("epochs", epochs, "num_train_epochs")
+        made.put("num_train_epochs", epochs)
     if made.left.get("max_length", 0) is None:
         del made.left["max_length"]
-        made.put("max_seq_length", UNBOUNDED, note="no bound there")
+        made.line("max_seq_length", UNBOUNDED, "no bound there")
     else:
-        made.carry("max_seq_length", "max_length", _differs("max_seq_length"))
+        made.carry("max_length")
     checkpointing = made.take("gradient_checkpointing"), made.take("activation_checkpointing")
-    made.put("grad_checkpoint", any(checkpointing), "gradient_checkpointing")
-    made.put("seed", made.take("seed"), "seed")
+    made.put("gradient_checkpointing", any(checkpointing))
+    made.put("seed", made.take("seed"))
     return updates if updates > 0 else None
 
 
@@ -235,11 +233,11 @@ def _optimizer(made, updates):
     if "adamw" not in name and name not in known:
         made.note(f"optim: {name} has no counterpart; AdamW stands for it.")
     optimizer = name if name in known else "adamw"
-    made.put("optimizer", optimizer, "optim")
-    made.put("optimizer_config", {optimizer: known.get(optimizer, adam)})
+    made.put("optim", optimizer)
+    made.line("optimizer_config", {optimizer: known.get(optimizer, adam)})
     if (clip := made.take("max_grad_norm") or 0) > 0:
-        made.put("max_grad_norm", clip, "max_grad_norm")
-    made.put("learning_rate", made.take("learning_rate"), "learning_rate")
+        made.put("max_grad_norm", clip)
+    made.put("learning_rate", made.take("learning_rate"))
     _schedule(made, updates)
 
 
@@ -256,7 +254,7 @@ def _schedule(made, updates):
         letters = ("U - W", "W") if warmup else ("U", 0)
         return made.note(f"lr_schedule: {wanted} there; with U updates {_text(_schedule_of(kind, rate, *letters))}.")
     warmup = math.ceil(warmup * updates) if warmup < 1 else int(warmup)
-    made.put("lr_schedule", _schedule_of(kind, rate, max(updates - warmup, 1), warmup), "lr_scheduler_type")
+    made.line("lr_schedule", _schedule_of(kind, rate, max(updates - warmup, 1), warmup))
 
 
 def _schedule_of(kind, rate, decay, warmup):
@@ -273,45 +271,44 @@ def _schedule_of(kind, rate, decay, warmup):
 def _reports(made, updates):
     accumulated = made.take("gradient_accumulation_steps")
 
-    def put_steps(key, name, value):
+    def put_steps(name, value):
         """Batches here for updates there, or for a share of them, where their number is known."""
         if value < 1:
             if updates is None:
-                return made.note(f"{key}: every {value} of the run there, whose updates the file does not say.")
+                return made.note(f"{name}: every {value} of the run there, whose updates the file does not say.")
             value = math.ceil(value * updates)
-        made.put(key, int(value) * accumulated, name, note=_differs(key) if accumulated > 1 else "")
+        made.put(name, int(value) * accumulated)
 
     logging, evaluating = made.take("logging_steps"), made.take("eval_steps")
-    put_steps("steps_per_report", "logging_steps", logging)
+    put_steps("logging_steps", logging)
     strategy = _strategy(made, "eval_strategy")
-    made.put("val_batches", 0 if strategy == "no" else -1, "eval_strategy")
+    made.put("eval_strategy", 0 if strategy == "no" else -1)
     if strategy == "steps":
-        put_steps("steps_per_eval", "eval_steps", evaluating or logging)
+        put_steps("eval_steps", evaluating or logging)
     elif strategy != "no":
         made.note(f"steps_per_eval: {strategy} there; a validation every so many batches here.")
     if (saving := _strategy(made, "save_strategy", "steps")) not in ("steps", "best"):
         made.note(f"save_every: {saving} there; a save every so many batches here.")
     else:
-        put_steps("save_every", "save_steps", made.take("save_steps"))
+        put_steps("save_steps", made.take("save_steps"))
     if (limit := made.take("save_total_limit") or 0) > 0:
-        made.put("keep_checkpoints", limit, note=_differs("keep_checkpoints"))
+        made.put("save_total_limit", limit)
     metric = str(made.take("metric_for_best_model", "loss")).removeprefix("eval_")
     if (made.take("load_best_model_at_end") or saving == "best") and strategy != "no":
         if metric in BEST:
-            made.put("save_best", BEST[metric], note=_differs("save_best"))
+            made.put("metric_for_best_model", BEST[metric])
         else:
             made.note(f"save_best: {metric} is none of {', '.join(BEST)}, which it goes by here.")
     if made.take("resume_from_checkpoint"):
-        made.put("resume", True, note=_differs("resume"))
+        made.put("resume_from_checkpoint", True)
     services = made.take("report_to") or []
     services = [services] if isinstance(services, str) else services
     if told := [name for name in services if name in ("wandb", "swanlab", "tensorboard")]:
         made.put("report_to", ",".join(told))
-        made.carry("project_name", "project")
+        made.carry("project")
     if others := [name for name in services if name not in told and name != "none"]:
         made.note(f"report_to: {', '.join(others)} cannot be reported to.")
-    made.carry("trust_remote_code", "trust_remote_code")
-    made.carry("compile", "torch_compile")
+    made.carry("trust_remote_code", "torch_compile")
 
 
 def _rest(made):
@@ -323,11 +320,6 @@ def _rest(made):
             made.note(f"{name}: {told}.")
     if off:
         made.note(f"Off there, and left out: {', '.join(off)}.")
-
-
-def _differs(here):
-    """What the table of counterparts says of a key here."""
-    return next(differs for key, differs in BY_NAME.values() if key == here and differs)
 
 
 class FromTrl(argparse.Action):
