@@ -35,7 +35,7 @@ from .tuner.preference.check import (
     warn_of_preference_keys,
     warn_of_unread_keys,
 )
-from .tuner.preference.checkpoint import STATE_FILE, check_adapter, starting_point
+from .tuner.preference.checkpoint import check_adapter, starting_point
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
@@ -261,7 +261,7 @@ def run(args, training_callback=None):
         loss = check_config(args)
         if not args.train and (slow_blas := slow_blas_hint()) is not None:
             rprint(slow_blas)  # training says it itself
-        with handled_signals(), _told_plainly(args):
+        with handled_signals(), _told_plainly():
             _run(args, loss, training_callback)
     else:
         _run_supervised(args, training_callback)
@@ -326,24 +326,17 @@ def _compare(args, loss, model, tokenizer, test_set):
 
 
 @contextmanager
-def _told_plainly(args):
+def _told_plainly():
     """Within the context, an interruption and an error of the system come with a sentence for the user.
 
     The latter are errors of files, and memory that does not suffice, for which MLX has no exception of its own.
     """
-    state = Path(args.adapter_path) / STATE_FILE
-    before = state.stat().st_mtime_ns if state.is_file() else None
     try:
         yield
     except KeyboardInterrupt as error:
-        # The first worker saves, and what it told holds for the others, whose machines may have no such file.
-        saved = str(error) or (state.is_file() and state.stat().st_mtime_ns != before)
-        if saved:
-            left = str(error) or f"{state} is complete"
-            sentence = f"interrupted; {left}. This goes on: {resume_command()}"
-        else:
-            sentence = f"interrupted; {'nothing had been saved yet' if args.train else 'nothing is lost'}."
-        raise Interrupted(getattr(error, "number", SIGINT), sentence) from None
+        # A run that was saved at the signal says at which iteration.
+        left = f"{error}. This goes on: {resume_command()}" if str(error) else "what was saved before is complete."
+        raise Interrupted(getattr(error, "number", SIGINT), f"interrupted; {left}") from None
     except OSError as error:
         raise ConfigError(f"the run stopped ({first_line(error)}); files saved before are complete.") from error
     except (MemoryError, RuntimeError) as error:

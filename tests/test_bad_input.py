@@ -956,7 +956,7 @@ class TestWhatWasSavedStays:
 
         monkeypatch.setattr(Reference, "logps", interrupt)
         done = after()
-        assert done.status == 130 and done.err == "interrupted; nothing had been saved yet.\n"
+        assert done.status == 130 and done.err == "interrupted; what was saved before is complete.\n"
         assert after.files() == before
 
     def test_a_loss_that_becomes_nan(self, after):
