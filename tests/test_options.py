@@ -1,6 +1,5 @@
 """Options: each declared once, so that flag, default, check and field of the training arguments cannot differ."""
 
-import argparse
 import dataclasses
 import re
 from types import SimpleNamespace
@@ -129,11 +128,6 @@ class TestCommandLine:
         for loss in TABLE:
             (line,) = [line for line in lines if line.split()[:1] in ([loss.name], [loss.name + ","])]
             assert loss.description in line and loss.source in line and len(line) <= 100
-
-    def test_a_percent_sign_in_a_help_text_stands(self):
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--share", **Option("share", 1, int, "Up to 50 % of memory").argument())
-        assert "Up to 50 % of memory; 1 by default." in " ".join(parser.format_help().split())
 
 
 NUMBER = Option("rate", 0.1, float, "", low=0, below=0.5)

@@ -105,7 +105,7 @@ class Option:
             told += f" ({self.range})"
         if self.default is not None:
             told += f"; {str(self.default).lower() if self.kind is bool else self.default} by default"
-        told = told.replace("%", "%%") + "."
+        told += "."
         if self.words:
             return {"nargs": "?", "const": True, "choices": self.words, "default": None, "help": told}
         if self.kind is bool:
