@@ -269,7 +269,6 @@ class TestCheck:
             ({"clear_cache_threshold": True}, "clear_cache_threshold is True; it must be bytes"),
             ({"clear_cache_threshold": 1.5}, "clear_cache_threshold is 1.5; it must be bytes"),
             ({"report_to": ["wandb"]}, r"report_to is \['wandb'\]; it must be a name"),
-            ({"reference_cache": "~no-such-user/x"}, "reference_cache is '~no-such-user/x', and there is no such user"),
             ({"beta": 0.0, "reference_model": "a"}, "but dpo with beta 0 reads no reference; remove one of the two"),
             ({"loss_type": "simpo", "reference_model": "a"}, "but simpo with beta 2 reads no reference"),
             ({"adapter_path": ""}, "adapter_path is empty; training needs a folder"),

@@ -236,8 +236,6 @@ def _at_home(key, path):
     if path is None:
         return None
     expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise ConfigError(f"{key} is {shown(path)}, and there is no such user's folder.")
     try:
         os.lstat(expanded)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -248,16 +246,11 @@ def _at_home(key, path):
 
 
 def _check_file_to_write(key, path):
-    place = Path(path).absolute().parent
-    if (
-        not path
-        or (Path(path).exists() and not Path(path).is_file())
-        or not place.is_dir()
-        or not os.access(place, os.W_OK | os.X_OK)
-    ):
+    found, place = Path(path), Path(path).absolute().parent
+    if (found.exists() and not found.is_file()) or not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{key} is {path!r}, where no file can be written; give a file in a folder that there is.")
     # A test's own file, or an empty one.
-    if Path(path).exists() and os.path.getsize(path):
+    if found.exists() and found.stat().st_size:
         line = _first_object(path)
         if "loss" not in line or not {"file", "row"} & set(line):
             raise ConfigError(f"{key} is {path!r}, a file that a test has not written; give another name.")
