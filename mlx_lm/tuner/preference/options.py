@@ -209,37 +209,23 @@ RUN_OPTIONS = (
     _data("prompt_feature", "prompt", str, "Key of a row's prompt"),
     _data("chosen_feature", "chosen", str, "Key of a row's preferred response"),
     _data("rejected_feature", "rejected", str, "Key of a row's rejected response"),
-    _data(
-        "use_chat_template", True, bool, "Use the tokenizer's chat template, if any; false trains strings as they stand"
-    ),
+    _data("use_chat_template", True, bool, "Use a chat template, if there is one; false trains strings as they stand"),
     _data(
         "score", "assistant", str, "Score the model's own turns, or users' and tools' too", choices=("assistant", "all")
     ),
     _data("score_difference", None, str, "What to make of score_chosen - score_rejected", choices=("margin", "weight")),
     _data("score_scale", 1.0, float, "Factor of that difference", above=0),
     _data("min_score_difference", None, float, "Leave out rows whose score_chosen - score_rejected is below this"),
-    _data(
-        "valid_share", None, float, "Share of training rows to validate on, without a validation set", above=0, below=1
-    ),
+    _data("valid_share", None, float, "Share of training rows held out, without a validation set", above=0, below=1),
     _reference(
         "reference_model", None, str, "Folder or hub repo of the reference; not set, the model as it begins", keep=True
     ),
     _reference(
         "reference_batch_size", None, int, "Pairs a batch of the reference pass; by default what memory allows", low=1
     ),
-    _reference(
-        "reference_cache",
-        None,
-        str,
-        "Folder that keeps reference logps between runs, or none; by default mlx_lm/reference_logps in the user's "
-        "cache folder",
-    ),
-    _reference(
-        "reference_cache_size", 256.0, float, "Megabytes that it may hold; the entries used longest ago go first", low=0
-    ),
-    _step(
-        "use_rslora", False, bool, "Multiply LoRA's scale by its rank's square root: rank does not weaken it (rsLoRA)"
-    ),
+    _reference("reference_cache", None, str, "Folder of reference logps, or none; not set, one in the user's cache"),
+    _reference("reference_cache_size", 256.0, float, "Megabytes that it may hold; the latest used stay", low=0),
+    _step("use_rslora", False, bool, "Multiply LoRA's scale by its rank's square root (rsLoRA)"),
     _step("lora_plus_ratio", None, float, "Factor of lora_b's learning rate (LoRA+); not set, 1", above=0, keep=True),
     _step(
         "router_aux_loss_coef",
@@ -250,39 +236,24 @@ RUN_OPTIONS = (
         keep=True,
     ),
     _step("epochs", None, float, "Train on all pairs so many times, in place of iters", above=0),
-    _step(
-        "share_prompt", True, bool, "Compute a prompt once for both its responses, where the model allows it", keep=True
-    ),
+    _step("share_prompt", True, bool, "Compute a prompt once for both responses, where the model allows it", keep=True),
     _step("compile", None, bool, "Compile the step for each shape of a batch; by default on a GPU only"),
-    _step(
-        "group_by_length", True, bool, "Put pairs of like length together; each epoch draws anew either way", keep=True
-    ),
-    _step(
-        "max_grad_norm", None, float, "Clip the gradient of each update to this norm; not set, none", above=0, keep=True
-    ),
-    _watch(
-        "sample_prompts", 0, int, "Validation prompts to answer, greedily, before training and at validations", low=0
-    ),
+    _step("group_by_length", True, bool, "Put pairs of like length together, anew each epoch", keep=True),
+    _step("max_grad_norm", None, float, "Clip each update's gradient to this norm; not set, none", above=0, keep=True),
+    _watch("sample_prompts", 0, int, "Validation prompts to answer greedily at the start and at validations", low=0),
     _save(
-        "resume",
-        False,
-        bool,
-        "Go on from the last checkpoint in adapter_path, as if the run had not been interrupted; auto does so where "
-        "there is one and starts anew where there is none",
-        words=("auto",),
+        "resume", False, bool, "Go on from adapter_path's last checkpoint; auto, where there is one", words=("auto",)
     ),
     _save("keep_checkpoints", 2, int, "Complete states kept to go on from, the newest ones", low=1),
     _save(
         "save_best",
         None,
         str,
-        "Keep the adapters of the best validation in adapter_path/best, by this figure; not set, none",
+        "Keep the best validation's adapters in adapter_path/best, by this figure",
         choices=("eval_loss", "accuracy", "margin"),
         keep=True,
     ),
-    _save(
-        "early_stop", None, int, "End after so many validations without a gain, by save_best or else eval_loss", low=1
-    ),
+    _save("early_stop", None, int, "End after so many validations without a gain in save_best or eval_loss", low=1),
     _save(
         "on_nonfinite",
         "stop",
@@ -310,12 +281,7 @@ UPSTREAM_OPTIONS = (
     Option("train", False, bool, "train"),
     Option("test", False, bool, "score the test set, after training if there is any, with --no-train alone"),
     Option("data", "", str, "folder with train.jsonl, valid.jsonl and test.jsonl, or a Hugging Face data set"),
-    Option(
-        "adapter_path",
-        "adapters",
-        str,
-        "folder that the run writes to and goes on from; with test alone, a folder or file of adapters, or none",
-    ),
+    Option("adapter_path", "adapters", str, "folder of the run; of a test a folder or file of adapters, or none"),
     Option("fine_tune_type", "lora", str, "LoRA, DoRA, or the weights", choices=("lora", "dora", "full"), keep=True),
     Option("num_layers", 16, int, "train the last so many layers; -1 takes all", low=-1),
     Option(
@@ -340,27 +306,12 @@ UPSTREAM_OPTIONS = (
     ),
     Option("optimizer", "adam", str, "the optimizer", choices=("adam", "adamw", "muon", "sgd", "adafactor"), keep=True),
     Option(
-        "optimizer_config",
-        None,
-        dict,
-        "arguments of the optimizer besides the learning rate",
-        allowed="an object for each optimizer",
-        keep=True,
+        "optimizer_config", None, dict, "arguments besides the rate", allowed="an object for each optimizer", keep=True
     ),
-    Option(
-        "seed", 0, int, "of adapters' first values, the order of batches, and dropout", low=0, high=2**32 - 1, keep=True
-    ),
-    Option(
-        "max_seq_length", 2048, int, "tokens of a prompt with its longer response; the rest is cut", low=2, keep=True
-    ),
+    Option("seed", 0, int, "of adapters' first values, batches' order, dropout", low=0, high=2**32 - 1, keep=True),
+    Option("max_seq_length", 2048, int, "tokens of a prompt with its longer response; more is cut", low=2, keep=True),
     Option("grad_checkpoint", False, bool, "compute each layer again in the backward pass: less memory, more time"),
-    Option(
-        "clear_cache_threshold",
-        0,
-        size,
-        "free MLX's cache when it is larger; 0: when it would be much, on CUDA every tenth step too",
-        allowed="bytes",
-    ),
+    Option("clear_cache_threshold", 0, size, "free MLX's cache beyond this; 0, when it would be much", allowed="bytes"),
     Option("val_batches", 25, int, "batches of a validation; -1 takes the whole set, 0 leaves validation out", low=-1),
     Option("test_batches", 500, int, "batches of the test; -1 takes the whole set", low=-1),
     Option("steps_per_report", 10, int, "batches from one report to the next", low=1),
