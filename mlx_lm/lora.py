@@ -120,7 +120,8 @@ def build_parser():
     parser.add_argument(
         "--from-trl",
         action=FromTrl,
-        loader=yaml_loader,
+        const=yaml_loader,
+        default=argparse.SUPPRESS,
         metavar="FILE",
         help="Print TRL's DPOConfig or KTOConfig in FILE (YAML or JSON) in this command's words, and end.",
     )

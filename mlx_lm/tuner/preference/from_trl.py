@@ -323,18 +323,10 @@ def _rest(made):
 
 
 class FromTrl(argparse.Action):
-    """The flag `--from-trl FILE`: print the file in this project's words, and end.
-
-    Args of the constructor, besides argparse's:
-        loader: the YAML loader of configuration files.
-    """
-
-    def __init__(self, option_strings, dest, loader, **options):
-        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **options)
-        self.loader = loader
+    """The flag `--from-trl FILE`: print the file in this project's words, and end; `const` is the YAML loader."""
 
     def __call__(self, parser, namespace, path, option_string=None):
-        given = yaml.load(check_file(path, self.loader), self.loader)
+        given = yaml.load(check_file(path, self.const), self.const)
         try:
             sys.stdout.write(translate(given, Path(path).name))
         except (TypeError, ValueError, ArithmeticError) as error:
