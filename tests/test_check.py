@@ -413,11 +413,6 @@ class TestCheck:
         assert [getattr(args, key) for key in keys] == [f"/somewhere/{name}" for name in "mdar"]
         assert args.reference_cache == "/somewhere" and checked(reference_cache="none").reference_cache == "none"
 
-    @pytest.mark.parametrize("values", [{"early_stop": 2}, {"save_best": "margin"}, {}])
-    def test_validations_that_have_different_references_are_told(self, values, capsys):
-        checked(reference_update_steps=5, **values)
-        assert ("begins rewards and loss anew at each exchange" in capsys.readouterr().err) == bool(values)
-
     def test_empty_names_stand_for_none(self):
         args = checked(reference_model="", resume_adapter_file="")
         assert args.reference_model is None and args.resume_adapter_file is None

@@ -193,12 +193,6 @@ def check_config(args):
     if args.train:
         _check_folder(args.adapter_path)
         _refuse_start_that_is_moved(args.resume_adapter_file, args.adapter_path)
-        if args.reference_update_steps and (args.early_stop or args.save_best):
-            rprint(
-                "[WARNING] reference_update_steps begins rewards and loss anew at each exchange: early_stop and "
-                "save_best compare validations that have different references.",
-                file=sys.stderr,
-            )
         if args.resume is True:
             refuse_without_state(args.adapter_path)
     return loss
