@@ -485,7 +485,7 @@ def test_a_card_tells_a_schedule_and_a_command_that_a_shell_reads(run, tmp_path)
     config = run.config | {"model": str(tmp_path / "my model's"), "lr_schedule": schedule}
     write_card(tmp_path, config, preference_loss("dpo"), [])
     text = (tmp_path / "README.md").read_text()
-    assert "| learning_rate | name cosine_decay, arguments [0.0005, 900], warmup 2 |" in text
+    assert "| lr_schedule | {'name': 'cosine_decay', 'arguments': [0.0005, 900], 'warmup': 2} |" in text
     command = re.search(r"^mlx_lm.generate .*$", text, re.MULTILINE)[0]
     assert shlex.split(command)[1:3] == ["--model", "my model's"]
 

@@ -9,8 +9,8 @@ from .page import SUMMARY, summary
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by the training, which writes it anew; take this line out to keep what you write. -->"
-SETTINGS = ("beta", "learning_rate", "batch_size", "iters", "grad_accumulation_steps")
-SETTINGS += ("num_layers", "optimizer", "seed")
+SETTINGS = ("beta", "learning_rate", "lr_schedule", "batch_size", "iters", "grad_accumulation_steps")
+SETTINGS += ("num_layers", "lora_parameters", "optimizer", "seed")
 FIGURES = ("loss", "rewards/accuracies", "rewards/margins", "kl")
 
 
@@ -53,15 +53,8 @@ def _body(folder, config, loss, validations, kind):
     yield f'```shell\nmlx_lm.generate --model {shlex.quote(model)} --adapter-path . --prompt "Hello"\n```\n'
     yield f"| setting | value |\n| --- | --- |\n| loss | {names} |"
     parameters = {name: value for name, value in config.items() if name in SETTINGS} | loss.parameters
-    if schedule := config.get("lr_schedule"):
-        parameters["learning_rate"] = ", ".join(f"{name} {value}" for name, value in schedule.items())
-    if kind != "full":
-        parameters |= {name: value for name, value in (config.get("lora_parameters") or {}).items() if name != "keys"}
-    for name, value in parameters.items():
-        if value is not None:
-            yield f"| {name} | {value} |"
-    by = config.get("save_best")
-    if table := summary(validations, {key: SUMMARY[key] for key in FIGURES}, by):
+    yield from (f"| {name} | {value} |" for name, value in parameters.items() if value is not None)
+    if table := summary(validations, {key: SUMMARY[key] for key in FIGURES}, config.get("save_best")):
         yield f"\nFigures of {validations[-1]['eval_pairs']} held-out pairs:\n"
         table.insert(1, ["---"] * 4)
         yield from (f"| {' | '.join(row)} |" for row in table)
