@@ -352,7 +352,7 @@ def test_the_flag_prints_the_file_and_ends(tmp_path):
 
 def test_no_limit_there_is_none_here():
     given = {"dataset_name": "a/b", "model_name_or_path": "m", "output_dir": "o"}
-    args, comments = config_of(given | {"max_length": None, "save_total_limit": 0, "max_grad_norm": -1})
+    args, comments = config_of(given | {"max_length": None, "save_total_limit": 0, "max_grad_norm": 0})
     assert (args.max_seq_length, args.keep_checkpoints, args.max_grad_norm) == (2**20, 2, None)
     assert "max_length" not in " ".join(comments)
 

@@ -235,8 +235,7 @@ def _optimizer(made, updates):
     optimizer = name if name in known else "adamw"
     made.put("optim", optimizer)
     made.line("optimizer_config", {optimizer: known.get(optimizer, adam)})
-    if (clip := made.take("max_grad_norm") or 0) > 0:
-        made.put("max_grad_norm", clip)
+    made.carry("max_grad_norm")
     made.put("learning_rate", made.take("learning_rate"))
     _schedule(made, updates)
 
@@ -291,8 +290,7 @@ def _reports(made, updates):
         made.note(f"save_every: {saving} there; a save every so many batches here.")
     else:
         put_steps("save_steps", made.take("save_steps"))
-    if (limit := made.take("save_total_limit") or 0) > 0:
-        made.put("save_total_limit", limit)
+    made.carry("save_total_limit")
     metric = str(made.take("metric_for_best_model", "loss")).removeprefix("eval_")
     if (made.take("load_best_model_at_end") or saving == "best") and strategy != "no":
         if metric in BEST:
