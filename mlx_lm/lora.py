@@ -60,16 +60,7 @@ from .tuner.preference.logps import Scorer
 from .tuner.preference.memory import LESS
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
 from .tuner.preference.objective import describe_losses, loss_of
-from .tuner.preference.options import (
-    GROUPS,
-    UPSTREAM_GROUP,
-    ConfigError,
-    Unset,
-    first_line,
-    is_preference,
-    of_flag,
-    size,
-)
+from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, first_line, is_preference, of_flag, size
 from .tuner.preference.outcome import print_closing
 from .tuner.preference.reference import Reference, reference_of
 from .tuner.preference.run import check_and_digest, train_preference
@@ -80,7 +71,7 @@ _upstream_train_model, _upstream_evaluate_model = train_model, evaluate_model
 _upstream_run, _upstream_main = run, main
 
 VERSIONS = {"mlx": mx.__version__, "mlx_lm": __version__, "mlx_lm_dpo": VERSION}
-CONFIG_DEFAULTS |= DEFAULTS | {"iters": Unset(CONFIG_DEFAULTS["iters"])}
+CONFIG_DEFAULTS |= DEFAULTS
 
 
 def build_parser():

@@ -26,6 +26,7 @@ from .template import SECONDS, limited
 # parameter is None: its default depends on the loss.
 OPTIONS = LOSS_OPTIONS + RUN_OPTIONS
 DEFAULTS = {option.name: None for option in LOSS_OPTIONS} | {option.name: option.default for option in RUN_OPTIONS}
+DEFAULTS["iters"] = Unset(1000)
 
 LORA_PARAMETERS = (
     Option("lora_parameters.rank", None, int, "", low=1, high=2**31 - 1),
