@@ -32,7 +32,6 @@ from .tuner.preference.check import (
     check_file,
     holds_preferences,
     warn_of_ended_schedule,
-    warn_of_preference_keys,
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import check_adapter, starting_point
@@ -261,7 +260,6 @@ def run(args, training_callback=None):
 
 
 def _run_supervised(args, training_callback):
-    warn_of_preference_keys(args)
     try:
         _upstream_run(args, training_callback)
     except ValueError as error:

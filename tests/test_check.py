@@ -182,7 +182,7 @@ class TestEpochs:
 
     def test_flags_of_supervised_training_leave_its_file_alone(self, read, capsys):
         args = read("train: true\n", "--iters", "30")
-        config.warn_of_preference_keys(args)
+        config.warn_of_unread_keys(args, mlx_lm.lora.CONFIG_DEFAULTS, supervised=True)
         assert capsys.readouterr().err == "" and (args.iters, args.epochs) == (30, None)
         assert read("train: true\niters: 3\n", "--epochs", "1").iters == 3
         assert mlx_lm.lora.build_parser().parse_args(args=["--iters", "4"]).iters == 4
@@ -222,8 +222,7 @@ class TestUnreadKeys:
 
     def test_preference_keys_without_a_preference_loss_are_told(self, capsys):
         def told(**values):
-            config.warn_of_preference_keys(SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | values)))
-            return capsys.readouterr().err
+            return "".join(self.unread(capsys, True, **values))
 
         assert told() == told(beta=0.1, share_prompt=True, prompt_feature="question") == ""
         assert "[WARNING] beta is set, but loss_type is sft" in told(beta=0.2)
@@ -236,8 +235,7 @@ class TestUnreadKeys:
 
     def test_only_the_first_of_several_workers_warns(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(mx.distributed, "init", lambda *_: SimpleNamespace(rank=lambda: 1, size=lambda: 2))
-        assert self.unread(capsys, False, betta=0.1) == []
-        config.warn_of_preference_keys(SimpleNamespace(**(mlx_lm.lora.CONFIG_DEFAULTS | {"beta": 0.2})))
+        assert self.unread(capsys, True, betta=0.1, beta=0.2) == []
         file = tmp_path / "twice.yaml"
         file.write_text("beta: 0.1\nbeta: 0.2\n")
         config.check_file(str(file), mlx_lm.lora.yaml_loader)

@@ -85,11 +85,7 @@ def warn_of_unread_keys(args, defaults, supervised=False):
     for key in sorted(set(vars(args)) - known, key=str):
         told = hint(key) or nearest(key, known)
         rprint(printable(f"[WARNING] {key} is not a key that this command reads{told}."), file=sys.stderr)
-
-
-def warn_of_preference_keys(args):
-    """Name the keys of preference training that are set in a run without a preference loss."""
-    options = [option for option in OPTIONS if option.name not in ("loss_type", "prompt_feature")]
+    options = [option for option in OPTIONS if supervised and option.name not in ("loss_type", "prompt_feature")]
     given = [option.name for option in options if getattr(args, option.name, None) not in (None, option.default)]
     if given:
         rprint(
