@@ -89,14 +89,11 @@ def build_parser():
                 if option.words:
                     flag = option.flag.replace("--", "--no-", 1)
                     group.add_argument(flag, dest=option.name, action="store_false", default=None, help="The reverse.")
-    for action in parser._actions:
-        if action.dest == "clear_cache_threshold":
-            action.type = size
-        elif action.dest == "report_to":
-            action.help = "Where reports are sent to: wandb, swanlab, tensorboard, several with commas, or none."
-        elif action.dest in ("iters", "epochs"):
-            # Both say how long to train, and a flag of one wins over the other in a file.
-            action.type = of_flag(action.type)
+    flags = parser._option_string_actions
+    flags["--clear-cache-threshold"].type = size
+    flags["--report-to"].help = "Send reports to wandb, swanlab, tensorboard, several with commas, or none."
+    # Both say how long to train, and a flag of one wins over the other in a file.
+    flags["--iters"].type, flags["--epochs"].type = of_flag(int), of_flag(float)
     parser.add_argument("--no-train", dest="train", action="store_false", default=None, help="Only test.")
     parser.add_argument("--no-test", dest="test", action="store_false", default=None, help="Only train.")
     parser.add_argument(
