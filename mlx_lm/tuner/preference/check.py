@@ -189,7 +189,8 @@ def check_config(args):
         _check_file_to_write("predictions", args.predictions)
     if args.train:
         _check_folder(args.adapter_path)
-        _refuse_start_that_is_moved(args.resume_adapter_file, args.adapter_path)
+        if args.resume_adapter_file is not None:
+            _refuse_start_that_is_moved(args.resume_adapter_file, args.adapter_path)
         if args.resume is True:
             refuse_without_state(args.adapter_path)
     return loss
@@ -209,12 +210,8 @@ def _warn_of_unread_rate(args):
 
 
 def _refuse_start_that_is_moved(start, folder):
-    if start is None:
-        return
-    try:
-        name = Path(start).resolve().relative_to(Path(folder).resolve()).parts[0]
-    except ValueError:
-        return
+    place, folder = Path(start).resolve(), Path(folder).resolve()
+    name = place.relative_to(folder).parts[0] if place.is_relative_to(folder) else ""
     if any(fnmatch(name, pattern) for pattern in RUN_FILES):
         raise ConfigError(
             f"resume_adapter_file is {start!r}, and a run moves what is in its adapter_path aside; give another "
