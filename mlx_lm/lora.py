@@ -214,9 +214,6 @@ def evaluate_model(args, model, test_set, objective=None, reference=None, base=N
         args, model, test_set: as upstream's.
         objective, reference: with a preference loss, what `train_model` returned.
         base: the reference's `Scorer`, by default the policy without its adapters.
-
-    Returns:
-        With a preference loss the means of FIGURES.
     """
     if not is_preference(args.loss_type):
         return _upstream_evaluate_model(args, model, test_set)
@@ -225,7 +222,6 @@ def evaluate_model(args, model, test_set, objective=None, reference=None, base=N
     if args.predictions is not None:
         write_predictions(args.predictions, found)
         rprint(f"What each of the {len(found.places)} pairs was given is in {args.predictions}.")
-    return found.means
 
 
 def run(args, training_callback=None):
