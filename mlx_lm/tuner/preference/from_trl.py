@@ -53,8 +53,6 @@ PATHS |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 BEST = {"loss": "eval_loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 UNBOUNDED = 2**20  # tokens
 NOTHING = (None, False, "", [], {}, "no", "none")
-AS_THEY_ARE = ("beta", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "discopop_tau")
-AS_THEY_ARE += ("f_divergence_type", "f_alpha_divergence_coef", *KTO_WEIGHTS)
 
 
 class _Translation:
@@ -166,9 +164,8 @@ def _loss(made, default):
     read = {"beta", "loss_weights"}.union(*(LOSSES[name].options for name in names))
     if not {"robust", "exo_pair", "aot", "aot_unpaired"} & set(names):
         read.discard("label_smoothing")
-    for name in AS_THEY_ARE:
-        if name in read & made.given.keys():
-            made.put(name, made.take(name))
+    for name in sorted(read & made.given.keys() & BY_NAME.keys()):
+        made.put(name, made.take(name))
     every, share, synced = (
         made.take(key) for key in ("ref_model_sync_steps", "ref_model_mixup_alpha", "sync_ref_model")
     )
