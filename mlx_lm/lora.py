@@ -283,8 +283,7 @@ def _run(args, loss, training_callback):
     if args.train:
         rprint("Checking" if args.check else "Training")
         epochs = args.epochs
-        tested = test_set if args.test else ()
-        scored = train_model(args, model, train_set, valid_set, training_callback, tested, tokenizer, loss)
+        scored = train_model(args, model, train_set, valid_set, training_callback, test_set, tokenizer, loss)
     else:
         scored = _adopt_adapters(args, loss, model, tokenizer, test_set)
     if args.test and not args.check:
