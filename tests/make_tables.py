@@ -36,16 +36,11 @@ def options_tables():
         "place of `data`; `chat_template_kwargs` (an object) holds arguments of the chat template for every row."
     )
     tables = {
-        title: own_table([option for option in OPTIONS if option.group == group]) for group, title in GROUPS.items()
+        title: options_table([option for option in OPTIONS if option.group == group]) for group, title in GROUPS.items()
     }
     tables["Data"] += "\n\n" + hub
     tables[UPSTREAM_GROUP] = run_table()
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables.items())
-
-
-def own_table(options):
-    """`options_table` with every meaning in lower case, as in the other tables here."""
-    return options_table([replace(option, help=option.help[0].lower() + option.help[1:]) for option in options])
 
 
 def run_table():

@@ -206,70 +206,70 @@ def nearest(word, known):
 _data, _reference, _step, _watch, _save, _test = (partial(Option, group=group) for group in GROUPS if group != "loss")
 # Options of a preference run besides those of its loss, which stand with the losses in `objective.py`.
 RUN_OPTIONS = (
-    _data("prompt_feature", "prompt", str, "Key of a row's prompt"),
-    _data("chosen_feature", "chosen", str, "Key of a row's preferred response"),
-    _data("rejected_feature", "rejected", str, "Key of a row's rejected response"),
-    _data("use_chat_template", True, bool, "Use a chat template, if there is one; false trains strings as they stand"),
+    _data("prompt_feature", "prompt", str, "key of a row's prompt"),
+    _data("chosen_feature", "chosen", str, "key of a row's preferred response"),
+    _data("rejected_feature", "rejected", str, "key of a row's rejected response"),
+    _data("use_chat_template", True, bool, "use a chat template, if there is one; false trains strings as they stand"),
     _data(
-        "score", "assistant", str, "Score the model's own turns, or users' and tools' too", choices=("assistant", "all")
+        "score", "assistant", str, "score the model's own turns, or users' and tools' too", choices=("assistant", "all")
     ),
-    _data("score_difference", None, str, "What to make of score_chosen - score_rejected", choices=("margin", "weight")),
-    _data("score_scale", 1.0, float, "Factor of that difference", above=0),
-    _data("min_score_difference", None, float, "Leave out rows whose score_chosen - score_rejected is below this"),
-    _data("valid_share", None, float, "Share of training rows held out, without a validation set", above=0, below=1),
+    _data("score_difference", None, str, "what to make of score_chosen - score_rejected", choices=("margin", "weight")),
+    _data("score_scale", 1.0, float, "factor of that difference", above=0),
+    _data("min_score_difference", None, float, "leave out rows whose score_chosen - score_rejected is below this"),
+    _data("valid_share", None, float, "share of training rows held out, without a validation set", above=0, below=1),
     _reference(
-        "reference_model", None, str, "Folder or hub repo of the reference; not set, the model as it begins", keep=True
+        "reference_model", None, str, "folder or hub repo of the reference; not set, the model as it begins", keep=True
     ),
     _reference(
-        "reference_batch_size", None, int, "Pairs a batch of the reference pass; by default what memory allows", low=1
+        "reference_batch_size", None, int, "pairs a batch of the reference pass; by default what memory allows", low=1
     ),
-    _reference("reference_cache", None, str, "Folder of reference logps, or none; not set, one in the user's cache"),
-    _reference("reference_cache_size", 256.0, float, "Megabytes that it may hold; the latest used stay", low=0),
-    _step("use_rslora", False, bool, "Multiply LoRA's scale by its rank's square root (rsLoRA)"),
-    _step("lora_plus_ratio", None, float, "Factor of lora_b's learning rate (LoRA+); not set, 1", above=0, keep=True),
+    _reference("reference_cache", None, str, "folder of reference logps, or none; not set, one in the user's cache"),
+    _reference("reference_cache_size", 256.0, float, "megabytes that it may hold; the latest used stay", low=0),
+    _step("use_rslora", False, bool, "multiply LoRA's scale by its rank's square root (rsLoRA)"),
+    _step("lora_plus_ratio", None, float, "factor of lora_b's learning rate (LoRA+); not set, 1", above=0, keep=True),
     _step(
         "router_aux_loss_coef",
         None,
         float,
-        "Factor of the loss that keeps a mixture's experts evenly used; 0 reports their shares only; not set, neither",
+        "factor of the loss that keeps a mixture's experts evenly used; 0 reports their shares only; not set, neither",
         low=0,
         keep=True,
     ),
-    _step("epochs", None, float, "Train on all pairs so many times, in place of iters", above=0),
-    _step("share_prompt", True, bool, "Compute a prompt once for both responses, where the model allows it", keep=True),
-    _step("compile", None, bool, "Compile the step for each shape of a batch; by default on a GPU only"),
-    _step("group_by_length", True, bool, "Put pairs of like length together, anew each epoch", keep=True),
-    _step("max_grad_norm", None, float, "Clip each update's gradient to this norm; not set, none", above=0, keep=True),
-    _watch("sample_prompts", 0, int, "Validation prompts to answer greedily at the start and at validations", low=0),
+    _step("epochs", None, float, "train on all pairs so many times, in place of iters", above=0),
+    _step("share_prompt", True, bool, "compute a prompt once for both responses, where the model allows it", keep=True),
+    _step("compile", None, bool, "compile the step for each shape of a batch; by default on a GPU only"),
+    _step("group_by_length", True, bool, "put pairs of like length together, anew each epoch", keep=True),
+    _step("max_grad_norm", None, float, "clip each update's gradient to this norm; not set, none", above=0, keep=True),
+    _watch("sample_prompts", 0, int, "validation prompts to answer greedily at the start and at validations", low=0),
     _save(
-        "resume", False, bool, "Go on from adapter_path's last checkpoint; auto, where there is one", words=("auto",)
+        "resume", False, bool, "go on from adapter_path's last checkpoint; auto, where there is one", words=("auto",)
     ),
-    _save("keep_checkpoints", 2, int, "Complete states kept to go on from, the newest ones", low=1),
+    _save("keep_checkpoints", 2, int, "complete states kept to go on from, the newest ones", low=1),
     _save(
         "save_best",
         None,
         str,
-        "Keep the best validation's adapters in adapter_path/best, by this figure",
+        "keep the best validation's adapters in adapter_path/best, by this figure",
         choices=("eval_loss", "accuracy", "margin"),
         keep=True,
     ),
-    _save("early_stop", None, int, "End after so many validations without a gain in save_best or eval_loss", low=1),
+    _save("early_stop", None, int, "end after so many validations without a gain in save_best or eval_loss", low=1),
     _save(
         "on_nonfinite",
         "stop",
         str,
-        "What an update does whose loss or gradient is not finite: end the run, or leave that update out",
+        "what an update does whose loss or gradient is not finite: end the run, or leave that update out",
         choices=("stop", "skip"),
         keep=True,
     ),
-    _test("check", False, bool, "A dry run: print what a run would read, the memory it takes, and what would stop it"),
-    _test("steps", None, int, "Steps that a dry run times, to say how long a run would take", low=1),
-    _test("predictions", None, str, "File of JSON lines for each tested pair's logps, rewards and line; not set, none"),
+    _test("check", False, bool, "a dry run: print what a run would read, the memory it takes, and what would stop it"),
+    _test("steps", None, int, "steps that a dry run times, to say how long a run would take", low=1),
+    _test("predictions", None, str, "file of JSON lines for each tested pair's logps, rewards and line; not set, none"),
     _test(
         "compare",
         None,
         str,
-        "Test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
+        "test two adapters, each a folder, a file or none for the model itself, and say whether they differ",
         many=True,
         allowed="a list of two",
     ),
