@@ -143,42 +143,36 @@ def score_largest(objective, reference, logps, schedule, args):
         losses, figures = objective.each(batch, reference_rows(None, batch.counts), by_token=True)
         return mx.stack([losses, *figures])
 
-    validated = logps.val_dataset, logps.val_rows
     size = args.batch_size if objective.reads_batch else None
-    validation = time_largest(objective.scorer, validate, [validated], size, args.steps)
+    validation = time_largest(objective.scorer, validate, logps.val_dataset, logps.val_rows, size, args.steps)
     if reference is None:
         return validation, 0.0
-    visited = logps.dataset, schedule.visited(1, args.iters)
-    size = args.reference_batch_size
 
     def take(batch):
         found = reference.score(batch)
         refuse_non_finite(np.array(found))
         return found
 
-    return validation, time_largest(reference.scorer, take, [visited, validated], size, args.steps)
+    visited, size = schedule.visited(1, args.iters), args.reference_batch_size
+    return validation, time_largest(reference.scorer, take, logps.dataset, visited, size, args.steps)
 
 
-def time_largest(scorer, evaluate, sets, size, again):
+def time_largest(scorer, evaluate, dataset, rows, size, again):
     """Evaluate the largest of the batches in which some rows are scored.
 
     Args:
         scorer, evaluate: a `Scorer`, and what is computed of a batch.
-        sets: each a data set and its rows that are scored.
+        dataset, rows: a data set and its rows that are scored.
         size: pairs in a batch, None for what memory is ample for.
         again: whether to take the time of a second evaluation on a GPU, whose first one may have kernels to make.
 
     Returns:
         The seconds that a token takes, 0 where there is no row.
     """
-    batches = (
-        [dataset[int(row)] for row in rows[places]]
-        for dataset, rows in sets
-        for places in (batches_of(scorer, dataset, rows, size) if len(rows) else [])
-    )
-    pairs = max(batches, key=lambda pairs: lengths_of(pairs).sum(), default=None)
-    if pairs is None:
+    if not len(rows):
         return 0.0
+    batches = ([dataset[int(row)] for row in rows[places]] for places in batches_of(scorer, dataset, rows, size))
+    pairs = max(batches, key=lambda pairs: lengths_of(pairs).sum())
     with evaluating(scorer.model):
         batch, processed, _ = make_batch(pairs, scorer.arrangement)
         for _ in range(2 if again and mx.default_device() == mx.gpu else 1):
