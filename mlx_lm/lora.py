@@ -332,13 +332,10 @@ def _told_plainly():
 def _callbacks(args):
     if args.check:
         # Services are told of runs alone; that there are such may be checked.
-        names = [name.strip().lower() for name in (args.report_to or "none").split(",") if name.strip()]
-        unknown = [name for name in names if name not in SUPPORT_CALLBACK]
-        missing = [name for name in names if name in SUPPORT_CALLBACK and name != "none" and find_spec(name) is None]
-        if unknown or missing:
-            known = f"none of {', '.join(SUPPORT_CALLBACK)}"
-            told = f"{unknown[0]} is {known}" if unknown else f"{missing[0]} is not installed"
-            raise ConfigError(f"report_to is {args.report_to!r}, and {told}.")
+        for name in filter(None, map(str.strip, (args.report_to or "").lower().split(","))):
+            if name not in SUPPORT_CALLBACK or (name != "none" and find_spec(name) is None):
+                told = f"report_to is {args.report_to!r}, and {name} is not installed, or none of"
+                raise ConfigError(f"{told} {', '.join(SUPPORT_CALLBACK)}.")
         return None
     try:
         found = get_reporting_callbacks(

@@ -126,8 +126,8 @@ def test_it_ends_with_2_where_a_run_would_stop(tmp_path, capsys, monkeypatch, fe
     assert "train.jsonl:1: rejected is missing" in capsys.readouterr().err
     assert command("--check", "--resume", folder=tmp_path, data=few) == 2
     assert command("--check", "--save-best", "margin", "--val-batches", "0", folder=tmp_path, data=few) == 2
-    assert command("--check", "--report-to", "wandb,wand", folder=tmp_path, data=few) == 2
-    assert "wand is none of wandb, swanlab, tensorboard" in capsys.readouterr().err
+    assert command("--check", "--report-to", "wand", folder=tmp_path, data=few) == 2
+    assert "wand is not installed, or none of wandb, swanlab, tensorboard" in capsys.readouterr().err
     assert command("--check", "--loss-type", "sft", folder=tmp_path, data=few) == 2
     assert "dry run of preference training" in capsys.readouterr().err
     monkeypatch.setattr(dry_run, "device_memory", lambda: 2e6)
