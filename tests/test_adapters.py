@@ -103,7 +103,7 @@ def test_the_scale_of_alpha_over_the_root_of_the_rank_is_trained_and_saved(tmp_p
     [
         ({"fine_tune_type": "full", "use_rslora": True}, "use_rslora and lora_plus_ratio are LoRA's"),
         ({"fine_tune_type": "full", "lora_plus_ratio": 2.0}, "use_rslora and lora_plus_ratio are LoRA's"),
-        ({"lora_plus_ratio": 0.0}, "lora_plus_ratio is 0.0; it must be a number, > 0"),
+        ({"lora_plus_ratio": 0.0}, "lora_plus_ratio is 0.0; it must be a finite number, > 0"),
         ({"reference_mixup_alpha": 0.5}, "reference_update_steps is not, and the reference stays"),
         (
             {"reference_mixup_alpha": 0.5, "reference_update_steps": 1, "reference_model": "other"},

@@ -137,25 +137,18 @@ class Option:
     def _check_one(self, value):
         if isinstance(value, str) and value in self.words:
             return value
-        expected = " or ".join((EXPECTED[self.kind], *self.words))
-        if self.range:
-            expected += f", {self.range}"
-        if self.kind is not str and isinstance(value, str):
-            expected += ", without quotes"
         kinds = {int: numbers.Integral, float: numbers.Real}.get(self.kind, self.kind)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
-            raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
-        if self.choices and value not in self.choices:
-            raise ConfigError(f"{self.name} is {shown(value)}{nearest(value, self.choices)}; it must be {expected}.")
-        if self.kind in (float, int):
+        sound = isinstance(value, kinds) and (self.kind is bool or not isinstance(value, bool))
+        if sound and self.kind in (float, int):
             bounds = ((holds, getattr(self, name)) for name, (_, holds) in BOUNDS.items())
-            if value != value or not all(bound is None or holds(value, bound) for holds, bound in bounds):
-                raise ConfigError(f"{self.name} is {shown(value)}; it must be {expected}.")
-            if self.kind is float and abs(value) > sys.float_info.max:
-                raise ConfigError(
-                    f"{self.name} is {shown(value)}; it must be finite{self.range and ' and ' + self.range}."
-                )
-        return self.kind(value)
+            sound = value == value and all(bound is None or holds(value, bound) for holds, bound in bounds)
+            sound = sound and (self.kind is int or abs(value) <= sys.float_info.max)
+        if sound and (not self.choices or value in self.choices):
+            return self.kind(value)
+        expected = " or ".join((EXPECTED[self.kind], *self.words))
+        expected += f", {self.range}" if self.range else ""
+        expected += ", without quotes" if self.kind is not str and isinstance(value, str) else ""
+        raise ConfigError(f"{self.name} is {shown(value)}{nearest(value, self.choices)}; it must be {expected}.")
 
 
 class Unset(int):
@@ -183,7 +176,7 @@ GROUPS = {
 }
 UPSTREAM_GROUP = "Run (mlx-lm's own keys)"
 
-EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
+EXPECTED = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a name"}
 
 
 def size(value):
