@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from ._version import __version__
 from .tuner.callbacks import SUPPORT_CALLBACK, Services
 from .tuner.preference import VERSION, workers
+from .tuner.preference import load as loading
 from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
@@ -40,21 +41,6 @@ from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
 from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import GIVEN, Interrupted, handled_signals, resume_command
-from .tuner.preference.load import (
-    add_adapters,
-    adopt_loss,
-    check_tokens,
-    check_trainable,
-    compared_origin,
-    is_none,
-    load_adapter,
-    load_named,
-    load_start,
-    read_adapter_config,
-    start_of,
-    tell_other_loss,
-    warn_of_rounding,
-)
 from .tuner.preference.logps import Scorer
 from .tuner.preference.memory import LESS
 from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
@@ -158,8 +144,8 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
 
     def train_from_reference(model, args, optimizer, train_dataset, val_dataset, training_callback):
         nonlocal objective, logps
-        check_trainable(model)
-        warn_of_rounding(model)
+        loading.check_trainable(model)
+        loading.warn_of_rounding(model)
         # Resolved here, so that the file says what the run does.
         config.update(loss.parameters)
         losses = (
@@ -186,7 +172,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         save_config=lambda values, _: config.update(values, resume=False, versions=VERSIONS),
         CacheDataset=lambda dataset: dataset,
         **({"Path": NotMade} if args.check else {}),
-        linear_to_lora_layers=partial(add_adapters, args.resume_adapter_file),
+        linear_to_lora_layers=partial(loading.add_adapters, args.resume_adapter_file),
     )
     run_training(args, model, train_set, valid_set, training_callback)
     return objective, logps
@@ -196,7 +182,7 @@ def _reference(args, scorer, tokenizer, datasets):
     """The `Reference` that a run's configuration asks for, checked against the data that it will score."""
     reference = reference_of(scorer, args, tokenizer, args.trust_remote_code)
     if args.reference_model is not None:
-        check_tokens(reference.scorer.model, datasets, "reference_model")
+        loading.check_tokens(reference.scorer.model, datasets, "reference_model")
     return reference
 
 
@@ -230,7 +216,7 @@ def run(args, training_callback=None):
     Raises:
         ConfigError: a user's mistake; nothing saved before is touched.
     """
-    adopt_loss(args)
+    loading.adopt_loss(args)
     preference = is_preference(args.loss_type)
     if args.check and not preference:
         raise ConfigError(
@@ -273,7 +259,7 @@ def _run(args, loss, training_callback):
     model, tokenizer = _load_model(args)
     rprint("Loading datasets")
     train_set, valid_set, test_set = load_dataset(args, tokenizer)
-    check_tokens(model, [train_set, valid_set, test_set], "model")
+    loading.check_tokens(model, [train_set, valid_set, test_set], "model")
     workers.refuse_different_workers({"the test data": partial(check_and_digest, test_set)})
     if args.check:
         describe_data({"train": train_set, "valid": valid_set, "test": test_set}, tokenizer)
@@ -295,7 +281,7 @@ def _run(args, loss, training_callback):
 
 def _compare(args, loss, model, tokenizer, test_set):
     """Test two adapters against one reference, and say whether they differ."""
-    found, origin = [], compared_origin(args, loss)
+    found, origin = [], loading.compared_origin(args, loss)
     for path in args.compare:
         model, args.adapter_path = model or _load_model(args)[0], path
         objective, *reference = _adopt_adapters(args, loss, model, tokenizer, test_set, origin)
@@ -349,7 +335,7 @@ def _callbacks(args):
 
 
 def _load_model(args):
-    return load_named("model", args.model, args.trust_remote_code)
+    return loading.load_named("model", args.model, args.trust_remote_code)
 
 
 def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
@@ -362,16 +348,16 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
         `(objective, logps, base)`: the first two as `train_model`, the reference the policy that the adapters were
         trained from, and that policy's `Scorer`, None where it is the model without its adapters.
     """
-    config = {} if is_none(args.adapter_path) else read_adapter_config(args.adapter_path)
+    config = {} if loading.is_none(args.adapter_path) else loading.read_adapter_config(args.adapter_path)
     origin = config if origin is None else origin
-    start = start_of(args.resume_adapter_file, origin.get("resume_adapter_file"))
-    tell_other_loss(args.adapter_path, config, loss, args.batch_size)
+    start = loading.start_of(args.resume_adapter_file, origin.get("resume_adapter_file"))
+    loading.tell_other_loss(args.adapter_path, config, loss, args.batch_size)
     args = SimpleNamespace(**vars(args) | {"reference_model": args.reference_model or origin.get("reference_model")})
     base, logps = model, None
     if args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
         base, _ = _load_model(args)
         if start is not None:
-            load_start(base, origin, start)
+            loading.load_start(base, origin, start)
     scorer = Scorer(base, args.share_prompt)
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])
@@ -380,7 +366,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
         logps = Reference(scorer).logps(test_set, [0]) if args.check else _test_logps(reference, test_set, args)
     if config:
         path = Path(args.adapter_path)
-        load_adapter("adapter_path", model, config, path if path.is_file() else path / "adapters.safetensors")
+        loading.load_adapter("adapter_path", model, config, path if path.is_file() else path / "adapters.safetensors")
     workers.refuse_different_workers({"the model or the adapter to test": partial(starting_point, model)})
     return objective_of(model, args, loss), logps, None if scorer.model is model else scorer
 
