@@ -319,27 +319,13 @@ class TestValues:
         "changes, told",
         [
             ({"loss_type": "dop"}, r"loss_type is 'dop' \(did you mean dpop\?\); it must be a name, one of dpo"),
-            ({"loss_type": "DPO"}, r"loss_type is 'DPO' \(did you mean dpo\?\)"),
-            ({"loss_type": []}, "loss_type is an empty list; give at least one value"),
-            ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "loss_weights is .1.0., but loss_type has dpo, sft"),
             ({"beta": -1}, "beta is -1; it must be a finite number, >= 0"),
-            ({"beta": float("nan")}, "beta is nan; it must be a finite number, >= 0"),
-            ({"beta": float("inf")}, "beta is inf; it must be a finite number, >= 0"),
-            ({"beta": "0.1"}, "beta is '0.1'; it must be a finite number, >= 0, without quotes"),
-            ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it must be a finite number, >= 0 and < 0.5"),
             ({"simpo_gamma": 1.0}, "simpo_gamma is 1.0, but loss_type dpo does not read it; remove it, or choose"),
-            ({"batch_size": 0}, "batch_size is 0; it must be a whole number, >= 1"),
             ({"iters": 0}, "iters is 0; it must be a whole number, >= 1 and <= 10000000"),
             ({"iters": int("9" * 400)}, f"iters is {'9' * 30} ... {'9' * 30}; it must be a whole number, >= 1"),
             ({"epochs": 1e300, "iters": ...}, "epochs and the data ask for more than 10000000 steps; lower epochs."),
-            ({"learning_rate": -1e-4}, "learning_rate is -0.0001; it must be a finite number, >= 0"),
-            ({"lora_parameters": {**LORA, "rank": 0}}, "lora_parameters.rank is 0; it must be a whole number, >= 1"),
             ({"lora_parameters": {**LORA, "rank": 2**31}}, "rank is 2147483648; it must be .*, >= 1 and <= 2147483647"),
-            ({"optimizer": "lion"}, "optimizer is 'lion'; it must be a name, one of adam"),
-            ({"optimizer_config": {"adam": {"beta1": 0.9}}}, "'beta1'.; it takes betas, bias_correction, eps"),
             ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 0]}}, "lr_schedule is .* cannot be followed"),
-            ({"epochs": 2}, "epochs is 2 and iters is 3, which both say how long to train; give one of them"),
-            ({"epochs": 0, "iters": ...}, "epochs is 0; it must be a finite number, > 0"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn.qproj"]}}, r"qproj \(did you mean self_attn.q_proj\?\)"),
             ({"lora_parameters": {**LORA, "keys": ["self_attn"]}}, "cannot be given LoRA adapters .*: Can't convert"),
             ({"report_to": "foo"}, "report_to is 'foo', which cannot be used: foo .* wandb, swanlab"),
@@ -360,10 +346,6 @@ class TestValues:
         done = command(betta=0.3)
         assert done.status == 0
         assert done.err == "[WARNING] betta is not a key that this command reads (did you mean beta?).\n"
-
-    @pytest.mark.parametrize("text", ["", "- a\n", "a: [1\n", "hello"])
-    def test_a_file_that_is_no_configuration(self, command, text):
-        command.refused("the configuration file .*config.yaml", text=text)
 
     @pytest.mark.parametrize(
         "text, told",
@@ -390,14 +372,6 @@ class TestValues:
         command.refused(
             "config.yaml:1: the value of a cannot be read .could not determine a constructor", text="a: !b c"
         )
-
-    def test_a_missing_configuration_file(self, monkeypatch, capsys):
-        monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "-c", "nothing.yaml"])
-        with pytest.raises(SystemExit) as stop:
-            mlx_lm.lora.main()
-        assert stop.value.code == 2
-        told = "error: the configuration file nothing.yaml cannot be read (No such file or directory).\n"
-        assert capsys.readouterr().err == told
 
 
 class TestModel:
@@ -577,7 +551,6 @@ class TestAdapterFolder:
     def test_one_that_cannot_be(self, command):
         (command.folder / "file").write_text("")
         command.refused("/file is a file; give a folder", adapter_path=str(command.folder / "file"))
-        command.refused("/file is a file; give a folder", adapter_path=str(command.folder / "file" / "below"))
         command.refused("adapter_path is empty; training needs a folder", adapter_path="")
         assert (command.folder / "file").read_text() == ""
 

@@ -208,10 +208,6 @@ class TestUnreadKeys:
             "[WARNING] xyzzy is not a key that this command reads.",
         ]
 
-    def test_keys_of_trl_are_told_by_what_they_mean(self, capsys):
-        (told,) = self.unread(capsys, False, per_device_train_batch_size=4)
-        assert told.endswith("(did you mean batch_size?).")
-
     def test_keys_that_are_read_are_not_named(self, capsys):
         assert self.unread(capsys, False, hf_dataset={}, chat_template_kwargs={}, config="a", report_to="b") == []
 
@@ -256,24 +252,16 @@ class TestCheck:
         "values, told",
         [
             ({"num_layers": 0}, "num_layers is 0; it must be the number of layers to train"),
-            ({"train": False}, "there is nothing to do: set train, test or both to true"),
-            ({"learning_rate": float("inf")}, "learning_rate is inf; it must be a finite number, >= 0."),
             (
                 {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": float("inf")},
                 "must be a finite number.",
             ),
-            ({"seed": 2**32}, "seed is 4294967296; it must be a whole number, >= 0 and <= 4294967295"),
             ({"test": True, "test_batches": 0}, "test_batches is 0, and a test is asked for"),
             ({"predictions": "p.jsonl"}, "predictions is 'p.jsonl', but no test is asked for; set test to true"),
             ({"clear_cache_threshold": "lots"}, "clear_cache_threshold is 'lots'; it must be bytes, such as"),
-            ({"clear_cache_threshold": -1}, "clear_cache_threshold is -1; it must be bytes"),
-            ({"clear_cache_threshold": True}, "clear_cache_threshold is True; it must be bytes"),
             ({"clear_cache_threshold": 1.5}, "clear_cache_threshold is 1.5; it must be bytes"),
             ({"report_to": ["wandb"]}, r"report_to is \['wandb'\]; it must be a name"),
-            ({"beta": 0.0, "reference_model": "a"}, "but dpo with beta 0 reads no reference; remove one of the two"),
             ({"loss_type": "simpo", "reference_model": "a"}, "but simpo with beta 2 reads no reference"),
-            ({"adapter_path": ""}, "adapter_path is empty; training needs a folder"),
-            ({"resume_adapter_file": "no/such"}, "resume_adapter_file is 'no/such', and there is no such file"),
         ],
     )
     def test_what_does_not_fit_is_told(self, values, told):
@@ -287,12 +275,7 @@ class TestCheck:
             ({"rank": 8, "dropout": 0.0}, "lora_parameters lacks scale; it holds rank, scale, dropout"),
             (LORA | {"scale": None}, "lora_parameters lacks scale"),
             (LORA | {"alpha": 16}, r"lora_parameters has alpha \(mlx-lm's scale is alpha / rank\)"),
-            (LORA | {"rank": 0}, "lora_parameters.rank is 0; it must be a whole number, >= 1"),
-            (LORA | {"scale": 0}, "lora_parameters.scale is 0; it must be a finite number, > 0"),
             (LORA | {"scale": "10"}, "lora_parameters.scale is '10'; it must be a finite number, > 0, without quotes"),
-            (LORA | {"dropout": 1.0}, "lora_parameters.dropout is 1.0; it must be a finite number, >= 0 and < 1"),
-            (LORA | {"dropout": float("nan")}, "lora_parameters.dropout is nan"),
-            (LORA | {"scale": float("inf")}, "lora_parameters.scale is inf; it must be a finite number, > 0"),
             (LORA | {"keys": "q_proj"}, "lora_parameters.keys is 'q_proj'; it must be a list of names such as"),
             (LORA | {"keys": []}, r"lora_parameters.keys is \[\]; it must be a list of names"),
             (LORA | {"keys": [1]}, r"lora_parameters.keys is \[1\]; it must be a list of names"),
@@ -313,17 +296,11 @@ class TestCheck:
         [
             ("cosine_decay", "lr_schedule is 'cosine_decay'; give name, arguments and"),
             ({"name": "cosine_decay"}, "give name, arguments and"),
-            ({"arguments": [1]}, "give name, arguments and"),
             ({"name": "cosine", "arguments": [1]}, "attribute 'cosine'.; there are .*cosine_decay of init"),
             ({"name": "join_schedules", "arguments": [1]}, "which cannot be followed"),
-            ({"name": ["a"], "arguments": [1]}, "which cannot be followed"),
             ({"name": "cosine_decay", "arguments": [], "warmup": 1}, "which cannot be followed"),
-            ({"name": "cosine_decay", "arguments": 1e-4}, "which cannot be followed"),
             ({"name": "cosine_decay", "arguments": ["1e-4", 10]}, "which cannot be followed"),
-            ({"name": "cosine_decay", "arguments": [1e-4, 0]}, "which cannot be followed .decay_steps must be greater"),
-            ({"name": "cosine_decay", "arguments": [1e-4, 10, 0, 5]}, "which cannot be followed"),
             ({"name": "cosine_decay", "arguments": [1e-4, 10], "warmup": "x"}, "which cannot be followed"),
-            ({"name": "cosine_decay", "arguments": [1e-4, 10], "warmup": -3}, "which cannot be followed"),
             (
                 {"name": "cosine_decay", "arguments": [1e-4, 10], "warmup_int": 1},
                 "warmup_int .did you mean warmup_init",
@@ -350,10 +327,8 @@ class TestCheck:
     @pytest.mark.parametrize(
         "values, told",
         [
-            ({"optimizer": "adma"}, r"optimizer is 'adma' \(did you mean adam\?\)"),
             ({"optimizer_config": ["adam"]}, r"optimizer_config is \['adam'\]; it holds the settings of an optimizer"),
             ({"optimizer_config": {"betas": [0.9, 0.9]}}, "optimizer_config has betas; it holds the settings of an"),
-            ({"optimizer_config": {"adamv": {}}}, r"optimizer_config has adamv \(did you mean adam"),
             ({"optimizer_config": {"adam": "x"}}, "adam is 'x', which cannot be used"),
             ({"optimizer_config": {"adam": {"beta": 1}}}, "unexpected keyword argument 'beta'.; it takes betas, bias_"),
             (
@@ -361,7 +336,6 @@ class TestCheck:
                 "multiple values .*'learning_rate'.; it takes betas",
             ),
             ({"optimizer_config": {"adam": {"betas": 0.9}}}, "adam is {'betas': 0.9}, which cannot be used"),
-            ({"optimizer_config": {"adam": {"betas": [0.9]}}}, "which cannot be used"),
             ({"optimizer_config": {"adam": {"eps": "1e-8"}}}, "adam is {'eps': '1e-8'}, which cannot be used"),
             (
                 {"optimizer": "sgd", "optimizer_config": {"sgd": {"momentum": float("nan")}}},
@@ -417,12 +391,6 @@ class TestCheck:
     def test_empty_names_stand_for_none(self):
         args = checked(reference_model="", resume_adapter_file="")
         assert args.reference_model is None and args.resume_adapter_file is None
-
-    def test_resume_needs_a_checkpoint(self, tmp_path):
-        with pytest.raises(ConfigError, match="resume needs .*checkpoint.safetensors, and there is none"):
-            checked(resume=True, adapter_path=str(tmp_path))
-        (tmp_path / "checkpoint.safetensors").write_bytes(b"")
-        checked(resume=True, adapter_path=str(tmp_path))
 
 
 # Runs upstream's command and writes down, in full, what it reports. MLX is imported first: a fast BLAS that the
