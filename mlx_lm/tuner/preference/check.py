@@ -250,9 +250,7 @@ def _check_folder(folder):
     folder = Path(folder)
     # What does not exist yet will be made in the first folder above that does.
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise ConfigError(f"adapter_path is {str(folder)!r}, but {place} is a file; give a folder.")
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"adapter_path is {str(folder)!r}, but nothing can be written in {place}; give another one.")
 
 
