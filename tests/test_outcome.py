@@ -32,7 +32,6 @@ from mlx_lm.tuner.preference.check import warn_of_ended_schedule
 from mlx_lm.tuner.preference.interruption import GIVEN, resume_command
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import Outcome, next_commands, print_closing
 from mlx_lm.tuner.preference.page import table_rows, write_page
 from mlx_lm.tuner.preference.pairs import Pair
