@@ -5,7 +5,6 @@ than OpenBLAS or MKL. Symbols loaded first win, so loading one of these before M
 """
 
 import ctypes
-import ctypes.util
 import os
 import sys
 import tempfile
@@ -16,11 +15,7 @@ from pathlib import Path
 LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
 HINT = (
     "MLX multiplies with its slow built-in BLAS here; some forty times faster with OpenBLAS: "
-    "apt-get install libopenblas0-pthread (or your distribution's OpenBLAS)."
-)
-LATE = (
-    "MLX was imported before mlx_lm and multiplies with its slow built-in BLAS: import mlx_lm first, or start Python "
-    "with LD_PRELOAD={}; that is some forty times faster."
+    "apt-get install libopenblas0-pthread (or your distribution's OpenBLAS), and import mlx_lm before mlx."
 )
 CUDA_SETTINGS = {
     # Graphs of kernels, kept for each shape, take gigabytes outside of MLX's arrays.
@@ -67,10 +62,7 @@ def slow_blas_hint():
         return None
     with open("/proc/self/maps") as maps:
         loaded = maps.read()
-    if "libopenblas" in loaded or "libmkl_rt" in loaded:
-        return None
-    found = ctypes.util.find_library("openblas") or ctypes.util.find_library("mkl_rt")
-    return LATE.format(found) if found else HINT
+    return None if "libopenblas" in loaded or "libmkl_rt" in loaded else HINT
 
 
 def prepare_for_training():

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from ctypes.util import find_library
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -60,8 +59,7 @@ def test_a_program_that_imports_mlx_first_is_told():
     code = "import mlx.core; from mlx_lm import _backend; print(_backend.slow_blas_hint())"
     alone = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=alone).stdout
-    library = find_library("openblas") or find_library("mkl_rt")
-    assert (f"LD_PRELOAD={library}" if library else "libopenblas0-pthread") in told
+    assert "import mlx_lm before mlx" in told
 
 
 @pytest.fixture
