@@ -357,7 +357,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
     if args.reference_model is None and (start is not None or config.get("fine_tune_type") == "full"):
         base, _ = _load_model(args)
         if start is not None:
-            loading.load_start(base, origin, start)
+            loading.load_adapter("resume_adapter_file of the training", base, origin, start)
     scorer = Scorer(base, args.share_prompt)
     if loss.needs_reference:
         reference = _reference(args, scorer, tokenizer, [test_set])

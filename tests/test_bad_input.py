@@ -454,13 +454,13 @@ class TestModel:
 class TestAdapterFile:
     def test_files_that_are_none(self, command):
         command.refused("and there is no such file", resume_adapter_file=str(command.folder / "nothing.safetensors"))
-        told = "which is a folder; give the file, such as the adapters.safetensors in it"
+        told = "and there is no such file; give the file, such as a run's adapters.safetensors"
         command.refused(told, resume_adapter_file=str(command.folder))
         for name, content in (("a.safetensors", b"garbage" * 100), ("a.bin", b"garbage"), ("a.safetensors", b"")):
             (command.folder / name).write_bytes(content)
             command.refused(f"{name} cannot be read", resume_adapter_file=str(command.folder / name))
         np.save(command.folder / "a.npy", np.zeros(3))
-        command.refused("a.npy holds no named weights", resume_adapter_file=str(command.folder / "a.npy"))
+        command.refused("a.npy cannot be read: it holds no", resume_adapter_file=str(command.folder / "a.npy"))
 
     @pytest.mark.parametrize(
         "changes, told",
@@ -600,7 +600,7 @@ class TestAdapterFolder:
         config = json.loads((after.adapters / "adapter_config.json").read_text())
         config["resume_adapter_file"] = "gone.safetensors"
         (after.adapters / "adapter_config.json").write_text(json.dumps(config))
-        told = "error: resume_adapter_file of the training is .*gone.*no such file; where it has moved, give it as"
+        told = "error: resume_adapter_file of the training is .*gone.*no such file; give the file, such as"
         after.refused(told, train=False, test=True)
 
 

@@ -304,11 +304,9 @@ def starting_point(model):
 
 def check_is_file(path, key="resume_adapter_file"):
     """Raise `ConfigError` where the adapter file at `path`, which `key` names, is not there, or is a folder."""
-    told = f"{key} is {str(path)!r}"
-    if Path(path).is_dir():
-        raise ConfigError(f"{told}, which is a folder; give the file, such as the adapters.safetensors in it.")
     if not Path(path).is_file():
-        raise ConfigError(f"{told}, and there is no such file.")
+        told = f"{key} is {str(path)!r}, and there is no such file"
+        raise ConfigError(f"{told}; give the file, such as a run's adapters.safetensors.")
 
 
 TRAINED_WITH = "use the fine_tune_type, num_layers and lora_parameters that it was trained with"
@@ -319,10 +317,10 @@ def check_adapter(model, path, key="resume_adapter_file", advice=TRAINED_WITH):
     check_is_file(path, key)
     try:
         weights = mx.load(str(path))
+        if not isinstance(weights, dict) or not weights:
+            raise ValueError("it holds no named weights")
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{key} {path} cannot be read: {first_line(error)}.") from error
-    if not isinstance(weights, dict) or not weights:
-        raise ConfigError(f"{key} {path} holds no named weights; give an adapters.safetensors.")
     parameters = dict(tree_flatten(model.parameters()))
     for name, value in weights.items():
         if name not in parameters:

@@ -287,15 +287,6 @@ def start_of(given, start):
     return given
 
 
-def load_start(model, config, file):
-    """Put the adapters on `model` that the training of `config` began with; `ConfigError` where they do not fit."""
-    key = "resume_adapter_file of the training"
-    if not Path(file).is_file():
-        told = f"{key} is {str(file)!r}, and there is no such file"
-        raise ConfigError(f"{told}; where it has moved, give it as resume_adapter_file.")
-    load_adapter(key, model, config, file)
-
-
 def load_adapter(key, model, config, file):
     """Put a file's adapters or weights on `model` by their `config`; `ConfigError` names `key` if they do not fit."""
     kind = config.get("fine_tune_type")
