@@ -465,8 +465,11 @@ class TestAdapterFile:
     @pytest.mark.parametrize(
         "changes, told",
         [
-            ({"lora_parameters": {**LORA, "rank": 8}}, r"has .*lora_[ab] of shape .*4.*, where this model needs .*8"),
-            ({"fine_tune_type": "full"}, "lora_[ab], which this model has not; use the fine_tune_type, num_layers"),
+            ({"lora_parameters": {**LORA, "rank": 8}}, r"has .*lora_[ab] of shape .*4.*, where this model has .*8"),
+            (
+                {"fine_tune_type": "full"},
+                "lora_[ab] of shape .* where this model has none; use",
+            ),
         ],
     )
     def test_one_of_another_shape(self, after, changes, told):
@@ -487,7 +490,7 @@ class TestAdapterFile:
         more = {re.sub(r"layers\.\d", "layers.0", name): value for name, value in weights.items()}
         assert not more.keys() & weights.keys()
         mx.save_safetensors(str(command.folder / "more.safetensors"), weights | more)
-        told = "has model.layers.0.*, which this model has not"
+        told = "has model.layers.0.*, where this model has none"
         command.refused(told, resume_adapter_file=str(command.folder / "more.safetensors"))
 
     def test_layers_without_a_module_for_an_adapter_are_told(self, command):
@@ -566,7 +569,7 @@ class TestAdapterFolder:
 
     def test_a_test_needs_adapters(self, command):
         nothing = str(command.folder / "nothing")
-        told = "and there is no such folder; a test without train needs one with adapters.safetensors"
+        told = "whose adapter_config.json cannot be used .No such file or directory.; give a folder with adapters"
         command.refused(told, train=False, test=True, adapter_path=nothing)
         assert not Path(nothing).exists()
         empty = command.folder / "empty"
@@ -593,7 +596,7 @@ class TestAdapterFolder:
         config = json.loads((after.adapters / "adapter_config.json").read_text())
         config["lora_parameters"]["rank"] = 8
         (after.adapters / "adapter_config.json").write_text(json.dumps(config))
-        told = "adapter_path .* of shape .*, where this model needs .*; the model, or what the adapter_config.json"
+        told = "adapter_path .* of shape .*, where this model has .*; the model, or what the adapter_config.json"
         after.refused(told, train=False, test=True)
 
     def test_the_adapter_that_they_began_with_is_gone(self, after):
@@ -708,7 +711,7 @@ class TestTestAlone:
         assert done.status == 0 and "They differ: none has the better reward accuracy" in done.out
         command.refused("compare takes two adapters", "--compare", trained)
         # Which is told before anything is tested, and not as a loss that is missing.
-        typo, told = trained + "typo", "typo', and there is no such folder"
+        typo, told = trained + "typo", "typo', whose adapter_config.json cannot be used"
         assert "reward accuracy" not in command.refused("compare is .*" + told, "--compare", trained, typo).out
         for flags in (("--compare", typo, trained), ("--no-train", "--test", "--adapter-path", typo)):
             command.refused(told, *flags, loss_type=None)
@@ -743,7 +746,7 @@ class TestTestAlone:
 
     def test_a_file_that_is_no_adapter(self, after):
         path = after.adapters / "checkpoint.safetensors"
-        told = f"adapter_path {path} has .*, which this model has not"
+        told = f"adapter_path {path} has .*, where this model has none"
         after.refused(told, train=False, test=True, adapter_path=str(path))
 
     def test_a_file_that_a_test_has_not_written_is_not_overwritten(self, after, tmp_path):

@@ -145,7 +145,7 @@ def test_of_a_test_it_looks_at_the_adapters_and_scores_nothing(tmp_path, capsys,
     assert command(*flags, adapters, "none", folder=tmp_path, data=few) == 0
     assert not re.search("Test loss|differ", capsys.readouterr().out) and not (tmp_path / "cache").exists()
     assert command(*flags, adapters, nothing, folder=tmp_path, data=few) == 2
-    assert f"{nothing}', and there is no such folder" in capsys.readouterr().err
+    assert f"{nothing}', whose adapter_config.json cannot be used (No such" in capsys.readouterr().err
 
 
 def test_it_refuses_a_reference_whose_logps_are_not_finite(tmp_path, capsys, few):

@@ -321,14 +321,12 @@ def check_adapter(model, path, key="resume_adapter_file", advice=TRAINED_WITH):
             raise ValueError("it holds no named weights")
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{key} {path} cannot be read: {first_line(error)}.") from error
-    parameters = dict(tree_flatten(model.parameters()))
+    shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
     for name, value in weights.items():
-        if name not in parameters:
-            raise ConfigError(f"{key} {path} has {name}, which this model has not; {advice}.")
-        if value.shape != parameters[name].shape:
+        if shapes.get(name) != value.shape:
             raise ConfigError(
-                f"{key} {path} has {name} of shape {value.shape}, where this model needs "
-                f"{parameters[name].shape}; {advice}."
+                f"{key} {path} has {name} of shape {value.shape}, where this model has {shapes.get(name, 'none')}; "
+                f"{advice}."
             )
 
 

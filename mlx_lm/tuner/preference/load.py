@@ -23,7 +23,6 @@ from .options import ConfigError, first_line, is_preference, nearest, printable
 
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
 NOT_THERE = "there is no such folder, and the hub's repo of this name cannot be had"
-ADAPTER_FILES = "adapters.safetensors and the adapter_config.json of its training"
 
 
 def load_named(key, name, trust_remote_code=False):
@@ -176,14 +175,7 @@ def is_none(path):
 
 def read_adapter_config(adapter_path, key="adapter_path"):
     """The `adapter_config.json` in a folder, or beside a file, that `key` names; `ConfigError` where there is none."""
-    folder = Path(adapter_path).parent if Path(adapter_path).is_file() else Path(adapter_path)
-    path = folder / CONFIG_FILE
-    told = f"{key} is {str(adapter_path)!r}"
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{told}, and there is no such folder; a test without train needs one with {ADAPTER_FILES}, a file beside "
-            "such a configuration, or none for the model itself."
-        )
+    path = (Path(adapter_path).parent if Path(adapter_path).is_file() else Path(adapter_path)) / CONFIG_FILE
     try:
         config = json.loads(path.read_text())
         if not isinstance(config, dict) or not {"num_layers", "lora_parameters"} <= set(config):
@@ -193,7 +185,9 @@ def read_adapter_config(adapter_path, key="adapter_path"):
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(
-            f"{told}, but its {path.name} cannot be used ({reason}); it needs {ADAPTER_FILES}."
+            f"{key} is {str(adapter_path)!r}, whose {path.name} cannot be used ({reason}); give a folder with "
+            "adapters.safetensors and the adapter_config.json of its training, a file beside such a configuration, or "
+            "none for the model itself."
         ) from error
     return config
 
