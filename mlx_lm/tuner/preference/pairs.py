@@ -185,7 +185,7 @@ class PreferenceDataset:
                 told = error if isinstance(error, ConfigError) else "the row is nested too deep."
                 raise ConfigError(f"{self._where(number)}: {told}") from error
         tokens = self._encoder.encode([texts for _, _, texts in read])
-        for (number, conversation, texts), (prompt, chosen, rejected) in zip(read, tokens, strict=True):
+        for (number, conversation, texts), (prompt, chosen, rejected, unscored) in zip(read, tokens, strict=True):
             for note in texts.notes:
                 self._notes[note].append(number)
             if useless := self._why_useless(prompt, chosen, rejected, conversation.label):
@@ -199,9 +199,7 @@ class PreferenceDataset:
             self._counts["prompts cut"] += len(cut[0]) < len(prompt)
             self._counts["responses cut"] += len(cut[1]) < len(chosen) or len(cut[2]) < len(rejected)
             self._longest = max(self._longest, len(prompt) + max(len(chosen), len(rejected)))
-            unscored = ()
-            if any(texts.unscored):
-                unscored = within(self._encoder.unscored(texts, prompt, chosen, rejected), cut[1:])
+            unscored = within(unscored, cut[1:])
             if not self._pairs:
                 self.layout = self._described(texts)
             pair = Pair(*(array("i", tokens) for tokens in cut), conversation.margin, conversation.weight, unscored)
@@ -263,7 +261,7 @@ class PreferenceDataset:
 def within(unscored, responses):
     """Spans of tokens, as far as they stand within responses that were cut."""
     cut = tuple(
-        tuple((start, min(stop, len(response))) for start, stop in spans if start < len(response))
+        tuple((start, min(stop, len(response))) for start, stop in spans if start < min(stop, len(response)))
         for spans, response in zip(unscored, responses, strict=False)
     )
     return cut if any(cut) else ()

@@ -3,8 +3,8 @@
 What is scored is what the model would write after the generation prompt, with the token that ends its turn, once.
 """
 
+import itertools
 import os
-from bisect import bisect_left
 from functools import cache
 
 from transformers import PreTrainedTokenizerBase
@@ -92,9 +92,11 @@ class PairEncoder:
         return any(special in content for content in contents for special in self.specials)
 
     def encode(self, batch):
-        """Give `(prompt, chosen, rejected)` of each of many `Texts`, token ids, as they are asked for.
+        """Give the tokens of each of many `Texts`, MOST_LETTERS at a time.
 
-        MOST_LETTERS at a time.
+        Returns:
+            `(prompt, chosen, rejected, unscored)` of each: token ids, and for both responses the spans `(start, stop)`
+            of their tokens that the model does not write, () where everything is scored in both.
         """
         group, letters = [], 0
         for texts in batch:
@@ -110,66 +112,6 @@ class PairEncoder:
         distinct = list(dict.fromkeys(text for texts in group for text in texts[:3]))
         tokens = dict(zip(distinct, self._tokenize(distinct) if distinct else (), strict=True))
         return [self._split(texts, *(tokens[text] for text in texts[:3])) for texts in group]
-
-    def unscored(self, texts, prompt, chosen, rejected):
-        """The spans of a row's responses, as tokens, that the model does not write.
-
-        Args:
-            texts: the row's `Texts`.
-            prompt, chosen, rejected: its tokens, as `encode` gives them.
-
-        Returns:
-            `(chosen, rejected)`, each a tuple of `(start, stop)` that count from the response's first token; `()` where
-            everything is scored in both.
-        """
-        spans = []
-        # Where the responses' tokens begin in their texts.
-        begin = len(self._decode(prompt[len(self.lead) :]))
-        for text, response, cuts in zip(texts[1:3], (chosen, rejected), texts.unscored, strict=True):
-            found, at = [], (0, 0)
-            kept = bool(cuts) and self._decode(self._encode(text)) == text
-            for start, stop in cuts:
-                places = []
-                for cut in (start, stop):
-                    # As the tokenizer writes the text: with composed letters, or a space in front, if it does so.
-                    size = (cut if kept else len(self._decode(self._encode(text[:cut])))) - begin
-                    at = self._tokens_before(prompt, response, size, *at)
-                    places.append(at[0])
-                found.append((self._behind_end(response, places[0]), places[1]))
-            spans.append(tuple(span for span in found if span[0] < span[1]))
-        return tuple(spans) if any(spans) else ()
-
-    def _behind_end(self, response, at):
-        """Where the model's turn ends that the template has written up to `at`: no white space behind its end."""
-        end = at
-        while end > 0 and response[end - 1] not in self.eos_ids and self._is_blank(response[end - 1]):
-            end -= 1
-        return end if end > 0 and response[end - 1] in self.eos_ids else at
-
-    def _tokens_before(self, prompt, response, size, first=0, known=0):
-        """How many tokens of a response its first `size` characters have, of which `first` have `known`.
-
-        Returns:
-            `(tokens, characters)`: that many tokens, and the characters that they have.
-        """
-        tail = response[max(0, first - 8) : first] or prompt[-8:]
-
-        def written(count):
-            # Of a character of several tokens nothing counts before its last one; with bytes that are characters by
-            # themselves in front, a decoder marks these too.
-            for stop in range(count, max(first, count - 4), -1):
-                text = self._decode(tail + response[first:stop])
-                if not text.endswith("\ufffd"):
-                    return len(text)
-            return len(self._decode(tail + response[first:count]).rstrip("\ufffd"))
-
-        goal = size - known + written(first)
-        # No further than needed, because a response of many turns is long.
-        last = first + 1
-        while last < len(response) and written(last) < goal:
-            last += last - first
-        count = first + bisect_left(range(first, min(last, len(response))), goal, key=written)
-        return count, known + written(count) - written(first)
 
     def _tokenize(self, texts):
         inner = self.tokenizer._tokenizer if isinstance(self.tokenizer, TokenizerWrapper) else self.tokenizer
@@ -193,13 +135,41 @@ class PairEncoder:
         size, sides = len(prompt), (chosen, rejected)
         if texts.disputed:
             size = min(len(os.path.commonprefix([prompt, side])) for side in sides)
-        responses = [
-            side[size:] if side[:size] == prompt[:size] else self._after(prompt, text[len(texts.prompt) :])
-            for side, text in zip(sides, texts[1:3], strict=True)
-        ]
+        responses, spans = [], []
+        for side, text, cuts in zip(sides, texts[1:3], texts.unscored, strict=True):
+            kept = side[:size] == prompt[:size]
+            response = side[size:] if kept else self._after(prompt, text[len(texts.prompt) :])
+            responses.append(self._ended(response))
+            # Counted from the end: behind a prompt that keeps its own tokens the first ones are not the text's.
+            places = [len(response) - behind for behind in self._tokens_behind(text, side, itertools.chain(*cuts))]
+            found = [
+                (self._behind_end(response, start), stop) for start, stop in zip(places[::2], places[1::2], strict=True)
+            ]
+            spans.append(tuple(found))
         bos = self.tokenizer.bos_token
         lead = [] if bos and texts.prompt.startswith(bos) else self.lead
-        return lead + prompt[:size], *(self._ended(response) for response in responses)
+        return lead + prompt[:size], *responses, tuple(spans) if any(spans) else ()
+
+    def _tokens_behind(self, text, tokens, cuts):
+        """How many of a text's tokens stand behind each of some places in it, one across a place not counted."""
+        count = last = 0
+        for cut in cuts:
+            # Mostly no token of the text stands across a place, so that what is between two of them has its own.
+            for start, before in ((last, count), (0, 0)):
+                begun = self._encode(text[start:cut])
+                if tokens[before : before + len(begun)] == begun:
+                    count, last = before + len(begun), cut
+                    yield len(tokens) - count
+                    break
+            else:
+                yield len(os.path.commonprefix([tokens[::-1], self._encode(text[cut:])[::-1]]))
+
+    def _behind_end(self, response, at):
+        """Where the model's turn ends that the template has written up to `at`: no white space behind its end."""
+        end = at
+        while end > 0 and response[end - 1] not in self.eos_ids and self._is_blank(response[end - 1]):
+            end -= 1
+        return end if end > 0 and response[end - 1] in self.eos_ids else at
 
     def _after(self, prompt, text):
         """Tokens that write `text` behind the prompt's tokens, where the two texts' tokens would grow together."""
