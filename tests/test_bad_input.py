@@ -195,7 +195,7 @@ class TestData:
             ({"train": row(chosen=5)}, r"train.jsonl:1: chosen is a number; it must be a string or a list"),
             ({"train": row(prompt={"a": 1})}, r"train.jsonl:1: prompt is an object; it must be a string or a list"),
             ({"train": row(rejected="It is 0.")}, r"has no pair to learn from; of its 1 rows, 1 whose chosen"),
-            ({"train": row(margin="2")}, r"train.jsonl:1: margin is '2'; it must be a finite number"),
+            ({"train": row(margin="x")}, r"train.jsonl:1: margin is 'x'; it must be a finite number"),
             ({"valid": '{"prompt"'}, r"valid.jsonl:1: the line is not JSON"),
             ({"train": raw(margin="1" + "0" * 400)}, r"train.jsonl:1: margin is 1000.*; it must be a finite number"),
             ({"train": raw(margin="7" * 5000)}, r"train.jsonl:1: the line is not JSON .*digits"),
@@ -215,7 +215,7 @@ class TestData:
             ({"train": row(chosen={"role": ["user"], "content": "a"})}, r"1: chosen has columns of messages that are"),
             ({"train": row(prompt=..., instruction="a", history=2)}, r"train.jsonl:1: history has a turn that is not"),
             ({"train": row(chosen="\x1b[2J", rejected={"\x1b": 1})}, r"train.jsonl:1: rejected is an object; it must"),
-            ({"train": [{"completion": "a", "label": "b"}]}, r"train.jsonl:1: the row has no completion with a label"),
+            ({"train": [{"completion": "a", "label": "b"}]}, r"train.jsonl:1: label is 'b'; it must be true or false"),
             ({"valid": row(chosen=...)}, r"valid.jsonl:1: chosen is missing"),
         ],
     )

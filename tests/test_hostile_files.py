@@ -117,8 +117,7 @@ def test_numbers_of_many_digits(tmp_path):
     for digits in (400, 5000):
         line = '{"context": "Who?", "response1": "I.", "response2": "You.", "overall_preference": ' + "7" * digits + "}"
         (tmp_path / "rows.jsonl").write_text(line)
-        found = taken(load_dataset, args, smollm())
-        assert len(found[0]) == 1 if digits == 400 else found is None
+        assert taken(load_dataset, args, smollm()) is None
 
 
 def test_metrics_with_values_that_are_no_numbers_are_drawn(tmp_path):

@@ -200,7 +200,7 @@ def test_a_verdict_may_be_a_number_in_quotes():
 
 def test_a_verdict_that_is_no_number_is_refused():
     row = {"context": "a", "response1": "b", "response2": "c", "overall_preference": float("nan")}
-    with pytest.raises(ConfigError, match="overall_preference is nan; it must be a number"):
+    with pytest.raises(ConfigError, match="overall_preference is nan; it must be a finite number"):
         RowReader()(row)
 
 

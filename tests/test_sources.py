@@ -117,7 +117,7 @@ def test_rows_of_tables_are_named_by_their_line(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.csv:2: chat_template_kwargs has add_generation_prompt"):
         load(tmp_path)
     (tmp_path / "train.csv").write_text(head + "Who?,a,b,\nWho?,a,b,{x}\n")
-    with pytest.raises(ConfigError, match=r"train\.csv:3: chat_template_kwargs is a string; it must be an object"):
+    with pytest.raises(ConfigError, match=r"train\.csv:3: chat_template_kwargs is a string that is not JSON"):
         load(tmp_path)
 
 

@@ -18,6 +18,9 @@ SYSTEM = ("system", "system_prompt", "system_message")
 ANSWERS = ("assistant", *(name for name, role in OTHER_ROLES.items() if role == "assistant"))
 CHOSEN_SCORES = ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "rating_chosen")
 REJECTED_SCORES = ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected")
+# What a label may be, in lower case; tables hold text.
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+LARGEST = 3.4e38  # of float32
 
 
 class UselessRow(Exception):
@@ -88,29 +91,32 @@ def _comparison(name, keys, first_wins, reads=()):
     return Layout(name, keys, read, reads)
 
 
-def _number(row, key):
-    value = row[key]
+def number(row, key, default=None):
+    """The number at a key of a row, which tables hold as text; the default where there is none."""
+    value = row.get(key)
     if isinstance(value, str):
         with suppress(ValueError):
-            value = float(value)
-    if not isinstance(value, (int, float)) or value != value:
-        raise ConfigError(f"{key} is {shown(value)}; it must be a number.")
-    return value
+            value = float(value) if value.strip() else None
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        raise ConfigError(f"{key} is {shown(row.get(key))}; it must be a finite number.")
+    return float(value)
 
 
 def _below_zero(row, key):
-    value = _number(row, key)
+    value = number(row, key)
     return None if value == 0 else value < 0
 
 
 def _one_of(first, second):
     def wins(row, key):
-        value = row[key] if isinstance(row[key], str) else _number(row, key)
+        value = row[key] if isinstance(first, str) else number(row, key)
         if value in (first, second):
             return value == first
         if isinstance(value, str) and value.startswith(("tie", "both_bad")):
             return None
-        raise ConfigError(f"{key} is {shown(value)}; it must be {first!r} or {second!r}.")
+        raise ConfigError(f"{key} is {shown(row[key])}; it must be {first!r} or {second!r}.")
 
     return wins
 
@@ -132,9 +138,6 @@ LAYOUTS = (
 PLAIN = "prompt, chosen, rejected"
 LABELLED = "prompt, completion, label"
 IMPLICIT = "chosen and rejected with the prompt in them"
-
-# The verdicts that are numbers.
-VERDICTS = ("preference", "preference_strength", "overall_preference", "labels", "better_response_id")
 
 # Rows of one response each, by a key that tells them, and what they are.
 NO_PAIRS = (
@@ -201,3 +204,11 @@ def _whole(value):
 def is_kto(row):
     """Whether a row holds one completion that is labelled good or bad."""
     return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and row.get("chosen") is None
+
+
+def label(row):
+    """Whether a row's completion is good; `ConfigError` where its label does not say."""
+    told = LABELS.get(str(row["label"]).strip().lower())
+    if told is None:
+        raise ConfigError(f"label is {shown(row['label'])}; it must be true or false.")
+    return told

@@ -53,7 +53,7 @@ def message(value, key):
     value["role"] = _role(value.get("role"), key)
     value["content"] = _content(value.get("content"), key)
     if value["role"] == CALLS:
-        found = _json(value["content"] or "", f"{key}'s tool call")
+        found = from_json(value["content"] or "", f"{key}'s tool call")
         value |= {"role": "assistant", "content": "", "tool_calls": found if isinstance(found, list) else [found]}
     if calls := value.pop("function_call", None):
         value.setdefault("tool_calls", [calls])
@@ -134,13 +134,13 @@ def marked_turns(text):
 def tools(value):
     """The tool descriptions of a row, a list or that list as a JSON string; None where there are none."""
     if isinstance(value, str):
-        value = _json(value, "tools") if value.strip() else None
+        value = from_json(value, "tools")
     if value is None or value == []:
         return None
     if not isinstance(value, list):
         raise ConfigError(f"tools is {kind(value)}; it must be a list of tool descriptions, each an object.")
     # Some data sets write each description as a string.
-    value = [_json(item, f"tools[{i}]") if isinstance(item, str) else item for i, item in enumerate(value)]
+    value = [from_json(item, f"tools[{i}]") if isinstance(item, str) else item for i, item in enumerate(value)]
     if not all(isinstance(tool, Mapping) for tool in value):
         raise ConfigError("tools is a list with something else than tool descriptions, which are objects.")
     return value
@@ -181,7 +181,7 @@ def _content(content, key):
 def _calls(calls, key):
     """Tool calls as mlx-lm's server gives them to templates: arguments that are JSON strings decoded to objects."""
     if isinstance(calls, str):
-        calls = _json(calls, f"{key}.tool_calls")
+        calls = from_json(calls, f"{key}.tool_calls")
     if not isinstance(calls, list):
         raise ConfigError(f"{key}.tool_calls is {kind(calls)}; it must be a list of calls.")
     read = []
@@ -191,23 +191,20 @@ def _calls(calls, key):
             raise ConfigError(
                 f"{key}.tool_calls has {shown(call)}; a tool call is an object with a function that has a name."
             )
-        inner = dict(inner)
-        arguments = inner.get("arguments")
+        what, arguments = f"the arguments of the call of {inner['name']} in {key}", inner.get("arguments")
         if isinstance(arguments, str):
-            arguments = _json(arguments, f"the arguments of the call of {inner['name']} in {key}") if arguments else {}
+            arguments = from_json(arguments, what)
         if not isinstance(arguments, Mapping) and arguments is not None:
-            raise ConfigError(
-                f"the arguments of the call of {inner['name']} in {key} are {kind(arguments)}; they must be an object."
-            )
-        inner["arguments"] = dict(arguments or {})
+            raise ConfigError(f"{what} are {kind(arguments)}; they must be an object.")
         around = {name: item for name, item in call.items() if name not in ("name", "arguments")}
-        read.append({"type": "function", **around, "function": inner})
+        read.append({"type": "function", **around, "function": {**inner, "arguments": dict(arguments or {})}})
     return read
 
 
-def _json(text, what):
+def from_json(text, what):
+    """What a string holds as JSON, None of an empty one; `ConfigError` for what is none."""
     try:
-        return json.loads(text)
+        return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "nested too deep"
         raise ConfigError(f"{what} is a string that is not JSON ({reason}).") from None

@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, is_kto, recognised
-from .messages import KEYS, decoded, is_message, kind, marked_turns, messages, speaks, tools, transcript
-from .options import ConfigError, nearest, shown
+from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, is_kto, label, number, recognised
+from .messages import KEYS, decoded, from_json, is_message, kind, marked_turns, messages, speaks, tools, transcript
+from .options import ConfigError, nearest
 from .overlap import shared_text, without_prompt
 
 EQUAL = "whose chosen and rejected responses are equal"
@@ -26,7 +26,6 @@ NO_ANSWER = "whose transcripts do not end with an answer to the same question"
 SCORED_LOWER = "whose chosen response has no higher score"
 SCORED_ALIKE = "whose scores differ by less than min_score_difference"
 
-LARGEST = 3.4e38  # of float32
 # What the model never writes: a response that begins with one of these is a mistake in the row.
 NOT_THE_MODEL = ("system", "user", "tool")
 RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
@@ -130,11 +129,10 @@ class RowReader:
 
     def labelled(self, row):
         """As a call, of a row with a `label` and one `completion`, which is both of the `Conversation`'s responses."""
-        if row["label"] not in (True, False, 0, 1):
-            raise ConfigError(f"label is {row['label']!r}; it must be true or false.")
+        told = label(row)
         bare = {key: value for key, value in row.items() if key != "label"}
         read = replace(self, chosen="completion", rejected="completion")(bare)
-        return read._replace(label=bool(row["label"]))
+        return read._replace(label=told)
 
     def _side(self, row, laid, name, key):
         value = laid.get(name, row.get(key))
@@ -287,20 +285,20 @@ class RowReader:
 
     def _numbers(self, row, read):
         """The row's margin and weight, with what is made of its scores; `read` gets their keys."""
-        margin, weight = _number(row, "margin", 0.0), _number(row, "weight", 1.0)
+        margin, weight = number(row, "margin", 0.0), number(row, "weight", 1.0)
         if weight < 0:
             raise ConfigError(f"weight is {weight:g}; it must not be negative.")
         if self.score_difference is None and self.min_score_difference is None:
             return margin, weight
         scores = []
         for names in (CHOSEN_SCORES, REJECTED_SCORES):
-            key = next((name for name in names if row.get(name) is not None), None)
+            key = next((name for name in names if row.get(name) not in (None, "")), None)
             if key is None:
                 raise ConfigError(
                     f"the row has no {names[0]}, which score_difference and min_score_difference need; its keys are "
                     f"{', '.join(map(str, row))}."
                 )
-            scores.append(_number(row, key, 0.0))
+            scores.append(number(row, key))
             read.add(key)
         difference = scores[0] - scores[1]
         if self.min_score_difference is not None and difference < self.min_score_difference:
@@ -389,6 +387,8 @@ def _with_system(prompt, system):
 
 
 def template_kwargs(kwargs):
+    if isinstance(kwargs, str):
+        kwargs = from_json(kwargs, "chat_template_kwargs")
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
@@ -397,12 +397,3 @@ def template_kwargs(kwargs):
     if reserved:
         raise ConfigError(f"chat_template_kwargs has {reserved[0]}, which is set by the row itself; leave it out.")
     return {key: value for key, value in kwargs.items() if value is not None}
-
-
-def _number(row, key, default):
-    value = row.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-        raise ConfigError(f"{key} is {shown(value)}; it must be a finite number.")
-    return float(value)

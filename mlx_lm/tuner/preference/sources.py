@@ -3,14 +3,13 @@
 import csv
 import json
 import random
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .layouts import CHOSEN_SCORES, REJECTED_SCORES, SYSTEM, VERDICTS, UselessRow, is_kto
+from .layouts import SYSTEM, UselessRow, is_kto
 from .options import ConfigError, first_line
 from .rows import read_alone
 
@@ -25,8 +24,6 @@ KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 # Files that `save_to_disk` of the datasets package leaves in a folder.
 SAVED = ("dataset_dict.json", "state.json")
-# CSV holds text alone; these columns hold numbers, or true and false.
-NUMBERS = ("margin", "weight", *CHOSEN_SCORES, *REJECTED_SCORES, *VERDICTS, "label")
 
 
 class Rows(Sequence):
@@ -177,8 +174,8 @@ def paired(rows, prompt=None):
     """
     where, groups = rows.where, defaultdict(lambda: {True: [], False: []})
     for number, row in enumerate(rows):
-        if not is_kto(row) or row["label"] not in (True, False, 0, 1):
-            raise ConfigError(f"{where(number)}: the row has no completion with a label that is true or false.")
+        if not is_kto(row):
+            raise ConfigError(f"{where(number)}: the row has no completion with a label.")
         try:
             read = read_alone(row, prompt)
         except ConfigError as error:
@@ -267,25 +264,11 @@ def _read_table(path, delimiter):
                 if None in row or None in row.values():
                     more = "more" if None in row else "fewer"
                     raise ConfigError(f"{path}:{reader.line_num}: the line has {more} cells than the first line.")
-                rows.append({key: _cell(key, value) for key, value in row.items()})
+                rows.append(row)
                 lines.append(reader.line_num)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as a table ({error}).") from error
     return Rows(rows, lambda i: f"{path}:{lines[i]}", str(path))
-
-
-def _cell(key, value):
-    """A table's cell; empty cells of columns that rows may leave out are no values."""
-    if key in NUMBERS and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", value, re.IGNORECASE):
-        return float(value)
-    if key == "label" and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    if key == "chat_template_kwargs" and value.strip():
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return None if key in (*NUMBERS, "chat_template_kwargs", "tools") and not value.strip() else value
 
 
 def _without_none(value):
