@@ -1,7 +1,6 @@
 """Rows from files of every kind, under every name of a split, and a share of them held out."""
 
 import csv
-import gzip
 import json
 import types
 
@@ -157,16 +156,6 @@ def test_parquet_and_saved_data_sets(tmp_path):
     found.save_to_disk(tmp_path / "some")
     with pytest.raises(ConfigError, match="the test split of .*some holds no rows"):
         load(tmp_path / "some", test=True)
-
-
-def test_packed_files_are_named(tmp_path):
-    (tmp_path / "train.jsonl").write_text(json.dumps(ROW))
-    (tmp_path / "valid.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode()))
-    for data in (tmp_path, tmp_path / "valid.jsonl.gz"):
-        with pytest.raises(ConfigError, match=r"valid\.jsonl\.gz is packed; unpack it"):
-            load(data)
-    (tmp_path / "valid.jsonl").write_text(json.dumps(ROW))
-    assert [len(split) for split in load(tmp_path)] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("change", [lambda file: b"version https://git-lfs.github.com/spec/v1", lambda file: file[:-9]])

@@ -20,8 +20,6 @@ SPLITS = {
     "test": ("test", "test_prefs"),
 }
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-# Files that hold another one, packed.
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 # Files that `save_to_disk` of the datasets package leaves in a folder.
 SAVED = ("dataset_dict.json", "state.json")
 
@@ -63,10 +61,6 @@ def files_of(folder, split):
                     return [path]
             if parts := sorted(place.glob(f"{name}-*.parquet")):
                 return parts
-    for name in SPLITS[split]:
-        for place in (folder, folder / "data"):
-            if packed := [path for path in place.glob(f"{name}.*") if path.suffix in PACKED]:
-                return packed[:1]
     if split == "train":
         # A folder with one file of rows needs no name for it; a Mac's may have a ._ file of its system beside it.
         names = {name for names in SPLITS.values() for name in names}
@@ -93,11 +87,9 @@ def read_file(path, package):
     """The `Rows` of a file, whose name's end tells its kind; Parquet needs the datasets package, which `package` gives.
 
     Raises:
-        ConfigError: the file cannot be read, or is packed; the sentence names the line.
+        ConfigError: the file cannot be read; the sentence names the line.
     """
     kind = path.suffix.lower()
-    if kind in PACKED:
-        raise ConfigError(f"{path} is packed; unpack it, such as with gunzip for .gz.")
     try:
         if kind in (".csv", ".tsv"):
             return _read_table(path, "\t" if kind == ".tsv" else ",")
