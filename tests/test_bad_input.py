@@ -212,7 +212,6 @@ class TestData:
                 {"train": row(chosen=[{"role": "assistant", "tool_calls": 0.5}])},
                 r"chosen.0..tool_calls is a number",
             ),
-            ({"train": row(chosen={"role": ["user"], "content": "a"})}, r"1: chosen has columns of messages that are"),
             ({"train": row(prompt=..., instruction="a", history=2)}, r"train.jsonl:1: history has a turn that is not"),
             ({"train": row(chosen="\x1b[2J", rejected={"\x1b": 1})}, r"train.jsonl:1: rejected is an object; it must"),
             ({"train": [{"completion": "a", "label": "b"}]}, r"train.jsonl:1: label is 'b'; it must be true or false"),

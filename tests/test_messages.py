@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mlx_lm.tuner.preference.messages import decoded, marked_turns, message, messages, tools, transcript
+from mlx_lm.tuner.preference.messages import decoded, marked_turns, message, tools, transcript
 from mlx_lm.tuner.preference.options import ConfigError
 
 
@@ -97,11 +97,6 @@ def test_reasoning_has_one_name():
         "role": "assistant",
         "content": "a",
     }
-
-
-def test_a_column_of_messages_that_is_stored_by_keys():
-    read = messages({"role": ["user", "assistant"], "content": ["a", "b"]}, "m")
-    assert read == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def test_strings_that_hold_messages():

@@ -31,16 +31,9 @@ TURN = re.compile(r"(?:\A|(?<=\S)(?=\s*\n\r?\n))\s*(Human|Assistant):")
 
 def messages(value, key):
     """A list of checked messages, of one or of one alone, which stand at `key`; `ConfigError` for what is none."""
-    if isinstance(value, Mapping) and isinstance(value.get("role", value.get("from")), list):
-        # A column of messages that is stored by the messages' keys.
-        columns = list(value.values())
-        if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-            raise ConfigError(f"{key} has columns of messages that are not lists of one length.")
-        value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
-    listed = [value] if isinstance(value, Mapping) else value
-    # A message alone has no number.
-    names = [key] if isinstance(value, Mapping) else [f"{key}[{i}]" for i in range(len(listed))]
-    return [message(item, name) for item, name in zip(listed, names, strict=True)]
+    if isinstance(value, Mapping):
+        return [message(value, key)]
+    return [message(item, f"{key}[{i}]") for i, item in enumerate(value)]
 
 
 def message(value, key):
