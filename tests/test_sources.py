@@ -47,7 +47,6 @@ def test_names_of_the_validation_set(tmp_path, name):
     [
         json.dumps([ROW, ROW | {"chosen": "Peru"}]),
         json.dumps([ROW, ROW | {"chosen": "Peru"}], indent=1),
-        json.dumps({"version": 1, "tags": [], "data": [ROW, ROW | {"chosen": "Peru"}]}),
         json.dumps(ROW) + "\n" + json.dumps(ROW | {"chosen": "Peru"}),
     ],
 )
@@ -60,7 +59,7 @@ def test_json(tmp_path, text, folder):
 
 def test_json_that_holds_no_rows_is_named(tmp_path):
     (tmp_path / "train.json").write_text('"text"')
-    with pytest.raises(ConfigError, match=r"train\.json holds no list of rows; expected a JSON array"):
+    with pytest.raises(ConfigError, match=r"train\.json, row 0: the row is a string; expected an object"):
         load(tmp_path)
     for text in ("", "[]"):
         (tmp_path / "mine.jsonl").write_text(text)

@@ -232,18 +232,11 @@ def _read_parquet(path, package):
 
 
 def _read_json(path):
-    """A file of one JSON value: a list of rows, or an object that holds one; else JSON lines."""
+    """A file of one JSON value, a list of rows or one row; else JSON lines."""
     if (found := _whole(path)) is None:
         return _read_lines(path)
-    if isinstance(found, Mapping):
-        lists = [value for value in found.values() if isinstance(value, list) and value]
-        lists = [value for value in lists if isinstance(value[0], Mapping)]
-        # One row has lists of messages; a file of rows has one list of them.
-        is_row = {"chosen", "rejected", "preferred_output"} & set(found)
-        found = lists[0] if len(lists) == 1 and not is_row else [found]
-    if not isinstance(found, list):
-        raise ConfigError(f"{path} holds no list of rows; expected a JSON array of objects, or an object a line.")
-    return Rows(found, lambda i: f"{path}, row {i}", str(path))
+    rows = found if isinstance(found, list) else [found]
+    return Rows(rows, lambda i: f"{path}, row {i}", str(path))
 
 
 def _read_table(path, delimiter):
