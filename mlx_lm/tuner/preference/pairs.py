@@ -104,7 +104,6 @@ class PreferenceDataset:
             chat=self._encoder.chat,
             template_kwargs=template_kwargs(chat_template_kwargs),
             specials=tuple(self._encoder.specials),
-            markers=self._encoder.markers(),
             score_difference=score_difference,
             score_scale=score_scale,
             min_score_difference=min_score_difference,

@@ -32,9 +32,8 @@ RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_pro
 # Keys of what an answer is about that no text model sees.
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 READ = ("tools", "chat_template_kwargs", "margin", "weight", "source")
-# What chat templates of well-known models write at the beginning of a text.
-MARKERS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "[INST]", "<s>[INST]", "<start_of_turn>")
-MARKERS += ("<bos><start_of_turn>", "<|user|>", "<|system|>", "<|User|>", "<|start|>", "[gMASK]", "<\uff5c")
+# As chat templates begin a text, also those of other models than the one that is trained.
+RENDERED = re.compile(r"(?:<s>|<bos>)?\s*(?:<\|\w+\|>|<\uff5c|\[INST\]|\[gMASK\]|<start_of_turn>)")
 
 
 class Conversation(NamedTuple):
@@ -59,7 +58,6 @@ class RowReader:
         chat: whether rows become messages of a chat template.
         template_kwargs: arguments of the chat template for every row; a row's own come before them.
         specials: texts of the tokenizer's special tokens, which an implicit prompt never ends inside.
-        markers: texts that the chat template begins with.
         score_difference: "margin" or "weight", to take it from the difference of the two responses' scores.
         score_scale: what the difference is multiplied by.
         min_score_difference: leave out rows whose scores differ by less.
@@ -75,7 +73,6 @@ class RowReader:
     chat: bool = True
     template_kwargs: dict = field(default_factory=dict)
     specials: tuple = ()
-    markers: tuple = ()
     score_difference: str | None = None
     score_scale: float = 1.0
     min_score_difference: float | None = None
@@ -173,8 +170,7 @@ class RowReader:
 
     def _turns(self, prompt, chosen, rejected, row):
         """Prompt and responses as messages, the prompt lifted out where the responses repeat it."""
-        for text in (prompt, chosen if prompt is None else None):
-            self._refuse_rendered(text)
+        self._refuse_rendered(chosen if prompt is None else prompt)
         prompt, chosen, rejected, form = self._transcripts(prompt, chosen, rejected)
         keys, sides = (self.chosen, self.rejected), (chosen, rejected)
         both_lists = isinstance(chosen, list) and isinstance(rejected, list)
@@ -200,12 +196,12 @@ class RowReader:
 
     def _refuse_rendered(self, text):
         begun = text.lstrip() if isinstance(text, str) else ""
-        for marker in (*self.markers, *MARKERS):
-            if begun.startswith(marker):
-                raise ConfigError(
-                    f"the text begins with {marker}, as a chat template writes it, and would go through one again; "
-                    "give messages or bare texts, or set use_chat_template: false to train strings as they stand."
-                )
+        found = RENDERED.match(begun)
+        if marker := found[0] if found else next(filter(begun.startswith, self.specials), None):
+            raise ConfigError(
+                f"the text begins with {marker}, as a chat template writes it, and would go through one again; "
+                "give messages or bare texts, or set use_chat_template: false to train strings as they stand."
+            )
 
     def _refuse_without_prompt(self, row):
         others = {key: value for key, value in row.items() if key not in (self.chosen, self.rejected)}

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ...tokenizer_utils import TokenizerWrapper
 from .chat import ChatTexts, Texts
 from .options import ConfigError
-from .rows import Conversation
-from .template import STAND_IN, Template
+from .template import Template
 from .thinking import Thinking
 
 # Texts that a response is tried behind, so that its first token is not taken for the beginning of a text.
@@ -53,18 +52,6 @@ class PairEncoder:
         self.chat_texts = ChatTexts(self.template, Thinking(*tags), score)
         self.lead = [] if self.chat else self._lead()
         self._is_blank = cache(lambda token: not self._decode([token]).strip())
-
-    def markers(self):
-        """What the chat template begins a text with, where that is a mark of its own and no word."""
-        if not self.chat:
-            return ()
-        bare = Conversation([], [], [])
-        try:
-            text = self.template.render(bare, [{"role": "user", "content": STAND_IN}])
-        except ConfigError:
-            return ()
-        found = {text.partition(STAND_IN)[0], text[text.rfind("<", 0, text.find(STAND_IN)) :].partition(STAND_IN)[0]}
-        return tuple(mark for mark in (text.strip() for text in found) if len(mark) > 2 and not mark.isalpha())
 
     def texts(self, conversation):
         """A `Conversation` as `Texts`; `ConfigError` where the template refuses it or a text cannot be encoded."""
