@@ -470,15 +470,11 @@ def test_reasoning_of_earlier_turns_that_is_left_out_is_told(earlier, capsys):
     assert "in 1 of 1 rows the chat template leaves the reasoning of earlier turns out" in capsys.readouterr().out
 
 
-def test_a_message_to_go_on_from_that_is_written_in_two_ways_is_refused_with_what_helps():
+def test_a_message_to_go_on_from_that_is_written_in_two_ways_is_refused():
     """Qwen 3 has an empty thought before the last turn, and none before a call whose result and answer follow."""
-    begun, calls = {"role": "assistant", "content": "Let me see."}, [CALL | {"content": " I look."}, RESULT, LIMA]
-    with pytest.raises(ConfigError, match="in one way before chosen and in another before rejected.*; move that"):
-        texts("qwen3", {"prompt": [USER, begun], "chosen": calls, "rejected": [PARIS]})
-    moved = [[begun | {"content": "Let me see." + first["content"]}, *rest] for first, *rest in (calls, [PARIS])]
-    moved[0][0] = calls[0] | moved[0][0]
-    _, chosen, rejected = texts("qwen3", {"prompt": [USER], "chosen": moved[0], "rejected": moved[1]})
-    assert chosen.startswith("Let me see. I look.<tool_call>") and rejected.endswith("Let me see.Paris.<|im_end|>")
+    row = {"prompt": [USER, LIMA], "chosen": [CALL | {"content": " I look."}, RESULT, LIMA], "rejected": [PARIS]}
+    with pytest.raises(ConfigError, match="before both responses alike; move it into the responses"):
+        texts("qwen3", row)
 
 
 def test_a_template_that_loses_a_message_is_refused():

@@ -243,13 +243,10 @@ class ChatTexts:
                 wholes.append(self.template.render(conversation, [*before, first, *rest]))
                 kept = [head + text for text in (lead, lead.lstrip()) if wholes[-1].startswith(head + text)]
             prompts.add(kept[0] if kept else None)
-        if len(prompts) > 1 and None not in prompts:
-            raise ConfigError(
-                "the chat template writes the assistant message that the prompt ends with in one way before chosen and "
-                "in another before rejected, such as with an empty thought where no turn follows; move that message "
-                "from the prompt into the responses."
-            )
         prompt = prompts.pop()
         if prompts or prompt is None:
-            raise ConfigError("the chat template does not keep the assistant message that the prompt ends with.")
+            raise ConfigError(
+                "the chat template does not keep the assistant message that the prompt ends with, as it is and before "
+                "both responses alike; move it into the responses."
+            )
         return Texts(prompt, *wholes)
