@@ -7,6 +7,7 @@ from mlx_lm.tuner.datasets import CacheDataset, Pair, PreferenceDataset, truncat
 from mlx_lm.tuner.preference import pairs
 from mlx_lm.tuner.preference.batches import lengths_of
 from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.tokens import PairEncoder
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 
@@ -122,11 +123,15 @@ def test_joined():
     assert joined.name == "a, b"
 
 
-def test_rows_are_tokenized_in_parts(monkeypatch):
+def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
     rows = [ROW | {"prompt": f"{i}"} for i in range(7)]
-    whole = PreferenceDataset(rows, tokenizers.qwen())
-    monkeypatch.setattr(pairs, "ROWS_AT_ONCE", 3)
-    assert list(PreferenceDataset(rows, tokenizers.qwen())) == list(whole)
+    whole = list(PreferenceDataset(rows, tokenizers.plain()))
+    encode, sizes = PairEncoder.encode, []
+    monkeypatch.setattr(PairEncoder, "encode", lambda self, group: sizes.append(len(group)) or encode(self, group))
+    # Of 21 letters a row.
+    monkeypatch.setattr(pairs, "MOST_LETTERS", 60)
+    assert list(PreferenceDataset(rows, tokenizers.plain())) == whole
+    assert sizes == [3, 3, 1]
 
 
 def test_feature_must_be_a_name():

@@ -9,9 +9,8 @@ from mlx_lm.tokenizer_utils import NewlineTokenizer, TokenizerWrapper
 from tokenizers import normalizers
 
 from mlx_lm.tuner.datasets import PreferenceDataset
-from mlx_lm.tuner.preference import tokens
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.tokens import PairEncoder, Texts
+from mlx_lm.tuner.preference.tokens import PairEncoder
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 USER = {"role": "user", "content": "Who?"}
@@ -244,7 +243,7 @@ def test_generation_prompt_that_the_responses_do_not_follow_is_left_out(capsys):
     assert tokenizer.decode(pairs[1].chosen) == "<b>Lima</b><|end|>"
     said = capsys.readouterr().out
     assert said.count("[WARNING]") == 1
-    assert "in 2 of 2 pairs the chat template's generation prompt does not stand before the response" in said
+    assert "in 2 of 2 rows the chat template's generation prompt does not stand before the response" in said
 
 
 def test_prompt_stays_whole_where_the_template_changes_it_before_a_response():
@@ -426,15 +425,3 @@ def test_tokenizer_without_eos():
     # The model's configuration may name what ends generation.
     tokenizer = TokenizerWrapper(tokenizer._tokenizer, eos_token_ids=[5])
     assert pair(tokenizer, ROW).chosen[-1] == 5
-
-
-def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
-    encoder, sizes = PairEncoder(tokenizers.qwen()), []
-    texts = [Texts(f"Lima {i}", f"Lima {i} Peru", f"Lima {i} Chile") for i in range(9)]
-    whole = list(encoder.encode(texts))
-    tokenize = encoder._tokenize
-    monkeypatch.setattr(encoder, "_tokenize", lambda texts: sizes.append(sum(map(len, texts))) or tokenize(texts))
-    monkeypatch.setattr(tokens, "MOST_LETTERS", 80)
-    assert list(encoder.encode(texts)) == whole and len(whole) == 9
-    # Of 29 letters a row.
-    assert sizes == [87, 87, 87] and list(encoder.encode([])) == []

@@ -15,6 +15,10 @@ EARLIER_REASONING = "the chat template leaves the reasoning of earlier turns out
 EMPTY_THOUGHT = "a response without reasoning closes at once the thought that the generation prompt opens"
 TURNS_CHANGE = "the chat template writes the turns of this response otherwise when others follow them."
 CLOSED_REASONING = "the chat template leaves reasoning out of responses, whose thought is over where they begin"
+DISPUTED = (
+    "the chat template's generation prompt does not stand before the response, and the prompt ends before it, which "
+    "responses that hold their reasoning, or other chat_template_kwargs, avoid"
+)
 LATER_REASONING = "the chat template leaves reasoning out of turns of responses"
 
 
@@ -22,8 +26,8 @@ class Texts(NamedTuple):
     """A row as text, each response with the prompt in front of it.
 
     Attributes:
-        prompt, chosen, rejected: the texts; both responses stand behind the prompt.
-        disputed: the template wrote a generation prompt which it does not write before these responses.
+        prompt, chosen, rejected: the texts; both responses stand behind the prompt, or behind all of it but a
+            generation prompt which the template does not write before them.
         notes: what is to be told of the row, such as reasoning that the template leaves out.
         unscored: for each response the spans of its text, counted from the beginning of the prompt, that the model
             does not write: turns of a user or a tool.
@@ -32,7 +36,6 @@ class Texts(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
-    disputed: bool = False
     notes: tuple = ()
     unscored: tuple = ((), ())
 
@@ -52,10 +55,12 @@ class ChatTexts:
         else:
             prompt = self.template.render(conversation, conversation.prompt, add_generation_prompt=True)
             wholes = [self._whole(conversation, prompt, side) for side in sides]
-            texts = Texts(prompt, *wholes, disputed=not all(whole.startswith(prompt) for whole in wholes))
+            texts = Texts(prompt, *wholes)
         notes = {*self._lost_in_prompt(conversation, texts.prompt)}
         for side, whole in zip(sides, texts[1:3], strict=True):
             rest = whole[len(os.path.commonprefix([texts.prompt, whole])) :]
+            if not whole.startswith(texts.prompt):
+                notes.add(DISPUTED)
             if self._loses_thought(side, rest):
                 notes.add(CLOSED_REASONING if self.thinking.closed(texts.prompt) else LATER_REASONING)
             if self.thinking.opened(texts.prompt) and rest.lstrip().startswith(self.thinking.end):

@@ -20,7 +20,8 @@ from .tokens import PairEncoder
 
 EQUAL_WHEN_CUT = "whose responses are equal within max_seq_length"
 FEATURES = ("prompt_feature", "chosen_feature", "rejected_feature")
-ROWS_AT_ONCE = 1024
+# Letters of texts that are tokenized at once: what a tokenizer tells of them takes some 25 bytes a letter.
+MOST_LETTERS = 2**20
 
 
 class Pair(NamedTuple):
@@ -63,6 +64,10 @@ class PreferenceDataset:
             it.
         name: what to call the rows in warnings.
         where: gives the place of row number i, for errors; the name and the number by default.
+
+    Attributes:
+        counts: how many rows were read and left out, prompts cut and responses cut, by these names.
+        layout: the layouts that the rows were read in, and the first one's texts.
 
     Raises:
         ConfigError: a row is malformed, or there is no row to learn from.
@@ -108,20 +113,17 @@ class PreferenceDataset:
             score_scale=score_scale,
             min_score_difference=min_score_difference,
         )
-        self._counts = Counter(read=len(rows))
+        self.counts = Counter({"read": len(rows), "left out": 0, "prompts cut": 0, "responses cut": 0})
         # The numbers of the rows that are left out, and of those that there is something to tell of, by what it is.
         self._useless, self._notes = defaultdict(list), defaultdict(list)
         self.layout = ""
         self._longest = 0
         self._pairs, self._numbers = [], array("i")
-        self._sources = {}
-        with tqdm(
-            total=len(rows), desc=f"Tokenizing {name}", delay=2, leave=False, disable=mx.distributed.init().rank() != 0
-        ) as progress:
-            for start in range(0, len(rows), ROWS_AT_ONCE):
-                numbers = range(start, min(start + ROWS_AT_ONCE, len(rows)))
-                self._add(numbers, [rows[i] for i in numbers])
-                progress.update(len(numbers))
+        self._sources = []
+        for group in self._read(rows):
+            tokens = self._encoder.encode([texts for _, _, texts, _ in group])
+            for row, encoded in zip(group, tokens, strict=True):
+                self._add(*row, *encoded)
         self._report(len(rows))
         if unpaired:
             self._pairs = mismatched(self._pairs, max_seq_length, name)
@@ -139,11 +141,6 @@ class PreferenceDataset:
         """The pair itself: upstream's `CacheDataset` asks for this, and there is nothing left to do."""
         return pair
 
-    @property
-    def counts(self):
-        """How many rows were read and left out, prompts cut and responses cut, by these names."""
-        return {name: self._counts[name] for name in ("read", "left out", "prompts cut", "responses cut")}
-
     def prompts(self):
         """A number for the prompt of each pair, the same one for the same tokens."""
         return (hash(pair.prompt.tobytes()) for pair in self._pairs)
@@ -154,7 +151,7 @@ class PreferenceDataset:
 
     def source(self, idx):
         """What a pair's row gives as its `source`, as text, or None."""
-        return self._sources.get(idx)
+        return self._sources[idx]
 
     @classmethod
     def joined(cls, datasets):
@@ -166,47 +163,57 @@ class PreferenceDataset:
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
         whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
-        whole._counts = sum((dataset._counts for dataset in datasets), Counter())
-        sources = {number: dataset.source(i) for number, (dataset, i) in enumerate(places)}
-        whole._sources = {number: source for number, source in sources.items() if source is not None}
+        whole._sources = [source for dataset in datasets for source in dataset._sources]
+        whole.counts = Counter()
+        for dataset in datasets:
+            whole.counts.update(dataset.counts)
         return whole
 
-    def _add(self, numbers, rows):
-        """Read, tokenize and keep some rows."""
-        read = []
-        for number, row in zip(numbers, rows, strict=True):
-            try:
-                conversation = self._reader.labelled(row) if self._unpaired and is_kto(row) else self._reader(row)
-                read.append((number, conversation, self._encoder.texts(conversation)))
-            except UselessRow as useless:
-                self._useless[str(useless)].append(number)
-            except (ConfigError, RecursionError) as error:
-                told = error if isinstance(error, ConfigError) else "the row is nested too deep."
-                raise ConfigError(f"{self._where(number)}: {told}") from error
-        tokens = self._encoder.encode([texts for _, _, texts in read])
-        for (number, conversation, texts), (prompt, chosen, rejected, unscored) in zip(read, tokens, strict=True):
-            for note in texts.notes:
-                self._notes[note].append(number)
-            if useless := self._why_useless(prompt, chosen, rejected, conversation.label):
-                self._useless[useless].append(number)
-                continue
-            cut = truncate(prompt, chosen, rejected, self.max_seq_length)
-            if cut[1] == cut[2] and not self._unpaired:
-                self._useless[EQUAL_WHEN_CUT].append(number)
-                continue
-            self._counts["disputed"] += texts.disputed
-            self._counts["prompts cut"] += len(cut[0]) < len(prompt)
-            self._counts["responses cut"] += len(cut[1]) < len(chosen) or len(cut[2]) < len(rejected)
-            self._longest = max(self._longest, len(prompt) + max(len(chosen), len(rejected)))
-            unscored = within(unscored, cut[1:])
-            if not self._pairs:
-                self.layout = self._described(texts)
-            pair = Pair(*(array("i", tokens) for tokens in cut), conversation.margin, conversation.weight, unscored)
-            for one in single(pair, conversation.label) if self._unpaired else [pair]:
-                if (source := rows[number - numbers[0]].get("source")) is not None:
-                    self._sources[len(self._pairs)] = str(source)
-                self._pairs.append(one)
-                self._numbers.append(number)
+    def _read(self, rows):
+        """Give `(number, conversation, texts, source)` of rows, in lists of some MOST_LETTERS."""
+        group, letters = [], 0
+        quiet = mx.distributed.init().rank() != 0
+        with tqdm(rows, f"Tokenizing {self.name}", len(rows), leave=False, delay=2, disable=quiet) as progress:
+            for number, row in enumerate(progress):
+                try:
+                    conversation = self._reader.labelled(row) if self._unpaired and is_kto(row) else self._reader(row)
+                    texts = self._encoder.texts(conversation)
+                except UselessRow as useless:
+                    self._useless[str(useless)].append(number)
+                    continue
+                except (ConfigError, RecursionError) as error:
+                    told = error if isinstance(error, ConfigError) else "the row is nested too deep."
+                    raise ConfigError(f"{self._where(number)}: {told}") from error
+                for note in texts.notes:
+                    self._notes[note].append(number)
+                source = row.get("source")
+                group.append((number, conversation, texts, None if source is None else str(source)))
+                letters += sum(map(len, texts[:3]))
+                if letters >= MOST_LETTERS:
+                    yield group
+                    group, letters = [], 0
+        yield group
+
+    def _add(self, number, conversation, texts, source, prompt, chosen, rejected, unscored):
+        """Keep a row's pair, cut to max_seq_length, where there is something to learn from it."""
+        if useless := self._why_useless(prompt, chosen, rejected, conversation.label):
+            self._useless[useless].append(number)
+            return
+        cut = truncate(prompt, chosen, rejected, self.max_seq_length)
+        if cut[1] == cut[2] and not self._unpaired:
+            self._useless[EQUAL_WHEN_CUT].append(number)
+            return
+        self.counts["prompts cut"] += len(cut[0]) < len(prompt)
+        self.counts["responses cut"] += len(cut[1]) < len(chosen) or len(cut[2]) < len(rejected)
+        self._longest = max(self._longest, len(prompt) + max(len(chosen), len(rejected)))
+        if not self._pairs:
+            self.layout = self._described(texts)
+        unscored = within(unscored, cut[1:])
+        pair = Pair(*(array("i", tokens) for tokens in cut), conversation.margin, conversation.weight, unscored)
+        for one in single(pair, conversation.label) if self._unpaired else [pair]:
+            self._pairs.append(one)
+            self._numbers.append(number)
+            self._sources.append(source)
 
     def _why_useless(self, prompt, chosen, rejected, label):
         ends = self._encoder.eos_ids
@@ -231,8 +238,8 @@ class PreferenceDataset:
 
     def _report(self, total):
         """Say once what was left out and what was cut."""
-        self._counts["left out"] = sum(map(len, self._useless.values()))
-        kept = total - self._counts["left out"]
+        self.counts["left out"] = sum(map(len, self._useless.values()))
+        kept = total - self.counts["left out"]
         if self._useless:
             reasons = ", ".join(
                 f"{len(numbers)} {why} (first: {self._where(numbers[0])})" for why, numbers in self._useless.items()
@@ -240,21 +247,15 @@ class PreferenceDataset:
             if kept == 0:
                 raise ConfigError(f"{self.name} has no pair to learn from; of its {total} rows, {reasons}.")
             rprint(f"[WARNING] {self.name}: {total - kept} of {total} rows are left out: {reasons}.")
-        if self._counts["prompts cut"] or self._counts["responses cut"]:
+        if self.counts["prompts cut"] or self.counts["responses cut"]:
             rprint(
                 f"[WARNING] {self.name}: pairs are longer than max_seq_length {self.max_seq_length}, the longest "
-                f"{self._longest} tokens; of {kept}, {self._counts['prompts cut']} lost the beginning of the prompt "
-                f"and {self._counts['responses cut']} the end of a response. Raise max_seq_length to keep them whole."
+                f"{self._longest} tokens; of {kept}, {self.counts['prompts cut']} lost the beginning of the prompt "
+                f"and {self.counts['responses cut']} the end of a response. Raise max_seq_length to keep them whole."
             )
         for note, numbers in self._notes.items():
             first = self._where(numbers[0])
             rprint(f"[WARNING] {self.name}: in {len(numbers)} of {total} rows {note} (first: {first}).")
-        if self._counts["disputed"]:
-            rprint(
-                f"[WARNING] {self.name}: in {self._counts['disputed']} of {kept} pairs the chat template's generation "
-                "prompt does not stand before the response, and the prompt ends before it. Responses that hold their "
-                "reasoning, or other chat_template_kwargs, avoid that."
-            )
 
 
 def within(unscored, responses):

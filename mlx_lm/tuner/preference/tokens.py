@@ -17,8 +17,6 @@ from .thinking import Thinking
 
 # Texts that a response is tried behind, so that its first token is not taken for the beginning of a text.
 ANCHORS = ("", "\n", ".", "a")
-# Letters of texts that are tokenized at once: what a tokenizer tells of them takes some 25 bytes a letter.
-MOST_LETTERS = 2**22
 
 SPECIAL = "a message's text holds a special token of the tokenizer, which becomes that token"
 
@@ -78,24 +76,13 @@ class PairEncoder:
                 contents[-1] = contents[-1].rstrip().removesuffix(end)
         return any(special in content for content in contents for special in self.specials)
 
-    def encode(self, batch):
-        """Give the tokens of each of many `Texts`, MOST_LETTERS at a time.
+    def encode(self, group):
+        """The tokens of each of some `Texts`; equal texts are tokenized once.
 
         Returns:
-            `(prompt, chosen, rejected, unscored)` of each: token ids, and for both responses the spans `(start, stop)`
-            of their tokens that the model does not write, () where everything is scored in both.
+            A list of `(prompt, chosen, rejected, unscored)`: token ids, and for both responses the spans
+            `(start, stop)` of their tokens that the model does not write, () where everything is scored in both.
         """
-        group, letters = [], 0
-        for texts in batch:
-            group.append(texts)
-            letters += sum(map(len, texts[:3]))
-            if letters >= MOST_LETTERS:
-                yield from self._encoded(group)
-                group, letters = [], 0
-        yield from self._encoded(group)
-
-    def _encoded(self, group):
-        """The same at once, as a list; equal texts are tokenized once."""
         distinct = list(dict.fromkeys(text for texts in group for text in texts[:3]))
         tokens = dict(zip(distinct, self._tokenize(distinct) if distinct else (), strict=True))
         return [self._split(texts, *(tokens[text] for text in texts[:3])) for texts in group]
@@ -120,7 +107,7 @@ class PairEncoder:
 
     def _split(self, texts, prompt, chosen, rejected):
         size, sides = len(prompt), (chosen, rejected)
-        if texts.disputed:
+        if not all(text.startswith(texts.prompt) for text in texts[1:3]):
             size = min(len(os.path.commonprefix([prompt, side])) for side in sides)
         responses, spans = [], []
         for side, text, cuts in zip(sides, texts[1:3], texts.unscored, strict=True):
