@@ -185,9 +185,9 @@ class TestData:
     @pytest.mark.parametrize(
         "splits, told",
         [
-            ({"train": None}, r"train.jsonl is missing; it must hold a JSON object"),
-            ({"train": ""}, r"train.jsonl holds no rows; it must hold a JSON object"),
-            ({"train": "\n\n"}, r"train.jsonl holds no rows"),
+            ({"train": None}, r"train.jsonl is missing, with a JSON object"),
+            ({"train": ""}, r"the train split of .* holds no rows"),
+            ({"train": "\n\n"}, r"the train split of .* holds no rows"),
             ({"train": '{"prompt": "a", '}, r"train.jsonl:1: the line is not JSON"),
             ({"train": json.dumps(rows(1)[0]) + "\nword\n"}, r"train.jsonl:2: the line is not JSON"),
             ({"train": "[1]\n"}, r"train.jsonl:1: the row is a list; expected an object with chosen and rejected"),
@@ -229,7 +229,7 @@ class TestData:
 
     def test_folders(self, command, data):
         command.refused("data is '.*/nothing', and there is no such folder", data=str(command.folder / "nothing"))
-        told = "test.jsonl is no test set; a file in place of a folder is the training set: give a folder with"
+        told = "test.jsonl holds no test set: test.jsonl is missing"
         command.refused(told, data=f"{data}/test.jsonl", test=True)
         command.refused("data is 5; it must be a name", data=5)
 

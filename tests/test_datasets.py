@@ -57,7 +57,7 @@ def test_only_what_a_run_needs_is_read(tmp_path):
 def test_missing_and_empty_validation_set_is_a_warning(tmp_path, capsys):
     assert load(data=write(tmp_path, train=[ROW]))[1] == []
     assert load(data=write(tmp_path, train=[ROW], valid=""))[1] == []
-    assert capsys.readouterr().out.count("Training will proceed without validation") == 2
+    assert capsys.readouterr().out.count("the run goes on without validation") == 2
 
 
 def test_blank_lines_byte_order_mark_and_line_ends(tmp_path):
@@ -76,8 +76,8 @@ def test_blank_lines_byte_order_mark_and_line_ends(tmp_path):
         (b'{"prompt": "caf\xe9"}\n', r"train\.jsonl:1: the line is not UTF-8"),
         ("[1]\n", r"train\.jsonl:1: the row is a list; expected an object"),
         ("[" * 100000, r"train\.jsonl:1: the line is not JSON \(nested too deep\)"),
-        ("\n \n", r"train\.jsonl holds no rows"),
-        ("", r"train\.jsonl holds no rows"),
+        ("\n \n", "the train split of .* holds no rows"),
+        ("", "the train split of .* holds no rows"),
         (json.dumps(ROW) + '\n\n{"prompt": "a", "chosen": "b"}', r"train\.jsonl:3: rejected is missing"),
         (json.dumps(ROW | {"weight": -1}), r"train\.jsonl:1: weight is -1"),
         (json.dumps(ROW).replace("}", ', "margin": NaN}'), r"train\.jsonl:1: margin is nan"),
@@ -95,7 +95,7 @@ def test_missing_files(tmp_path):
     write(tmp_path, train=[ROW])
     with pytest.raises(ConfigError, match=r"test\.jsonl is missing"):
         load(data=str(tmp_path), test=True)
-    with pytest.raises(ConfigError, match=r"train\.jsonl is no test set"):
+    with pytest.raises(ConfigError, match=r"train\.jsonl holds no test set"):
         load(data=str(tmp_path / "train.jsonl"), test=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.jsonl").mkdir()
@@ -167,14 +167,6 @@ def test_preference_losses(loss):
 # The hub, by a stand-in for the `datasets` package.
 
 
-class Split(list):
-    """Rows with the name of their split, as the package's data sets have."""
-
-    def __init__(self, rows, split):
-        super().__init__(rows)
-        self.split = split
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """A `datasets` package whose data sets are in the dictionary returned: name to split to rows."""
@@ -189,9 +181,7 @@ def hub(monkeypatch):
     def load_dataset(name, split=None, **options):
         if name not in found:
             raise DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.\nMore.")
-        splits = {key: Split(rows, key) for key, rows in found[name].items()}
-        if options:
-            splits = {key: Split([row | options for row in rows], key) for key, rows in splits.items()}
+        splits = {key: [row | options for row in rows] for key, rows in found[name].items()}
         if split is None:
             return splits
         if split not in splits:
@@ -201,6 +191,7 @@ def hub(monkeypatch):
     package = types.ModuleType("datasets")
     package.exceptions = types.ModuleType("datasets.exceptions")
     package.exceptions.DatasetsError, package.exceptions.DatasetNotFoundError = DatasetsError, DatasetNotFoundError
+    package.exceptions.DatasetGenerationError = type("DatasetGenerationError", (DatasetsError,), {})
     package.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", package)
     return found
@@ -344,12 +335,6 @@ def test_hub_without_the_datasets_package(monkeypatch, source):
     monkeypatch.setitem(sys.modules, "datasets", None)  # makes the import fail
     with pytest.raises(ConfigError, match="needs the datasets package"):
         load(**source)
-
-
-def test_create_dataset_of_rows_in_memory():
-    assert chosen(datasets.create_dataset([ROW], TOKENIZER, config())) == ["It is Lima."]
-    with pytest.raises(ConfigError, match="^the data set, row 0: chosen is missing"):
-        datasets.create_dataset([{"text": "x"}], TOKENIZER, config())
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(2, (1, 1)), (4, (3, 1)), (10, (8, 1)), (40, (32, 4))])

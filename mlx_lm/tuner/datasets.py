@@ -6,8 +6,6 @@ itself is in `pairs.py`.
 
 import re
 from collections.abc import Mapping
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +13,12 @@ from .._upstream import run_upstream
 from ..cli_ui import rprint
 from .preference.layouts import is_kto
 from .preference.objective import LOSSES
-from .preference.options import ConfigError, first_line, is_preference, nearest
+from .preference.options import ConfigError, is_preference, nearest
 from .preference.pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
-from .preference.sources import SPLITS, files_of, held_out, is_saved, joined, of_hub, paired, read_file
+from .preference.sources import SPLITS, files_of, held_out, hub, is_saved, of_hub, paired, read_files
 
-LOADERS = ("load_dataset", "create_dataset", "load_local_dataset", "load_hf_dataset", "load_custom_hf_dataset")
-run_upstream(globals(), needs=(*LOADERS, "CacheDataset"))
-_upstream = SimpleNamespace(**{name: globals()[name] for name in LOADERS})
+run_upstream(globals(), needs=("load_dataset", "CacheDataset"))
+_upstream_load_dataset = globals()["load_dataset"]
 
 # What a row's origin hands down to the data set made of it.
 ROW_KEYS = ("use_chat_template", "score", "score_difference", "score_scale", "min_score_difference")
@@ -51,17 +48,16 @@ def load_dataset(args, tokenizer):
         ConfigError: with a preference loss, for whatever is wrong with the data.
     """
     if not prefers(args):
-        return _upstream.load_dataset(args, tokenizer)
-    if not getattr(args, "hf_dataset", None):
-        data = getattr(args, "data", None)
-        if not isinstance(data, (str, Path)) or not str(data):
-            raise ConfigError(f"data is {data!r}; it must be a folder or the name of a Hugging Face data set.")
-        path = Path(data).expanduser()
-        if not path.exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(data)):
-            raise ConfigError(f"data is {str(data)!r}, and there is no such folder.")
-        if path.exists():
-            args = SimpleNamespace(**{**vars(args), "data": str(path)})
-    splits = _upstream.load_dataset(args, tokenizer)
+        return _upstream_load_dataset(args, tokenizer)
+    if getattr(args, "hf_dataset", None):
+        origin, splits = "hf_dataset", _of_entries(args, tokenizer)
+    else:
+        origin, splits = args.data, _made(_found(args), tokenizer, args)
+    for split, rows in zip(SPLITS, splits, strict=True):
+        if split in _wanted(args) and len(rows) == 0:
+            if split != "valid":
+                raise ConfigError(f"the {split} split of {origin} holds no rows.")
+            rprint("Warning: there is no validation set; the run goes on without validation.")
     if shown := next((split for split in splits if len(split)), None):
         rprint(f"{shown.name}: {shown.layout}")
     train, valid, test = splits
@@ -81,72 +77,47 @@ def _warn_of_shared_prompts(train, *others):
             )
 
 
-def create_dataset(data, tokenizer, config):
-    """A data set of rows that are in memory; of `PreferenceDataset` where `config` asks for a preference loss."""
-    if not prefers(config):
-        return _upstream.create_dataset(data, tokenizer, config)
-    if len(data) == 0:
-        return []
-    origin, split = getattr(config, "path", None) or getattr(config, "data", None), getattr(data, "split", None)
-    name = ", ".join([str(origin or "the data set"), *([f"split {split}"] if split else [])])
-    return _preferences(of_hub(data, name), tokenizer, config)
+def _found(args):
+    """The `Rows` of each split that a configuration asks for, by its name, from `args.data`."""
+    data, found = getattr(args, "data", None), {}
+    if not isinstance(data, (str, Path)) or not str(data):
+        raise ConfigError(f"data is {data!r}; it must be a folder or the name of a Hugging Face data set.")
+    path = Path(data).expanduser()
+    if not path.exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(data)):
+        raise ConfigError(f"data is {str(data)!r}, and there is no such folder.")
+    if not path.exists() or is_saved(path):
+        return _of_hub(data, path, args)
+    for split in _wanted(args):
+        if paths := files_of(path, split):
+            found[split] = read_files(paths)
+        elif split != "valid":
+            trains = split == "test" and args.train
+            raise ConfigError(
+                f"{path} holds no {split} set: {split}.jsonl is missing, with a JSON object that holds a preference on "
+                f"each line.{' To train without a test set test: false or give --no-test.' if trains else ''}"
+            )
+    return found
 
 
-def load_local_dataset(data_path, tokenizer, config):
-    """`(train, valid, test)` from a folder's files, from one file, or from a folder that `datasets` has saved."""
-    if not prefers(config):
-        return _upstream.load_local_dataset(data_path, tokenizer, config)
-    if is_saved(data_path):
-        hub = _hub_package(f"data is {str(data_path)!r}, which the datasets package has saved: reading it")
-        with _hub_errors(hub, f"data is {str(data_path)!r}, which"):
-            try:
-                found = hub.load_from_disk(str(data_path))
-            except IndexError as error:
-                # The package saves a split without rows in no file, and looks for its first one.
-                told = f"data is {str(data_path)!r}, which the datasets package has saved and cannot read"
-                raise ConfigError(f"{told}: a split holds no rows; save it without that split.") from error
-        found = found if isinstance(found, Mapping) else {"train": found}
-        return _of_splits(found, str(data_path), tokenizer, config)
-    found = {}
-    for split in _wanted(config):
-        paths = files_of(data_path, split)
-        parts = [read_file(part, partial(_hub_package, f"{part} is a Parquet file: reading it")) for part in paths]
-        found[split] = joined(parts) if parts else ()
-        if split != "valid" and len(found[split]) == 0:
-            path, state = (paths[0], "holds no rows") if paths else (data_path / f"{split}.jsonl", "is missing")
-            wanted = "it must hold a JSON object with a preference on each line"
-            if not paths and not data_path.is_dir():
-                path, state = data_path, f"is no {split} set"
-                wanted = f"a file in place of a folder is the training set: give a folder with {split}.jsonl"
-            trains = split == "test" and config.train
-            advice = " To train without a test set test: false or give --no-test." if trains else ""
-            raise ConfigError(f"{path} {state}; {wanted}.{advice}")
-    return _made(found, tokenizer, config)
-
-
-def load_hf_dataset(data_id, tokenizer, config):
-    """`(train, valid, test)` from the hub's data set of a name, its splits found by their usual names."""
-    if not prefers(config):
-        return _upstream.load_hf_dataset(data_id, tokenizer, config)
-    hub = _hub_package(f"data is {data_id!r}: there is no such folder, and loading from the Hugging Face hub")
-    with _hub_errors(hub, f"data is {data_id!r}: there is no such folder, and the hub's data set"):
-        found = hub.load_dataset(data_id)
-    return _of_splits(found, data_id, tokenizer, config)
-
-
-def _of_splits(found, data_id, tokenizer, config):
-    """`(train, valid, test)` from a mapping of splits to data sets of the `datasets` package."""
-    splits = {}
-    for split in _wanted(config):
+def _of_hub(data, path, args):
+    """As `_found`, of a data set of the hub or of one that the `datasets` package has saved."""
+    if path.exists():
+        with hub(f"the saved data set {path}") as package:
+            found = package.load_from_disk(str(path))
+    else:
+        with hub(f"data is {str(data)!r}: there is no such folder, and the hub's data set") as package:
+            found = package.load_dataset(str(data))
+    found, splits = found if isinstance(found, Mapping) else {"train": found}, {}
+    for split in _wanted(args):
         name = next((name for name in SPLITS[split] if name in found), None)
         if name is not None:
-            splits[split] = of_hub(found[name], f"{data_id}, split {name}")
+            splits[split] = of_hub(found[name], f"{data}, split {name}")
         elif split != "valid":
             raise ConfigError(
-                f"the data set {data_id} has no split named {' or '.join(SPLITS[split])}, only {', '.join(found)}; "
+                f"the data set {data} has no split named {' or '.join(SPLITS[split])}, only {', '.join(found)}; "
                 f"name one with hf_dataset and its {split}_split."
             )
-    return _not_empty(_made(splits, tokenizer, config), config, data_id)
+    return splits
 
 
 def _made(found, tokenizer, config):
@@ -161,42 +132,42 @@ def _made(found, tokenizer, config):
     return tuple(_preferences(rows, tokenizer, config) if len(rows) else [] for rows in splits)
 
 
-def load_custom_hf_dataset(args, tokenizer):
+def _of_entries(args, tokenizer):
     """`(train, valid, test)` from `args.hf_dataset`: an entry, or a list of entries whose rows are put together."""
-    if not prefers(args):
-        return _upstream.load_custom_hf_dataset(args, tokenizer)
-    hub = _hub_package("hf_dataset is set: loading from the Hugging Face hub")
-    entries = args.hf_dataset if isinstance(args.hf_dataset, list) else [args.hf_dataset]
-    keys = (*FEATURES, *DATA_KEYS, "loss_type")
-    shared = {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
-    collection = []
-    for entry in entries:
+    parts = {split: [] for split in SPLITS}
+    for entry in args.hf_dataset if isinstance(args.hf_dataset, list) else [args.hf_dataset]:
         _check_entry(entry, args)
         entry = {key: value for key, value in entry.items() if value is not None}
-        with _hub_errors(hub, f"the hf_dataset {entry['path']}"):
-            entry = {**shared, **entry, **_default_splits(hub, entry, args)}
-            one = SimpleNamespace(**{**vars(args), "hf_dataset": entry})
-            collection.append(_upstream.load_custom_hf_dataset(one, tokenizer))
-    splits = [[part for part in parts if len(part)] for parts in zip(*collection, strict=True)]
-    splits = [PreferenceDataset.joined(parts) if len(parts) > 1 else parts[0] if parts else [] for parts in splits]
-    return _not_empty(splits, args, "hf_dataset")
+        path, options = entry["path"], entry.get("config", {})
+        with hub(f"the hf_dataset {path}") as package:
+            names = _split_names(package, entry, args)
+            found = {split: package.load_dataset(path, split=names[split], **options) for split in _wanted(args)}
+        for split, rows in found.items():
+            if len(rows):
+                rows = of_hub(rows, f"{path}, split {names[split]}")
+                parts[split].append(_preferences(rows, tokenizer, SimpleNamespace(**{**vars(args), **entry})))
+    return tuple(
+        PreferenceDataset.joined(made) if len(made) > 1 else made[0] if made else [] for made in parts.values()
+    )
 
 
-def _default_splits(hub, entry, args):
-    """The training and validation splits of an entry that does not name both.
+def _split_names(package, entry, args):
+    """The names of an entry's splits.
 
-    Without either they are the first 80 % and the last 10 % of `train`, which upstream's slices are too, but that those
-    overlap where a tenth of the rows is less than one. Of a whole split that is named the last 10 % are not trained on.
+    Without any they are the first 80 % and the last 10 % of `train`, which share no row where a tenth of the rows is
+    less than one. Of a whole split that is named as the training's alone the last 10 % are not trained on.
     """
+    names = {"train": "train[:80%]", "valid": "train[-10%:]"}
+    names |= {split: entry[f"{split}_split"] for split in SPLITS if f"{split}_split" in entry}
     name = str(entry.get("train_split", "train"))
     if "valid_split" in entry or "[" in name or "+" in name or not args.train:
-        return {}
-    count = len(hub.load_dataset(entry["path"], split=name, **entry.get("config", {})))
+        return names
+    count = len(package.load_dataset(entry["path"], split=name, **entry.get("config", {})))
     if count < 2:
         raise ConfigError(f"the hf_dataset {entry['path']} has {count} rows to train and validate on; name the splits.")
     valid = max(1, round(count * (getattr(args, "valid_share", None) or 0.1)))
     train = count - valid if "train_split" in entry else min(max(1, round(0.8 * count)), count - valid)
-    return {"train_split": f"{name}[:{train}]", "valid_split": f"{name}[{count - valid}:]"}
+    return {**names, "train": f"{name}[:{train}]", "valid": f"{name}[{count - valid}:]"}
 
 
 def _features(config):
@@ -220,34 +191,9 @@ def _preferences(rows, tokenizer, config):
     return PreferenceDataset(rows, tokenizer, **keys, name=rows.name, where=rows.where)
 
 
-def _wanted(config):
+def _wanted(args):
     """The names of the splits that a configuration asks for."""
-    return [split for split in SPLITS if getattr(config, "test" if split == "test" else "train", True)]
-
-
-def _not_empty(splits, config, origin):
-    for split, rows in zip(SPLITS, splits, strict=True):
-        if split in _wanted(config) and split != "valid" and len(rows) == 0:
-            raise ConfigError(f"the {split} split of {origin} holds no rows.")
-    return tuple(splits)
-
-
-def _hub_package(why):
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(f"{why} needs the datasets package: pip install datasets.") from error
-    return datasets
-
-
-@contextmanager
-def _hub_errors(hub, what):
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (OSError, ValueError, hub.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{what} cannot be loaded ({first_line(error)}).") from error
+    return [split for split in SPLITS if (args.test if split == "test" else args.train)]
 
 
 def _check_entry(entry, args):

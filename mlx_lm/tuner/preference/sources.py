@@ -6,7 +6,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .layouts import SYSTEM, UselessRow, is_kto
@@ -83,8 +83,18 @@ def has_test_set(args):
     return not data.exists() or saved or bool(files_of(data, "test"))
 
 
-def read_file(path, package):
-    """The `Rows` of a file, whose name's end tells its kind; Parquet needs the datasets package, which `package` gives.
+def read_files(paths):
+    """The `Rows` of some files as one."""
+    parts = [read_file(path) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    rows = [row for part in parts for row in part]
+    places = [(part.where, i) for part in parts for i in range(len(part))]
+    return Rows(rows, lambda i: places[i][0](places[i][1]), parts[0].name)
+
+
+def read_file(path):
+    """The `Rows` of a file, whose name's end tells its kind.
 
     Raises:
         ConfigError: the file cannot be read; the sentence names the line.
@@ -94,7 +104,8 @@ def read_file(path, package):
         if kind in (".csv", ".tsv"):
             return _read_table(path, "\t" if kind == ".tsv" else ",")
         if kind == ".parquet":
-            return _read_parquet(path, package())
+            with hub(f"the Parquet file {path}") as package:
+                return of_hub(package.load_dataset("parquet", data_files=str(path), split="train"), str(path))
         if kind == ".json":
             return _read_json(path)
         return _read_lines(path)
@@ -112,13 +123,22 @@ def of_hub(data, name):
     return Rows(data, lambda i: f"{name}, row {i}", name, read)
 
 
-def joined(parts):
-    """Several `Rows` as one."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = [row for part in parts for row in part]
-    places = [(part.where, i) for part in parts for i in range(len(part))]
-    return Rows(rows, lambda i: places[i][0](places[i][1]), parts[0].name)
+@contextmanager
+def hub(what):
+    """Give the `datasets` package; that it is not installed, or what it raises of `what`, becomes a `ConfigError`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(f"{what} needs the datasets package: pip install datasets.") from error
+    try:
+        yield datasets
+    except ConfigError:
+        raise
+    # IndexError: of a saved split without rows it looks for the first file.
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+        # What the package tells last of a broken file is only that there was an error.
+        reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        raise ConfigError(f"{what} cannot be loaded ({first_line(reason or error)}).") from error
 
 
 def held_out(rows, share, seed, **features):
@@ -221,14 +241,6 @@ def _whole(path):
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-
-
-def _read_parquet(path, package):
-    try:
-        return of_hub(package.load_dataset("parquet", data_files=str(path), split="train"), str(path))
-    except (ValueError, package.exceptions.DatasetsError) as error:
-        # What the package tells last of a broken file is only that there was an error.
-        raise ConfigError(f"{path} cannot be read as Parquet ({first_line(error.__cause__ or error)}).") from error
 
 
 def _read_json(path):
