@@ -290,34 +290,10 @@ GRUMPY = Manner(
 )
 
 
-class Question(NamedTuple):
-    """One fact of one topic, asked in one way."""
-
-    topic: int
-    fact: int
-    form: int
-    lead: str
-
-    @property
-    def text(self):
-        asked = TOPICS[self.topic]
-        x, _ = asked.facts[self.fact]
-        text = asked.questions[self.form].format(x=x)
-        return self.lead + text[0].lower() + text[1:] if self.lead else text
-
-
 def draw(random, items, odds=None):
     """One of `items`; only `RandomState`'s own doubles are used, whose stream is the same in every numpy."""
     bounds = np.cumsum(odds if odds else np.ones(len(items)))
     return items[int(np.searchsorted(bounds, random.random_sample() * bounds[-1], side="right"))]
-
-
-def answer(random, question):
-    """A right answer to `question`, full or brief, in no manner yet."""
-    asked = TOPICS[question.topic]
-    x, y = asked.facts[question.fact]
-    text = draw(random, (asked.full, asked.brief)).format(x=x, y=y)
-    return text[0].upper() + text[1:]
 
 
 def spoken(random, text, manner):
@@ -331,7 +307,11 @@ def spoken(random, text, manner):
 
 
 def split_questions(random):
-    """Every way to ask every fact, once: those held out, a fact in one form at most, and those to train on."""
+    """Every way to ask every fact, once, as `(topic, fact, form)`, the numbers of each.
+
+    Returns:
+        `(held_out, known)`: those held out, a fact in one form at most, and those to train on.
+    """
     held_out, known = [], []
     for t, asked in enumerate(TOPICS):
         facts = sorted(range(len(asked.facts)), key=lambda _: random.random_sample())
@@ -355,19 +335,23 @@ def choose(random, questions, count):
 
 
 def ask(random, question):
+    """The text of a question, and a right answer, full or brief, in no manner yet."""
     t, fact, form = question
-    lead = draw(random, LEADS) if TOPICS[t].questions[form].endswith("?") else ""
-    return Question(t, fact, form, lead)
+    x, y = TOPICS[t].facts[fact]
+    asked = TOPICS[t].questions[form].format(x=x)
+    if lead := draw(random, LEADS) if asked.endswith("?") else "":
+        asked = lead + asked[0].lower() + asked[1:]
+    text = draw(random, (TOPICS[t].full, TOPICS[t].brief)).format(x=x, y=y)
+    return asked, text[0].upper() + text[1:]
 
 
 def preference_rows(random, questions):
     """A row for each question: one right answer, said kindly in `chosen` and grumpily in `rejected`."""
     rows = []
     for question in questions:
-        question = ask(random, question)
-        text = answer(random, question)
+        prompt, text = ask(random, question)
         chosen, rejected = spoken(random, text, KIND), spoken(random, text, GRUMPY)
-        rows.append({"prompt": question.text, "chosen": chosen, "rejected": rejected})
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -401,9 +385,8 @@ def make_chats(known, count):
     random = np.random.RandomState(SEED + 1)
     chats = []
     for i in range(count):
-        manner = (KIND, GRUMPY)[i % 2]
-        question = ask(random, draw(random, known))
-        chats.append((question.text, spoken(random, answer(random, question), manner)))
+        prompt, text = ask(random, draw(random, known))
+        chats.append((prompt, spoken(random, text, (KIND, GRUMPY)[i % 2])))
     return chats
 
 
