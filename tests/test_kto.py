@@ -217,6 +217,13 @@ def test_responses_to_other_prompts_are_cut_to_the_length():
     assert cut[0].rejected == whole[1].chosen[: longest - len(whole[0].prompt)]
 
 
+def test_responses_to_other_prompts_are_of_the_same_part_where_some_are_held_out():
+    rows = [{"prompt": f"Name {i}.", "completion": f"It is {i}.", "label": i % 2 == 0} for i in range(8)]
+    for part in dataset(rows).split(0.25, seed=0):
+        assert {tuple(pair.rejected) for pair in part} == {tuple(pair.chosen) for pair in part}
+        assert all(pair.rejected != pair.chosen for pair in part)
+
+
 def test_what_is_not_scored_goes_with_its_response():
     pairs = [
         Pair([1, 2], [3, 4, 5], [], unscored=(((1, 2),), ()), label=True),

@@ -10,7 +10,6 @@ from layouts import BAD, GOOD, LAYOUTS, USER
 from mlx_lm.tuner.preference.layouts import SAME, UselessRow
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.rows import EMPTY_PROMPT, NO_ANSWER, SCORED_ALIKE, SCORED_LOWER, RowReader
-from mlx_lm.tuner.preference.sources import Rows, paired
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -124,7 +123,6 @@ def test_short_prompts_may_be_repeated_by_chance():
         (LAYOUTS["Chatbot Arena"] | {"winner": "a"}, "winner is 'a'; it must be 'model_a' or 'model_b'"),
         (LAYOUTS["OpenAI"] | {"input": "Name"}, "input is a string; it must be an object with messages"),
         ({"prompt": "a", "response": "b", "helpfulness": 3}, "chosen is missing; .*HelpSteer ratings, which hold one"),
-        ({"prompt": "a", "completion": "b", "label": True}, "KTO rows, which hold one completion and its label"),
         ({"messages": [USER, GOOD]}, "conversations without a rejected response, which supervised training reads"),
         ({"messages": [USER, GOOD], "rejected": None}, "conversations without a rejected response, which supervised"),
         ({"messages": [USER, GOOD], "rejected_response": "No."}, "rejected_response. chosen_feature and rejected_feat"),
@@ -204,56 +202,6 @@ def test_a_verdict_that_is_no_number_is_refused():
         RowReader()(row)
 
 
-def test_labelled_completions_are_paired_by_their_prompts():
-    rows = [
-        {"prompt": prompt, "completion": text, "label": label, "system": "s"}
-        for prompt, text, label in [
-            ("a", "good", True),
-            ("b", "alone", True),
-            ("a", "bad", False),
-            ("a", "worse", False),
-            ("c", "bad", 0),
-            ("c", "good", 1),
-        ]
-    ]
-    where = "rows.jsonl:{}".format
-    found = paired(Rows(rows, where, "rows.jsonl"))
-    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in found] == [
-        ("a", "good", "bad"),
-        ("c", "good", "bad"),
-    ]
-    assert [found.where(0), found.where(1)] == ["rows.jsonl:0", "rows.jsonl:5"]
-    assert all(row["system"] == "s" and "label" not in row for row in found)
-    with pytest.raises(ConfigError, match=r"rows.jsonl: the 2 rows hold one completion and its label each \(KTO\)"):
-        paired(Rows(rows[:2], where, "rows.jsonl"))
-    with pytest.raises(ConfigError, match="rows.jsonl:1: the row has no completion with a label"):
-        paired(Rows([rows[0], {"prompt": "a"}], where, "rows.jsonl"))
-
-
-@pytest.mark.parametrize(
-    "asked, feature",
-    [
-        (lambda about: {"question": about}, None),
-        (lambda about: {"about": about}, "about"),
-        (lambda about: {"instruction": "Translate.", "input": about}, None),
-        (lambda about: {"prompt": "Hi", "system_prompt": f"Be {about}."}, None),
-        (lambda about: {}, None),
-    ],
-)
-def test_labelled_completions_of_different_prompts_are_no_pairs(asked, feature):
-    rows = [
-        asked(about) | {"completion": text, "label": label}
-        for about, text, label in [("a", "good a", True), ("b", "bad b", False), ("b", "good b", 1), ("a", "bad a", 0)]
-    ]
-    if not asked(""):
-        for row in rows:
-            user = {"role": "user", "content": row["completion"][-1]}
-            row["completion"] = [user, {"role": "assistant", "content": row["completion"]}]
-    found = paired(Rows(rows, str, "rows"), feature)
-    said = [[row[key] if asked("") else row[key][-1]["content"] for key in ("chosen", "rejected")] for row in found]
-    assert said == [["good a", "bad a"], ["good b", "bad b"]]
-
-
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_prompt_of_a_labelled_completion_is_found_by_its_key_and_never_made_of_the_completion(chat):
     row = {"completion": "It is Lima.", "label": True}
@@ -261,30 +209,6 @@ def test_the_prompt_of_a_labelled_completion_is_found_by_its_key_and_never_made_
     assert read.prompt == ([{"role": "user", "content": "Where?"}] if chat else "Where?")
     with pytest.raises(ConfigError, match="there is no prompt; .* such as prompt_feature: asked"):
         RowReader(chat=chat).labelled({"asked": "Where?", **row})
-
-
-def test_an_empty_prompt_is_one():
-    rows = [{"prompt": "", "completion": text, "label": label} for text, label in (("a", True), ("b", False))]
-    assert list(paired(Rows(rows, str, "rows"))) == [{"prompt": "", "chosen": "a", "rejected": "b"}]
-
-
-def test_an_empty_prompt_beside_whole_conversations_is_theirs():
-    rows = [
-        {
-            "prompt": "",
-            "completion": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
-            "label": label,
-        }
-        for q, a, label in (("p", "a", True), ("q", "b", False), ("q", "c", True), ("p", "d", False))
-    ]
-    found = [[row[side][-1]["content"] for side in ("chosen", "rejected")] for row in paired(Rows(rows, str, "rows"))]
-    assert found == [["a", "d"], ["c", "b"]]
-
-
-def test_labelled_completions_without_a_prompt_are_not_paired():
-    rows = [{"asked": "a", "completion": "x", "label": label} for label in (True, False)]
-    with pytest.raises(ConfigError, match="0: there is no prompt; .* such as prompt_feature: asked"):
-        paired(Rows(rows, str, "rows"))
 
 
 def test_the_manuals_table_is_made_of_these_rows():

@@ -123,6 +123,66 @@ def test_joined():
     assert joined.name == "a, b"
 
 
+def said(dataset):
+    """The texts of each pair's responses, without their ends."""
+    return [tuple(dataset.tokenizer.decode(side[:-1]) for side in (pair.chosen, pair.rejected)) for pair in dataset]
+
+
+def labelled(*rows, **other):
+    return [{"prompt": asked, "completion": text, "label": label, **other} for asked, text, label in rows]
+
+
+def test_labelled_completions_are_paired_by_their_prompts(capsys):
+    rows = labelled(
+        ("a", "good", True),
+        ("b", "alone", True),
+        ("a", "bad", False),
+        ("a", "worse", False),
+        ("c", "evil", 0),
+        ("c", "fine", 1),
+        system="Be brief.",
+        weight=0.5,
+    )
+    dataset = PreferenceDataset(rows, tokenizers.qwen(), where="rows:{}".format)
+    assert said(dataset) == [("good", "bad"), ("fine", "evil")]
+    assert [dataset.where(i) for i in range(2)] == ["rows:0", "rows:5"]
+    assert all(pair.weight == 0.5 and "Be brief." in tokenizers.qwen().decode(pair.prompt) for pair in dataset)
+    told = "with a label (KTO) and no completion of the other label to the same prompt"
+    assert f"2 of 6 rows are left out: 2 {told} (first: rows:3)" in capsys.readouterr().out
+    with pytest.raises(
+        ConfigError, match="no pair to learn from; of its 2 rows, 2 with a label .KTO. and no completion"
+    ):
+        PreferenceDataset(rows[:2], tokenizers.qwen())
+
+
+@pytest.mark.parametrize(
+    "asked, options",
+    [
+        (lambda about: {"question": about}, {}),
+        (lambda about: {"about": about}, {"prompt_feature": "about"}),
+        (lambda about: {"instruction": "Translate.", "input": about}, {}),
+        (lambda about: {"prompt": "Hi", "system_prompt": f"Be {about}."}, {}),
+        (None, {}),
+    ],
+)
+def test_labelled_completions_of_different_prompts_are_no_pairs(asked, options):
+    rows = []
+    for about, text, label in [("a", "good a", True), ("b", "bad b", False), ("b", "good b", 1), ("a", "bad a", 0)]:
+        whole = [{"role": "user", "content": about}, {"role": "assistant", "content": text}]
+        # An empty prompt beside whole conversations is theirs.
+        own = asked(about) | {"completion": text} if asked else {"prompt": "", "completion": whole}
+        rows.append(own | {"label": label})
+    found = said(PreferenceDataset(rows, tokenizers.qwen(), **options))
+    assert found == [("good a", "bad a"), ("good b", "bad b")]
+
+
+def test_labelled_completions_keep_what_is_not_scored_of_them():
+    turns = [{"role": role, "content": text} for role, text in (("assistant", "a"), ("user", "b"), ("assistant", "c"))]
+    rows = labelled(("Who?", turns, True), ("Who?", "No.", False))
+    pair = {"prompt": "Who?", "chosen": turns, "rejected": "No."}
+    assert list(PreferenceDataset(rows, tokenizers.qwen())) == list(PreferenceDataset([pair], tokenizers.qwen()))
+
+
 def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch):
     rows = [ROW | {"prompt": f"{i}"} for i in range(7)]
     whole = list(PreferenceDataset(rows, tokenizers.plain()))

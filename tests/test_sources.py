@@ -9,7 +9,7 @@ import pytest
 
 from mlx_lm.tuner import datasets
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.sources import held_out
+from mlx_lm.tuner.preference.pairs import PreferenceDataset
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 TOKENIZER = tokenizers.qwen()
@@ -204,7 +204,7 @@ def spoken(*texts):
 
 
 @pytest.mark.parametrize(
-    "row, features",
+    "row, options",
     [
         (lambda n, i: {"history": f"post {n}", "human_ref_A": f"a{i}", "human_ref_B": "b", "labels": 1}, {}),
         (
@@ -220,7 +220,10 @@ def spoken(*texts):
             lambda n, i: {"good": spoken(n, f"{i}"), "bad": spoken(n, "b")},
             {"chosen_feature": "good", "rejected_feature": "bad"},
         ),
-        (lambda n, i: {"chosen": f"Question {n}? Yes {i}.", "rejected": f"Question {n}? No."}, {}),
+        (
+            lambda n, i: {"chosen": f"Question {n}? Yes {i}.", "rejected": f"Question {n}? No."},
+            {"use_chat_template": False},
+        ),
         # Responses of several messages, which are no part of the prompt.
         (lambda n, i: {"chosen": spoken(n, f"{i}", "Sure?", "Yes."), "rejected": spoken(n, "b", "Sure?", "No.")}, {}),
         # A prompt in several forms, and with a key that nothing reads.
@@ -237,10 +240,11 @@ def spoken(*texts):
         (lambda n, i: {"prompt": f"\n\nHuman: {n}\n\nAssistant:" + " " * (i % 5), "chosen": "a", "rejected": "b"}, {}),
     ],
 )
-def test_rows_of_one_prompt_of_every_layout_stay_together(row, features):
+def test_rows_of_one_prompt_of_every_layout_stay_together(row, options):
     rows = [row(f"{i // 5:02}", i) for i in range(20)]
+    dataset = PreferenceDataset(rows, TOKENIZER, where=str, **options)
     for seed in range(4):
-        train, valid = held_out(rows, 0.2, seed, **features)
+        train, valid = ([int(part.where(i)) for i in range(len(part))] for part in dataset.split(0.2, seed))
         assert len(valid) == 5 and len({i // 5 for i in valid}) == 1
         assert sorted(train + valid) == list(range(20))
 
@@ -258,24 +262,21 @@ def test_verdicts_and_labels_of_tables(tmp_path):
 
 
 def test_valid_share_needs_two_prompts():
-    assert [len(numbers) for numbers in held_out([ROW, ROW | {"prompt": "b"}], 0.1, 0)] == [1, 1]
-    with pytest.raises(ConfigError, match="valid_share is 0.5, but the 2 training rows have one prompt"):
-        held_out([ROW, ROW | {"chosen": "b", "system": "Be brief."}], 0.5, 0)
+    two = PreferenceDataset([ROW, ROW | {"prompt": "b"}], TOKENIZER)
+    assert [len(part) for part in two.split(0.1, 0)] == [1, 1]
+    with pytest.raises(ConfigError, match="valid_share is 0.5, but the 2 pairs to train on have one prompt"):
+        PreferenceDataset([ROW, ROW | {"chosen": "b", "system": "Be brief."}], TOKENIZER).split(0.5, 0)
 
 
 def test_rows_with_labels_are_paired_and_named_by_their_lines(tmp_path, capsys):
     rows = [{"prompt": "Who?", "completion": text, "label": label} for text, label in (("a", False), ("b", True))]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     assert chosen(load(tmp_path)[0]) == ["b"]
-    assert "1 pairs of rows with one labelled completion (KTO); 1 rows have no answer or" in capsys.readouterr().out
+    assert "1 of 3 rows are left out: 1 with a label (KTO) and no completion of the" in capsys.readouterr().out
     silent = [row | {"prompt": "Me?", "completion": ""} for row in rows]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*silent, *rows])))
     assert chosen(load(tmp_path)[0]) == ["b"]
-    assert "1 pairs of rows with one labelled completion (KTO); 2 rows have no answer or" in capsys.readouterr().out
-    for other in ({"prompt": "Me?"}, {"tools": [{"name": "look"}]}, {"chat_template_kwargs": {"brief": True}}):
-        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[1] | other])))
-        with pytest.raises(ConfigError, match="no prompt has both a good and a bad one"):
-            load(tmp_path)
+    assert "2 of 4 rows are left out: 2 with an empty response" in capsys.readouterr().out
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[1] | {"weight": -1}])))
     with pytest.raises(ConfigError, match=r"train\.jsonl:2: weight is -1"):
         load(tmp_path)

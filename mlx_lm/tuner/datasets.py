@@ -11,18 +11,17 @@ from types import SimpleNamespace
 
 from .._upstream import run_upstream
 from ..cli_ui import rprint
-from .preference.layouts import is_kto
 from .preference.objective import LOSSES
 from .preference.options import ConfigError, is_preference, nearest
 from .preference.pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
-from .preference.sources import SPLITS, files_of, held_out, hub, is_saved, of_hub, paired, read_files
+from .preference.sources import SPLITS, files_of, hub, is_saved, of_hub, read_files
 
 run_upstream(globals(), needs=("load_dataset", "CacheDataset"))
 _upstream_load_dataset = globals()["load_dataset"]
 
 # What a row's origin hands down to the data set made of it.
 ROW_KEYS = ("use_chat_template", "score", "score_difference", "score_scale", "min_score_difference")
-DATA_KEYS = ("chat_template_kwargs", "max_seq_length", *ROW_KEYS)
+DATA_KEYS = (*FEATURES, "chat_template_kwargs", "max_seq_length", *ROW_KEYS)
 ENTRY_KEYS = (*FEATURES, *ROW_KEYS, "chat_template_kwargs", "path", "config", *(f"{split}_split" for split in SPLITS))
 
 
@@ -122,14 +121,14 @@ def _of_hub(data, path, args):
 
 def _made(found, tokenizer, config):
     """`(train, valid, test)` from a mapping of these names to `Rows`, `[]` in place of each without a row."""
-    share, train, valid = getattr(config, "valid_share", None), found.get("train", ()), found.get("valid", ())
+    rows = (found.get(split, ()) for split in SPLITS)
+    train, valid, test = (_preferences(some, tokenizer, config) if len(some) else [] for some in rows)
+    share = getattr(config, "valid_share", None)
     if share and len(valid):
         rprint(f"valid_share is not used: {valid.name} is the validation set.")
     elif share and len(train):
-        numbers = held_out(train, share, getattr(config, "seed", 0), **_features(config))
-        found["train"], found["valid"] = map(train.taken, numbers)
-    splits = (found.get(split, ()) for split in SPLITS)
-    return tuple(_preferences(rows, tokenizer, config) if len(rows) else [] for rows in splits)
+        train, valid = train.split(share, getattr(config, "seed", 0))
+    return train, valid, test
 
 
 def _of_entries(args, tokenizer):
@@ -170,24 +169,13 @@ def _split_names(package, entry, args):
     return {**names, "train": f"{name}[:{train}]", "valid": f"{name}[{count - valid}:]"}
 
 
-def _features(config):
-    """The rows' keys that a configuration names, by FEATURES."""
-    keys = {key: getattr(config, key) for key in FEATURES if getattr(config, key, None) is not None}
-    # The usual key, which rows may leave out; only another one has to be there.
-    return {key: value for key, value in keys.items() if (key, value) != ("prompt_feature", "prompt")}
-
-
 def _preferences(rows, tokenizer, config):
     keys = {key: getattr(config, key) for key in DATA_KEYS if getattr(config, key, None) is not None}
-    keys |= _features(config)
+    if keys.get("prompt_feature") == "prompt":
+        # The usual key, which rows may leave out; only another one has to be there.
+        del keys["prompt_feature"]
     loss_type = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     keys["unpaired"] = any(loss in LOSSES and LOSSES[loss].unpaired for loss in loss_type)
-    if is_kto(rows[0]) and not keys["unpaired"]:
-        read, rows = len(rows), paired(rows, keys.get("prompt_feature"))
-        rprint(
-            f"{rows.name}: {len(rows)} pairs of rows with one labelled completion (KTO); {read - 2 * len(rows)} rows "
-            "have no answer or no partner."
-        )
     return PreferenceDataset(rows, tokenizer, **keys, name=rows.name, where=rows.where)
 
 

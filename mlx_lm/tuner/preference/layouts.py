@@ -141,7 +141,6 @@ IMPLICIT = "chosen and rejected with the prompt in them"
 
 # Rows of one response each, by a key that tells them, and what they are.
 NO_PAIRS = (
-    (("completion", "label"), "KTO rows, which hold one completion and its label"),
     (("prompt", "response", "helpfulness"), "HelpSteer ratings, which hold one response"),
     (("prompt", "completion"), "completions without a rejected one, which supervised training reads"),
     (("messages",), "conversations without a rejected response, which supervised training reads"),

@@ -3,7 +3,10 @@
 Rows are read in `rows.py` and tokenized in `tokens.py`; `datasets.py` loads them.
 """
 
+import copy
+import json
 import os
+import random
 from array import array
 from collections import Counter, defaultdict
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from .options import ConfigError, printable, shown
 from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
 from .tokens import PairEncoder
 
+ALONE = "with a label (KTO) and no completion of the other label to the same prompt"
 EQUAL_WHEN_CUT = "whose responses are equal within max_seq_length"
 FEATURES = ("prompt_feature", "chosen_feature", "rejected_feature")
 # Letters of texts that are tokenized at once: what a tokenizer tells of them takes some 25 bytes a letter.
@@ -47,6 +51,20 @@ class Pair(NamedTuple):
     label: bool | None = None
 
 
+class Origin(NamedTuple):
+    """Where a pair comes from.
+
+    Attributes:
+        number: of its row.
+        source: what the row gives as its `source`, as text, or None.
+        asked: a number for the prompt without its system message, the same one for the same text.
+    """
+
+    number: int
+    source: str | None
+    asked: int
+
+
 class PreferenceDataset:
     """Preference rows as `Pair`s, tokenized and truncated when the data set is made.
 
@@ -57,7 +75,8 @@ class PreferenceDataset:
             `chosen` and `rejected`.
         chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
         max_seq_length: tokens of prompt and response together, at least 2.
-        unpaired: make single responses with labels, two of a row with a pair, as KTO reads them.
+        unpaired: make single responses with labels, two of a row with a pair, as KTO reads them. Without it rows of one
+            completion with a label make pairs, where a prompt has both labels.
         use_chat_template: false to train strings as they stand, where the tokenizer has a chat template.
         score: "assistant", to score what the model writes, or "all", to score all of a response's turns.
         score_difference, score_scale, min_score_difference: what to make of the responses' scores, as `RowReader` has
@@ -118,17 +137,19 @@ class PreferenceDataset:
         self._useless, self._notes = defaultdict(list), defaultdict(list)
         self.layout = ""
         self._longest = 0
-        self._pairs, self._numbers = [], array("i")
-        self._sources = []
+        self._pairs, self._origins = [], []
+        # By their prompt's tokens, then by their label, labelled completions that are to make pairs.
+        self._labelled = defaultdict(lambda: {True: [], False: []})
         for group in self._read(rows):
-            tokens = self._encoder.encode([texts for _, _, texts, _ in group])
+            tokens = self._encoder.encode([texts for _, texts, _ in group])
             for row, encoded in zip(group, tokens, strict=True):
                 self._add(*row, *encoded)
+        self._pair_labelled()
         self._report(len(rows))
         if unpaired:
             self._pairs = mismatched(self._pairs, max_seq_length, name)
         self.layout = self._layouts() + (f"; the first one:\n{self.layout}" if self.layout else "")
-        del self._encoder, self._reader, self._useless, self._notes
+        del self._encoder, self._reader, self._useless, self._notes, self._labelled
 
     def __len__(self):
         return len(self._pairs)
@@ -142,16 +163,46 @@ class PreferenceDataset:
         return pair
 
     def prompts(self):
-        """A number for the prompt of each pair, the same one for the same tokens."""
-        return (hash(pair.prompt.tobytes()) for pair in self._pairs)
+        """A number for the prompt of each pair without its system message, the same one for the same text."""
+        return [origin.asked for origin in self._origins]
 
     def where(self, idx):
         """The place of a pair's row, such as its file and line."""
-        return self._where(self._numbers[idx])
+        return self._where(self._origins[idx].number)
 
     def source(self, idx):
         """What a pair's row gives as its `source`, as text, or None."""
-        return self._sources[idx]
+        return self._origins[idx].source
+
+    def split(self, share, seed):
+        """Two data sets, to train on and of a share of the pairs to validate on; pairs of one prompt stay together.
+
+        Raises:
+            ConfigError: there is one prompt only.
+        """
+        groups = defaultdict(list)
+        for i, asked in enumerate(self.prompts()):
+            groups[asked].append(i)
+        order, valid = list(groups.values()), []
+        random.Random(seed or 0).shuffle(order)
+        while len(order) > 1 and len(valid) < max(1, round(share * len(self))):
+            valid += order.pop()
+        if not valid:
+            raise ConfigError(
+                f"valid_share is {share:g}, but the {len(self)} pairs to train on have one prompt; leave it out."
+            )
+        trained = {**self.counts, "read": self.counts["read"] - len(valid)}
+        validated = {**dict.fromkeys(self.counts, 0), "read": len(valid)}
+        return self._some(sorted({*range(len(self))} - {*valid}), trained), self._some(sorted(valid), validated)
+
+    def _some(self, numbers, counts):
+        """A data set of some of the pairs."""
+        some = copy.copy(self)
+        some.counts = counts
+        some._pairs, some._origins = ([items[i] for i in numbers] for items in (self._pairs, self._origins))
+        if self._unpaired:
+            some._pairs = mismatched(some._pairs, self.max_seq_length, self.name)
+        return some
 
     @classmethod
     def joined(cls, datasets):
@@ -162,22 +213,23 @@ class PreferenceDataset:
         whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
-        whole._numbers, whole._where = range(len(places)), lambda number: places[number][0].where(places[number][1])
-        whole._sources = [source for dataset in datasets for source in dataset._sources]
+        whole._where = lambda number: places[number][0].where(places[number][1])
+        whole._origins = [dataset._origins[i]._replace(number=n) for n, (dataset, i) in enumerate(places)]
         whole.counts = Counter()
         for dataset in datasets:
             whole.counts.update(dataset.counts)
         return whole
 
     def _read(self, rows):
-        """Give `(number, conversation, texts, source)` of rows, in lists of some MOST_LETTERS."""
+        """Give `(conversation, texts, origin)` of rows, in lists of some MOST_LETTERS."""
         group, letters = [], 0
         quiet = mx.distributed.init().rank() != 0
         with tqdm(rows, f"Tokenizing {self.name}", len(rows), leave=False, delay=2, disable=quiet) as progress:
             for number, row in enumerate(progress):
                 try:
-                    conversation = self._reader.labelled(row) if self._unpaired and is_kto(row) else self._reader(row)
+                    conversation = self._reader.labelled(row) if is_kto(row) else self._reader(row)
                     texts = self._encoder.texts(conversation)
+                    asked = _asked(conversation.prompt)
                 except UselessRow as useless:
                     self._useless[str(useless)].append(number)
                     continue
@@ -187,33 +239,51 @@ class PreferenceDataset:
                 for note in texts.notes:
                     self._notes[note].append(number)
                 source = row.get("source")
-                group.append((number, conversation, texts, None if source is None else str(source)))
+                origin = Origin(number, None if source is None else str(source), asked)
+                group.append((conversation, texts, origin))
                 letters += sum(map(len, texts[:3]))
                 if letters >= MOST_LETTERS:
                     yield group
                     group, letters = [], 0
         yield group
 
-    def _add(self, number, conversation, texts, source, prompt, chosen, rejected, unscored):
-        """Keep a row's pair, cut to max_seq_length, where there is something to learn from it."""
-        if useless := self._why_useless(prompt, chosen, rejected, conversation.label):
-            self._useless[useless].append(number)
+    def _add(self, conversation, texts, origin, prompt, chosen, rejected, unscored):
+        """Keep a row where there is something to learn from it: its pair, or its labelled completion for a pair."""
+        label = conversation.label
+        if useless := self._why_useless(prompt, chosen, rejected, label):
+            self._useless[useless].append(origin.number)
             return
+        self.layout = self.layout or self._described(texts)
+        if label is None or self._unpaired:
+            self._keep(conversation, origin, prompt, chosen, rejected, unscored)
+        else:
+            key = array("i", prompt).tobytes()
+            self._labelled[key][label].append((conversation, origin, prompt, chosen, unscored))
+
+    def _pair_labelled(self):
+        """Put good completions together with bad ones of the same prompt, as many as there are of both."""
+        for group in self._labelled.values():
+            good, bad = group[True], group[False]
+            for (*one, chosen, first), (*_, rejected, second) in zip(good, bad, strict=False):
+                self._keep(*one, chosen, rejected, ((first or ((),))[0], (second or ((),))[0]))
+            pairs = min(len(good), len(bad))
+            for _, origin, *_ in (*good[pairs:], *bad[pairs:]):
+                self._useless[ALONE].append(origin.number)
+
+    def _keep(self, conversation, origin, prompt, chosen, rejected, unscored):
+        """Keep a pair, cut to max_seq_length, where its responses differ then."""
         cut = truncate(prompt, chosen, rejected, self.max_seq_length)
         if cut[1] == cut[2] and not self._unpaired:
-            self._useless[EQUAL_WHEN_CUT].append(number)
+            self._useless[EQUAL_WHEN_CUT].append(origin.number)
             return
         self.counts["prompts cut"] += len(cut[0]) < len(prompt)
         self.counts["responses cut"] += len(cut[1]) < len(chosen) or len(cut[2]) < len(rejected)
         self._longest = max(self._longest, len(prompt) + max(len(chosen), len(rejected)))
-        if not self._pairs:
-            self.layout = self._described(texts)
         unscored = within(unscored, cut[1:])
         pair = Pair(*(array("i", tokens) for tokens in cut), conversation.margin, conversation.weight, unscored)
         for one in single(pair, conversation.label) if self._unpaired else [pair]:
             self._pairs.append(one)
-            self._numbers.append(number)
-            self._sources.append(source)
+            self._origins.append(origin)
 
     def _why_useless(self, prompt, chosen, rejected, label):
         ends = self._encoder.eos_ids
@@ -244,7 +314,7 @@ class PreferenceDataset:
             reasons = ", ".join(
                 f"{len(numbers)} {why} (first: {self._where(numbers[0])})" for why, numbers in self._useless.items()
             )
-            if kept == 0:
+            if not self._pairs:
                 raise ConfigError(f"{self.name} has no pair to learn from; of its {total} rows, {reasons}.")
             rprint(f"[WARNING] {self.name}: {total - kept} of {total} rows are left out: {reasons}.")
         if self.counts["prompts cut"] or self.counts["responses cut"]:
@@ -256,6 +326,14 @@ class PreferenceDataset:
         for note, numbers in self._notes.items():
             first = self._where(numbers[0])
             rprint(f"[WARNING] {self.name}: in {len(numbers)} of {total} rows {note} (first: {first}).")
+
+
+def _asked(prompt):
+    """A number for a prompt without its system message."""
+    if isinstance(prompt, str):
+        return hash(prompt.strip())
+    spoken = [message for message in prompt if message["role"] != "system"]
+    return hash(json.dumps(spoken, sort_keys=True, default=str))
 
 
 def within(unscored, responses):

@@ -8,11 +8,10 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, is_kto, label, number, recognised
+from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, label, number, recognised
 from .messages import KEYS, decoded, from_json, is_message, kind, marked_turns, messages, speaks, tools, transcript
 from .options import ConfigError, nearest
 from .overlap import shared_text, without_prompt
@@ -306,21 +305,6 @@ class RowReader:
                 raise UselessRow(SCORED_LOWER)
             weight *= self.score_scale * difference
         return margin, weight
-
-
-def read_alone(row, prompt_feature=None, chosen_feature="chosen", rejected_feature="rejected"):
-    """A row's `Conversation` of messages, or of strings where only that can be made of it; raises as `RowReader`."""
-
-    def read(chat):
-        reader = RowReader(prompt_feature, chosen_feature, rejected_feature, chat)
-        return (reader.labelled if is_kto(row) else reader)(row)
-
-    try:
-        return read(chat=True)
-    except (ConfigError, UselessRow):
-        with suppress(ConfigError, UselessRow):
-            return read(chat=False)
-        raise
 
 
 def _answer(side, goes_on):

@@ -1,17 +1,13 @@
-"""Rows from files of any kind: which file holds which split, and which rows are held out or put together in pairs."""
+"""Rows from files of any kind, from saved data sets and from the hub: which of them hold which split."""
 
 import csv
 import json
-import random
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from .layouts import SYSTEM, UselessRow, is_kto
 from .options import ConfigError, first_line
-from .rows import read_alone
 
 # Other names of the splits, the usual one first.
 SPLITS = {
@@ -40,11 +36,6 @@ class Rows(Sequence):
 
     def __getitem__(self, i):
         return self._read(self._items[i])
-
-    def taken(self, numbers):
-        """Some of the rows."""
-        where = self.where
-        return Rows(numbers, lambda i: where(numbers[i]), self.name, self.__getitem__)
 
 
 def files_of(folder, split):
@@ -139,78 +130,6 @@ def hub(what):
         # What the package tells last of a broken file is only that there was an error.
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         raise ConfigError(f"{what} cannot be loaded ({first_line(reason or error)}).") from error
-
-
-def held_out(rows, share, seed, **features):
-    """Numbers of the rows to train on and of those to validate on; rows of one prompt stay together.
-
-    Args:
-        rows: the rows.
-        share: of them to validate on.
-        seed: of the draw.
-        features: the rows' keys, as `read_alone` takes them.
-
-    Raises:
-        ConfigError: a prompt is left for one of the two only.
-    """
-    groups = {}
-    for i, row in enumerate(rows):
-        asked = None
-        with suppress(ConfigError, UselessRow):  # which are told where the row is read
-            bare = {key: value for key, value in row.items() if key not in SYSTEM} if isinstance(row, Mapping) else row
-            asked = _key(read_alone(bare, **features).prompt)
-        groups.setdefault(i if asked is None else asked, []).append(i)
-    order = list(groups.values())
-    random.Random(seed or 0).shuffle(order)
-    valid = []
-    while len(order) > 1 and len(valid) < max(1, round(share * len(rows))):
-        valid += order.pop()
-    if not valid:
-        raise ConfigError(f"valid_share is {share:g}, but the {len(rows)} training rows have one prompt; leave it out.")
-    taken = set(valid)
-    return [i for i in range(len(rows)) if i not in taken], sorted(valid)
-
-
-def paired(rows, prompt=None):
-    """`Rows` of one labelled completion each, put together by their prompts, tools and template arguments.
-
-    Args:
-        rows: the `Rows`.
-        prompt: the prompt's key; None is found.
-
-    Returns:
-        `Rows` with `chosen` and `rejected`, each in the place of its chosen.
-
-    Raises:
-        ConfigError: a row cannot be read, or no prompt has completions with both labels.
-    """
-    where, groups = rows.where, defaultdict(lambda: {True: [], False: []})
-    for number, row in enumerate(rows):
-        if not is_kto(row):
-            raise ConfigError(f"{where(number)}: the row has no completion with a label.")
-        try:
-            read = read_alone(row, prompt)
-        except ConfigError as error:
-            raise ConfigError(f"{where(number)}: {error}") from error
-        except UselessRow:
-            continue
-        groups[_key([read.prompt, read.tools, read.template_kwargs])][read.label].append((number, row))
-    found, numbers = [], []
-    for group in groups.values():
-        for (number, good), (_, bad) in zip(group[True], group[False], strict=False):
-            kept = {key: value for key, value in good.items() if key not in ("completion", "label")}
-            found.append({**kept, "chosen": good["completion"], "rejected": bad["completion"]})
-            numbers.append(number)
-    if not found:
-        raise ConfigError(
-            f"{rows.name}: the {len(rows)} rows hold one completion and its label each (KTO), and no prompt has both a "
-            "good and a bad one; a preference needs two completions of one prompt."
-        )
-    return Rows(found, lambda i: where(numbers[i]), rows.name)
-
-
-def _key(value):
-    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _read_lines(path):
