@@ -95,6 +95,28 @@ def test_a_question_and_two_answers(family):
     assert texts(family, ROW) == (prompt, answer.format("It is Lima."), answer.format("Paris."))
 
 
+# Families whose generation prompt opens no thought, and whose templates end a response with EOS.
+USUAL = [family for family in FAMILIES if family not in ("qwen35", "deepseek", "glm", "nemotron")]
+
+
+@pytest.mark.parametrize("family", USUAL)
+def test_the_whole_sequence_is_the_conversations_own_tokens(family):
+    """Prompt and response are the tokens of the whole conversation, less what its template adds after the end."""
+    tokenizer = templates.tokenizer(family)
+    prompt, chosen, *_ = PreferenceDataset([ROW], tokenizer)[0]
+    whole = tokenizer.apply_chat_template([USER, LIMA])
+    assert whole[: len(prompt + chosen)] == prompt + chosen
+    assert tokenizer.decode(whole[len(prompt + chosen) :], skip_special_tokens=True).strip() == ""
+
+
+@pytest.mark.parametrize("family", USUAL)
+def test_a_prompt_that_begins_the_response(family):
+    prompt, answer = PLAIN[family]
+    before, after = answer.split("{}")
+    row = {"prompt": [USER, {"role": "assistant", "content": "It is"}], "chosen": " Lima.", "rejected": " Paris."}
+    assert texts(family, row) == (prompt + before + "It is", " Lima." + after, " Paris." + after)
+
+
 @pytest.mark.parametrize("form", SAME)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_forms_are_the_same_tokens(family, form):

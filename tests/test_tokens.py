@@ -14,31 +14,6 @@ from mlx_lm.tuner.preference.tokens import PairEncoder
 
 ROW = {"prompt": "Who?", "chosen": "It is Lima.", "rejected": "Paris."}
 USER = {"role": "user", "content": "Who?"}
-FORMS = (
-    ROW,
-    {"prompt": [USER], "chosen": [{"role": "assistant", "content": "It is Lima."}], "rejected": "Paris."},
-    {
-        "chosen": [USER, {"role": "assistant", "content": "It is Lima."}],
-        "rejected": [USER, {"role": "assistant", "content": "Paris."}],
-    },
-)
-
-# Tokenizer: the prompt's text and what the model would write after it, as the family's models have them.
-TEXTS = {
-    "llama3": (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "{}<|eot_id|>",
-    ),
-    "qwen": ("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"),
-    "smollm": (
-        "<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
-        "{}<|im_end|>",
-    ),
-    "gemma": ("<bos><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n", "{}<end_of_turn>"),
-    "phi": ("<|user|>\nWho?<|end|>\n<|assistant|>\n", "{}<|end|>"),
-    "qwen3": ("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n{}<|im_end|>"),
-}
 
 
 def pair(tokenizer, row, **options):
@@ -52,26 +27,6 @@ def texts(tokenizer, row, **options):
 
 def count(tokens, tokenizer, name):
     return tokens.count(tokenizer.convert_tokens_to_ids(name))
-
-
-@pytest.mark.parametrize("row", FORMS)
-@pytest.mark.parametrize("name", TEXTS)
-def test_templates(name, row):
-    tokenizer = getattr(tokenizers, name)()
-    prompt, response = TEXTS[name]
-    assert texts(tokenizer, row) == (prompt, response.format("It is Lima."), response.format("Paris."))
-    # The prompt is exactly what the model is given when it generates.
-    assert pair(tokenizer, row).prompt == tokenizer.apply_chat_template([USER], add_generation_prompt=True)
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_whole_sequence_is_the_conversations_own_tokens(name):
-    """Prompt and response are the tokens of the whole conversation, less what its template adds after the end."""
-    tokenizer = getattr(tokenizers, name)()
-    prompt, chosen, *_ = pair(tokenizer, ROW)
-    whole = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": "It is Lima."}])
-    assert whole[: len(prompt + chosen)] == prompt + chosen
-    assert tokenizer.decode(whole[len(prompt + chosen) :], skip_special_tokens=True).strip() == ""
 
 
 def test_a_raw_transformers_tokenizer_serves_too():
@@ -330,15 +285,6 @@ def test_tool_call_that_the_template_leaves_out_is_refused():
     tokenizer = tokenizers.with_template(tokenizers.qwen(), tokenizers.CHATML.replace("m.content", named))
     with pytest.raises(ConfigError, match="does not write the arguments of the call of the tool look"):
         pair(tokenizer, ROW | {"chosen": [CALL | {"content": "Hm."}]})
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_prompt_that_begins_the_response(name):
-    tokenizer = getattr(tokenizers, name)()
-    row = {"prompt": [USER, {"role": "assistant", "content": "It is"}], "chosen": " Lima.", "rejected": " Paris."}
-    prompt, response = TEXTS[name]
-    before, after = response.split("{}")
-    assert texts(tokenizer, row) == (prompt + before + "It is", " Lima." + after, " Paris." + after)
 
 
 def test_prompt_that_begins_a_call():
