@@ -15,7 +15,6 @@ SAME = "whose responses are rated equal"
 PROMPTS = ("question", "instruction", "query", "input", "conversations", "conversation", "messages", "context")
 PROMPTS += ("problem",)
 SYSTEM = ("system", "system_prompt", "system_message")
-ANSWERS = ("assistant", *(name for name, role in OTHER_ROLES.items() if role == "assistant"))
 CHOSEN_SCORES = ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "rating_chosen")
 REJECTED_SCORES = ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected")
 # What a label may be, in lower case; tables hold text.
@@ -182,8 +181,7 @@ def _holds(row, keys):
 
 def _asked(value, key, chosen):
     """A prompt that was found by its key, where it does not hold an answer, too."""
-    last = value[-1] if isinstance(value, list) and value else None
-    if isinstance(last, Mapping) and str(last.get("role", last.get("from", ""))).lower() in ANSWERS:
+    if _role(value, -1) == "assistant":
         raise ConfigError(
             f"there is no prompt, and {key} ends with an answer, which {chosen} would go on from; leave it out, "
             f"or say that it is the beginning of both responses with prompt_feature: {key}."
@@ -193,11 +191,14 @@ def _asked(value, key, chosen):
 
 def _whole(value):
     """Whether a response is a conversation from its beginning, which holds its own prompt."""
-    first = value[0] if isinstance(value, list) and value else None
-    if not isinstance(first, Mapping):
-        return False
-    role = str(first.get("role", first.get("from", ""))).lower()
-    return role in ("system", "developer", "user", "human", "prompter")
+    return _role(value, 0) in ("system", "user")
+
+
+def _role(value, at):
+    """The usual name of the role of a list's message, such as its first one; None where it has none."""
+    message = value[at] if isinstance(value, list) and value else None
+    role = str(message.get("role", message.get("from"))).lower() if isinstance(message, Mapping) else None
+    return OTHER_ROLES.get(role, role)
 
 
 def is_kto(row):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, label, number, recognised
-from .messages import KEYS, decoded, from_json, is_message, kind, marked_turns, messages, speaks, tools, transcript
+from .messages import KEYS, decoded, from_json, kind, marked_turns, messages, speaks, tools, transcript
 from .options import ConfigError, nearest
 from .overlap import shared_text, without_prompt
 
@@ -203,10 +203,8 @@ class RowReader:
             )
 
     def _refuse_without_prompt(self, row):
-        others = {key: value for key, value in row.items() if key not in (self.chosen, self.rejected)}
-        texts = [key for key, value in others.items() if isinstance(value, str)]
-        spoken = [key for key, value in others.items() if isinstance(value, list) and value and is_message(value[0])]
-        likely = next(iter(spoken), None) or max(texts, key=lambda key: len(row[key]), default=None)
+        others = [key for key in row if key not in (self.chosen, self.rejected) and isinstance(row[key], str | list)]
+        likely = max(others, key=lambda key: len(str(row[key])), default=None)
         raise ConfigError(
             f"there is no prompt; the row's keys are {', '.join(map(str, row))}. "
             + (f"Name the prompt's key, such as prompt_feature: {likely}." if likely else "Give each row a prompt.")
