@@ -122,11 +122,7 @@ def test_short_prompts_may_be_repeated_by_chance():
         (LAYOUTS["SHP"] | {"labels": 3}, "labels is 3; it must be 1 or 0"),
         (LAYOUTS["Chatbot Arena"] | {"winner": "a"}, "winner is 'a'; it must be 'model_a' or 'model_b'"),
         (LAYOUTS["OpenAI"] | {"input": "Name"}, "input is a string; it must be an object with messages"),
-        ({"prompt": "a", "response": "b", "helpfulness": 3}, "chosen is missing; .*HelpSteer ratings, which hold one"),
-        ({"messages": [USER, GOOD]}, "conversations without a rejected response, which supervised training reads"),
-        ({"messages": [USER, GOOD], "rejected": None}, "conversations without a rejected response, which supervised"),
-        ({"messages": [USER, GOOD], "rejected_response": "No."}, "rejected_response. chosen_feature and rejected_feat"),
-        ({"text": "a"}, "texts, which supervised training reads"),
+        ({"messages": [USER, GOOD]}, "chosen is missing; the row's keys are messages. chosen_feature and rejected_fea"),
         ({"messages": [USER, GOOD], "chosen": "a", "rejected": "b"}, "no prompt, and messages ends with an answer"),
         ({"conversations": [{"from": "gpt", "value": "a"}], "chosen": "a", "rejected": "b"}, "ends with an answer"),
         ({"prompt": "a", "response_chosen": "b", "rejected": "c"}, r"chosen is missing \(did you mean response_chosen"),
@@ -143,7 +139,7 @@ def test_short_prompts_may_be_repeated_by_chance():
         (LAYOUTS["Alpaca"] | {"history": ["a"]}, "history has a turn that is not a question with its answer"),
     ],
 )
-def test_rows_that_hold_no_pair_are_refused_as_what_they_are(row, sentence):
+def test_rows_that_hold_no_pair_are_refused(row, sentence):
     with pytest.raises(ConfigError, match=sentence):
         RowReader()(row)
 

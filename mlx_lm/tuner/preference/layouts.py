@@ -138,15 +138,6 @@ PLAIN = "prompt, chosen, rejected"
 LABELLED = "prompt, completion, label"
 IMPLICIT = "chosen and rejected with the prompt in them"
 
-# Rows of one response each, by a key that tells them, and what they are.
-NO_PAIRS = (
-    (("prompt", "response", "helpfulness"), "HelpSteer ratings, which hold one response"),
-    (("prompt", "completion"), "completions without a rejected one, which supervised training reads"),
-    (("messages",), "conversations without a rejected response, which supervised training reads"),
-    (("conversations",), "conversations without a rejected response, which supervised training reads"),
-    (("text",), "texts, which supervised training reads"),
-)
-
 
 def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
     """A row laid out as `prompt`, `chosen` and `rejected`, the keys that the configuration names; None is found.
@@ -157,12 +148,8 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
     """
     if row.get(chosen) is None and row.get(rejected) is None and (chosen, rejected) == ("chosen", "rejected"):
         for layout in LAYOUTS:
-            if _holds(row, layout.keys):
+            if all(row.get(key) is not None for key in layout.keys):
                 return layout.read(row), layout.name, (*layout.keys, *layout.reads)
-        for keys, what in NO_PAIRS:
-            # A rejected response under a name of its own makes a pair, which features can name.
-            if _holds(row, keys) and not any("reject" in str(key).lower() and row[key] is not None for key in row):
-                raise ConfigError(f"chosen is missing; the row's keys are {', '.join(map(str, row))}: {what}.")
         return {}, PLAIN, ()
     if prompt is not None or row.get("prompt") is not None or _whole(row.get(chosen)) and _whole(row.get(rejected)):
         key = prompt or "prompt"
@@ -173,10 +160,6 @@ def recognised(row, prompt=None, chosen="chosen", rejected="rejected"):
     if key is None:
         return {"prompt": None}, IMPLICIT, ()
     return {"prompt": _asked(row[key], key, chosen)}, f"{key}, {chosen}, {rejected}", (key,)
-
-
-def _holds(row, keys):
-    return all(row.get(key) is not None for key in keys)
 
 
 def _asked(value, key, chosen):
