@@ -119,13 +119,8 @@ def test_rows_of_tables_are_named_by_their_line(tmp_path):
         load(tmp_path)
 
 
-def test_a_folder_with_one_file_of_any_name_and_a_folder_within(tmp_path):
+def test_a_folder_within(tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps(ROW))
-    (tmp_path / "._mine.jsonl").write_bytes(b"\x00\x05\x16\x07Mac OS X")
-    (tmp_path / "README.md").write_text("mine")
-    (tmp_path / "valid.jsonl").write_text(json.dumps(ROW))
-    assert [len(rows) for rows in load(tmp_path)[:2]] == [1, 1]
-    (tmp_path / "other.jsonl").write_text(json.dumps(ROW))
     with pytest.raises(ConfigError, match=r"train\.jsonl is missing"):
         load(tmp_path)
     (tmp_path / "data").mkdir()

@@ -52,11 +52,6 @@ def files_of(folder, split):
                     return [path]
             if parts := sorted(place.glob(f"{name}-*.parquet")):
                 return parts
-    if split == "train":
-        # A folder with one file of rows needs no name for it; a Mac's may have a ._ file of its system beside it.
-        names = {name for names in SPLITS.values() for name in names}
-        paths = [path for path in folder.glob("[!.]*") if path.suffix in KINDS and path.stem not in names]
-        return paths if len(paths) == 1 else []
     return []
 
 
