@@ -136,7 +136,7 @@ def test_parquet_and_saved_data_sets(tmp_path):
     package.Dataset.from_list([ROW | {"chosen": "Yes"}]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
     train, *_ = load(tmp_path)
     assert chosen(train) == ["It is Lima.", "Peru", "Yes"]
-    assert train.where(2) == f"{tmp_path / 'train-00001-of-00002.parquet'}, row 0"
+    assert train.where(2) == f"{tmp_path / 'train-00000-of-00001.parquet'} and 1 more, row 2"
     found = package.DatasetDict({"train": package.Dataset.from_list(rows), "dev": package.Dataset.from_list(rows[:1])})
     found.save_to_disk(tmp_path / "saved")
     train, valid, _ = load(tmp_path / "saved")

@@ -70,28 +70,21 @@ def has_test_set(args):
 
 
 def read_files(paths):
-    """The `Rows` of some files as one."""
-    parts = [read_file(path) for path in paths]
-    if len(parts) == 1:
-        return parts[0]
-    rows = [row for part in parts for row in part]
-    places = [(part.where, i) for part in parts for i in range(len(part))]
-    return Rows(rows, lambda i: places[i][0](places[i][1]), parts[0].name)
-
-
-def read_file(path):
-    """The `Rows` of a file, whose name's end tells its kind.
+    """The `Rows` of a file, whose name's end tells its kind, or of several Parquet files as one.
 
     Raises:
         ConfigError: the file cannot be read; the sentence names the line.
     """
+    path, *more = paths
     kind = path.suffix.lower()
     try:
         if kind in (".csv", ".tsv"):
             return _read_table(path, "\t" if kind == ".tsv" else ",")
         if kind == ".parquet":
-            with hub(f"the Parquet file {path}") as package:
-                return of_hub(package.load_dataset("parquet", data_files=str(path), split="train"), str(path))
+            name = f"{path}{f' and {len(more)} more' if more else ''}"
+            with hub(f"the Parquet file {name}") as package:
+                files = [str(path) for path in paths]
+                return of_hub(package.load_dataset("parquet", data_files=files, split="train"), name)
         if kind == ".json":
             return _read_json(path)
         return _read_lines(path)
