@@ -59,7 +59,7 @@ def test_json(tmp_path, text, folder):
 
 def test_json_that_holds_no_rows_is_named(tmp_path):
     (tmp_path / "train.json").write_text('"text"')
-    with pytest.raises(ConfigError, match=r"train\.json, row 0: the row is a string; expected an object"):
+    with pytest.raises(ConfigError, match=r"train\.json:1: the row is a string; expected an object"):
         load(tmp_path)
     for text in ("", "[]"):
         (tmp_path / "mine.jsonl").write_text(text)

@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .options import ConfigError, first_line
@@ -85,9 +85,7 @@ def read_files(paths):
             with hub(f"the Parquet file {name}") as package:
                 files = [str(path) for path in paths]
                 return of_hub(package.load_dataset("parquet", data_files=files, split="train"), name)
-        if kind == ".json":
-            return _read_json(path)
-        return _read_lines(path)
+        return _read_json(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}).") from error
 
@@ -120,42 +118,29 @@ def hub(what):
         raise ConfigError(f"{what} cannot be loaded ({first_line(reason or error)}).") from error
 
 
-def _read_lines(path):
-    """JSON lines; blank lines count but hold no row. A file that is one JSON array is read too."""
-    rows, lines = [], []
+def _read_json(path):
+    """Rows of JSON lines, of which blank ones count but hold none, or of one JSON value: a list of rows, or one row."""
+    rows, lines, whole = [], [], None
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                if not rows and text[0] == "[" and isinstance(found := _whole(path), list):
-                    if all(isinstance(row, Mapping) for row in found):
-                        return Rows(found, lambda i: f"{path}, row {i}", str(path))
-                rows.append(json.loads(text))
-                lines.append(number)
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    rows.append(json.loads(text))
+                    lines.append(number)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}:{number}: the line is not UTF-8 ({error.reason}).") from error
     except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error).replace("line 1 ", "")
-        raise ConfigError(f"{path}:{number}: the line is not JSON ({reason}).") from error
-    return Rows(rows, lambda i: f"{path}:{lines[i]}", str(path))
-
-
-def _whole(path):
-    """What a whole file holds as JSON; None where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _read_json(path):
-    """A file of one JSON value, a list of rows or one row; else JSON lines."""
-    if (found := _whole(path)) is None:
-        return _read_lines(path)
-    rows = found if isinstance(found, list) else [found]
-    return Rows(rows, lambda i: f"{path}, row {i}", str(path))
+        if not rows:
+            with suppress(ValueError, RecursionError):
+                whole = json.loads(path.read_text(encoding="utf-8-sig"))
+        if whole is None:
+            nested = isinstance(error, RecursionError)
+            reason = "nested too deep" if nested else first_line(error).replace("line 1 ", "")
+            raise ConfigError(f"{path}:{number}: the line is not JSON ({reason}).") from error
+        rows = whole if isinstance(whole, list) else [whole]
+    if len(rows) == 1 and isinstance(rows[0], list) and all(isinstance(row, Mapping) for row in rows[0]):
+        rows = whole = rows[0]
+    return Rows(rows, lambda i: f"{path}:{lines[i]}" if whole is None else f"{path}, row {i}", str(path))
 
 
 def _read_table(path, delimiter):
