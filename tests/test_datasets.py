@@ -159,11 +159,6 @@ def test_without_a_preference_loss_errors_are_upstreams(tmp_path):
     assert not isinstance(raised.value, ConfigError)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", ["dpo", "sft"], ("sigmoid",)])
-def test_preference_losses(loss):
-    assert datasets.prefers(config(loss_type=loss))
-
-
 # The hub, by a stand-in for the `datasets` package.
 
 

@@ -25,11 +25,6 @@ DATA_KEYS = (*FEATURES, "chat_template_kwargs", "max_seq_length", *ROW_KEYS)
 ENTRY_KEYS = (*FEATURES, *ROW_KEYS, "chat_template_kwargs", "path", "config", *(f"{split}_split" for split in SPLITS))
 
 
-def prefers(config):
-    """Whether a configuration asks for a preference loss."""
-    return is_preference(getattr(config, "loss_type", None))
-
-
 def load_dataset(args, tokenizer):
     """`(train, valid, test)` as `args` asks for; `PreferenceDataset`s with a preference loss, else upstream's.
 
@@ -46,7 +41,7 @@ def load_dataset(args, tokenizer):
     Raises:
         ConfigError: with a preference loss, for whatever is wrong with the data.
     """
-    if not prefers(args):
+    if not is_preference(getattr(args, "loss_type", None)):
         return _upstream_load_dataset(args, tokenizer)
     if getattr(args, "hf_dataset", None):
         origin, splits = "hf_dataset", _of_entries(args, tokenizer)
