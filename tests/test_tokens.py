@@ -114,24 +114,6 @@ THOUGHT = ROW | {
 }
 
 
-def test_reasoning_in_a_response():
-    prompt, chosen, rejected = texts(tokenizers.qwen3(), THOUGHT)
-    assert prompt.endswith("<|im_start|>assistant\n")
-    assert chosen == "<think>\nPeru.\n</think>\n\nIt is Lima.<|im_end|>"
-    assert rejected == "<think>\nFrance.\n</think>\n\nParis.<|im_end|>"
-
-
-def test_reasoning_of_earlier_turns_is_left_to_the_template():
-    before = [
-        USER,
-        {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nYou."},
-        {"role": "user", "content": "Why?"},
-    ]
-    prompt, chosen, _ = texts(tokenizers.qwen3(), ROW | {"prompt": before})
-    assert prompt.startswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nYou.<|im_end|>\n")
-    assert chosen == "<think>\n\n</think>\n\nIt is Lima.<|im_end|>"
-
-
 def test_generation_prompt_that_opens_thinking():
     tokenizer = tokenizers.qwen3()
     prompt, chosen, _ = texts(tokenizer, ROW, chat_template_kwargs={"open_thinking": True})
@@ -143,15 +125,6 @@ def test_generation_prompt_that_opens_thinking():
     assert texts(tokenizer, THOUGHT, chat_template_kwargs={"open_thinking": True})[1] == (
         "Peru.\n</think>\n\nIt is Lima.<|im_end|>"
     )
-
-
-@pytest.mark.parametrize("written", ["<think>\nPeru.\n</think>\n\nIt is Lima.", "Peru.\n</think>\n\nIt is Lima."])
-def test_reasoning_that_the_template_drops_is_put_back(written, capsys):
-    prompt, chosen, rejected = texts(tokenizers.deepseek_r1(), THOUGHT | {"chosen": written})
-    assert prompt == "<|begin|><|User|>Who?<|Assistant|><think>\n"
-    assert chosen == "Peru.\n</think>\n\nIt is Lima.<|end|>"
-    assert rejected == "France.\n</think>\n\nParis.<|end|>"
-    assert capsys.readouterr().out == ""
 
 
 def test_reasoning_in_a_channel_is_put_back_as_the_model_writes_it():
@@ -213,18 +186,6 @@ def test_prompt_stays_whole_where_the_template_changes_it_before_a_response():
 
 LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "Peru"}}}
 CALL = {"role": "assistant", "content": None, "tool_calls": [LOOK]}
-RESULT = {"role": "tool", "content": "Lima"}
-
-
-def test_response_with_a_tool_call_is_scored_from_the_prompt_to_its_end():
-    row = ROW | {"chosen": [CALL, RESULT, {"role": "assistant", "content": "It is Lima."}], "tools": [{"name": "look"}]}
-    prompt, chosen, _ = texts(tokenizers.qwen3(), row)
-    assert prompt.startswith('<|im_start|>system\n# Tools\n[{"name": "look"}]<|im_end|>\n')
-    assert chosen == (
-        '<tool_call>\nlook{"at": "Peru"}\n</tool_call>'
-        "<|im_end|>\n<|im_start|>user\n<tool_response>Lima</tool_response><|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\nIt is Lima.<|im_end|>"
-    )
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral", "smollm", "llama3"])
