@@ -432,6 +432,17 @@ def test_of_a_conversation_each_turn_of_the_models_is_scored_and_no_other_or_it_
         assert scored.count("look") == said.count("c"), said
 
 
+def test_turns_behind_a_response_that_goes_on_from_the_prompt_are_not_scored():
+    """Also one whose text stands in the generation prompt, too."""
+    tokenizer = templates.tokenizer("llama3")
+    begun = {"role": "assistant", "content": "It is"}
+    chosen = [LIMA | {"content": " Lima."}, {"role": "user", "content": "a"}, LIMA | {"content": "Yes."}]
+    pair = PreferenceDataset([{"prompt": [USER, begun], "chosen": chosen, "rejected": " Paris."}], tokenizer)[0]
+    asked = "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+    answers = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert tokenizer.decode(pair.chosen[slice(*pair.unscored[0][0])]) == asked + answers
+
+
 def test_eos_behind_the_last_turn_alone_is_no_other_text():
     turns = [LIMA, {"role": "user", "content": "Sure?"}, LIMA]
     pair = PreferenceDataset([ROW | {"chosen": turns}], templates.tokenizer("phi3"))[0]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .messages import REASONING
 from .options import ConfigError
-from .template import STAND_IN
+from .template import STAND_IN, spoken
 
 EARLIER_REASONING = "the chat template leaves the reasoning of earlier turns out"
 EMPTY_THOUGHT = "a response without reasoning closes at once the thought that the generation prompt opens"
@@ -67,59 +67,43 @@ class ChatTexts:
                 notes.add(EMPTY_THOUGHT)
         unscored = ((), ())
         if self.score == "assistant":
-            unscored = tuple(
-                self._unscored(conversation, texts.prompt, *parts) for parts in zip(sides, texts[1:3], strict=True)
-            )
+            unscored = tuple(self._unscored(conversation, *parts) for parts in zip(sides, texts[1:3], strict=True))
         return texts._replace(notes=tuple(sorted(notes)), unscored=unscored)
 
-    def _unscored(self, conversation, prompt, response, whole):
+    def _unscored(self, conversation, response, whole):
         """The spans of a text that hold turns of the response that are not the model's."""
-        spans, messages = [], list(conversation.prompt)
-        begin = len(os.path.commonprefix([whole, prompt]))
-        for i, message in enumerate(response):
-            messages.append(message)
-            following = response[i + 1] if i + 1 < len(response) else None
-            if message["role"] == "assistant" and following and following["role"] != "assistant":
-                start = self._shared(conversation, messages, whole, spans[-1][1] if spans else begin)
-            elif message["role"] != "assistant" and following and following["role"] == "assistant":
-                spans.append((start, self._shared(conversation, messages, whole, start, add_generation_prompt=True)))
-        if any(stop <= start for start, stop in spans):
-            raise ConfigError(TURNS_CHANGE)
+        spans, messages = [], spoken(conversation.prompt, response)
+        for i in range(len(messages) - len(response), len(messages) - 1):
+            own, following = (message["role"] == "assistant" for message in messages[i : i + 2])
+            if own and not following:
+                start = self._end(conversation, messages, i, whole)
+            elif following and not own:
+                spans.append((start, self._end(conversation, messages, i, whole, add_generation_prompt=True)))
         return tuple(spans)
 
-    def _shared(self, conversation, messages, whole, after=0, add_generation_prompt=False):
-        """The end, within a text of all messages and behind `after`, of the text of some of them.
+    def _end(self, conversation, messages, i, whole, add_generation_prompt=False):
+        """The end, within a text of all messages, of what the template writes of message `i`.
 
-        What the template writes otherwise once more messages follow, such as dropped reasoning, stands before the
-        content of the last of the given messages, or at least before the end of it.
+        It is found from the end of the text: what stands before a message's end, such as dropped reasoning, may be
+        written otherwise once more messages follow.
 
         Raises:
-            ConfigError: it is not found.
+            ConfigError: what the template writes behind the message is another text then, too.
         """
-        text = self.template.render(conversation, messages, add_generation_prompt)
+        message = messages[i]
+        if calls := message.get("tool_calls"):
+            named = {**calls[-1], "function": {**calls[-1]["function"], "name": STAND_IN}}
+            message = {**message, "tool_calls": [*calls[:-1], named]}
+        else:
+            message = {**message, "content": message["content"] + STAND_IN}
+        before = [*messages[:i], message]
+        rest = self.template.render(conversation, [*before, *messages[i + 1 :]]).rpartition(STAND_IN)[2]
+        text = self.template.render(conversation, before, add_generation_prompt).rpartition(STAND_IN)[2]
         # A generation prompt may open a thought, and EOS stand behind the last turn, that no turn before it has.
-        texts = text, self.thinking.unopened(text), text.removesuffix(self.template.tokenizer.eos_token or "\0")
-        for begun in texts:
-            if whole.startswith(begun):
-                return len(begun)
-        # The first one behind `after`: later turns may say the same.
-        for choices in (
-            [self._last_text(messages[-1]["content"], begun) for begun in texts],
-            *([begun[-size:] for begun in texts] for size in range(400, 7, -1)),
-        ):
-            if found := [(at, -len(own)) for own in choices if own and (at := whole.find(own, after)) >= 0]:
-                at, size = min(found)
-                return at - size
+        for own in (text, self.thinking.unopened(text), text.removesuffix(self.template.tokenizer.eos_token or "\0")):
+            if rest.startswith(own) and whole.endswith(rest):
+                return len(whole) - len(rest) + len(own)
         raise ConfigError(TURNS_CHANGE)
-
-    def _last_text(self, content, text):
-        """The end of a text, from the content of its last message on, without a thought; empty if it is not there."""
-        answer, end = content.strip(), self.thinking.end
-        if end:
-            answer = answer.rpartition(end)[2].lstrip()
-            if not answer:
-                return text.rpartition(end)[2].lstrip()
-        return text[text.rfind(answer) :] if answer and answer in text else ""
 
     def _whole(self, conversation, prompt, response):
         """The text of prompt and response; it begins with `prompt`, or with all of it but the generation prompt."""

@@ -108,7 +108,7 @@ class Template:
         """What the template does not write of tools, their calls and results, as an error; None where it writes all."""
         first = len(conversation.prompt)
         for side in (conversation.chosen, conversation.rejected):
-            messages = _spoken(conversation.prompt, side)
+            messages = spoken(conversation.prompt, side)
             text = self.render(conversation, messages)
             if conversation.tools and self._same(conversation, messages, conversation._replace(tools=None), messages):
                 return ConfigError(
@@ -157,7 +157,7 @@ class Template:
             return False
 
 
-def _spoken(prompt, response):
+def spoken(prompt, response):
     """All messages of a side, a response that goes on from the prompt's last message put together with it."""
     if prompt[-1]["role"] != "assistant" or response[0]["role"] != "assistant":
         return [*prompt, *response]
