@@ -66,15 +66,6 @@ def test_response_may_be_a_call_its_result_and_an_answer():
     assert read.tools == [{"name": "look"}]
 
 
-def test_conversation_that_goes_on_from_the_prompts_last_message():
-    begun = {"role": "assistant", "content": "It is"}
-    whole = {"role": "assistant", "content": "It is Lima."}
-    read = RowReader()({"prompt": [USER, begun], "chosen": [USER, whole], "rejected": " Paris."})
-    assert read.prompt == [USER, begun]
-    assert read.chosen == [{"role": "assistant", "content": " Lima."}]
-    assert read.rejected == [{"role": "assistant", "content": " Paris."}]
-
-
 def test_a_column_of_images_that_a_row_leaves_empty():
     assert RowReader()(FORMS["strings"] | {"images": [], "image": None}).prompt == [USER]
 

@@ -322,16 +322,10 @@ def _continuation(side, prompt, key):
     """The messages that follow the prompt in one side of a row."""
     if isinstance(side, str):
         return [{"role": "assistant", "content": side}]
-    count, last = len(prompt), prompt[-1]
-    if side[:count] == prompt:
-        return side[count:]
+    if side[: len(prompt)] == prompt:
+        return side[len(prompt) :]
     if not _repeats(side):
         return side
-    if last["role"] == "assistant" and side[: count - 1] == prompt[:-1] and len(side) >= count:
-        # The prompt's last message is the beginning of the response's first.
-        begun, whole = last["content"], side[count - 1]["content"]
-        if whole.startswith(begun):
-            return [{**side[count - 1], "content": whole[len(begun) :]}, *side[count:]]
     raise ConfigError(
         f"{key} begins with a {side[0]['role']} message but does not repeat the prompt's messages; "
         "give the whole conversation or the response alone."
