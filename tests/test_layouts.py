@@ -54,11 +54,10 @@ def test_system_and_further_keys_of_layouts():
     given = {"input": {"messages": [system, USER], "tools": [{"name": "look"}]}}
     read = RowReader()(LAYOUTS["OpenAI"] | given)
     assert (read.prompt, read.tools) == ([system, USER], [{"name": "look"}])
-    asked = {"instruction": "Name it.", "input": "A planet", "history": [["Hi", "Ho"]]}
+    asked = {"instruction": "Name it.", "input": "A planet", "history": []}
     for responses in (LAYOUTS["Alpaca"], {"output_1": "Mars.", "output_2": "No.", "preference": 1}):
         reader = RowReader()
-        told = [message["content"] for message in reader(responses | asked).prompt]
-        assert told == ["Hi", "Ho", "Name it.\nA planet"] and not reader.unread
+        assert reader(responses | asked).prompt == [USER | {"content": "Name it.\nA planet"}] and not reader.unread
 
 
 def test_a_key_that_is_named_as_a_responses_is_no_prompt():
@@ -126,6 +125,10 @@ def test_short_prompts_may_be_repeated_by_chance():
         ({"messages": [USER, GOOD], "chosen": "a", "rejected": "b"}, "no prompt, and messages ends with an answer"),
         ({"conversations": [{"from": "gpt", "value": "a"}], "chosen": "a", "rejected": "b"}, "ends with an answer"),
         ({"prompt": "a", "response_chosen": "b", "rejected": "c"}, r"chosen is missing \(did you mean response_chosen"),
+        (
+            LAYOUTS["Alpaca"] | {"history": [["Hi", "Ho"]]},
+            "the row has a history, which is not read; give the turns as",
+        ),
         (LAYOUTS["Alpaca"] | {"input": [1]}, "input is a list; with chosen and rejected it must be a string"),
         ({"passage": "Long text.", "id": "7", "chosen": "a b", "rejected": "a c"}, "such as prompt_feature: passage"),
         (
@@ -136,7 +139,6 @@ def test_short_prompts_may_be_repeated_by_chance():
             {"chosen": "The answer is 4.", "rejected": "The answer is 5."},
             "there is no prompt; .* Give each row a prompt",
         ),
-        (LAYOUTS["Alpaca"] | {"history": ["a"]}, "history has a turn that is not a question with its answer"),
     ],
 )
 def test_rows_that_hold_no_pair_are_refused(row, sentence):

@@ -56,18 +56,9 @@ def _alpaca_prompt(row):
     for key, part in zip(("instruction", "input"), parts, strict=True):
         if part is not None and not isinstance(part, str):
             raise ConfigError(f"{key} is {kind(part)}; with chosen and rejected it must be a string.")
-    asked = "\n".join(part for part in parts if part and part.strip())
-    turns = row.get("history") or []
-    if not turns:
-        return asked
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise ConfigError("history has a turn that is not a question with its answer; it must be a list of such pairs.")
-    spoken = [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    return [*spoken, {"role": "user", "content": asked}]
+    if row.get("history"):
+        raise ConfigError("the row has a history, which is not read; give the turns as a list of messages in prompt.")
+    return "\n".join(part for part in parts if part and part.strip())
 
 
 def _comparison(name, keys, first_wins, reads=()):
