@@ -62,7 +62,9 @@ def test_system_and_further_keys_of_layouts():
 
 def test_a_key_that_is_named_as_a_responses_is_no_prompt():
     row = {"messages": [USER, GOOD], "rejected_response": "No."}
-    with pytest.raises(ConfigError, match="without a prompt, messages and rejected_response must be of one type"):
+    with pytest.raises(
+        ConfigError, match="there is no prompt; the row's keys are messages, rejected_response. Give each row a"
+    ):
         RowReader(chosen="messages", rejected="rejected_response")(row)
 
 

@@ -213,7 +213,7 @@ MALFORMED = [
     ({"image": {"bytes": "x"}, "question": "a", "chosen": "b", "rejected": "c"}, "the row has image, and only text"),
     ({"chosen": "yes", "rejected": "no", "id": 3}, "there is no prompt; the row's keys are chosen, rejected, id"),
     ({"from": "a", "asks": "Sure?", "chosen": "yes", "rejected": "no"}, "such as prompt_feature: asks"),
-    ({"chosen": "yes", "rejected": [USER, LIMA]}, "must be of one type"),
+    ({"chosen": "yes", "rejected": [USER, LIMA]}, "there is no prompt; the row's keys are chosen, rejected. Give each"),
     ({"chosen": [LIMA], "rejected": [PARIS]}, "share no leading messages"),
     ({"chosen": [USER, LIMA], "rejected": [SYSTEM, USER, PARIS]}, "share no leading messages"),
     ({"chosen": [USER, LIMA, *MORE], "rejected": [USER, LIMA, USER, PARIS]}, "begins with a user message"),

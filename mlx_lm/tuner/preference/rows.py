@@ -174,8 +174,6 @@ class RowReader:
         keys, sides = (self.chosen, self.rejected), (chosen, rejected)
         both_lists = isinstance(chosen, list) and isinstance(rejected, list)
         if prompt is None and not both_lists:
-            if isinstance(chosen, list) or isinstance(rejected, list):
-                raise ConfigError(f"without a prompt, {self.chosen} and {self.rejected} must be of one type.")
             self._refuse_without_prompt(row)
         if prompt is None or (isinstance(prompt, str) and both_lists and _repeats(chosen) and _repeats(rejected)):
             shared = self._shared_messages(chosen, rejected, form)
