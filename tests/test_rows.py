@@ -228,7 +228,6 @@ MALFORMED = [
     (FORMS["strings"] | {"tools": {"name": "x"}}, "tools is an object; it must be a list"),
     (FORMS["strings"] | {"tools": [1]}, "tools is a list with something else than tool descriptions"),
     (FORMS["strings"] | {"chat_template_kwargs": [1]}, "chat_template_kwargs is a list"),
-    (FORMS["strings"] | {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs has tokenize"),
     (FORMS["strings"] | {"margin": "two"}, "margin is 'two'; it must be a finite number"),
     (FORMS["strings"] | {"margin": float("nan")}, "margin is nan"),
     (FORMS["strings"] | {"weight": float("inf")}, "weight is inf"),

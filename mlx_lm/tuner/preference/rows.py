@@ -27,7 +27,6 @@ SCORED_ALIKE = "whose scores differ by less than min_score_difference"
 
 # What the model never writes: a response that begins with one of these is a mistake in the row.
 NOT_THE_MODEL = ("system", "user", "tool")
-RESERVED = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
 # Keys of what an answer is about that no text model sees.
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 READ = ("tools", "chat_template_kwargs", "margin", "weight", "source")
@@ -363,7 +362,4 @@ def template_kwargs(kwargs):
         return {}
     if not isinstance(kwargs, Mapping):
         raise ConfigError(f"chat_template_kwargs is {kind(kwargs)}; it must be an object.")
-    reserved = [key for key in kwargs if key in RESERVED]
-    if reserved:
-        raise ConfigError(f"chat_template_kwargs has {reserved[0]}, which is set by the row itself; leave it out.")
     return {key: value for key, value in kwargs.items() if value is not None}
