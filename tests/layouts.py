@@ -1,14 +1,4 @@
-"""A row of each layout that is read as it is, and the manual's table of them.
-
-python -m tests.layouts     # write the table into LORA.md, between its two markers
-"""
-
-import json
-import re
-from pathlib import Path
-
-MANUAL = Path(__file__).resolve().parent.parent / "LORA.md"
-PLACE = re.compile("(?<=<!-- layouts -->\n).*?(?=<!-- /layouts -->)", re.DOTALL)
+"""A row of each layout that is read as it is."""
 
 USER = {"role": "user", "content": "Name a planet."}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("Mars.", "No."))
@@ -98,18 +88,3 @@ LAYOUTS = {
     },
     "Chatbot Arena": {"conversation_a": [USER, BAD], "conversation_b": [USER, GOOD], "winner": "model_b"},
 }
-
-
-def table():
-    """The layouts' names and rows, as Markdown."""
-    rows = [f"| {name} | `{json.dumps(row)}` |" for name, row in LAYOUTS.items()]
-    return "\n".join(["| layout | a row |", "| --- | --- |", *rows, ""])
-
-
-def between(text):
-    """The table that a manual has."""
-    return PLACE.search(text)[0]
-
-
-if __name__ == "__main__":
-    MANUAL.write_text(PLACE.sub(lambda _: table(), MANUAL.read_text()))

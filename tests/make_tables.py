@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from architectures import ARCHITECTURES, SKIPPED, UNPACKED, UNTRAINABLE  # noqa: E402
+from layouts import LAYOUTS  # noqa: E402
 from tables import BENCHMARKS, MANUAL, REGIONS, markdown_table, write  # noqa: E402
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -137,6 +138,11 @@ def recipes_table():
     return markdown_table(("file", "what it is"), rows)
 
 
+def layouts_table():
+    """The layouts of public data sets, each with a row."""
+    return markdown_table(("layout", "a row"), [(name, f"`{json.dumps(row)}`") for name, row in LAYOUTS.items()])
+
+
 def overlays_table():
     """The overlay's modules by what their first lines say that they add."""
     rows = []
@@ -194,6 +200,7 @@ FROM_CODE = {
     "trl": (MANUAL, trl_table),
     "mlx-lm-lora": (MANUAL, mlx_lm_lora_table),
     "recipes": (MANUAL, recipes_table),
+    "layouts": (MANUAL, layouts_table),
     "overlays": (CONTRIBUTING, overlays_table),
     "modules": (CONTRIBUTING, modules_table),
     "architectures": (BENCHMARKS, architectures_table),

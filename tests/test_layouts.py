@@ -1,9 +1,5 @@
 """Layouts of public data sets: each read as its prompt and its two responses, or refused as what it is."""
 
-import json
-import re
-
-import layouts
 import pytest
 from layouts import BAD, GOOD, LAYOUTS, USER
 
@@ -209,10 +205,3 @@ def test_the_prompt_of_a_labelled_completion_is_found_by_its_key_and_never_made_
     assert read.prompt == ([{"role": "user", "content": "Where?"}] if chat else "Where?")
     with pytest.raises(ConfigError, match="there is no prompt; .* such as prompt_feature: asked"):
         RowReader(chat=chat).labelled({"asked": "Where?", **row})
-
-
-def test_the_manuals_table_is_made_of_these_rows():
-    text = layouts.MANUAL.read_text()
-    assert layouts.between(text) == layouts.table(), "run: python -m tests.layouts"
-    shown = [re.findall(r"`(.+?)`", line)[-1] for line in layouts.table().splitlines()[2:]]
-    assert [json.loads(row) for row in shown] == list(LAYOUTS.values())
