@@ -201,7 +201,7 @@ def test_a_verdict_that_is_no_number_is_refused():
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_prompt_of_a_labelled_completion_is_found_by_its_key_and_never_made_of_the_completion(chat):
     row = {"completion": "It is Lima.", "label": True}
-    read = RowReader(chat=chat).labelled({"question": "Where?", **row})
+    read = RowReader(chat=chat)({"question": "Where?", **row})
     assert read.prompt == ([{"role": "user", "content": "Where?"}] if chat else "Where?")
     with pytest.raises(ConfigError, match="there is no prompt; .* such as prompt_feature: asked"):
-        RowReader(chat=chat).labelled({"asked": "Where?", **row})
+        RowReader(chat=chat)({"asked": "Where?", **row})

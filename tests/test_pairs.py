@@ -176,6 +176,12 @@ def test_labelled_completions_of_different_prompts_are_no_pairs(asked, options):
     assert found == [("good a", "bad a"), ("good b", "bad b")]
 
 
+def test_a_label_is_none_of_a_pair_whose_keys_are_named():
+    rows = [{"prompt": "Who?", "completion": "I.", "other": "You.", "label": bool(i)} for i in range(2)]
+    dataset = PreferenceDataset(rows, tokenizers.qwen(), chosen_feature="completion", rejected_feature="other")
+    assert said(dataset) == [("I.", "You."), ("I.", "You.")]
+
+
 def test_labelled_completions_keep_what_is_not_scored_of_them():
     turns = [{"role": role, "content": text} for role, text in (("assistant", "a"), ("user", "b"), ("assistant", "c"))]
     rows = labelled(("Who?", turns, True), ("Who?", "No.", False))

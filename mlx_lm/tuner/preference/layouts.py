@@ -175,11 +175,6 @@ def _role(value, at):
     return OTHER_ROLES.get(role, role)
 
 
-def is_kto(row):
-    """Whether a row holds one completion that is labelled good or bad."""
-    return isinstance(row, Mapping) and {"completion", "label"} <= set(row) and row.get("chosen") is None
-
-
 def label(row):
     """Whether a row's completion is good; `ConfigError` where its label does not say."""
     told = LABELS.get(str(row["label"]).strip().lower())

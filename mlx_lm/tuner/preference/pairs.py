@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...cli_ui import rprint
-from .layouts import UselessRow, is_kto
+from .layouts import UselessRow
 from .options import ConfigError, printable, shown
 from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
 from .tokens import PairEncoder
@@ -227,7 +227,7 @@ class PreferenceDataset:
         with tqdm(rows, f"Tokenizing {self.name}", len(rows), leave=False, delay=2, disable=quiet) as progress:
             for number, row in enumerate(progress):
                 try:
-                    conversation = self._reader.labelled(row) if is_kto(row) else self._reader(row)
+                    conversation = self._reader(row)
                     texts = self._encoder.texts(conversation)
                     asked = _asked(conversation.prompt)
                 except UselessRow as useless:

@@ -78,7 +78,7 @@ class RowReader:
     unread: dict = field(default_factory=dict)
 
     def __call__(self, row):
-        """The row's `Conversation`.
+        """The row's `Conversation`; of a row with a `label` its one `completion` is both responses.
 
         Raises:
             ConfigError: the row is malformed; the sentence names the key.
@@ -86,6 +86,10 @@ class RowReader:
         """
         if not isinstance(row, Mapping):
             raise ConfigError(f"the row is {kind(row)}; expected an object with {self.chosen} and {self.rejected}.")
+        if {"completion", "label"} <= set(row) and self.chosen == "chosen" and row.get("chosen") is None:
+            bare = {key: value for key, value in row.items() if key != "label"}
+            read = replace(self, chosen="completion", rejected="completion")(bare)
+            return read._replace(label=label(row))
         named = (self.prompt, self.chosen, self.rejected)
         if beside := next((key for key in NOT_TEXT if row.get(key) and key not in named), None):
             raise ConfigError(f"the row has {beside}, and only text can be trained on; leave such rows out.")
@@ -121,13 +125,6 @@ class RowReader:
             layout = LABELLED.replace("prompt", keys[0]) if keys else LABELLED
         self.layouts[", ".join(filter(None, (layout, form)))] += 1
         return Conversation(prompt, chosen, rejected, tools_, kwargs, margin, weight)
-
-    def labelled(self, row):
-        """As a call, of a row with a `label` and one `completion`, which is both of the `Conversation`'s responses."""
-        told = label(row)
-        bare = {key: value for key, value in row.items() if key != "label"}
-        read = replace(self, chosen="completion", rejected="completion")(bare)
-        return read._replace(label=told)
 
     def _side(self, row, laid, name, key):
         value = laid.get(name, row.get(key))
