@@ -357,6 +357,11 @@ def test_no_limit_there_is_none_here():
     assert "max_length" not in " ".join(comments)
 
 
+def test_null_turns_clipping_off_and_leaves_other_defaults():
+    args, _ = config_of({"max_grad_norm": None, "seed": None})
+    assert (args.max_grad_norm, args.seed, config_of({})[0].max_grad_norm) == (None, 42, 1.0)
+
+
 def test_validations_have_a_split_where_there_are_some():
     given = {"dataset_name": "a/b", "model_name_or_path": "m", "output_dir": "o"}
     args, _ = config_of(given | {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True})

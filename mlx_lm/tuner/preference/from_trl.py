@@ -53,13 +53,16 @@ PATHS |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 BEST = {"loss": "eval_loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 UNBOUNDED = 2**20  # tokens
 NOTHING = (None, False, "", [], {}, "no", "none")
+# Of null, which elsewhere leaves TRL's default: no clipping.
+OF_NULL = {"max_grad_norm": 0}
 
 
 class _Translation:
     """The lines of a file as they come: settings here, and comments on keys there."""
 
     def __init__(self, given):
-        self.given = {name: value for name, value in given.items() if value is not None}
+        given_or_off = {name: OF_NULL.get(name) if value is None else value for name, value in given.items()}
+        self.given = {name: value for name, value in given_or_off.items() if value is not None}
         self.left = dict(given)
         self.lines = []
 
