@@ -663,7 +663,8 @@ class TestBest:
     @pytest.mark.parametrize("name", ["best", "0000003"])
     def test_a_link_is_replaced_and_what_it_leads_to_stays(self, name, tmp_path):
         """A user's own `best -> 0000001` is no place to write a later save to."""
-        options = self.OPTIONS | {"save_best": "margin", "rate": 0.05, "config": dict(CONFIG)}
+        options = self.OPTIONS | {"save_best": "margin", "rate": 0.01, "config": dict(CONFIG)}
+        options["data"] = lambda *_: pairs(6)  # validated on what is trained, the margin grows on any machine
         trained(tmp_path, **options | {"iters": 1})
         if (tmp_path / name).exists():
             (tmp_path / name).rename(tmp_path / "kept")
