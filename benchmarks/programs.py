@@ -168,9 +168,7 @@ def by_hand(command, folder, workers):
     """
     hosts = Path(folder) / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{RING_PORT + rank}"] for rank in range(workers)]))
-    share = max(1, os.cpu_count() // workers)  # of the cores
-    each = f"OPENBLAS_NUM_THREADS={share} MLX_HOSTFILE={shlex.quote(str(hosts))} MLX_RANK=$rank "
-    each += shlex.join(map(str, command))
+    each = f"MLX_HOSTFILE={shlex.quote(str(hosts))} MLX_RANK=$rank {shlex.join(map(str, command))}"
     others = f"for rank in $(seq {workers - 1}); do {each} & done"
     # The first one's end is the run's: it tells how the others ended.
     return ["bash", "-c", f"{others}; rank=0; {each}; status=$?; wait; exit $status"]

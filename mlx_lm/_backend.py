@@ -5,6 +5,7 @@ than OpenBLAS or MKL. Symbols loaded first win, so loading one of these before M
 """
 
 import ctypes
+import json
 import os
 import sys
 import tempfile
@@ -49,11 +50,24 @@ def load_fast_blas():
     """Load the first library of LIBRARIES that there is, unless MLX is loaded already; its name, or None."""
     if "mlx.core" in sys.modules or not is_linux_cpu():
         return None
+    _share_cores()
     for name in LIBRARIES:
         with suppress(OSError):
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
             return name
     return None
+
+
+def _share_cores():
+    """Have OpenBLAS take a worker's share of the cores, where others of MLX's ring are on this machine."""
+    try:
+        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
+        places = [host[0].rpartition(":")[0] for host in hosts]
+        workers = places.count(places[int(os.environ["MLX_RANK"])])
+    except (KeyError, OSError, ValueError, IndexError, TypeError, AttributeError):
+        return  # MLX tells what is wrong with them
+    if workers > 1:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
 
 def slow_blas_hint():

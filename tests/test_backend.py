@@ -1,5 +1,6 @@
 """What MLX reads before it starts: a fast BLAS on Linux CPUs, and CUDA's settings for preference runs alone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,26 @@ def test_a_library_that_is_there_is_loaded_globally_and_once_mlx_is_there_nothin
     monkeypatch.delitem(sys.modules, "mlx.core")
     assert _backend.load_fast_blas() == _backend.LIBRARIES[1]
     assert loaded == [(_backend.LIBRARIES[1], _backend.ctypes.RTLD_GLOBAL)]
+
+
+@pytest.mark.parametrize(
+    "hosts, threads",
+    [
+        ([["127.0.0.1:5000"], ["127.0.0.1:5001"]], "4"),
+        ([["10.0.0.1:5000"], ["10.0.0.2:5000"], ["10.0.0.2:5001"]], None),  # the first is alone on its machine
+        ([[5]], None),
+    ],
+)
+def test_workers_of_one_machine_share_its_cores(hosts, threads, monkeypatch, tmp_path):
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    environment = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+    monkeypatch.setattr(_backend.os, "environ", environment)
+    monkeypatch.setattr(_backend.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(_backend.ctypes, "CDLL", lambda *_, **__: None)
+    monkeypatch.setattr(_backend, "is_linux_cpu", lambda: True)
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    _backend.load_fast_blas()
+    assert environment.get("OPENBLAS_NUM_THREADS") == threads
 
 
 def test_the_hint_names_the_remedy_exactly_where_no_library_was_loaded():
