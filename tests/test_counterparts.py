@@ -228,7 +228,7 @@ def test_what_differs_is_told_beside_a_setting():
 
 def test_arguments_of_a_schedule_are_left_out_and_told():
     given = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "max_steps": 20}
-    assert "lr_scheduler_kwargs: left out; write what they ask for." in config_of(given)[1]
+    assert "lr_scheduler_kwargs: see lr_schedule; left out; write what they ask for." in config_of(given)[1]
 
 
 def test_what_has_no_counterpart_here_is_told():
@@ -385,7 +385,7 @@ def test_a_mixture_of_data_sets_is_left_to_its_user():
         "datasets: see hf_dataset.",
         "data: the file has no dataset_name; give a folder or a data set here or as --data.",
     } <= set(comments)
-    assert any(line.startswith("test_split_size: of `datasets`;") for line in comments)
+    assert any(line.startswith("test_split_size: see valid_share; of `datasets`;") for line in comments)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_a_mixture_of_data_sets_is_left_to_its_user():
         ("save_steps: .inf", "a type that TRL does not take"),
     ],
 )  # fmt: skip
-def test_a_file_that_cannot_be_translated_is_refused(tmp_path, monkeypatch, text, told):
+def test_a_file_that_cannot_be_translated_is_refused(tmp_path, text, told):
     with pytest.raises(ConfigError, match="none.yaml cannot be read"):
         mlx_lm.lora.build_parser().parse_args(["--from-trl", str(tmp_path / "none.yaml")])
     (tmp_path / "dpo.yaml").write_text(text)

@@ -314,7 +314,7 @@ def _rest(made):
     for name in made.left:
         if name not in off:
             here, differs = BY_NAME.get(name, ("", ""))
-            told = differs or (f"see {here}" if here else "no counterpart here")
+            told = "; ".join(filter(None, (here != name and here and f"see {here}", differs))) or "no counterpart here"
             made.note(f"{name}: {told}.")
     if off:
         made.note(f"Off there, and left out: {', '.join(off)}.")
