@@ -333,7 +333,7 @@ def test_hub_without_the_datasets_package(monkeypatch, source):
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(2, (1, 1)), (4, (3, 1)), (10, (8, 1)), (40, (32, 4))])
-def test_default_splits_of_an_hf_dataset_share_no_row(hub, monkeypatch, count, sizes):
+def test_default_splits_of_an_hf_dataset_share_no_row(hub, count, sizes):
     rows = [ROW | {"chosen": f"c{i}"} for i in range(count)]
     hub["a"] = {"train": rows} | {f"train[:{n}]": rows[:n] for n in range(count + 1)}
     hub["a"] |= {f"train[{n}:]": rows[n:] for n in range(count + 1)}

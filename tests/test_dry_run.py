@@ -158,7 +158,7 @@ def test_it_refuses_a_reference_whose_logps_are_not_finite(tmp_path, capsys, few
         assert "the reference gives logps that are not finite" in capsys.readouterr().err
 
 
-def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, capsys, monkeypatch, few):
+def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, monkeypatch, few):
     """In proportion to tokens: of a step of gigabytes too, whose bytes are no number of 32 bits."""
     told, peak = [], mx.get_peak_memory
     monkeypatch.setattr(mx, "get_peak_memory", lambda: peak() + 3 * 10**9)

@@ -1,4 +1,4 @@
-"""Layers that compute what mlx-lm's do with less work, and what is done to a model's modules from outside."""
+"""Layers that compute what mlx-lm's do with less work, and layers computed again in the backward pass."""
 
 from contextlib import ExitStack, contextmanager
 

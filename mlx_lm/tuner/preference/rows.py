@@ -1,7 +1,7 @@
 """Preference rows: every accepted form of a row read as one prompt with two responses, before any token is made.
 
 Layouts are known by their keys in `layouts.py`, messages checked in `messages.py`, tokens made in `tokens.py`, files
-read in `sources.py`, and hub data sets in `datasets.py`.
+and data sets of the hub read in `sources.py`.
 """
 
 import itertools
