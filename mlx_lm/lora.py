@@ -21,6 +21,8 @@ from io import StringIO
 from signal import SIGINT
 from types import SimpleNamespace
 
+from rich.markup import escape
+
 from ._version import __version__
 from .tuner.callbacks import SUPPORT_CALLBACK, Services
 from .tuner.preference import VERSION, workers
@@ -173,9 +175,16 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         CacheDataset=lambda dataset: dataset,
         **({"Path": NotMade} if args.check else {}),
         linear_to_lora_layers=partial(loading.add_adapters, args.resume_adapter_file),
+        print_lora_run_header=_print_header,
     )
     run_training(args, model, train_set, valid_set, training_callback)
     return objective, logps
+
+
+def _print_header(console, args):
+    """Upstream's panel of a run, whose paths may hold what the console takes for markup."""
+    named = {key: escape(str(getattr(args, key))) for key in ("model", "data")}
+    print_lora_run_header(console, SimpleNamespace(**vars(args) | named))
 
 
 def _reference(args, scorer, tokenizer, datasets):

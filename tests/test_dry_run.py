@@ -48,6 +48,13 @@ def few(tmp_path_factory):
     return folder
 
 
+def test_a_path_that_looks_like_markup_stands_in_the_panel(tmp_path, few, capsys):
+    (tmp_path / "d[").mkdir()
+    (tmp_path / "d[" / "b]").symlink_to(few)
+    assert command("--check", folder=tmp_path, data=tmp_path / "d[" / "b]") == 0
+    assert "d[/b]" in capsys.readouterr().out.replace("\n", "")
+
+
 def number(pattern, text):
     return float(re.search(pattern, text)[1])
 
