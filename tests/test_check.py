@@ -261,6 +261,7 @@ class TestCheck:
             ({"clear_cache_threshold": "lots"}, "clear_cache_threshold is 'lots'; it must be bytes, such as"),
             ({"clear_cache_threshold": 1.5}, "clear_cache_threshold is 1.5; it must be bytes"),
             ({"report_to": ["wandb"]}, r"report_to is \['wandb'\]; it must be a name"),
+            ({"data": "~no-such-user/x"}, "data is '~no-such-user/x', and there is no such user's folder"),
             ({"loss_type": "simpo", "reference_model": "a"}, "but simpo with beta 2 reads no reference"),
         ],
     )

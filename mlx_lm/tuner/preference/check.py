@@ -224,6 +224,8 @@ def _at_home(key, path):
     if path is None:
         return None
     expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{key} is {shown(path)}, and there is no such user's folder.")
     try:
         os.lstat(expanded)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
