@@ -458,7 +458,7 @@ def test_one_report_is_seen(tmp_path, monkeypatch):
 def test_runs_of_any_name_are_in_the_legend(tmp_path, monkeypatch):
     drawn, runs = [], {}
     monkeypatch.setattr(curves, "_written", lambda figure, path: drawn.append(figure))
-    folders = [tmp_path / name for name in ("_under", "some cost", "only validations")]
+    folders = [tmp_path / name for name in ("_under", "cost $x^$", "only validations")]
     for i, folder in enumerate(folders):
         folder.mkdir()
         key = "eval_loss" if i == 2 else "loss"

@@ -72,9 +72,11 @@ def plot_runs(runs):
     names = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in differences(folders)]
     # The legend of many runs is not taken off the panels' height.
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * "\n".join(names).count("\n"))
-    figure.legend(
+    legend = figure.legend(
         handles, names, loc="outside lower center", fontsize="small", title="lines, squares: training; circles: valid"
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return _written(figure, Path(folders[0]) / COMPARISON_FILE)
 
 
