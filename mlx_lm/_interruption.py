@@ -1,15 +1,18 @@
 """Ctrl-C while the training command is still importing: an exit status and one line, where Python has a traceback."""
 
 import os
-import re
 import signal
 import sys
 
 
 def is_training_command(argv):
-    """Whether a process of this command line is `mlx_lm.lora` or `mlx_lm lora`, as a program or with `-m`."""
-    # Under this project's own name too.
-    return re.search(r"\bmlx_lm(_dpo)?[. ]lora\b", " ".join(argv[1:4])) is not None
+    """Whether a process of this command line is `mlx_lm.lora` or `mlx_lm lora`, as a program or with `-m`.
+
+    The programs that this project installs under its own name count too.
+    """
+    words = [os.path.basename(word).replace("mlx_lm_dpo", "mlx_lm") for word in argv[1:4]]
+    words = words[1:] if words[:1] == ["-m"] else words
+    return words[:1] == ["mlx_lm.lora"] or words[:2] == ["mlx_lm", "lora"]
 
 
 def end_quietly_while_importing():

@@ -139,7 +139,7 @@ def test_other_commands_keep_pythons_handler():
         (["python", "/usr/bin/mlx_lm_dpo.lora", "--train"], True),
         (["python", "/usr/bin/mlx_lm.generate", "lora"], False),
         (["python", "-m", "mlx_lm", "chat"], False),
-        (["python", "train.py"], False),
+        (["python", "train.py", "mlx_lm.lora.yaml", "runs/mlx_lm.lora/1"], False),
         (["python"], False),
     ):
         assert _interruption.is_training_command(argv) is expected, argv
