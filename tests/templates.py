@@ -81,18 +81,18 @@ DEEPSEEK = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{
 {%- elif m.role == 'tool' %}{{ '<|output|>' + m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
 
-# Channels: reasoning in one, calls in another, the answer in the last.
-GPT_OSS = """{{ '<|start|>system<|message|>You are a model.<|end|>' }}
+# Channels: reasoning in one, calls in another, the answer in the last; a result names its call.
+GPT_OSS = """{% set ns = namespace(name='') %}{{ '<|start|>system<|message|>You are a model.<|end|>' }}
 {%- if tools %}{{ '<|start|>developer<|message|>' + tools | tojson + '<|end|>' }}{% endif %}
 {%- for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}
 {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}
-{%- if m.tool_calls %}{% set call = m.tool_calls[0].function %}
+{%- if m.tool_calls %}{% set call = m.tool_calls[0].function %}{% set ns.name = call.name %}
 {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
 {{- call.arguments | tojson + '<|call|>' }}
 {%- else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}
 {{- '<|return|>' if loop.last else '<|end|>' }}
 {%- endif %}{% elif m.role == 'tool' %}
-{{- '<|start|>functions to=assistant<|message|>' + m.content | tojson + '<|end|>' }}
+{{- '<|start|>functions.' + ns.name + ' to=assistant<|message|>' + m.content | tojson + '<|end|>' }}
 {%- else %}{{ '<|start|>' + ('developer' if m.role == 'system' else m.role) + '<|message|>' + m.content + '<|end|>' }}
 {%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
 

@@ -3,6 +3,7 @@
 The expected texts are written by hand from what each family's models read and write; `templates.py` has the templates.
 """
 
+import chat_tokenizers
 import pytest
 import templates
 from hypothesis import given, settings
@@ -230,7 +231,7 @@ CALLED = {
     "[/TOOL_RESULTS]",
     "gpt_oss": (
         '<|start|>assistant to=functions.look<|channel|>commentary json<|message|>{"at": "Peru"}<|call|>'
-        '<|start|>functions to=assistant<|message|>"Snow"<|end|>'
+        '<|start|>functions.look to=assistant<|message|>"Snow"<|end|>'
     ),
     "glm": (
         "<|assistant|>\n<think></think>\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>Peru</arg_value>\n</tool_call>"
@@ -358,7 +359,7 @@ BETWEEN = {
         "\n<|im_start|>user\n<tool_response>\nSnow\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n"
     ),
     "mistral": '[TOOL_RESULTS]{"content": "Snow"}[/TOOL_RESULTS]',
-    "gpt_oss": '<|start|>functions to=assistant<|message|>"Snow"<|end|><|start|>assistant',
+    "gpt_oss": '<|start|>functions.look to=assistant<|message|>"Snow"<|end|><|start|>assistant',
     "glm": "<|observation|>\n<tool_response>Snow</tool_response><|assistant|>",
     "nemotron": "\n<|im_start|>user\n<tool_response>\nSnow\n</tool_response>\n<|im_end|>\n<|im_start|>assistant\n",
 }
@@ -457,6 +458,17 @@ def test_a_result_that_is_written_otherwise_behind_reasoning_that_is_dropped_is_
     ((start, stop),) = pair.unscored[0]
     assert "city" in tokenizer.decode(pair.chosen[start:stop])
     assert "look" in tokenizer.decode(pair.chosen[:start]) and "Lima" in tokenizer.decode(pair.chosen[stop:])
+
+
+def test_what_is_said_beside_a_call_may_stand_behind_its_result():
+    template = """{% set ns = namespace(said='') %}{% for m in messages %}{% if m.tool_calls %}
+    {{- '<|im_start|>look' + m.tool_calls[0].function | tojson + '<|im_end|>' }}{% set ns.said = m.content %}
+    {%- if loop.last %}{{ ns.said }}{% endif %}{% elif m.role == 'tool' %}{{ m.content + ns.said }}
+    {%- else %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"""
+    tokenizer = chat_tokenizers.with_template(templates.tokenizer("qwen25"), template)
+    row = ROW | {"chosen": [CALL | {"content": "So."}, RESULT, LIMA]}
+    pair = PreferenceDataset([row], tokenizer)[0]
+    assert tokenizer.decode(pair.chosen[slice(*pair.unscored[0][0])]) == "SnowSo."
 
 
 def test_a_call_that_is_tried_again_is_scored_twice():

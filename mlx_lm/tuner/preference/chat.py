@@ -84,21 +84,30 @@ class ChatTexts:
     def _end(self, conversation, messages, i, whole, add_generation_prompt=False):
         """The end, within a text of all messages, of what the template writes of message `i`.
 
-        It is found from the end of the text: what stands before a message's end, such as dropped reasoning, may be
-        written otherwise once more messages follow.
+        Where what stands before is written otherwise once more messages follow, such as with reasoning dropped, it is
+        found from the end of the text.
 
         Raises:
             ConfigError: what the template writes behind the message is another text then, too.
         """
-        message = messages[i]
-        if calls := message.get("tool_calls"):
+        message, calls = messages[i], messages[i].get("tool_calls")
+        # Some templates write what is said beside calls behind their results.
+        for turn in (message, {**message, "content": ""}) if calls else (message,):
+            begun = self.template.render(conversation, [*messages[:i], turn], add_generation_prompt)
+            if whole.startswith(begun):
+                return len(begun)
+        if calls:
             named = {**calls[-1], "function": {**calls[-1]["function"], "name": STAND_IN}}
-            message = {**message, "tool_calls": [*calls[:-1], named]}
+            marked = {**message, "tool_calls": [*calls[:-1], named]}
         else:
-            message = {**message, "content": message["content"] + STAND_IN}
-        before = [*messages[:i], message]
-        rest = self.template.render(conversation, [*before, *messages[i + 1 :]]).rpartition(STAND_IN)[2]
-        text = self.template.render(conversation, before, add_generation_prompt).rpartition(STAND_IN)[2]
+            marked = {**message, "content": message["content"] + STAND_IN}
+        before = [*messages[:i], marked]
+        text = self.template.render(conversation, before, add_generation_prompt)
+        # Behind the last mark of the message itself; a call's result may name the call, too.
+        rest = self.template.render(conversation, [*before, *messages[i + 1 :]])
+        rest = rest.split(STAND_IN, text.count(STAND_IN))[-1]
+        rest = rest.replace(STAND_IN, calls[-1]["function"]["name"]) if calls else rest
+        text = text.rpartition(STAND_IN)[2]
         # A generation prompt may open a thought, and EOS stand behind the last turn, that no turn before it has.
         for own in (text, self.thinking.unopened(text), text.removesuffix(self.template.tokenizer.eos_token or "\0")):
             if rest.startswith(own) and whole.endswith(rest):
