@@ -123,6 +123,19 @@ def test_joined():
     assert joined.name == "a, b"
 
 
+@pytest.mark.parametrize("unpaired", [False, True])
+def test_the_two_parts_of_a_split_count_their_own_rows(unpaired):
+    rows = [{"prompt": f"{'b' * (9 * i)} a{i}", "chosen": "yes", "rejected": "no"} for i in range(9)]
+    rows += [{"prompt": "a", "chosen": "yes", "rejected": ""}]
+    train, valid = PreferenceDataset(rows, tokenizers.plain(), max_seq_length=40, unpaired=unpaired).split(0.3, seed=0)
+    for part, left_out in ((train, 1), (valid, 0)):
+        numbers = {int(part.where(i).rpartition(" ")[2]) for i in range(len(part))}
+        whole = PreferenceDataset([rows[i] for i in numbers], tokenizers.plain(), max_seq_length=40)
+        assert part.counts["prompts cut"] == whole.counts["prompts cut"] > 0
+        assert part.counts["read"] == len(numbers) + left_out
+        assert part.counts["left out"] == left_out
+
+
 def said(dataset):
     """The texts of each pair's responses, without their ends."""
     return [tuple(dataset.tokenizer.decode(side[:-1]) for side in (pair.chosen, pair.rejected)) for pair in dataset]

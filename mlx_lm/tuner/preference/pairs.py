@@ -58,11 +58,13 @@ class Origin(NamedTuple):
         number: of its row.
         source: what the row gives as its `source`, as text, or None.
         asked: a number for the prompt without its system message, the same one for the same text.
+        cut: what was cut of it, by the names of the data set's counts.
     """
 
     number: int
     source: str | None
     asked: int
+    cut: tuple = ()
 
 
 class PreferenceDataset:
@@ -191,15 +193,17 @@ class PreferenceDataset:
             raise ConfigError(
                 f"valid_share is {share:g}, but the {len(self)} pairs to train on have one prompt; leave it out."
             )
-        trained = {**self.counts, "read": self.counts["read"] - len(valid)}
-        validated = {**dict.fromkeys(self.counts, 0), "read": len(valid)}
-        return self._some(sorted({*range(len(self))} - {*valid}), trained), self._some(sorted(valid), validated)
+        left_out = self.counts["left out"]
+        return self._some(sorted({*range(len(self))} - {*valid}), left_out), self._some(sorted(valid), 0)
 
-    def _some(self, numbers, counts):
-        """A data set of some of the pairs."""
+    def _some(self, numbers, left_out):
+        """A data set of some of the pairs; so many of its rows are left out."""
         some = copy.copy(self)
-        some.counts = counts
         some._pairs, some._origins = ([items[i] for i in numbers] for items in (self._pairs, self._origins))
+        # A row may have two pairs.
+        rows = {origin.number: origin.cut for origin in some._origins}
+        some.counts = Counter({**dict.fromkeys(self.counts, 0), "read": left_out + len(rows), "left out": left_out})
+        some.counts.update(name for cut in rows.values() for name in cut)
         if self._unpaired:
             some._pairs = mismatched(some._pairs, self.max_seq_length, self.name)
         return some
@@ -276,8 +280,12 @@ class PreferenceDataset:
         if cut[1] == cut[2] and not self._unpaired:
             self._useless[EQUAL_WHEN_CUT].append(origin.number)
             return
-        self.counts["prompts cut"] += len(cut[0]) < len(prompt)
-        self.counts["responses cut"] += len(cut[1]) < len(chosen) or len(cut[2]) < len(rejected)
+        shorter = {
+            "prompts cut": len(cut[0]) < len(prompt),
+            "responses cut": len(cut[1]) < len(chosen) or len(cut[2]) < len(rejected),
+        }
+        origin = origin._replace(cut=tuple(name for name, is_cut in shorter.items() if is_cut))
+        self.counts.update(origin.cut)
         self._longest = max(self._longest, len(prompt) + max(len(chosen), len(rejected)))
         unscored = within(unscored, cut[1:])
         pair = Pair(*(array("i", tokens) for tokens in cut), conversation.margin, conversation.weight, unscored)
