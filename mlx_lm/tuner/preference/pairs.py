@@ -261,8 +261,8 @@ class PreferenceDataset:
         if label is None or self._unpaired:
             self._keep(conversation, origin, prompt, chosen, rejected, unscored)
         else:
-            key = array("i", prompt).tobytes()
-            self._labelled[key][label].append((conversation, origin, prompt, chosen, unscored))
+            prompt, chosen = array("i", prompt), array("i", chosen)
+            self._labelled[prompt.tobytes()][label].append((conversation, origin, prompt, chosen, unscored))
 
     def _pair_labelled(self):
         """Put good completions together with bad ones of the same prompt, as many as there are of both."""
