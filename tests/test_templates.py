@@ -471,6 +471,18 @@ def test_what_is_said_beside_a_call_may_stand_behind_its_result():
     assert tokenizer.decode(pair.chosen[slice(*pair.unscored[0][0])]) == "SnowSo."
 
 
+@pytest.mark.parametrize("first", [PARIS, PARIS | {"reasoning_content": "France?"}])
+@pytest.mark.parametrize("family", ["qwen3", "qwen35"])
+def test_of_a_later_turn_that_has_a_thought_which_its_prompt_closes_the_answer_is_scored(family, first):
+    tokenizer = templates.tokenizer(family)
+    turns = [first, {"role": "user", "content": "Sure?"}, LIMA | {"reasoning_content": "Peru."}]
+    row = ROW | {"chosen": turns, "chat_template_kwargs": {"enable_thinking": False}}
+    pair = PreferenceDataset([row], tokenizer)[0]
+    ((start, stop),) = pair.unscored[0]
+    assert tokenizer.decode(pair.chosen[start:stop]).endswith("assistant\n<think>\nPeru.\n</think>\n\n")
+    assert tokenizer.decode(pair.chosen[stop:]) == LIMA["content"] + "<|im_end|>"
+
+
 def test_a_call_that_is_tried_again_is_scored_twice():
     tokenizer = templates.tokenizer("qwen3")
     turns = [CALL, RESULT | {"content": "error"}, CALL, RESULT, LIMA]

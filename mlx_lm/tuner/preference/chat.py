@@ -112,6 +112,12 @@ class ChatTexts:
         for own in (text, self.thinking.unopened(text), text.removesuffix(self.template.tokenizer.eos_token or "\0")):
             if rest.startswith(own) and whole.endswith(rest):
                 return len(whole) - len(rest) + len(own)
+        if self.thinking.closed(text) and whole.endswith(rest):
+            # The turn may have a thought of its own in the place of the one that its generation prompt closes.
+            before, gap = text.rpartition(self.thinking.start)[0], text[len(text.rstrip()) :]
+            thought, end, answer = rest[len(before) :].partition(self.thinking.end)
+            if rest.startswith(before) and thought.startswith(self.thinking.start) and end:
+                return len(whole) - len(answer.removeprefix(gap))
         raise ConfigError(TURNS_CHANGE)
 
     def _whole(self, conversation, prompt, response):
