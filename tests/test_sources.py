@@ -135,10 +135,12 @@ def test_parquet_and_saved_data_sets(tmp_path):
     rows = [ROW | {"system": None}, ROW | {"chosen": "Peru", "system": ""}]
     package.Dataset.from_list(rows).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     assert chosen(load(tmp_path)[0]) == ["It is Lima.", "Peru"]
-    package.Dataset.from_list([ROW | {"chosen": "Yes"}]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
+    more = package.Dataset.from_list([ROW | {"chosen": "Yes", "margin": 0.5}])
+    more.to_parquet(tmp_path / "train-00001-of-00002.parquet")
     train, *_ = load(tmp_path)
     assert chosen(train) == ["It is Lima.", "Peru", "Yes"]
     assert train.where(2) == f"{tmp_path / 'train-00000-of-00001.parquet'} and 1 more, row 2"
+    assert [pair.margin for pair in train] == [0.0, 0.0, 0.5]
     found = package.DatasetDict({"train": package.Dataset.from_list(rows), "dev": package.Dataset.from_list(rows[:1])})
     found.save_to_disk(tmp_path / "saved")
     train, valid, _ = load(tmp_path / "saved")

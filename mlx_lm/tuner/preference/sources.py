@@ -83,8 +83,9 @@ def read_files(paths):
         if kind == ".parquet":
             name = f"{path}{f' and {len(more)} more' if more else ''}"
             with hub(f"the Parquet file {name}") as package:
-                files = [str(path) for path in paths]
-                return of_hub(package.load_dataset("parquet", data_files=files, split="train"), name)
+                # Loaded together, all of them would have to have the columns and types of the first.
+                parts = [package.load_dataset("parquet", data_files=str(path), split="train") for path in paths]
+                return of_hub(package.concatenate_datasets(parts), name)
         return _read_json(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}).") from error
