@@ -14,6 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2")
+# By which they are told how many threads to take, in the environment and by their own functions.
+THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+SET_THREADS = ("openblas_set_num_threads", "MKL_Set_Num_Threads")
 HINT = (
     "MLX multiplies with its slow built-in BLAS here; some forty times faster with OpenBLAS: "
     "apt-get install libopenblas0-pthread (or your distribution's OpenBLAS), and import mlx_lm before mlx."
@@ -50,24 +53,33 @@ def load_fast_blas():
     """Load the first library of LIBRARIES that there is, unless MLX is loaded already; its name, or None."""
     if "mlx.core" in sys.modules or not is_linux_cpu():
         return None
-    _share_cores()
     for name in LIBRARIES:
-        with suppress(OSError):
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            return name
+        try:
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        _share_cores(library)
+        return name
     return None
 
 
-def _share_cores():
-    """Have OpenBLAS take a worker's share of the cores, where others of MLX's ring are on this machine."""
+def _share_cores(library):
+    """Have a BLAS take this worker's share of the cores, where others of its run are on this machine."""
+    workers = _workers_here()
+    if workers > 1 and not any(name in os.environ for name in THREADS):
+        for function in (getattr(library, name, None) for name in SET_THREADS):
+            if function is not None:
+                function(max(1, len(os.sched_getaffinity(0)) // workers))
+
+
+def _workers_here():
+    """How many workers of MLX's ring are on this machine: those with this one's address."""
     try:
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
-        places = [host[0].rpartition(":")[0] for host in hosts]
-        workers = places.count(places[int(os.environ["MLX_RANK"])])
+        addresses = [host[0].rpartition(":")[0] for host in hosts]
+        return addresses.count(addresses[int(os.environ["MLX_RANK"])])
     except (KeyError, OSError, ValueError, IndexError, TypeError, AttributeError):
-        return  # MLX tells what is wrong with them
-    if workers > 1:
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+        return 1  # MLX tells what is wrong with them
 
 
 def slow_blas_hint():

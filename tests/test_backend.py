@@ -43,23 +43,30 @@ def test_a_library_that_is_there_is_loaded_globally_and_once_mlx_is_there_nothin
 
 
 @pytest.mark.parametrize(
-    "hosts, threads",
+    "hosts, given, threads",
     [
-        ([["127.0.0.1:5000"], ["127.0.0.1:5001"]], "4"),
-        ([["10.0.0.1:5000"], ["10.0.0.2:5000"], ["10.0.0.2:5001"]], None),  # the first is alone on its machine
-        ([[5]], None),
+        ([["127.0.0.1:5000"], ["127.0.0.1:5001"]], {}, 4),
+        ([["10.0.0.1:5000"], ["10.0.0.2:5000"], ["10.0.0.2:5001"]], {}, None),  # the first is alone on its machine
+        ([["127.0.0.1:5000"]] * 20, {}, 1),
+        ([["127.0.0.1:5000"]] * 2, {"OMP_NUM_THREADS": "3"}, None),
+        ("not JSON", {}, None),
+        ([[5]], {}, None),
+        (None, {}, None),
     ],
 )
-def test_workers_of_one_machine_share_its_cores(hosts, threads, monkeypatch, tmp_path):
-    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
-    environment = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+def test_workers_of_one_machine_share_its_cores(hosts, given, threads, monkeypatch, tmp_path):
+    file = tmp_path / "hosts.json"
+    file.write_text(hosts if isinstance(hosts, str) else json.dumps(hosts))
+    environment = {"MLX_RANK": "0", **given} | ({} if hosts is None else {"MLX_HOSTFILE": str(file)})
     monkeypatch.setattr(_backend.os, "environ", environment)
-    monkeypatch.setattr(_backend.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(_backend.ctypes, "CDLL", lambda *_, **__: None)
+    monkeypatch.setattr(_backend.os, "sched_getaffinity", lambda _: set(range(8)))
+    told = []
+    library = SimpleNamespace(openblas_set_num_threads=told.append)
+    monkeypatch.setattr(_backend.ctypes, "CDLL", lambda *_, **__: library)
     monkeypatch.setattr(_backend, "is_linux_cpu", lambda: True)
     monkeypatch.delitem(sys.modules, "mlx.core")
     _backend.load_fast_blas()
-    assert environment.get("OPENBLAS_NUM_THREADS") == threads
+    assert told == ([] if threads is None else [threads])
 
 
 def test_the_hint_names_the_remedy_exactly_where_no_library_was_loaded():
