@@ -226,7 +226,7 @@ RUN_NOTES = {
     "and in the whole.",
     "two_workers": "Of `cpu` and `cpu_two_workers` the time of a step is the mean of all sixteen, the pairs a second "
     "are of the last eight. `cpu_two_workers` had two workers on the one machine, minutes after `cpu`; held is each "
-    "one's.",
+    "one's. OpenBLAS 0.3.21 took its kernels for AVX-512 there by itself.",
     "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
 }
 
