@@ -72,8 +72,9 @@ def _adapted(linear, x, lora_a, lora_b):
 class DepthwiseConv1d(nn.Conv1d):
     """A `Conv1d` of each channel by itself, with few taps: a sum of shifted products.
 
-    A CPU takes several times as long for a product of matrices for each channel, and MLX has no kernel of its own for
-    Metal in training. CUDA's library has one: with it a step of Qwen3.5-0.8B's shape takes an H200 180 ms, not 209.
+    On a CPU both passes of (4, 640, 6144) with four taps take 0.41 s so, and 0.67 with MLX's product of matrices for
+    each channel; and MLX has no kernel of its own for Metal in training. CUDA's library has one: with it a step of
+    Qwen3.5-0.8B's shape took an H200 180 ms, not 209.
     """
 
     def __call__(self, x):
