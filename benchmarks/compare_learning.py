@@ -172,12 +172,12 @@ def epoch_table(grouped):
     for key, records in grouped.items():
         label, dtype, _ = key
         others = counterpart(key, grouped) if label != "TRL" else None
-        for epoch in range(len(records[0]["epochs"])):
+        # Before the first step, whose figures stand first, there is rounding alone.
+        for epoch in range(1, len(records[0]["epochs"])):
             row = []
             for name in FIGURES:
                 values = [record["epochs"][epoch][name] for record in records]
-                # Before the first step there is rounding alone.
-                theirs = [record["epochs"][epoch][name] for record in others] if others and epoch else []
+                theirs = [record["epochs"][epoch][name] for record in others] if others else []
                 row += [cell(values), distance(values, theirs)]
             rows.append((label, dtype, len(records), epoch, *row))
     return ("run", "dtype", "seeds", "epoch", *(head for name in FIGURES for head in (name, "from TRL"))), rows

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import SHAPES, markdown_table
 from compare_learning import epoch_table, groups, held_out_table
 from macs import parameters
-from sentiment import points_table, runs_of, scores_table
+from sentiment import runs_of, scores_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,9 +88,9 @@ def example_text():
             f"{row['answers']}, {row['grumpy']['before']} answers are grumpy before and {row['grumpy']['after']} "
             f"after; {row['right']['before']} are right before and {row['right']['after']} after. Reward accuracy on "
             f"the validation pairs is {row['before']['accuracy']:.3f} before and {row['after']['accuracy']:.3f} after. "
-            "The first row comes from"
+            "The first answer after it comes from"
         ),
-        f"```shell\n{command} {prompt}\n{command} --adapter-path adapters {prompt}\n```",
+        f"```shell\n{command} --adapter-path adapters {prompt}\n```",
     )
     return "\n\n".join(parts)
 
@@ -212,59 +212,61 @@ def macs_table():
     return text + "\n\n" + markdown_table(header, rows)
 
 
-# What a part of a file's name tells of its runs.
-RUN_NOTES = {
-    "cold": "`h200_smollm2_cold` ran on a machine where MLX's kernels had never been compiled: that is in its first "
-    "validation (18 s) and in its first fifty steps (2.5 s each). TRL's run after it there had not ended after 245 s; "
-    "`h200_smollm2_trl` is another machine's.",
-    "h100_1b`": "`h100_1b` ran when MLX's cache was never given back and with graphs of kernels, "
-    "`h200_smollm2_before` when it was given back after each step, and all but those on the CPU, `h200_1b`, "
-    "`h200_smollm2`, `h200_smollm2_cold` and `h200_smollm2_16` when each parameter was updated by itself.",
-    "h200_1b`": "Of the H200's runs `h200_1b`, `h200_smollm2` and `h200_smollm2_cold` alone have copies in one kernel "
-    "and half as many logits in a chunk where a gradient is taken. The first two began with the compiled kernels of an "
-    "earlier state: the compilation of others is in their first validations (14 and 20 s), in their first fifty steps "
-    "and in the whole.",
-    "two_workers": "Of `cpu` and `cpu_two_workers` the time of a step is the mean of all sixteen, the pairs a second "
-    "are of the last eight. `cpu_two_workers` had two workers on the one machine, minutes after `cpu`; held is each "
-    "one's. OpenBLAS 0.3.21 took its kernels for AVX-512 there by itself.",
-    "busy": "`busy` runs had three others beside them, each on a card of its own, that shared the host's processors.",
-}
+PROGRAMS = {"ours": "here", "trl": "TRL", "liger": "TRL, Liger"}
 
 
 def end_to_end_table():
     """Whole runs, a row each, and the commands that made them."""
     rows, made = [], []
-    for name, found in files("end_to_end_*.json").items():
+    # Those on a GPU first.
+    for name, found in sorted(files("end_to_end_*.json").items(), key=lambda item: item[0].startswith("cpu")):
         for program, run in found["runs"].items():
-            if "error" in run:
-                continue
             phases, second_half = run["phases"], [s for s in run["steps"] if s["iteration"] > found["iters"] / 2]
             steps = sum(step["ms"] * step["steps"] for step in second_half) / sum(step["steps"] for step in second_half)
             validations = sorted(run["validation_seconds"])
-            rows.append(
-                (
-                    f"`{name}`",
-                    {"ours": "here", "trl": "TRL", "liger": "TRL, Liger"}[program],
-                    f"{phases['load'] + phases['tokenizing']:.0f}",
-                    f"{phases['reference']:.1f}",
-                    f"{steps:.0f}",
-                    f"{run['pairs_per_second']:.1f}"
-                    if run["pairs_per_second"] >= 1
-                    else f"{run['pairs_per_second']:.2f}",
-                    f"{validations[0]:.1f} to {validations[-1]:.1f}",
-                    f"{run['whole_seconds']:.0f}",
-                    "-" if run["arrays_gb"] is None else f"{run['arrays_gb']:.1f}",
-                    f"{run['held_gb']:.1f}",
-                    f"{run['loss']:.3f}",
-                )
+            cells = (
+                f"{phases['load'] + phases['tokenizing']:.0f}",
+                f"{phases['reference']:.1f}",
+                f"{steps:.0f}",
+                f"{run['pairs_per_second']:.3g}",
+                f"{validations[0]:.1f} to {validations[-1]:.1f}",
+                f"{run['whole_seconds']:.0f}",
+                "-" if run["arrays_gb"] is None else f"{run['arrays_gb']:.1f}",
+                f"{run['held_gb']:.1f}",
+                f"{run['loss']:.3f}",
             )
+            rows.append((f"`{name}`", PROGRAMS[program], *cells))
         made.append(f"- `{name}`: {made_by(found)}")
     header = (
         "run", "program", "load and tokenizing, s", "reference, s", "ms a step, second half", "pairs a second",
         "a validation, s", "whole, s", "arrays, GB", "held, GB", "validation loss at the end",
     )  # fmt: skip
-    notes = [note for word, note in RUN_NOTES.items() if any(word in row[0] for row in rows)]
-    return "\n\n".join((markdown_table(header, rows), "\n".join(made), *map(paragraph, notes))).rstrip()
+    return markdown_table(header, rows) + "\n\n" + "\n".join(made)
+
+
+# The whole runs that README compares, in its words.
+COMPARED = {
+    "h200_smollm2": "SmolLM2-135M, 4 pairs a step, H200",
+    "h200_smollm2_16": "the same, 16 pairs",
+    "h200_1b": "Llama of 1.24 B, 4 pairs, H200",
+    "h200_1b_16": "the same, 16 pairs",
+    "cpu": "SmolLM2-135M, 4 pairs, CPU of two cores",
+}
+
+
+def beside_table():
+    """Whole runs here as multiples and shares of TRL's."""
+    rows, runs = [], files("end_to_end_*.json")
+    for name, told in COMPARED.items():
+        ours, trl = (runs[name]["runs"][program] for program in ("ours", "trl"))
+        shares = [
+            ours["held_gb"] / trl["held_gb"],
+            ours["phases"]["reference"] / trl["phases"]["reference"],
+            ours["whole_seconds"] / trl["whole_seconds"],
+        ]
+        speed = ours["pairs_per_second"] / trl["pairs_per_second"]
+        rows.append((told, f"{speed:.1f}", *(f"{share:.2f}" for share in shares)))
+    return markdown_table(("run", "times the pairs a second", "of its memory", "reference pass", "whole time"), rows)
 
 
 def ms(row):
@@ -421,64 +423,15 @@ def gpus_table(found):
     return f"{markdown_table(header, rows)}\n\n{settings_cell(found['settings'])}; {made_by(found)}"
 
 
-def cache_table(found):
-    """Milliseconds a step and memory by how often MLX's cache is given back."""
+def gpu_pieces_table(found):
+    """A step on a GPU with and without each piece that is there for its sake."""
     rows = []
     for row in found["rows"]:
-        memory = (row["arrays_gb"], row["held_gb"], row["driver_gb"])
-        told = spread(row["ms"])
-        cells = ("-" if x is None else f"{x:.1f}" for x in memory)
-        rows.append((row["model"], row["pairs"], row["gpus"], row["given_back"], told, *cells))
-    header = (
-        "model", "pairs a step", "GPUs", "the cache is given back", "ms a step", "arrays, GB", "with the cache, GB",
-        "by the driver, GB",
-    )  # fmt: skip
-    return table_of(header, rows, found)
-
-
-def arrangements_table(found):
-    """Milliseconds a step and memory of packed batches and of plain ones on a GPU."""
-    rows = []
-    for row in found["rows"]:
-        told = spread(row["ms"])
-        rows.append((row["how"], row["card"], told, f"{row['arrays_gb']:.1f}", f"{row['driver_gb']:.1f}"))
-    header = ("batch", "card", "ms a step", "arrays, GB", "by the driver, GB")
-    return table_of(header, rows, found)
-
-
-def vectors_table(found):
-    """Milliseconds a step with each parameter updated by itself, and with all as vectors."""
-    rows = []
-    for row in found["rows"]:
-        times = spread(row["one_by_one_ms"]), spread(row["as_vectors_ms"])
-        rows.append((row["model"], row["pairs"], f"{row['kernels']:,}", f"{row['device_ms']:.0f}", *times))
-    header = (
-        "model", "pairs a step", "kernels a step, one by one", "of these on the device, ms", "ms a step, one by one",
-        "as vectors",
-    )  # fmt: skip
-    return table_of(header, rows, found)
-
-
-def siblings_table(found):
-    """Milliseconds a step with LoRA layers that read one input computed apart and together."""
-    rows = []
-    for row in found["rows"]:
-        times = spread(row["apart_ms"], 1), spread(row["together_ms"], 1)
-        memory = (f"{row[f'{how}_gb']:.2f}" for how in ("apart", "together"))
-        rows.append((row["model"], row["pairs"], *times, *memory))
-    header = ("model", "pairs a step", "ms a step, apart", "together", "peak GB, apart", "together")
-    return table_of(header, rows, found)
-
-
-def kernels_table(found):
-    """Milliseconds a step and memory with and without this project's own copying kernels on CUDA."""
-    rows = []
-    for row in found["rows"]:
-        told = spread(row["ms"])
-        memory = f"{row['arrays_gb']:.1f}", f"{row['driver_gb']:.1f}"
-        rows.append((row["model"], row["pairs"], row["batch"], row["kernels"], told, *memory))
-    header = ("model", "pairs a step", "batch", "kernels", "ms a step", "arrays, GB", "by the driver, GB")
-    return table_of(header, rows, found)
+        times = (spread(row[when]["ms"]) for when in ("with", "without"))
+        memory = (f"{row[when]['gb']:.1f}" for when in ("with", "without"))
+        rows.append((row["piece"], f"{row['model']}, {row['pairs']}", *times, *memory, row["counted"]))
+    header = ("piece", "model, pairs a step", "ms a step, with", "without", "GB, with", "without", "counted")
+    return markdown_table(header, rows)
 
 
 def malloc_table(found):
@@ -502,15 +455,13 @@ def rule_table(found):
 
 
 def sentiment_table():
-    """Score against KL from the reference, for each file: a row a run, with its steps and with its score at some KL."""
+    """Score against KL from the reference, for each file: a row a run."""
     parts = []
     for name, records in files("sentiment_*.json").items():
         runs = runs_of(records)
         commands = dict.fromkeys(record.get("command", "python benchmarks/sentiment.py") for record in records)
         parts += [
-            f"`{name}`, KL in nats and the mean score after some steps:",
-            markdown_table(*points_table(runs)),
-            "The score where the frontier first comes to a KL:",
+            f"`{name}`, the score where the frontier first comes to a KL:",
             markdown_table(*scores_table(runs, (2, 5, 10))),
             "\n".join(f"- `{command}`" for command in commands)
             + f"\n\n{records[0].get('machine', records[0].get('device'))}.",
@@ -536,6 +487,7 @@ def learning_table():
 
 REGIONS = {
     "example": (README, example_text),
+    "beside": (README, beside_table),
     "rate": (MANUAL, rate_text),
     "discopop": (MANUAL, discopop_text),
     "soak": (MANUAL, soak_text),
@@ -549,15 +501,11 @@ REGIONS = {
     "gradients": (BENCHMARKS, gradients_table),
     "scaling": (BENCHMARKS, of_files("scaling_*.json", scaling_table)),
     "gpus": (BENCHMARKS, of_files("gpus_*.json", gpus_table)),
-    "cache": (BENCHMARKS, of_files("cache_*.json", cache_table)),
-    "vectors": (BENCHMARKS, of_files("vectors_*.json", vectors_table)),
-    "siblings": (BENCHMARKS, of_files("siblings_*.json", siblings_table)),
-    "kernels": (BENCHMARKS, of_files("kernels_*.json", kernels_table)),
+    "gpu pieces": (BENCHMARKS, of_files("gpu_pieces_*.json", gpu_pieces_table)),
     "malloc": (BENCHMARKS, of_files("malloc.json", malloc_table)),
     "recurrent": (BENCHMARKS, of_files("recurrent.json", recurrent_table)),
     "rule": (BENCHMARKS, of_files("recurrent.json", rule_table)),
     "shared": (BENCHMARKS, of_files("recurrent.json", shared_table)),
-    "arrangements": (BENCHMARKS, of_files("arrangements_*.json", arrangements_table)),
     "relatives": (BENCHMARKS, of_files("recurrent.json", relatives_table)),
     "learning": (BENCHMARKS, learning_table),
     "sentiment": (BENCHMARKS, sentiment_table),

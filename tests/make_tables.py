@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from architectures import ARCHITECTURES, SKIPPED, UNPACKED, UNTRAINABLE  # noqa: E402
 from layouts import LAYOUTS  # noqa: E402
-from tables import BENCHMARKS, MANUAL, REGIONS, markdown_table, write  # noqa: E402
+from tables import BENCHMARKS, MANUAL, REGIONS, markdown_table, paragraph, write  # noqa: E402
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 RECIPES = sorted(path for path in (ROOT / "mlx_lm" / "examples").glob("*.yaml") if path.name != "lora_config.yaml")
@@ -180,18 +180,18 @@ def first_sentence(path):
 
 def architectures_table():
     """What each model type of the installed mlx-lm does; `test_architectures.py` shows that it does."""
-    kinds = {name: f"not tried: {reason}" for name, reason in SKIPPED.items()}
-    for name in ARCHITECTURES:
-        kinds[name] = f"plain: {UNPACKED[name]}" if name in UNPACKED else "packed"
-        if name in UNTRAINABLE:
-            kinds[name] = f"cannot be trained: {UNTRAINABLE[name]}"
-    trained, packed = len(ARCHITECTURES) - len(UNTRAINABLE), [*kinds.values()].count("packed")
+    others = {name: f"not tried: {reason}" for name, reason in SKIPPED.items()}
+    others |= {name: f"plain: {reason}" for name, reason in UNPACKED.items()}
+    others |= {name: f"cannot be trained: {reason}" for name, reason in UNTRAINABLE.items()}
+    packed = sorted((name for name in ARCHITECTURES if name not in others), key=str.lower)
     text = (
-        f"mlx-lm {mlx_lm.__version__}: {trained} model types train, each with LoRA on every layer, and {packed} of "
-        "them pack.\nFor all of them the output head runs on response positions only, and logps are within 1e-4 nats "
-        "and gradients within\n1e-4 (relative) of the plain pass, with and without `grad_checkpoint`.\n\n"
+        f"mlx-lm {mlx_lm.__version__}: {len(ARCHITECTURES) - len(UNTRAINABLE)} model types train, each with LoRA on "
+        f"every layer, and {len(packed)} of them pack. For all of them the output head runs on response positions "
+        "only, and logps are within 1e-4 nats and gradients within 1e-4 (relative) of the plain pass, with and without "
+        f"`grad_checkpoint`. Packed: {', '.join(packed)}."
     )
-    return text + markdown_table(("model type", "batches"), sorted(kinds.items(), key=lambda item: item[0].lower()))
+    rows = sorted(others.items(), key=lambda item: item[0].lower())
+    return paragraph(text) + "\n\n" + markdown_table(("model type", "batches"), rows)
 
 
 FROM_CODE = {
