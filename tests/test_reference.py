@@ -121,6 +121,18 @@ def test_batches_are_as_large_as_memory_is_ample_for(monkeypatch):
     assert 2**28 < module.device_memory() < 2**45
 
 
+@pytest.mark.parametrize(
+    "info, memory",
+    [
+        ({"max_recommended_working_set_size": 11 * 10**9, "memory_size": 17 * 10**9}, 11 * 10**9),  # Metal
+        ({"free_memory": 70 * 10**9, "total_memory": 80 * 10**9}, 80 * 10**9),  # CUDA
+    ],
+)
+def test_memory_is_what_a_device_lets_a_process_use(info, memory, monkeypatch):
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    assert module.device_memory() == memory
+
+
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch):
     pairs = some_pairs(200, prompt=(5, 60), response=(1, 60))
