@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.preference.batches import PACKED, Schedule
 from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.workers import means_over_workers
 
 ROOT = Path(__file__).parents[1]
 # Nine pairs in batches of four: of the last batch's one pair, the second worker has none.
@@ -58,6 +60,9 @@ if world.rank() == 1:
     folder = folder / "second"
     folder.mkdir()
     (folder / "metrics.jsonl").touch()
+# One run takes means over workers as on Metal.
+on_metal = mx.metal.is_available()
+mx.metal.is_available = lambda: on_metal or name == "accumulated"
 for name, options in RUNS.items():
     (folder / name).mkdir()
     (folder / name / "metrics.jsonl").touch()
@@ -183,3 +188,21 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(mx.distributed, "init", lambda *_: Three())
     with pytest.raises(ConfigError, match="batch_size is 4; it must be a multiple of the number of workers, 3"):
         Schedule(PAIRS, batch_size=4, seed=0, arrangement=PACKED)
+
+
+def test_on_metal_the_cpu_takes_means_over_workers_and_they_are_waited_for(monkeypatch):
+    """A GPU that waited for a slower worker would be taken to hang."""
+
+    class Two:
+        size = staticmethod(lambda: 2)
+
+    told = []
+    monkeypatch.setattr(mx.distributed, "init", Two)
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, **_: told.append("sum") or 3 * x)
+    monkeypatch.setattr(mx, "stream", lambda device: told.append(device) or nullcontext())
+    monkeypatch.setattr(mx, "eval", lambda means: told.append("waited"))
+    for metal in (False, True):
+        monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
+        gradient, pairs = means_over_workers({"a": mx.array([2.0, 4.0])}, mx.array(2.0))
+        assert gradient["a"].tolist() == [3.0, 6.0] and pairs.item() == 3.0
+    assert told == ["sum", "sum", mx.cpu, "sum", "sum", "waited"]

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ...cli_ui import rprint
 from .files import give_second_name, make_own_folder, replace_file, replace_files
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, first_line
-from .workers import confirm
+from .workers import confirm, means_over_workers
 
 STATE_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
@@ -109,11 +108,7 @@ def save_run(step, logps, progress, settings, args, config, numbered=False):
     accumulated, world = step.accumulated, mx.distributed.init()
     if accumulated is not None and world.size() > 1:
         # The sum over all: whoever goes on may be fewer or more.
-        gradient, pairs = accumulated
-        accumulated = (
-            tree_map(lambda mean: mean * world.size(), average_gradients(gradient)),
-            mx.distributed.all_sum(pairs),
-        )
+        accumulated = tree_map(lambda mean: mean * world.size(), means_over_workers(*accumulated))
     trained = step.model.trainable_parameters()
     written = [trained, step.optimizer.state, accumulated or []]
     mx.eval(written)

@@ -4,7 +4,6 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 
 import mlx.core as mx
-from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map
 
 from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
@@ -14,6 +13,7 @@ from .intercept import aside, exchanged
 from .memory import Need
 from .nonfinite import update_if
 from .routing import experts_in, load_balancing_loss, routed, routers_of
+from .workers import means_over_workers
 
 # What is summed over pairs, in this order; TRL's names.
 FIGURES = (
@@ -241,7 +241,7 @@ class Step:
 
         Returns:
             `(sums, gradient norm)`: `Objective`'s sums, and the mean gradient's norm before clipping, None
-            where there was no update. Nothing is evaluated yet.
+            where there was no update. Nothing is evaluated yet, but for several workers' gradients on Metal.
         """
         sums, gradient = self.gradient(batch, reference)
         pairs = sums[len(FIGURES)]
@@ -252,7 +252,8 @@ class Step:
             self.accumulated = gradient, pairs
             return sums, None
         self.accumulated = None
-        return sums, (self._compiled_update if self.compiled else self._update)(gradient, pairs)
+        means = means_over_workers(gradient, pairs)
+        return sums, (self._compiled_update if self.compiled else self._update)(*means)
 
     def gradient(self, batch, reference):
         """`(sums, gradient)` of a batch: `Objective`'s sums, and the summed loss's gradient, as `flat` joins it."""
@@ -288,8 +289,6 @@ class Step:
         return sums, self.flat.join(gradient, as_multiplied=True)
 
     def _update(self, gradient, pairs):
-        gradient = average_gradients(gradient)
-        pairs = mx.distributed.all_sum(pairs) / mx.distributed.init().size()
         squares = sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradient))
         norm = mx.sqrt(squares) / pairs
         divisor = pairs if self.max_grad_norm is None else pairs * mx.maximum((norm + 1e-6) / self.max_grad_norm, 1)

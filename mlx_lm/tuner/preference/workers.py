@@ -15,10 +15,11 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn.utils import average_gradients
 
 from .options import ConfigError
 
@@ -62,6 +63,22 @@ def confirm():
     world = mx.distributed.init()
     if world.size() > 1 and mx.distributed.all_sum(mx.array(PROBE)).item() != PROBE * world.size():
         raise RuntimeError(LOST)
+
+
+def means_over_workers(gradient, pairs):
+    """The means over all workers of a gradient, a tree, and of how many pairs it is of.
+
+    On Metal the CPU alone takes them, and they are waited for: a GPU that waits for some five seconds, as for a slower
+    Mac, is taken to hang, and MLX ends with "Caused GPU Timeout Error".
+    """
+    workers, by_cpu = mx.distributed.init().size(), mx.metal.is_available()
+    if workers == 1:
+        return gradient, pairs
+    with mx.stream(mx.cpu) if by_cpu else nullcontext():
+        means = average_gradients(gradient), mx.distributed.all_sum(pairs) / workers
+    if by_cpu:
+        mx.eval(means)
+    return means
 
 
 def refuse_different_workers(settings):
