@@ -306,7 +306,8 @@ def _compare(args, loss, model, tokenizer, test_set):
 def _told_plainly():
     """Within the context, an interruption and an error of the system come with a sentence for the user.
 
-    The latter are errors of files, and memory that does not suffice, for which MLX has no exception of its own.
+    The latter are errors of files, and memory that does not suffice, for which MLX has no exception of its own, nor for
+    macOS ending what keeps it from drawing.
     """
     try:
         yield
@@ -317,6 +318,12 @@ def _told_plainly():
     except OSError as error:
         raise ConfigError(f"the run stopped ({first_line(error)}); files saved before are complete.") from error
     except (MemoryError, RuntimeError) as error:
+        if "Impacting Interactivity" in str(error):
+            raise ConfigError(
+                f"macOS ended the GPU's work because it held up the screen ({first_line(error)}); turn the screen off "
+                "while it trains, or start it with AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment, or take a "
+                "smaller batch_size or max_seq_length. Files saved before are complete."
+            ) from error
         if isinstance(error, RuntimeError) and not re.search("memory|alloc", str(error), re.IGNORECASE):
             raise
         raise ConfigError(

@@ -897,6 +897,21 @@ class TestMemory:
         assert done.status == 2 and after.files() == before
         assert re.search("^error: memory does not suffice .*; a smaller batch_size", done.err)
 
+    def test_macos_ends_what_holds_up_the_screen(self, after, monkeypatch):
+        told = (
+            "[METAL] Command buffer execution failed: Impacting Interactivity "
+            "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
+        )
+
+        def fail(*_):
+            raise RuntimeError(told)
+
+        before = after.files()
+        monkeypatch.setattr(Reference, "logps", fail)
+        done = after()
+        assert done.status == 2 and after.files() == before
+        assert re.search("^error: macOS ended the GPU's work .*; turn the screen off", done.err)
+
     def test_other_errors_are_not_hidden(self, after, monkeypatch):
         def fail(*_):
             raise RuntimeError("a fault of this project's own")
