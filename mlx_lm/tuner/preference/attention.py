@@ -21,6 +21,8 @@ from .cuda_copies import fit, rows_of
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
 CUDA_TILE = 128
+# Its Metal backend has one since this version, for heads so wide among others, where no array is the mask.
+FUSED_SINCE, FUSED_WIDTHS = (0, 32, 4), (64, 72, 80, 96, 128)
 # Where there is none, a query's scores are kept for each key. With so many keys a head's dimension they are more than
 # what it takes to compute them again, which is done for a block of queries at a time.
 KEYS_A_DIMENSION = 4
@@ -29,6 +31,11 @@ KEYS_A_DIMENSION = 4
 def on_cuda():
     """Whether the default device is a GPU of NVIDIA's."""
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
+
+
+def on_metal():
+    """Whether the default device is a GPU of Apple's."""
+    return mx.default_device() == mx.gpu and mx.metal.is_available()
 
 
 # Scores that such a block of queries has at most. On CUDA some fifty kernels have to be launched for each block.
@@ -302,6 +309,11 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     half, narrow = queries.dtype in (mx.float16, mx.bfloat16), max(queries.shape[3], values.shape[3]) <= 128
     if on_cuda() and half and narrow:
         return tokens_first(call(queries, keys, values, mask=mask))
+    if on_metal() and causal and sinks is not None:
+        # Given the word, MLX 0.32.4 takes kernels that have no gradient where there are sinks.
+        return call(queries, keys, values, mask=create_causal_mask(queries.shape[2], keys.shape[2] - queries.shape[2]))
+    if on_metal() and sinks is None and (mask is None or causal) and _is_fused(queries, values):
+        return call(queries, keys, values, mask=mask)
     whole = all(x.dtype == mx.float32 for x in (queries, keys, values))
     if causal and sinks is None and whole and mx.default_device() == mx.cpu:
         return causal_attention(queries, keys, values, scale)
@@ -310,6 +322,12 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     if plain and keys.shape[2] > KEYS_A_DIMENSION * queries.shape[3]:
         return _blocked(call, queries, keys, values, mask)
     return call(queries, keys, values, mask=mask)
+
+
+def _is_fused(queries, values):
+    """Whether MLX's Metal backend has a backward pass for heads of these widths that keeps no scores."""
+    version = tuple(map(int, mx.__version__.split(".")[:3]))
+    return version >= FUSED_SINCE and queries.shape[3] == values.shape[3] and queries.shape[3] in FUSED_WIDTHS
 
 
 @mx.custom_function

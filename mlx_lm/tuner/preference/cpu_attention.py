@@ -5,6 +5,8 @@ three times the time of libm's pow. Here a block of queries sees the keys up to 
 rows of one product, and what a softmax divides by goes into the smaller arrays.
 """
 
+from itertools import pairwise
+
 import mlx.core as mx
 
 from ...models.activations import fast_exp, fast_max
@@ -16,10 +18,16 @@ BLOCK_SCORES, LEAST = 2**23, 32
 
 
 def blocks_of(queries, keys, most, count=1):
-    """`[(start, stop)]`: the queries `(B, H, Q, D)` in `count` blocks, or in more of at most so many scores."""
+    """`[(start, stop)]`: the queries `(B, H, Q, D)` in `count` blocks, or in more of at most so many scores.
+
+    As many in one as in another: behind larger ones, a few could be left over, for which Metal's kernel is another one,
+    without a gradient.
+    """
     batch, heads, length, _ = queries.shape
     size = max(LEAST, min(-(-length // count), most // (batch * heads * keys.shape[2])))
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+    blocks = -(-length // size)
+    bounds = [length * i // blocks for i in range(blocks + 1)]
+    return list(pairwise(bounds))
 
 
 def in_blocks(queries, keys, values, spans, causal, block, gradient):
