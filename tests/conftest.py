@@ -6,6 +6,10 @@ from pathlib import Path
 
 # Tests run on all cores already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if sys.platform == "darwin":
+    # Metal keeps what some forty operations in a row took until the last of them is done, and has ten such rows under
+    # way: of these tests' small steps that is all. So each operation is handed over by itself, as memory is tested.
+    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "0")
 
 import mlx_lm  # noqa: F401, I001 (first: it chooses the BLAS that MLX multiplies with)
 import mlx.core as mx
