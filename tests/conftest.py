@@ -10,6 +10,8 @@ if sys.platform == "darwin":
     # Metal keeps what some forty operations in a row took until the last of them is done, and has ten such rows under
     # way: of these tests' small steps that is all. So each operation is handed over by itself, as memory is tested.
     os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "0")
+    # The folder for temporary files has a long name there, and messages are cut in their middle.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/tmp")
 
 import mlx_lm  # noqa: F401, I001 (first: it chooses the BLAS that MLX multiplies with)
 import mlx.core as mx

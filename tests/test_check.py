@@ -106,7 +106,7 @@ class TestFile:
             ("# nothing\n", "holds no keys"),
             ("- a\n- b\n", "holds no keys"),
             ("hello", "holds no keys"),
-            ("a: [1\nb: 2", "is not YAML: while parsing a flow sequence in .*config.yaml, line 1, column 4"),
+            ("a: [1\nb: 2", "is not YAML: while parsing a flow sequence in .*, line 1, column 4"),
             ("a:\n\t- 1", "is not YAML: while scanning"),
             (b"a: \xff\xfe", "is not YAML: 'utf-8' codec"),
             ("a: 1\n5: 2", "config.yaml:2: 5 is no name of a key"),
