@@ -9,6 +9,7 @@ import pytest
 from architectures import ARCHITECTURES, make_model
 from mlx.utils import tree_flatten
 from plain_pass import make_pairs, make_policy
+from test_recurrent import make_inputs
 
 from mlx_lm.models import gated_delta
 from mlx_lm.tuner.preference import batches, pieces
@@ -159,6 +160,19 @@ def test_a_masked_sequence_is_upstreams():
         found = run()
     assert_same({"logits": found}, {"logits": expected})
     assert not mx.allclose(expected, model(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("width, has_kernel", [(24, False), (64, True)])
+def test_on_metal_upstreams_kernel_runs_for_the_widths_that_it_has(width, has_kernel, monkeypatch):
+    """For others upstream has its loop over tokens, in evaluations too."""
+    monkeypatch.setattr(pieces, "on_metal", lambda: True)
+    queries, keys, values, *others = make_inputs(9, key_width=width)
+    gates, rates = mx.random.normal((2, 2, 9, 4), key=mx.random.key(0))
+    inputs = queries, keys, values, gates, rates, others[0][0, 0], others[1][0, 0]
+    taken = mock.Mock(wraps=gated_delta.gated_delta_update)
+    found, _ = pieces._gated_delta(taken, None)(*inputs)
+    assert mx.allclose(found, gated_delta.gated_delta_update(*inputs)[0], atol=1e-4)
+    assert taken.called == has_kernel
 
 
 def test_split_gives_its_parts_gradients_back():

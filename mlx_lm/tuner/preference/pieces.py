@@ -18,7 +18,7 @@ from mlx_lm.models.ssm import compute_dt
 
 from ...models.activations import swiglu
 from . import cuda_delta, cuda_scan, recurrent
-from .attention import on_cuda
+from .attention import on_cuda, on_metal
 from .intercept import exchanged, recomputed
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
@@ -91,15 +91,15 @@ def gated_delta_rule(queries, keys, values, log_gates, betas, state=None):
 def _gated_delta(upstream, packed):
     """`gated_delta_update` of Qwen3-Next and Qwen3.5, Kimi Linear and OLMo's hybrids.
 
-    Where upstream has a kernel, on Metal but in training, that runs, unless the batch is packed; and where there is a
-    mask, the loop.
+    Where upstream has a kernel, on Metal but in training and for keys of these widths, that runs, unless the batch is
+    packed; and where there is a mask, the loop.
     """
 
     def update(
         q, k, v, a, b, A_log, dt_bias, state=None, mask=None,
         *, use_kernel=True, lower_bound=None, allow_neg_eigval=False,
     ):  # fmt: skip
-        has_kernel = use_kernel and mx.default_device() == mx.gpu and mx.metal.is_available()
+        has_kernel = use_kernel and on_metal() and k.shape[-1] % 32 == 0
         if mask is not None or (has_kernel and packed is None):
             options = {"use_kernel": use_kernel, "lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
             return upstream(q, k, v, a, b, A_log, dt_bias, state, mask, **options)
