@@ -7,8 +7,8 @@ from pathlib import Path
 # Tests run on all cores already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if sys.platform == "darwin":
-    # Metal keeps what some forty operations in a row took until the last of them is done, and has ten such rows under
-    # way: of these tests' small steps that is all. So each operation is handed over by itself, as memory is tested.
+    # Metal keeps what some forty operations in a row took until the last of them is done: here each is handed over by
+    # itself, for `one_by_one`.
     os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "0")
     # The folder for temporary files has a long name there, and messages are cut in their middle.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/tmp")
@@ -34,6 +34,14 @@ def uncompiled():
     mx.disable_compile()
     yield
     mx.enable_compile()
+
+
+@pytest.fixture
+def one_by_one():
+    """MLX waits for each operation before the next one, at a limit of no memory: a peak is of what has to be there."""
+    usual = mx.set_memory_limit(0)
+    yield
+    mx.set_memory_limit(usual)
 
 
 def pytest_addoption(parser):

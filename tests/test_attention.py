@@ -264,6 +264,7 @@ def test_gradients_have_their_arrays_dtypes_where_those_differ(on, kinds, monkey
     assert max(errors(found, [slope.astype(mx.float32) for slope in expected])) < 0.02
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_memory_of_attention_in_blocks_grows_with_its_length(monkeypatch):
     for where, name in ((module, "MOST_SCORES"), (cpu_attention, "BLOCK_SCORES")):
         monkeypatch.setattr(where, name, 2**16)

@@ -134,6 +134,7 @@ def test_other_convolutions_are_left_alone(options):
         assert type(layer) is nn.Conv1d
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_gradients_of_adapters_do_not_wait_for_those_of_other_layers():
     """What a layer passes on depends on its own gradients: they are taken first, and what they need is let go."""
     layers = [adapted(scale=0.1) for _ in range(12)]
@@ -169,6 +170,7 @@ def taken(gradient):
     return gradient, mx.get_peak_memory() - before
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_an_activation_that_is_computed_again_keeps_nothing_but_its_inputs():
     # Near the value that the activation leaves as it is, 1.28: more would grow without end, less vanish.
     inputs = [mx.random.uniform(1.2, 1.36, (50, 1000)) for _ in range(2)]
@@ -246,6 +248,7 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_blocks_do_not_keep_their_activations():
     """Of a block's wide arrays gate, up and down's input stay: not the sigmoid and its product with gate."""
     blocks = nn.Sequential(*(Block() for _ in range(8)))
@@ -301,6 +304,7 @@ def test_a_cpu_unpacks_weights_within_the_context_alone():
     assert [type(model.linear), type(model.embedding)] == packed == [nn.QuantizedLinear, nn.QuantizedEmbedding]
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_one_modules_weights_at_a_time_are_unpacked():
     """Weights of 512 x 512 take 1 MB where they are unpacked."""
 
@@ -486,6 +490,7 @@ def test_layers_that_may_leave_arrays_in_an_object_run_as_they_are(make, again):
     assert [layer.runs for layer in model.layers] == [1 + again] * 3 + [1]
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_checkpointed_layers_keep_little_but_their_inputs(arrangement, uncompiled):
     """Left to itself, MLX takes the adapters' gradients last and keeps all that they need until then."""

@@ -225,6 +225,7 @@ def test_logits_in_chunks_give_the_same_scores_and_gradients(kind, monkeypatch):
     check(model, scorer=scorer)
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("kind", ["LoRA", "LoRA head"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_does_not_grow_with_vocabulary_and_response(kind, gradient, monkeypatch):
@@ -353,6 +354,7 @@ def test_running_the_body_or_the_head_alone_leaves_the_model_as_it_was():
     assert mx.array_equal(model(tokens), expected)
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_the_head_is_not_run_for_hidden_states():
     """The graph of the logits is made, and let go: with 200,000 words they would take 58 MB."""
     model = make_model(UNTIED, vocab_size=200_000)

@@ -166,6 +166,7 @@ def test_pieces_of_a_sequence_are_the_whole(by_channel, monkeypatch):
     assert_is_the_loop(make_inputs(5 * CHUNK + 3, by_channel, batch=1, key_heads=1, value_heads=1))
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_memory_is_of_inputs_and_a_state_a_piece(monkeypatch):
     """Both passes over a layer take an eighth of a state for each token, and twice as much for twice the tokens."""
     one_piece_is(1, monkeypatch)

@@ -71,6 +71,7 @@ def test_cuda_refuses_rope_of_few_dimensions_on_many_rows():
         mx.eval(mx.fast.rope(x, 16, traditional=False, base=1e4, scale=1.0, offset=offset))
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_checkpoint_keeps_what_it_computed_again():
     """`mx.checkpoint`: the gradient of a chain with parameters keeps the recomputed arrays of every function.
 
