@@ -24,15 +24,17 @@ from .layers import convolved_channels, is_float32, layers_of, lean_layers
 from .pairs import Pair
 from .siblings import find_siblings
 
-# Logits in one chunk of the output head: 2^25 float32 values are 134 MB, wide enough for a GPU; a CPU is as fast
-# with an eighth of them.
-CHUNK_LOGITS = 2**25 if mx.default_device() == mx.gpu else 2**22
-# How many times as many where a gradient is taken: on CUDA a step of a 1.24 B model holds half a GB less so.
-GRADIENT_SHARE = 0.5 if on_cuda() else 1
-# The same where figures of tokens are asked for too. These have several arrays of a chunk's size at once: whole chunks
-# on CUDA had a validation of SmolLM2 take 4.0 GB, where a step takes 3.1. But there some thirty kernels have to be
-# launched for each chunk.
-FIGURES_SHARE = 0.5 if on_cuda() else 0.25
+# Logits in one chunk of the output head; how many times as many where a gradient is taken, and where figures of tokens
+# are asked for, which have several arrays of a chunk's size at once. On CUDA some thirty kernels have to be launched
+# for each chunk; with 2^25 in all three a step of a 1.24 B model held half a GB more, and a validation of SmolLM2 took
+# 4.0 GB where a step takes 3.1. Macs have little memory, and a chunk of 2^23 has 64 rows with 128k words, enough for
+# their products. A CPU is as fast with half of that.
+if on_cuda():
+    CHUNK_LOGITS, GRADIENT_SHARE, FIGURES_SHARE = 2**25, 0.5, 0.5
+elif mx.default_device() == mx.gpu:
+    CHUNK_LOGITS, GRADIENT_SHARE, FIGURES_SHARE = 2**23, 1, 0.5
+else:
+    CHUNK_LOGITS, GRADIENT_SHARE, FIGURES_SHARE = 2**22, 1, 0.25
 BODIES = ("model", "transformer", "backbone")
 KEY_VALUE_CACHES = (KVCache, RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
 # Tokens of the longest sequence of PROBE, and the attention windows that it is tried with.
