@@ -32,6 +32,10 @@ def requirements():
 
 # The installation leaves MLX's backend to the extras, because two of them in one environment overwrite each other.
 mlx = next(line for line in requirements() if line.startswith("mlx[cpu]"))
+backends = {backend: [mlx.replace("cpu", backend)] for backend in ("cpu", "cuda12", "cuda13")}
+# MLX compiles kernels while it runs, with CUDA's headers. Its package for CUDA 13 brings them; that for 12 does not, so
+# that it ends with "Can not find locations of CUDA headers" where no toolkit is installed.
+backends["cuda12"].append("nvidia-cuda-runtime-cu12==12.9.*; platform_system == 'Linux'")
 
 setup(
     name="mlx-lm-dpo",
@@ -44,7 +48,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[line.replace("[cpu]", "") if line == mlx else line for line in requirements()],
     extras_require={
-        **{backend: [mlx.replace("cpu", backend)] for backend in ("cpu", "cuda12", "cuda13")},
+        **backends,
         "train": ["datasets"],
         "test": ["hypothesis", "pytest", "pytest-xdist", "setuptools>=70.1"],
     },

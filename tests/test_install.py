@@ -249,3 +249,7 @@ def test_the_wheel_asks_for_what_requirements_list(wheel):
     extras = {line.partition("extra == ")[2].strip("\"'"): normal(line) for line in asked if "mlx[" in line}
     assert extras == {name: normal(backend[0].replace("cpu", name)) for name in ("cpu", "cuda12", "cuda13")}
     assert "Requires-Python: >=3.11" in lines
+    # MLX's package for CUDA 12 alone leaves the headers that its kernels are compiled with to the system.
+    headers = [line for line in asked if "cuda-runtime" in line]
+    assert len(headers) == 1 and normal(headers[0]) == ("nvidia-cuda-runtime-cu12", ("==12.9.*",))
+    assert "cuda12" in headers[0] and "Linux" in headers[0]
