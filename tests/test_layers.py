@@ -13,6 +13,7 @@ from plain_pass import scored_gradient as gradient_of
 
 from mlx_lm.models import activations, qwen3
 from mlx_lm.models.activations import recomputed_activations, swiglu
+from mlx_lm.tuner.preference import layers as layers_module
 from mlx_lm.tuner.preference.attention import RowCache
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
 from mlx_lm.tuner.preference.intercept import drawing_from, intercepted, parameters_in, recomputed
@@ -302,6 +303,24 @@ def test_a_cpu_unpacks_weights_within_the_context_alone():
         assert [type(model.linear), type(model.embedding)] == [UnpackedLinear, UnpackedEmbedding]
         raise ZeroDivisionError
     assert [type(model.linear), type(model.embedding)] == packed == [nn.QuantizedLinear, nn.QuantizedEmbedding]
+
+
+def test_cuda_is_given_one_product_of_all_tokens_and_packed_weights(monkeypatch):
+    model, multiply, shapes = TwoQuantized(4, "affine"), mx.quantized_matmul, []
+    x = mx.random.normal((40, 1, 64))
+    slope = mx.grad(lambda x: mx.square(model.linear(x)).sum())
+    expected, expected_slope = model.linear(x), slope(x)
+
+    def product(x, *args, **options):
+        shapes.append(x.shape)
+        return multiply(x, *args, **options)
+
+    monkeypatch.setattr(layers_module, "on_cuda", lambda: True)
+    monkeypatch.setattr(mx, "quantized_matmul", product)
+    with lean_layers(model.modules()):
+        found, found_slope = model.linear(x), slope(x)
+    assert shapes == [(40, 64)] * 2 and type(model.linear) is nn.QuantizedLinear
+    assert mx.allclose(found, expected, 1e-3, 1e-2) and mx.allclose(found_slope, expected_slope, 1e-3, 0.1)
 
 
 @pytest.mark.usefixtures("one_by_one")

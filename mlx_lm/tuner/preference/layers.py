@@ -112,6 +112,17 @@ class UnpackedEmbedding(nn.QuantizedEmbedding):
         return _unpacked_product(self, x)
 
 
+class FlatQuantizedLinear(nn.QuantizedLinear):
+    """A `QuantizedLinear` that multiplies all tokens as the rows of one matrix.
+
+    On CUDA MLX (0.32.4) makes a product of each row of one token, as a packed batch has them, and reads all weights for
+    each.
+    """
+
+    def __call__(self, x):
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 def _unpacked_product(module, x):
     """`x` `(..., in)` times a module's weights, `(..., out)`; one module's at a time are unpacked, in both passes."""
 
@@ -161,9 +172,13 @@ def lean_layers(modules, packed=None):
         modules: all of an mlx-lm model, or of a part of one.
         packed: the recurrent `Parts` of a packed batch, which recurrent layers, and what they convolve with, read.
     """
-    lean = {LoRALinear: LeanLoRALinear} if on_cuda() else {LoRALinear: LeanLoRALinear, nn.Conv1d: DepthwiseConv1d}
-    if mx.default_device() != mx.gpu:
-        lean |= {nn.QuantizedLinear: UnpackedLinear, nn.QuantizedEmbedding: UnpackedEmbedding}
+    lean = {LoRALinear: LeanLoRALinear}
+    if on_cuda():
+        lean[nn.QuantizedLinear] = FlatQuantizedLinear
+    else:
+        lean[nn.Conv1d] = DepthwiseConv1d
+        if mx.default_device() != mx.gpu:
+            lean |= {nn.QuantizedLinear: UnpackedLinear, nn.QuantizedEmbedding: UnpackedEmbedding}
     with ExitStack() as stack:
         for module in modules:
             if type(module) in lean and (type(module) is not nn.Conv1d or _is_depthwise(module)):
