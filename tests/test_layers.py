@@ -6,6 +6,7 @@ import pytest
 from architectures import make_model
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import KVCache
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_logps, reference_of
@@ -321,6 +322,30 @@ def test_cuda_is_given_one_product_of_all_tokens_and_packed_weights(monkeypatch)
         found, found_slope = model.linear(x), slope(x)
     assert shapes == [(40, 64)] * 2 and type(model.linear) is nn.QuantizedLinear
     assert mx.allclose(found, expected, 1e-3, 1e-2) and mx.allclose(found_slope, expected_slope, 1e-3, 0.1)
+
+
+@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
+def test_cuda_is_given_no_more_rows_of_experts_than_it_launches_blocks(kind, monkeypatch):
+    experts, multiply, counts = kind(64, 32, 4), mx.gather_qmm, []
+    nn.quantize(experts, group_size=32)
+    x = mx.random.normal((50, 64))
+    chosen = mx.argsort(mx.random.normal((50, 4)), axis=-1)[:, :2]
+    slope = mx.grad(lambda x: mx.square(experts(x, chosen)).sum())
+    expected, expected_slope = experts(x, chosen), slope(x)
+
+    def product(x, *args, **options):
+        counts.append(len(x))
+        return multiply(x, *args, **options)
+
+    monkeypatch.setattr(layers_module, "on_cuda", lambda: True)
+    monkeypatch.setattr(layers_module, "MOST_LAUNCHED", 30)
+    monkeypatch.setattr(mx, "gather_qmm", product)
+    with lean_layers(experts.modules()):
+        found, found_slope = experts(x, chosen), slope(x)
+        assert set(counts) == {30, 10}
+        experts(x[:20], chosen[:20])  # few are not sorted
+        assert counts[-1] == 20
+    assert mx.allclose(found, expected, 1e-3, 1e-3) and mx.allclose(found_slope, expected_slope, 1e-3, 1e-3)
 
 
 @pytest.mark.usefixtures("one_by_one")

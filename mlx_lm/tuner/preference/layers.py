@@ -1,20 +1,25 @@
 """Layers that compute what mlx-lm's do with less work, and layers computed again in the backward pass."""
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ...models.activations import recomputed_activations
+from ...models.switch_layers import QuantizedSwitchLinear
 from ..lora import LoRALinear
 from .attention import PackedState, RowCache, Window, on_cuda
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .pieces import recurrences_in_pieces
 from .siblings import siblings_of
+from .state_space import split
 
 STATELESS = (PackedState, RowCache, Window)
+# Blocks of a CUDA kernel along its second and third axes.
+MOST_LAUNCHED = 65535
 
 
 class LeanLoRALinear(LoRALinear):
@@ -123,6 +128,20 @@ class FlatQuantizedLinear(nn.QuantizedLinear):
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
+class PiecewiseSwitchLinear(QuantizedSwitchLinear):
+    """A `QuantizedSwitchLinear` of at most MOST_LAUNCHED rows at a time, where these are sorted by their experts.
+
+    On CUDA MLX (0.32.4) launches so many blocks along one axis, and with more ends with "invalid argument".
+    """
+
+    def __call__(self, x, indices, sorted_indices=False):
+        call = partial(super().__call__, sorted_indices=sorted_indices)
+        bounds = list(range(MOST_LAUNCHED, len(x), MOST_LAUNCHED))
+        if not sorted_indices or not bounds:
+            return call(x, indices)
+        return mx.concatenate(list(map(call, split(x, bounds, axis=0), mx.split(indices, bounds))))
+
+
 def _unpacked_product(module, x):
     """`x` `(..., in)` times a module's weights, `(..., out)`; one module's at a time are unpacked, in both passes."""
 
@@ -174,7 +193,7 @@ def lean_layers(modules, packed=None):
     """
     lean = {LoRALinear: LeanLoRALinear}
     if on_cuda():
-        lean[nn.QuantizedLinear] = FlatQuantizedLinear
+        lean |= {nn.QuantizedLinear: FlatQuantizedLinear, QuantizedSwitchLinear: PiecewiseSwitchLinear}
     else:
         lean[nn.Conv1d] = DepthwiseConv1d
         if mx.default_device() != mx.gpu:
