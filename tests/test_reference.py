@@ -22,7 +22,7 @@ import mlx_lm.lora
 import mlx_lm.utils
 from mlx_lm.tuner.preference import batches as batches_module
 from mlx_lm.tuner.preference import reference as module
-from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, filled, make_batch
+from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, filled, lengths_of, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference, ample_tokens, batches_of
@@ -155,6 +155,17 @@ def test_batches_within_the_tokens_hold_every_row_once(arrangement, monkeypatch)
     assert [rows.tolist() for rows in batches_of(scorer, pairs, range(200), 7)] == [
         rows.tolist() for rows in filled(lengths, arrangement, 7)
     ]
+
+
+def test_workers_that_take_batches_together_go_by_the_least_memory(monkeypatch):
+    pairs, scorer = some_pairs(100, prompt=(5, 60), response=(1, 60)), Scorer(tiny_llama())
+    monkeypatch.setattr(mx.distributed, "all_min", lambda tokens: mx.minimum(tokens, 300))
+    monkeypatch.setattr(module, "ample_tokens", lambda *_: 1200)
+    alone, together = batches_of(scorer, pairs, range(100)), batches_of(scorer, pairs, range(100), workers=2)
+    sizes = [[lengths_of(pairs[row] for row in rows).sum() for rows in batches] for batches in (alone, together)]
+    assert 900 < max(sizes[0]) <= 1200 and 400 < max(sizes[1]) <= 600
+    monkeypatch.setattr(module, "ample_tokens", lambda *_: 300)
+    assert [rows.tolist() for rows in batches_of(scorer, pairs, range(100), workers=2)] == list(map(list, together))
 
 
 def test_large_batches_waste_little(monkeypatch):

@@ -180,8 +180,13 @@ def batches_of(scorer, dataset, rows, size=None, workers=1):
     lengths = lengths_of(dataset[int(row)] for row in rows)
     if size is not None:
         return filled(lengths, scorer.arrangement, size)
-    most = workers * ample_tokens(scorer, int(lengths.sum(axis=1).max(initial=0)))
-    return filled(lengths, scorer.arrangement, most=most)
+    most = ample_tokens(scorer, int(lengths.sum(axis=1).max(initial=0)))
+    if workers > 1:
+        # With more memory or less each would group the rows by itself.
+        most = mx.distributed.all_min(mx.array(most))
+        mx.eval(most)
+        most = most.item()
+    return filled(lengths, scorer.arrangement, most=workers * most)
 
 
 def ample_tokens(scorer, longest, most=MOST_TOKENS):
