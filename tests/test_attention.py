@@ -351,6 +351,33 @@ def test_on_metal_mlxs_own_backward_pass_is_taken_where_there_is_one(version, wi
     assert bool(taken) != direct
 
 
+@pytest.mark.parametrize(
+    "dtype, widths, capability, direct",
+    [
+        (mx.bfloat16, (64, 64), 8, True),
+        (mx.float16, (96, 64), 12, True),
+        (mx.bfloat16, (64, 64), 7, False),  # a T4
+        (mx.bfloat16, (100, 100), 9, False),  # as OpenLLaMA 3B has
+        (mx.bfloat16, (64, 100), 9, False),
+        (mx.bfloat16, (192, 128), 9, False),
+        (mx.float32, (64, 64), 9, False),
+    ],
+)
+def test_on_cuda_scores_are_computed_again_where_cudnn_has_no_attention(dtype, widths, capability, direct, monkeypatch):
+    """The conditions of MLX's `supports_sdpa_cudnn`: elsewhere it keeps the scores of every layer."""
+    monkeypatch.setattr(module, "on_cuda", lambda: True)
+    monkeypatch.setattr(module, "_has_cudnn_attention", module._has_cudnn_attention.__wrapped__)
+    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": capability})
+    taken, original = [], module._blocked
+    monkeypatch.setattr(module, "_blocked", lambda *args: taken.append(1) or original(*args))
+    monkeypatch.setattr(module, "causal_attention", lambda *args: taken.append(1) or ATTENTION(*args[:3], scale=0.3))
+    x, values = (mx.random.normal((1, 2, 900, width)).astype(dtype) for width in widths)
+    found = attention(x, x, values, 0.05, "causal")
+    assert bool(taken) != direct
+    if dtype != mx.float32:
+        assert mx.allclose(found, ATTENTION(x, x, values, scale=0.05, mask="causal"), atol=3e-2)
+
+
 def test_on_metal_attention_with_sinks_is_given_an_array(monkeypatch):
     """MLX 0.32.4 takes the word "causal" for kernels without a gradient there, and an array for operations with one."""
     arrays, seen = [mx.random.normal((1, 2, 40, 64), key=mx.random.key(0)), mx.array([0.5, -1.0])], []

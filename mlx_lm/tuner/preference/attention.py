@@ -8,7 +8,7 @@ beginnings of all prompts first, and from the states these leave on what follows
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -306,8 +306,7 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     """MLX's attention with a backward pass that is right, and keeps no score for each query and key."""
     call = partial(mx.fast.scaled_dot_product_attention, scale=scale, sinks=sinks)
     causal = isinstance(mask, str)
-    half, narrow = queries.dtype in (mx.float16, mx.bfloat16), max(queries.shape[3], values.shape[3]) <= 128
-    if on_cuda() and half and narrow:
+    if on_cuda() and _is_fused_on_cuda(queries, values):
         return tokens_first(call(queries, keys, values, mask=mask))
     if on_metal() and causal and sinks is not None:
         # Given the word, MLX 0.32.4 takes kernels that have no gradient where there are sinks.
@@ -322,6 +321,19 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     if plain and keys.shape[2] > KEYS_A_DIMENSION * queries.shape[3]:
         return _blocked(call, queries, keys, values, mask)
     return call(queries, keys, values, mask=mask)
+
+
+def _is_fused_on_cuda(queries, values):
+    """Whether MLX's CUDA backend takes cuDNN's attention for such arrays, which keeps no scores."""
+    widths = queries.shape[3], values.shape[3]
+    half = queries.dtype in (mx.float16, mx.bfloat16)
+    return half and max(widths) <= 128 and not any(width % 8 for width in widths) and _has_cudnn_attention()
+
+
+@cache
+def _has_cudnn_attention():
+    """Whether the GPU is one of NVIDIA's Ampere or later ones: a T4, of capability 7.5, is not."""
+    return mx.device_info().get("compute_capability_major", 8) >= 8
 
 
 def _is_fused(queries, values):
