@@ -108,18 +108,25 @@ def prepare_for_training():
 
 
 def _keep_kernels_whole():
-    """See to it that MLX finds no half of a kernel that it compiled for CUDA and keeps for later runs.
+    """See to it that MLX finds no half of a kernel, and none of another GPU, among those that it keeps for later runs.
 
-    It writes the code, its names and its source one after another, and takes for the whole what is there: where a run
-    was killed between, all later ones would end with "There is no kernel named ...". Workers start together and compile
-    the same: each has a folder of its own.
+    On CUDA it writes the code, its names and its source one after another, and takes for the whole what is there: where
+    a run was killed between, all later ones would end with "There is no kernel named ...". Workers start together and
+    compile the same: each has a folder of its own. So has each kind of GPU, which MLX's names do not tell: another
+    one's code would end a run with "Failed to load compiled ... kernel". And MLX's own folder may be another user's,
+    in which a kernel with a long name, for which it makes a folder, would end it with "Permission denied".
     """
     import mlx.core as mx
 
-    folder = os.environ.get("MLX_PTX_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "mlx", mx.__version__, "ptx")
-    own = f"worker_{os.environ.get('MLX_RANK', '0')}"
-    if own not in ("worker_0", os.path.basename(folder)):
-        folder = os.environ["MLX_PTX_CACHE_DIR"] = os.path.join(folder, own)
+    folder = os.environ.get("MLX_PTX_CACHE_DIR")
+    if not folder:
+        user = getattr(os, "getuid", lambda: "")()
+        folder = os.path.join(tempfile.gettempdir(), f"mlx_lm_{user}", mx.__version__)
+    rank = os.environ.get("MLX_RANK", "0")
+    for own in (mx.device_info(mx.gpu).get("architecture", ""), "" if rank == "0" else f"worker_{rank}"):
+        if own not in ("", *Path(folder).parts):
+            folder = os.path.join(folder, own)
+    os.environ["MLX_PTX_CACHE_DIR"] = folder
     for code in Path(folder).rglob("*.ptx"):
         source = code.with_suffix(".cu")
         # Another user's, or gone by now, they are left.

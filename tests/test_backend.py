@@ -1,5 +1,6 @@
 """What MLX reads before it starts: a fast BLAS on Linux CPUs, and CUDA's settings for preference runs alone."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -118,6 +119,7 @@ def test_the_c_library_of_a_linux_cpu_is_told_to_keep_memory(cuda_settings_unset
 def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypatch, tmp_path):
     """MLX writes a CUDA kernel's code, names and source in this order, and reads the code and the names."""
     monkeypatch.setattr(_backend, "_has_cuda", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda _: {})
     monkeypatch.delenv("MLX_RANK", raising=False)
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
     long_name = tmp_path / ("x" * 200)
@@ -145,17 +147,19 @@ def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypa
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_each_worker_keeps_kernels_of_its_own(given, monkeypatch, tmp_path):
+def test_each_worker_and_each_kind_of_gpu_keeps_kernels_of_its_own(given, monkeypatch, tmp_path):
     monkeypatch.setattr(_backend, "_has_cuda", lambda: True)
     monkeypatch.setattr(_backend.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(_backend.os, "getuid", lambda: 1003, raising=False)
     own = tmp_path / "own"
-    folder = own if given else tmp_path / "mlx" / mx.__version__ / "ptx"
-    for rank in ("0", "3"):
+    folder = own if given else tmp_path / "mlx_lm_1003" / mx.__version__
+    for rank, kind in itertools.product(("0", "3"), ("sm_86", "sm_120")):
         monkeypatch.setenv("MLX_RANK", rank)
         monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(own) if given else "")
+        monkeypatch.setattr(mx, "device_info", lambda _, kind=kind: {"architecture": kind})
         for _ in range(2):
             prepare_for_training()
-            assert os.environ["MLX_PTX_CACHE_DIR"] == (str(folder / "worker_3") if rank == "3" else str(own) * given)
+            assert os.environ["MLX_PTX_CACHE_DIR"] == str(folder / kind / ("worker_3" if rank == "3" else ""))
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "sft"])
