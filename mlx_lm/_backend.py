@@ -91,6 +91,23 @@ def slow_blas_hint():
     return None if "libopenblas" in loaded or "libmkl_rt" in loaded else HINT
 
 
+def unfit_gpu(info):
+    """One sentence on why MLX's CUDA packages cannot compute on a GPU, or None; `info` is what MLX tells of it."""
+    if not info:
+        return (
+            "MLX's CUDA package finds no GPU: it needs NVIDIA's driver, which nvidia-smi tells the version of, 580 or "
+            "later for cuda13 and 550 for cuda12, and where CUDA_VISIBLE_DEVICES is set, a GPU in it; to compute on "
+            "the CPU, uninstall that package and install mlx[cpu]."
+        )
+    capability = info.get("compute_capability_major", 8), info.get("compute_capability_minor", 0)
+    if capability < (7, 5):
+        return (
+            f"the GPU, {info.get('device_name')}, has compute capability {'.'.join(map(str, capability))}, and MLX's "
+            "CUDA packages have kernels for 7.5 (Turing) and later ones; take another GPU, or mlx[cpu]."
+        )
+    return None
+
+
 def prepare_for_training():
     """Set what makes training faster, or smaller, before MLX first computes.
 

@@ -142,6 +142,12 @@ def _explain(error):
     if package == "mlx_lm" and _release(_version()) >= TOO_NEW:
         _refuse(f"could not be imported ({error})", error)
     if sys.platform == "linux" and "mlx" in (package, Path(error.path or "").parent.name):
+        if "libcuda.so" in str(error):
+            _stop(
+                f"MLX could not be imported ({error}): its CUDA package needs NVIDIA's driver, 580 or later for cuda13 "
+                "and 550 for cuda12; without such a GPU, uninstall that package and install mlx[cpu].",
+                error,
+            )
         _stop(
             f"MLX could not be imported ({error}): on Linux it needs a backend, which mlx[cpu] installs, "
             "or mlx[cuda13] or mlx[cuda12] for an NVIDIA GPU.",

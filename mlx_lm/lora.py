@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from . import _interruption
-from ._backend import prepare_for_training, slow_blas_hint
+from ._backend import prepare_for_training, slow_blas_hint, unfit_gpu
 from ._upstream import rebound, run_upstream
 
 run_upstream(
@@ -27,6 +27,7 @@ from ._version import __version__
 from .tuner.callbacks import SUPPORT_CALLBACK, Services
 from .tuner.preference import VERSION, workers
 from .tuner.preference import load as loading
+from .tuner.preference.attention import on_cuda
 from .tuner.preference.batches import iterations
 from .tuner.preference.check import (
     DEFAULTS,
@@ -234,6 +235,8 @@ def run(args, training_callback=None):
     if preference:
         # First of all: joining and checks compute, and MLX reads these settings at its first computation.
         prepare_for_training()
+        if on_cuda() and (told := unfit_gpu(mx.device_info())) is not None:
+            raise ConfigError(told)
     workers.join(vars(args))
     warn_of_unread_keys(args, CONFIG_DEFAULTS, supervised=not preference)
     if preference:

@@ -162,6 +162,29 @@ def test_each_worker_and_each_kind_of_gpu_keeps_kernels_of_its_own(given, monkey
             assert os.environ["MLX_PTX_CACHE_DIR"] == str(folder / kind / ("worker_3" if rank == "3" else ""))
 
 
+@pytest.mark.parametrize(
+    "info, told",
+    [
+        ({}, "finds no GPU: it needs NVIDIA's driver, .* 580 or later for cuda13"),
+        (("Tesla V100", 7, 0), "Tesla V100, has compute capability 7.0, and MLX's CUDA packages have kernels for 7.5"),
+        (("Tesla T4", 7, 5), None),
+        (("NVIDIA GB10", 12, 1), None),
+    ],
+)
+def test_a_gpu_that_mlx_cannot_compute_on_is_told_before_anything_is_loaded(
+    info, told, cuda_settings_unset, monkeypatch
+):
+    def refuse(_):
+        raise ConfigError("checked")
+
+    names = "device_name", "compute_capability_major", "compute_capability_minor"
+    monkeypatch.setattr(mx, "device_info", lambda *_: dict(zip(names, info, strict=False)))
+    monkeypatch.setattr(mlx_lm.lora, "on_cuda", lambda: True)
+    monkeypatch.setattr(mlx_lm.lora, "check_config", refuse)
+    with pytest.raises(ConfigError, match=told or "^checked$"):
+        mlx_lm.lora.run(SimpleNamespace(**{**mlx_lm.lora.CONFIG_DEFAULTS, "loss_type": "dpo"}))
+
+
 @pytest.mark.parametrize("loss_type", ["dpo", "sft"])
 def test_only_a_preference_run_changes_cuda_settings(loss_type, cuda_settings_unset, tmp_path):
     options = {"model": str(tmp_path / "none"), "data": str(tmp_path), "train": True, "loss_type": loss_type}

@@ -173,9 +173,17 @@ def lack_everything(house):
     shutil.rmtree(house.upstream)
 
 
-def lack_a_backend(house):
-    error = "ImportError('libmlx.so: cannot open', name='core', path='/somewhere/mlx/core.so')"
+def lack_a_library(house, name):
+    error = f"ImportError('{name}: cannot open', name='core', path='/somewhere/mlx/core.so')"
     house.write(house.upstream, "__init__.py", f"raise {error}\n")
+
+
+def lack_a_backend(house):
+    lack_a_library(house, "libmlx.so")
+
+
+def lack_a_driver(house):
+    lack_a_library(house, "libcuda.so.1")
 
 
 def lose_a_name(house):
@@ -189,10 +197,16 @@ REFUSALS = [
     (lack_a_name, "the installed mlx-lm 0.33.0 lacks build_parser in mlx_lm.lora"),
     (lack_a_module, "the installed mlx-lm 0.33.0 could not be imported (No module named 'mlx_lm.gone')"),
     (lack_everything, "mlx-lm is not installed"),
-    pytest.param(
-        lack_a_backend,
-        "MLX could not be imported (libmlx.so: cannot open): on Linux it needs a backend",
-        marks=pytest.mark.skipif(sys.platform != "linux", reason="a backend is a package of its own on Linux only"),
+    *(
+        pytest.param(
+            fault,
+            reason,
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="a backend is a package of its own on Linux only"),
+        )
+        for fault, reason in (
+            (lack_a_backend, "MLX could not be imported (libmlx.so: cannot open): on Linux it needs a backend"),
+            (lack_a_driver, "MLX could not be imported (libcuda.so.1: cannot open): its CUDA package needs NVIDIA's"),
+        )
     ),
 ]
 
@@ -207,7 +221,7 @@ def test_an_upstream_that_does_not_fit_is_refused_in_one_sentence(house, fault, 
         assert done.returncode == 1 and done.stdout == ""
         assert done.stderr.count("\n") == 1, done.stderr
         assert reason in done.stderr
-        assert fault is lack_a_backend or _upstream.SUPPORTED in done.stderr
+        assert fault in (lack_a_backend, lack_a_driver) or _upstream.SUPPORTED in done.stderr
         if fault in (lose_a_name, lack_a_name, lack_a_module):
             told = f"The releases {', '.join(_upstream.TRIED)}, as published, have all that is needed: install one"
             assert told in done.stderr
