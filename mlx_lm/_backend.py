@@ -21,6 +21,12 @@ HINT = (
     "MLX multiplies with its slow built-in BLAS here; some forty times faster with OpenBLAS: "
     "apt-get install libopenblas0-pthread (or your distribution's OpenBLAS), and import mlx_lm before mlx."
 )
+IDLE_GPU = (
+    "MLX's CPU package leaves this machine's NVIDIA GPU idle: install '.[cuda13]', or with a driver older than 580 "
+    "'.[cuda12]', into a new environment."
+)
+# Where Linux, and Linux within Windows, have a GPU of NVIDIA's.
+NVIDIA = ("/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
 CUDA_SETTINGS = {
     # Graphs of kernels, kept for each shape, take gigabytes outside of MLX's arrays.
     "MLX_USE_CUDA_GRAPHS": "0",
@@ -89,6 +95,11 @@ def slow_blas_hint():
     with open("/proc/self/maps") as maps:
         loaded = maps.read()
     return None if "libopenblas" in loaded or "libmkl_rt" in loaded else HINT
+
+
+def idle_gpu_hint():
+    """One line that says so where MLX computes on the CPU beside a GPU of NVIDIA's, or None."""
+    return IDLE_GPU if is_linux_cpu() and any(map(os.path.exists, NVIDIA)) else None
 
 
 def unfit_gpu(info):

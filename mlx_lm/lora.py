@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from . import _interruption
-from ._backend import prepare_for_training, slow_blas_hint, unfit_gpu
+from ._backend import idle_gpu_hint, prepare_for_training, slow_blas_hint, unfit_gpu
 from ._upstream import rebound, run_upstream
 
 run_upstream(
@@ -241,6 +241,8 @@ def run(args, training_callback=None):
     warn_of_unread_keys(args, CONFIG_DEFAULTS, supervised=not preference)
     if preference:
         loss = check_config(args)
+        if (idle_gpu := idle_gpu_hint()) is not None:
+            rprint(idle_gpu)
         if not args.train and (slow_blas := slow_blas_hint()) is not None:
             rprint(slow_blas)  # training says it itself
         with handled_signals(), _told_plainly():

@@ -82,6 +82,17 @@ def test_the_hint_names_the_remedy_exactly_where_no_library_was_loaded():
     assert found == "True" or "libopenblas0-pthread" in told
 
 
+@pytest.mark.parametrize("place", _backend.NVIDIA)
+def test_a_gpu_that_the_cpu_package_leaves_idle_is_told_of(place, monkeypatch):
+    monkeypatch.setattr(_backend.os.path, "exists", lambda path: path == place)
+    for on_cpu in (True, False):
+        monkeypatch.setattr(_backend, "is_linux_cpu", lambda on_cpu=on_cpu: on_cpu)
+        assert _backend.idle_gpu_hint() == (_backend.IDLE_GPU if on_cpu else None)
+    monkeypatch.setattr(_backend.os.path, "exists", lambda _: False)
+    monkeypatch.setattr(_backend, "is_linux_cpu", lambda: True)
+    assert _backend.idle_gpu_hint() is None
+
+
 def test_a_program_that_imports_mlx_first_is_told():
     if not _backend.is_linux_cpu():
         return
