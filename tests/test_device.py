@@ -106,6 +106,22 @@ def test_gradients_are_the_plain_ones_in_float32(name, dtype):
     assert {way: distance for way, distance in worst.items() if distance < 0} == {}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8] if ON_GPU else [4])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"] if ON_GPU else ["llama"])
+def test_gradients_through_packed_weights_are_the_plain_ones_in_float32(name, bits, dtype):
+    """Of layers with adapters and of those without, wide enough for CUDA's faster products; as above."""
+    model = make_model(name, **{**SIZES, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128})
+    model.set_dtype(dtype)
+    nn.quantize(model, bits=bits)
+    add_lora(model, keys=["self_attn.q_proj", "self_attn.v_proj"])
+    compared = compare(model, real_pairs(4 * BATCHES), 4, BATCHES)
+    slack = EXPERTS_SLACK if name in EXPERTS and dtype != mx.float32 else ROUNDING
+    floors = [min(LEAST[dtype], 1 - ROUNDED_MORE * (1 - x) - slack) for x in cosines(compared.pop(PLAIN_PASS))]
+    worst = {way: min(map(operator.sub, cosines(found), floors)) for way, found in compared.items()}
+    assert {way: distance for way, distance in worst.items() if distance < 0} == {}
+
+
 # What reads more than a pair's own logps: responses to other prompts, and what routers tell beside the logits.
 FURTHER = {"kto": ("llama", "kto", {}), "routers": ("qwen3_moe", "dpo", {"router_coef": 10.0})}
 
