@@ -354,20 +354,22 @@ def test_on_metal_mlxs_own_backward_pass_is_taken_where_there_is_one(version, wi
 @pytest.mark.parametrize(
     "dtype, widths, capability, direct",
     [
-        (mx.bfloat16, (64, 64), 8, True),
-        (mx.float16, (96, 64), 12, True),
-        (mx.bfloat16, (64, 64), 7, False),  # a T4
-        (mx.bfloat16, (100, 100), 9, False),  # as OpenLLaMA 3B has
-        (mx.bfloat16, (64, 100), 9, False),
-        (mx.bfloat16, (192, 128), 9, False),
-        (mx.float32, (64, 64), 9, False),
+        (mx.bfloat16, (64, 64), (8, 0), True),
+        (mx.float16, (96, 64), (12, 1), True),
+        (mx.bfloat16, (64, 64), (7, 5), False),  # a T4
+        (mx.bfloat16, (100, 100), (9, 0), False),  # as OpenLLaMA 3B has
+        (mx.bfloat16, (64, 100), (9, 0), False),
+        (mx.bfloat16, (192, 128), (9, 0), False),
+        (mx.float32, (64, 64), (9, 0), False),
     ],
 )
 def test_on_cuda_scores_are_computed_again_where_cudnn_has_no_attention(dtype, widths, capability, direct, monkeypatch):
     """The conditions of MLX's `supports_sdpa_cudnn`: elsewhere it keeps the scores of every layer."""
     monkeypatch.setattr(module, "on_cuda", lambda: True)
-    monkeypatch.setattr(module, "_has_cudnn_attention", module._has_cudnn_attention.__wrapped__)
-    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": capability})
+    info = dict(zip(("compute_capability_major", "compute_capability_minor"), capability, strict=True))
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(module, "capability", module.capability.__wrapped__)
+    assert module.capability() == capability
     taken, original = [], module._blocked
     monkeypatch.setattr(module, "_blocked", lambda *args: taken.append(1) or original(*args))
     monkeypatch.setattr(module, "causal_attention", lambda *args: taken.append(1) or ATTENTION(*args[:3], scale=0.3))

@@ -1,13 +1,15 @@
 """Layers that compute what mlx-lm's do with less work, and what is done to a model's modules from outside."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from architectures import make_model
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import KVCache
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_logps, reference_of
 from plain_pass import scored_gradient as gradient_of
@@ -346,6 +348,36 @@ def test_cuda_is_given_no_more_rows_of_experts_than_it_launches_blocks(kind, mon
         experts(x[:20], chosen[:20])  # few are not sorted
         assert counts[-1] == 20
     assert mx.allclose(found, expected, 1e-3, 1e-3) and mx.allclose(found_slope, expected_slope, 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("capability, narrow", [((8, 0), False), ((8, 9), True), ((12, 0), False)])
+def test_cards_of_little_shared_memory_multiply_adapters_of_experts_in_half_precision(capability, narrow, monkeypatch):
+    layer, multiply, dtypes = LoRASwitchLinear.from_base(SwitchLinear(16, 24, 4), r=4), mx.gather_mm, set()
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    layer.linear.set_dtype(mx.bfloat16)
+    x, indices = mx.random.normal((80, 1, 16)).astype(mx.bfloat16), mx.sort(mx.random.randint(0, 4, (80,)))
+
+    def product(a, b, **options):
+        """A CPU has this product in float32 alone."""
+        dtypes.add(b.dtype)
+        out = multiply(a.astype(mx.float32), b.astype(mx.float32), **options)
+        return out.astype(mx.bfloat16) if a.dtype == b.dtype == mx.bfloat16 else out
+
+    def outputs():
+        function = partial(layer, indices=indices, sorted_indices=True)
+        return [x for part in mx.vjp(function, [x], [mx.ones((80, 1, 24), x.dtype)]) for x in part]
+
+    monkeypatch.setattr(mx, "gather_mm", product)
+    expected = outputs()
+    assert dtypes == {mx.bfloat16, mx.float32}
+    dtypes.clear()
+    monkeypatch.setattr(layers_module, "on_cuda", lambda: True)
+    monkeypatch.setattr(layers_module, "capability", lambda: capability)
+    with lean_layers(layer.modules()):
+        found = outputs()
+    assert dtypes == ({mx.bfloat16} if narrow else {mx.bfloat16, mx.float32}) and type(layer) is LoRASwitchLinear
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and mx.linalg.norm((a - b).astype(mx.float32)) < 0.02 * mx.linalg.norm(b)
 
 
 @pytest.mark.usefixtures("one_by_one")

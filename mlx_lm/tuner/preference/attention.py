@@ -33,6 +33,13 @@ def on_cuda():
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
+@cache
+def capability():
+    """The compute capability of a GPU of NVIDIA's, such as (7, 5) of a T4; (9, 0) where MLX does not tell it."""
+    info = mx.device_info()
+    return info.get("compute_capability_major", 9), info.get("compute_capability_minor", 0)
+
+
 def on_metal():
     """Whether the default device is a GPU of Apple's."""
     return mx.default_device() == mx.gpu and mx.metal.is_available()
@@ -324,16 +331,10 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
 
 
 def _is_fused_on_cuda(queries, values):
-    """Whether MLX's CUDA backend takes cuDNN's attention for such arrays, which keeps no scores."""
+    """Whether MLX's CUDA backend takes cuDNN's attention, which keeps no scores: from Ampere on, for such arrays."""
     widths = queries.shape[3], values.shape[3]
     half = queries.dtype in (mx.float16, mx.bfloat16)
-    return half and max(widths) <= 128 and not any(width % 8 for width in widths) and _has_cudnn_attention()
-
-
-@cache
-def _has_cudnn_attention():
-    """Whether the GPU is one of NVIDIA's Ampere or later ones: a T4, of capability 7.5, is not."""
-    return mx.device_info().get("compute_capability_major", 8) >= 8
+    return half and max(widths) <= 128 and not any(width % 8 for width in widths) and capability() >= (8, 0)
 
 
 def _is_fused(queries, values):

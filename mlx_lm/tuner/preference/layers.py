@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from ...models.activations import recomputed_activations
 from ...models.switch_layers import QuantizedSwitchLinear
-from ..lora import LoRALinear
-from .attention import PackedState, RowCache, Window, on_cuda
+from ..lora import LoRALinear, LoRASwitchLinear
+from .attention import PackedState, RowCache, Window, capability, on_cuda
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .pieces import recurrences_in_pieces
@@ -20,6 +20,8 @@ from .state_space import split
 STATELESS = (PackedState, RowCache, Window)
 # Blocks of a CUDA kernel along its second and third axes.
 MOST_LAUNCHED = 65535
+# Compute capabilities of Ampere's and Ada's smaller cards: RTX 30 and 40, A10, L4 and L40S among them.
+SMALLER = ((8, 6), (8, 7), (8, 9))
 
 
 class LeanLoRALinear(LoRALinear):
@@ -142,6 +144,21 @@ class PiecewiseSwitchLinear(QuantizedSwitchLinear):
         return mx.concatenate(list(map(call, split(x, bounds, axis=0), mx.split(indices, bounds))))
 
 
+class NarrowLoRASwitchLinear(LoRASwitchLinear):
+    """A `LoRASwitchLinear` whose low-rank products are in the input's dtype, as those of `LeanLoRALinear`.
+
+    Upstream's are in float32, for which MLX (0.32.4) asks for 144 KB of shared memory a block on CUDA's compute
+    capabilities 8: an A100 has them, those of SMALLER have 99, and a run would end.
+    """
+
+    def __call__(self, x, indices, sorted_indices=False):
+        low = self.dropout(x)
+        for matrix in (self.lora_a, self.scale * self.lora_b):
+            matrix = matrix.astype(x.dtype).swapaxes(-1, -2)
+            low = mx.gather_mm(low, matrix, rhs_indices=indices, sorted_indices=sorted_indices)
+        return self.linear(x, indices, sorted_indices=sorted_indices) + low
+
+
 def _unpacked_product(module, x):
     """`x` `(..., in)` times a module's weights, `(..., out)`; one module's at a time are unpacked, in both passes."""
 
@@ -194,6 +211,8 @@ def lean_layers(modules, packed=None):
     lean = {LoRALinear: LeanLoRALinear}
     if on_cuda():
         lean |= {nn.QuantizedLinear: FlatQuantizedLinear, QuantizedSwitchLinear: PiecewiseSwitchLinear}
+        if capability() in SMALLER:
+            lean[LoRASwitchLinear] = NarrowLoRASwitchLinear
     else:
         lean[nn.Conv1d] = DepthwiseConv1d
         if mx.default_device() != mx.gpu:
