@@ -25,7 +25,6 @@ from mlx_lm.tuner.preference.checkpoint import (
     _write_state,
     find_state,
     read_state,
-    refuse_non_finite,
     restore_run,
     save_adapters,
     save_run,
@@ -35,7 +34,7 @@ from mlx_lm.tuner.preference.files import give_second_name, replace_file, replac
 from mlx_lm.tuner.preference.interruption import Interrupted
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.metrics import read_validations
-from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps
+from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps, refuse_non_finite_weights
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import Outcome
@@ -452,10 +451,10 @@ class TestNonFinite:
         assert not (tmp_path / "adapters.safetensors").exists()
 
     def test_every_array_of_a_tree_counts(self):
-        refuse_non_finite([{"a": mx.zeros(3), "b": [mx.array([1, 2])]}, []], 1)
+        refuse_non_finite_weights([{"a": mx.zeros(3), "b": [mx.array([1, 2])]}, []], 1)
         for value in (float("nan"), float("inf"), -float("inf")):
             with pytest.raises(ConfigError, match="not finite after iteration 9"):
-                refuse_non_finite([{"a": mx.zeros(3), "b": [mx.array([1.0, value])]}], 9)
+                refuse_non_finite_weights([{"a": mx.zeros(3), "b": [mx.array([1.0, value])]}], 9)
 
 
 class TestLeftOut:

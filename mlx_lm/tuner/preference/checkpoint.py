@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ...cli_ui import rprint
 from .files import give_second_name, make_own_folder, replace_file, replace_files
+from .nonfinite import refuse_non_finite_weights
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, first_line
 from .workers import confirm, means_over_workers
 
@@ -21,7 +22,6 @@ EARLIER_STATES = "[0-9]" * 7 + "_" + STATE_FILE
 # All that a run leaves in its folder, but the model card, which may be the user's.
 RUN_FILES = ("*adapters.safetensors", "[0-9]" * 7, CONFIG_FILE, "*" + STATE_FILE)
 RUN_FILES += ("metrics.jsonl", "samples.jsonl", "training.png", "report.html", BEST_FOLDER)
-REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
 # The setting that may change: a digest of the validation set and how many of its pairs are scored, None without any.
 VALIDATED_ON = "validated_on"
 SAMPLE = 4096  # values of a weight whose places count, too, in what tells it from another model's
@@ -87,15 +87,6 @@ def save_adapters(model, adapter_file, iteration=None, config=None):
     return numbered
 
 
-def refuse_non_finite(tree, iteration):
-    """Raise `ConfigError` where an array of `tree`, which is about to be saved, holds a value that is not finite."""
-    arrays = [value for _, value in tree_flatten(tree) if mx.issubdtype(value.dtype, mx.floating)]
-    if arrays and not mx.stack([mx.isfinite(value).all() for value in arrays]).all().item():
-        raise ConfigError(
-            f"weights are not finite after iteration {iteration}; the adapters saved before stay as they are. {REMEDY}"
-        )
-
-
 def save_run(step, logps, progress, settings, args, config, numbered=False):
     """Write the adapters, and a state with all that going on needs; the states before it are kept as `args` say.
 
@@ -114,7 +105,7 @@ def save_run(step, logps, progress, settings, args, config, numbered=False):
     mx.eval(written)
     confirm()
     # A gradient that the next update would leave out does no harm.
-    refuse_non_finite(written[:2] if step.skips else written, progress.iteration)
+    refuse_non_finite_weights(written[:2] if step.skips else written, progress.iteration)
     if world.rank() != 0:
         return None
     state = {"model": trained, "optimizer": step.optimizer.state, "random": mx.array(mx.random.state[0])}

@@ -16,8 +16,9 @@ from .divergence import validated_pairs
 from .intercept import evaluating
 from .layers import checkpointed_layers
 from .memory import LESS, begin_peak_anew, bounded_memory, peak_memory, trim_cache
+from .nonfinite import refuse_non_finite_logps
 from .options import ConfigError, shortened
-from .reference import batches_of, device_memory, refuse_non_finite
+from .reference import batches_of, device_memory
 
 QUANTILES = {"least": 0, "10 %": 0.1, "50 %": 0.5, "90 %": 0.9, "most": 1}
 SHOWN_PAIRS = 2
@@ -150,7 +151,7 @@ def score_largest(objective, reference, logps, schedule, args):
 
     def take(batch):
         found = reference.score(batch)
-        refuse_non_finite(np.array(found))
+        refuse_non_finite_logps(np.array(found))
         return found
 
     visited, size = schedule.visited(1, args.iters), args.reference_batch_size

@@ -1,16 +1,26 @@
-"""Losses and gradients that are not finite: which step and which pairs, the likely cause, and leaving them out."""
+"""Figures and weights that are not finite: which step and which pairs, the likely cause, and leaving them out."""
 
 import re
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
-from .checkpoint import REMEDY
 from .options import ConfigError
 
+REMEDY = "A lower learning_rate, a warmup in lr_schedule or max_grad_norm keeps training stable."
 # A weight or a margin of a row beyond this is the likely cause of what follows from its pair.
 LARGE = 1e3
+
+
+def refuse_non_finite_logps(logps):
+    """Raise `ConfigError` where the reference's logps of a pair, `(n, ...)`, are not finite."""
+    bad = (~np.isfinite(logps).reshape(len(logps), -1).all(axis=1)).sum()
+    if bad:
+        raise ConfigError(
+            f"the reference gives logps that are not finite for {bad} of {len(logps)} pairs: its weights are "
+            "damaged, or too large for their dtype; check what the model generates."
+        )
 
 
 def update_if(finite, optimizer, module, gradients):
@@ -20,15 +30,6 @@ def update_if(finite, optimizer, module, gradients):
     optimizer.update(module, tree_map(lambda value: mx.where(finite, value, 0), gradients))
     after = [module, optimizer.state]
     _put(after, tree_map(lambda old, new: mx.where(finite, new, old), before, after))
-
-
-def _put(tree, values):
-    """Give the leaves of `tree` new values in their places, where a compiled function looks for them."""
-    for key in tree if isinstance(tree, dict) else range(len(tree)):
-        if isinstance(tree[key], mx.array):
-            tree[key] = values[key]
-        else:
-            _put(tree[key], values[key])
 
 
 def refuse_non_finite_steps(losses, norms, first, schedule, where):
@@ -58,6 +59,24 @@ def refuse_non_finite_steps(losses, norms, first, schedule, where):
         )
 
 
+def refuse_non_finite_weights(tree, iteration):
+    """Raise `ConfigError` where an array of `tree`, which is about to be saved, holds a value that is not finite."""
+    arrays = [value for _, value in tree_flatten(tree) if mx.issubdtype(value.dtype, mx.floating)]
+    if arrays and not mx.stack([mx.isfinite(value).all() for value in arrays]).all().item():
+        raise ConfigError(
+            f"weights are not finite after iteration {iteration}; the adapters saved before stay as they are. {REMEDY}"
+        )
+
+
+def _put(tree, values):
+    """Give the leaves of `tree` new values in their places, where a compiled function looks for them."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)):
+        if isinstance(tree[key], mx.array):
+            tree[key] = values[key]
+        else:
+            _put(tree[key], values[key])
+
+
 def _cause(schedule, rows, where):
     for row in rows:
         pair = schedule.pairs[row]
@@ -74,9 +93,3 @@ def listed(places):
         place.removeprefix(head) if head == before else place
         for place, head, before in zip(places, heads, [None, *heads], strict=False)
     )
-
-
-def places_of(dataset):
-    """A function that gives the place of a row: its file and line where the data set knows them."""
-    name = getattr(dataset, "name", "the training data")
-    return getattr(dataset, "where", None) or (lambda row: f"{row} of {name}")

@@ -26,8 +26,8 @@ from .metrics import (
     read_validations,
     validations_of,
 )
-from .nonfinite import places_of
 from .page import PAGE_FILE, table_rows, write_page
+from .pairs import places_of
 from .scores import effective_count, prompts_of, reference_totals
 from .sources import has_test_set
 

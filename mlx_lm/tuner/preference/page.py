@@ -13,8 +13,8 @@ import jinja2
 from .answers import responses_of, texts_of, when
 from .files import replace_file
 from .metrics import best_of
-from .nonfinite import places_of
 from .options import shortened
+from .pairs import places_of
 from .scores import figures_of
 
 PAGE_FILE, TEMPLATE = "report.html", "report.html"

@@ -336,6 +336,12 @@ class PreferenceDataset:
             rprint(f"[WARNING] {self.name}: in {len(numbers)} of {total} rows {note} (first: {first}).")
 
 
+def places_of(dataset):
+    """A function that gives the place of a row: its file and line where the data set knows them."""
+    name = getattr(dataset, "name", "the training data")
+    return getattr(dataset, "where", None) or (lambda row: f"{row} of {name}")
+
+
 def _asked(prompt):
     """A number for a prompt without its system message."""
     if isinstance(prompt, str):

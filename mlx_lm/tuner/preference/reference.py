@@ -11,7 +11,7 @@ from .intercept import evaluating
 from .load import check_same_tokens, is_none, load_named
 from .logps import Scorer
 from .memory import bounded_memory, one_behind
-from .options import ConfigError
+from .nonfinite import refuse_non_finite_logps
 from .reference_cache import Cache, default_cache_folder, fingerprint, row_key
 from .screen import make_bars
 from .workers import confirm
@@ -99,17 +99,7 @@ class Reference:
         summed = np.array(mx.distributed.all_sum(mx.array(shares)))
         confirm()
         values[:] = summed
-        refuse_non_finite(values)
-
-
-def refuse_non_finite(logps):
-    """Raise `ConfigError` where the reference's logps of a pair, `(n, ...)`, are not finite."""
-    bad = (~np.isfinite(logps).reshape(len(logps), -1).all(axis=1)).sum()
-    if bad:
-        raise ConfigError(
-            f"the reference gives logps that are not finite for {bad} of {len(logps)} pairs: its weights are "
-            "damaged, or too large for their dtype; check what the model generates."
-        )
+        refuse_non_finite_logps(values)
 
 
 def reference_of(scorer, args, tokenizer=None, trust_remote_code=False):

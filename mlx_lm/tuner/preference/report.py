@@ -7,10 +7,10 @@ import numpy as np
 
 from ...cli_ui import rprint
 from .batches import PLAIN
-from .checkpoint import REMEDY
 from .divergence import validation_kl
 from .evaluation import as_means, means_of, pair_figures
 from .memory import held_memory, peak_memory
+from .nonfinite import REMEDY
 from .options import ConfigError
 from .step import SHARES
 from .workers import confirm

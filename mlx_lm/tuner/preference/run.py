@@ -42,11 +42,11 @@ from .layers import checkpointed_layers
 from .load import check_trainable
 from .memory import bounded_memory, trim_cache
 from .metrics import BEST
-from .nonfinite import places_of, refuse_non_finite_steps
+from .nonfinite import refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
 from .outcome import Outcome
-from .pairs import Pair
+from .pairs import Pair, places_of
 from .reference import Reference, ReferenceLogps, does_nothing, reference_of
 from .reference_cache import row_key
 from .report import Reporter, Window, say_fallbacks
