@@ -42,6 +42,7 @@ from .tuner.preference.checkpoint import check_adapter, starting_point
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
+from .tuner.preference.files import ADAPTERS_FILE
 from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import GIVEN, Interrupted, handled_signals, resume_command
 from .tuner.preference.logps import Scorer
@@ -387,7 +388,7 @@ def _adopt_adapters(args, loss, model, tokenizer, test_set, origin=None):
         logps = Reference(scorer).logps(test_set, [0]) if args.check else _test_logps(reference, test_set, args)
     if config:
         path = Path(args.adapter_path)
-        loading.load_adapter("adapter_path", model, config, path if path.is_file() else path / "adapters.safetensors")
+        loading.load_adapter("adapter_path", model, config, path if path.is_file() else path / ADAPTERS_FILE)
     workers.refuse_different_workers({"the model or the adapter to test": partial(starting_point, model)})
     return objective_of(model, args, loss), logps, None if scorer.model is model else scorer
 

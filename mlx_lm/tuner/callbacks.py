@@ -10,7 +10,8 @@ run_upstream(globals(), needs=("TrainingCallback", "SUPPORT_CALLBACK", "get_repo
 
 from ..cli_ui import rprint
 from .preference.answers import COLUMNS
-from .preference.metrics import METRICS_FILE, add_lines, begin_lines, finite
+from .preference.files import METRICS_FILE
+from .preference.metrics import add_lines, begin_lines, finite
 from .preference.options import first_line
 
 # Upstream's names of the figures that TRL has another name for.

@@ -15,8 +15,9 @@ import yaml
 from ...cli_ui import rprint
 from ..utils import build_schedule
 from .batches import refuse_uneven_shares
-from .checkpoint import RUN_FILES, check_is_file, refuse_without_state
+from .checkpoint import check_is_file, refuse_without_state
 from .counterparts import hint
+from .files import RUN_FILES
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, OfFlag, Option, Unset, nearest, printable, shown

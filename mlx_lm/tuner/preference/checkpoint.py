@@ -10,18 +10,21 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ...cli_ui import rprint
-from .files import give_second_name, make_own_folder, replace_file, replace_files
+from .files import (
+    ADAPTERS_FILE,
+    CONFIG_FILE,
+    NUMBERED,
+    STATE_FILE,
+    give_second_name,
+    make_own_folder,
+    replace_file,
+    replace_files,
+)
 from .nonfinite import refuse_non_finite_weights
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, first_line
 from .workers import confirm, means_over_workers
 
-STATE_FILE = "checkpoint.safetensors"
-BEST_FOLDER = "best"
-CONFIG_FILE = "adapter_config.json"
-EARLIER_STATES = "[0-9]" * 7 + "_" + STATE_FILE
-# All that a run leaves in its folder, but the model card, which may be the user's.
-RUN_FILES = ("*adapters.safetensors", "[0-9]" * 7, CONFIG_FILE, "*" + STATE_FILE)
-RUN_FILES += ("metrics.jsonl", "samples.jsonl", "training.png", "report.html", BEST_FOLDER)
+EARLIER_STATES = f"{NUMBERED}_{STATE_FILE}"
 # The setting that may change: a digest of the validation set and how many of its pairs are scored, None without any.
 VALIDATED_ON = "validated_on"
 SAMPLE = 4096  # values of a weight whose places count, too, in what tells it from another model's
@@ -71,7 +74,7 @@ def save_adapters(model, adapter_file, iteration=None, config=None):
     weights = dict(tree_flatten(model.trainable_parameters()))
     numbered = None
     if iteration is not None:
-        numbered = adapter_file.with_name(f"{iteration:07d}_adapters.safetensors")
+        numbered = adapter_file.with_name(f"{iteration:07d}_{ADAPTERS_FILE}")
         replace_file(numbered, lambda file: mx.save_safetensors(file, weights))
     files = [(adapter_file, lambda file: mx.save_safetensors(file, weights))]
     if config is not None:
@@ -292,7 +295,7 @@ def check_is_file(path, key="resume_adapter_file"):
     """Raise `ConfigError` where the adapter file at `path`, which `key` names, is not there, or is a folder."""
     if not Path(path).is_file():
         told = f"{key} is {str(path)!r}, and there is no such file"
-        raise ConfigError(f"{told}; give the file, such as a run's adapters.safetensors.")
+        raise ConfigError(f"{told}; give the file, such as a run's {ADAPTERS_FILE}.")
 
 
 TRAINED_WITH = "use the fine_tune_type, num_layers and lora_parameters that it was trained with"

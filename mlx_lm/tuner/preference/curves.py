@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ...cli_ui import rprint
-from .checkpoint import CONFIG_FILE
-from .files import replace_file
-from .metrics import METRICS_FILE, read_metrics
+from .files import CONFIG_FILE, METRICS_FILE, PLOT_FILE, replace_file
+from .metrics import read_metrics
 from .options import ConfigError
 
-PLOT_FILE, COMPARISON_FILE = "training.png", "comparison.png"
+COMPARISON_FILE = "comparison.png"
 PANELS = (
     ("loss", ("loss",)),
     ("reward accuracy", ("rewards/accuracies",)),

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and a folder that belongs to one run."""
+"""The files of a run: their names, writing them whole or not at all, and a folder that belongs to one run."""
 
 import fcntl
 import os
@@ -10,6 +10,14 @@ from pathlib import Path
 
 from .options import ConfigError
 
+ADAPTERS_FILE, CONFIG_FILE, STATE_FILE = "adapters.safetensors", "adapter_config.json", "checkpoint.safetensors"
+METRICS_FILE, SAMPLES_FILE, PLOT_FILE, PAGE_FILE = "metrics.jsonl", "samples.jsonl", "training.png", "report.html"
+BEST_FOLDER = "best"
+# The folder of a numbered save, and what its files begin with.
+NUMBERED = "[0-9]" * 7
+# All that a run leaves in its folder, but the model card, which may be the user's.
+RUN_FILES = (f"*{ADAPTERS_FILE}", NUMBERED, CONFIG_FILE, f"*{STATE_FILE}", METRICS_FILE, SAMPLES_FILE, PLOT_FILE)
+RUN_FILES += (PAGE_FILE, BEST_FOLDER)
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
@@ -70,7 +78,7 @@ def make_own_folder(folder):
 
 def remove_leftovers(folder):
     """Delete the temporary files that a killed run left in its folder, and in those of its saves."""
-    for path in [found for place in (".", "best", "[0-9]" * 7) for found in Path(folder).glob(f"{place}/.*.tmp")]:
+    for path in [found for place in (".", BEST_FOLDER, NUMBERED) for found in Path(folder).glob(f"{place}/.*.tmp")]:
         if TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

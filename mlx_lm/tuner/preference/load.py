@@ -13,7 +13,8 @@ from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers
 from .check import check_lora, holds_preferences
-from .checkpoint import CONFIG_FILE, check_adapter
+from .checkpoint import check_adapter
+from .files import ADAPTERS_FILE, CONFIG_FILE
 from .intercept import evaluating
 from .layers import is_float32
 from .objective import ALIASES
@@ -186,7 +187,7 @@ def read_adapter_config(adapter_path, key="adapter_path"):
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(
             f"{key} is {str(adapter_path)!r}, whose {path.name} cannot be used ({reason}); give a folder with "
-            "adapters.safetensors and the adapter_config.json of its training, a file beside such a configuration, or "
+            f"{ADAPTERS_FILE} and the {CONFIG_FILE} of its training, a file beside such a configuration, or "
             "none for the model itself."
         ) from error
     return config

@@ -4,9 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from .files import replace_file
+from .files import METRICS_FILE, replace_file
 
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 # The figure of each value of save_best, and the sign that makes more of it better.
 BEST = {"eval_loss": ("loss", -1), "accuracy": ("rewards/accuracies", 1), "margin": ("rewards/margins", 1)}
 

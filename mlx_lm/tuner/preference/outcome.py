@@ -12,21 +12,12 @@ from ..callbacks import send_samples
 from .answers import answers, print_side_by_side, texts_of
 from .card import write_card
 from .check import schedule_end
-from .checkpoint import BEST_FOLDER
-from .curves import PLOT_FILE, plot_metrics
+from .curves import plot_metrics
+from .files import ADAPTERS_FILE, BEST_FOLDER, METRICS_FILE, PAGE_FILE, PLOT_FILE, SAMPLES_FILE
 from .health import health
 from .interruption import repeatable_command, run_module
-from .metrics import (
-    METRICS_FILE,
-    SAMPLES_FILE,
-    add_lines,
-    begin_lines,
-    best_of,
-    read_metrics,
-    read_validations,
-    validations_of,
-)
-from .page import PAGE_FILE, table_rows, write_page
+from .metrics import add_lines, begin_lines, best_of, read_metrics, read_validations, validations_of
+from .page import table_rows, write_page
 from .pairs import places_of
 from .scores import effective_count, prompts_of, reference_totals
 from .sources import has_test_set
@@ -111,7 +102,7 @@ def print_closing(args, epochs):
         if args.early_stop and without_gain >= args.early_stop:
             patience = 2 * without_gain
         rows += [("best validation", _told(best)), ("last validation", _told(last))]
-    rows.append(("adapters", str(folder / "adapters.safetensors")))
+    rows.append(("adapters", str(folder / ADAPTERS_FILE)))
     if args.save_best and (folder / BEST_FOLDER).is_dir():
         rows.append(("best adapters", str(folder / BEST_FOLDER)))
     looks = [name for name in (PAGE_FILE, PLOT_FILE) if (folder / name).exists()]

@@ -11,13 +11,13 @@ from pathlib import Path
 import jinja2
 
 from .answers import responses_of, texts_of, when
-from .files import replace_file
+from .files import PAGE_FILE, replace_file
 from .metrics import best_of
 from .options import shortened
 from .pairs import places_of
 from .scores import figures_of
 
-PAGE_FILE, TEMPLATE = "report.html", "report.html"
+TEMPLATE = "report.html"
 # Pairs on a page, and letters of a text: a browser sorts so many at once.
 MOST_PAIRS, MOST_LETTERS = 5000, 4000
 SUMMARY = {

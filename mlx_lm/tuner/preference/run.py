@@ -19,9 +19,6 @@ from ..callbacks import MetricsFile
 from .batches import Schedule, iterations
 from .card import CARD_FILE, has_card
 from .checkpoint import (
-    BEST_FOLDER,
-    CONFIG_FILE,
-    RUN_FILES,
     VALIDATED_ON,
     Progress,
     find_state,
@@ -34,7 +31,7 @@ from .checkpoint import (
 )
 from .dry_run import rehearse
 from .evaluation import evaluated_rows, refuse_other_form, unwrapped
-from .files import locked, make_own_folder, move_aside, remove_leftovers
+from .files import BEST_FOLDER, CONFIG_FILE, RUN_FILES, locked, make_own_folder, move_aside, remove_leftovers
 from .flat import lora_plus
 from .intercept import parameters_in
 from .interruption import REQUEST, Interrupted, asked_anywhere
