@@ -38,7 +38,7 @@ from .tuner.preference.check import (
     warn_of_ended_schedule,
     warn_of_unread_keys,
 )
-from .tuner.preference.checkpoint import check_adapter, starting_point
+from .tuner.preference.checkpoint import starting_point
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
@@ -142,7 +142,7 @@ def train_model(args, model, train_set, valid_set, training_callback=None, test_
         scale = args.lora_parameters["scale"] * math.sqrt(args.lora_parameters["rank"])
         args.use_rslora, args.lora_parameters = False, {**args.lora_parameters, "scale": scale}
     if args.fine_tune_type == "full" and args.resume_adapter_file is not None:
-        check_adapter(model, args.resume_adapter_file)
+        loading.check_adapter(model, args.resume_adapter_file)
     loss = loss or loss_of(args)
     config, objective, logps = {}, None, None
 

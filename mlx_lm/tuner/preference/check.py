@@ -15,9 +15,9 @@ import yaml
 from ...cli_ui import rprint
 from ..utils import build_schedule
 from .batches import refuse_uneven_shares
-from .checkpoint import check_is_file, refuse_without_state
+from .checkpoint import refuse_without_state
 from .counterparts import hint
-from .files import RUN_FILES
+from .files import ADAPTERS_FILE, RUN_FILES
 from .objective import OPTIONS as LOSS_OPTIONS
 from .objective import loss_of, refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, OfFlag, Option, Unset, nearest, printable, shown
@@ -234,6 +234,13 @@ def _at_home(key, path):
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key} is {shown(path)}, which can be no path ({error}).") from error
     return expanded
+
+
+def check_is_file(path, key="resume_adapter_file"):
+    """Raise `ConfigError` where the adapter file at `path`, which `key` names, is not there, or is a folder."""
+    if not Path(path).is_file():
+        told = f"{key} is {str(path)!r}, and there is no such file"
+        raise ConfigError(f"{told}; give the file, such as a run's {ADAPTERS_FILE}.")
 
 
 def _check_file_to_write(key, path):

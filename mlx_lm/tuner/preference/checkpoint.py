@@ -291,33 +291,5 @@ def starting_point(model):
     return hashlib.blake2b(repr(sorted(told)).encode(), digest_size=8).hexdigest()
 
 
-def check_is_file(path, key="resume_adapter_file"):
-    """Raise `ConfigError` where the adapter file at `path`, which `key` names, is not there, or is a folder."""
-    if not Path(path).is_file():
-        told = f"{key} is {str(path)!r}, and there is no such file"
-        raise ConfigError(f"{told}; give the file, such as a run's {ADAPTERS_FILE}.")
-
-
-TRAINED_WITH = "use the fine_tune_type, num_layers and lora_parameters that it was trained with"
-
-
-def check_adapter(model, path, key="resume_adapter_file", advice=TRAINED_WITH):
-    """Raise `ConfigError` where the file at `path`, which `key` names, is missing, damaged or not the model's."""
-    check_is_file(path, key)
-    try:
-        weights = mx.load(str(path))
-        if not isinstance(weights, dict) or not weights:
-            raise ValueError("it holds no named weights")
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"{key} {path} cannot be read: {first_line(error)}.") from error
-    shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
-    for name, value in weights.items():
-        if shapes.get(name) != value.shape:
-            raise ConfigError(
-                f"{key} {path} has {name} of shape {value.shape}, where this model has {shapes.get(name, 'none')}; "
-                f"{advice}."
-            )
-
-
 def _json(settings):
     return json.dumps(settings, sort_keys=True, default=str)

@@ -12,8 +12,7 @@ from mlx.utils import tree_flatten
 from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers
-from .check import check_lora, holds_preferences
-from .checkpoint import check_adapter
+from .check import check_is_file, check_lora, holds_preferences
 from .files import ADAPTERS_FILE, CONFIG_FILE
 from .intercept import evaluating
 from .layers import is_float32
@@ -22,6 +21,7 @@ from .objective import DEFAULTS as LOSS_DEFAULTS
 from .objective import OPTIONS as LOSS_OPTIONS
 from .options import ConfigError, first_line, is_preference, nearest, printable
 
+TRAINED_WITH = "use the fine_tune_type, num_layers and lora_parameters that it was trained with"
 HOLDS = "a model's folder holds config.json, weights in model*.safetensors, and a tokenizer"
 NOT_THERE = "there is no such folder, and the hub's repo of this name cannot be had"
 
@@ -124,6 +124,24 @@ def add_adapters(resume_adapter_file, model, num_layers, parameters, use_dora=Fa
     if resume_adapter_file is not None:
         check_adapter(model, resume_adapter_file)
         _warn_of_scale(Path(resume_adapter_file), parameters["scale"])
+
+
+def check_adapter(model, path, key="resume_adapter_file", advice=TRAINED_WITH):
+    """Raise `ConfigError` where the file at `path`, which `key` names, is missing, damaged or not the model's."""
+    check_is_file(path, key)
+    try:
+        weights = mx.load(str(path))
+        if not isinstance(weights, dict) or not weights:
+            raise ValueError("it holds no named weights")
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{key} {path} cannot be read: {first_line(error)}.") from error
+    shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    for name, value in weights.items():
+        if shapes.get(name) != value.shape:
+            raise ConfigError(
+                f"{key} {path} has {name} of shape {value.shape}, where this model has {shapes.get(name, 'none')}; "
+                f"{advice}."
+            )
 
 
 def _warn_of_scale(file, scale):
