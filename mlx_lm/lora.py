@@ -47,8 +47,7 @@ from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import GIVEN, Interrupted, handled_signals, resume_command
 from .tuner.preference.logps import Scorer
 from .tuner.preference.memory import LESS
-from .tuner.preference.objective import DEFAULTS as LOSS_DEFAULTS
-from .tuner.preference.objective import describe_losses, loss_of
+from .tuner.preference.objective import LOSS_DEFAULTS, describe_losses, loss_of
 from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, first_line, is_preference, of_flag, size
 from .tuner.preference.outcome import print_closing
 from .tuner.preference.reference import Reference, reference_of

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_lm.tuner import losses
 from mlx_lm.tuner.losses import PairLogps
-from mlx_lm.tuner.preference.objective import LOSSES, OPTIONS, preference_loss
+from mlx_lm.tuner.preference.objective import LOSS_OPTIONS, LOSSES, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
@@ -470,7 +470,9 @@ def test_defaults_are_the_options_or_the_losss_own():
 
 
 def test_a_config_that_spells_out_every_default_is_accepted():
-    written = {option.name: option.default for option in OPTIONS if option.name not in ("loss_type", "loss_weights")}
+    written = {
+        option.name: option.default for option in LOSS_OPTIONS if option.name not in ("loss_type", "loss_weights")
+    }
     assert loss_of("hinge", **written).parameters == loss_of("hinge").parameters
 
 
@@ -489,7 +491,7 @@ def test_a_preference_loss_says_what_it_reads():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_row_agrees_with_its_function(name):
-    loss, options = LOSSES[name], {option.name: option for option in OPTIONS}
+    loss, options = LOSSES[name], {option.name: option for option in LOSS_OPTIONS}
     assert getattr(losses, name) is loss.function
     assert f"arXiv {loss.source}" in inspect.getdoc(loss.function)
     assert "(B,)" in inspect.getdoc(loss.function)
@@ -500,10 +502,10 @@ def test_each_row_agrees_with_its_function(name):
 
 
 def test_documents_have_a_row_for_each_loss_and_each_option():
-    described, table = make_tables.describe_losses(), make_tables.options_table(OPTIONS)
+    described, table = make_tables.describe_losses(), make_tables.options_table(LOSS_OPTIONS)
     rows = [line for line in described.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == NAMES
-    assert [row.split("`")[1] for row in table.splitlines()[2:]] == [option.name for option in OPTIONS]
+    assert [row.split("`")[1] for row in table.splitlines()[2:]] == [option.name for option in LOSS_OPTIONS]
     assert all(row.count("|") == 6 for row in rows) and all(row.count("|") == 5 for row in table.splitlines())
     assert "`dpo`, `sigmoid`" in described
     assert "`beta` (2, >= 0), `label_smoothing` (0, >= 0 and < 0.5), `simpo_gamma` (0.5, >= 0)" in described

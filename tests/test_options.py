@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import mlx_lm.lora
-from mlx_lm.tuner.preference.objective import OPTIONS as LOSS_OPTIONS
-from mlx_lm.tuner.preference.objective import TABLE
+from mlx_lm.tuner.preference.objective import LOSS_OPTIONS, TABLE
 from mlx_lm.tuner.preference.options import (
     GROUPS,
     RUN_OPTIONS,

@@ -125,7 +125,7 @@ LOSSES.update({alias: LOSSES[name] for alias, name in ALIASES.items()})
 # A resumed run must have the loss that it began with.
 _option = partial(Option, keep=True)
 
-OPTIONS = (
+LOSS_OPTIONS = (
     _option(
         "loss_type",
         "sft",
@@ -173,7 +173,7 @@ OPTIONS = (
     ),
 )
 
-OPTION = {option.name: option for option in OPTIONS}
+OPTION = {option.name: option for option in LOSS_OPTIONS}
 
 
 def names_of(loss):
@@ -189,7 +189,7 @@ def describe_losses():
     return "\n".join([head, *lines, *textwrap.wrap(LETTERS, 98)])
 
 
-DEFAULTS = {option.name: option.default for option in OPTIONS if option.name not in ("loss_type", "loss_weights")}
+LOSS_DEFAULTS = {name: option.default for name, option in OPTION.items() if name not in ("loss_type", "loss_weights")}
 
 
 def preference_loss(loss_type, loss_weights=None, **parameters):
@@ -198,7 +198,7 @@ def preference_loss(loss_type, loss_weights=None, **parameters):
     Args:
         loss_type: a name, or a list of names.
         loss_weights: a factor for each name, 1 by default.
-        parameters: options of `OPTIONS` by name, only those that the user gave; None counts as not given.
+        parameters: options of `LOSS_OPTIONS` by name, only those that the user gave; None counts as not given.
 
     Returns:
         A `PreferenceLoss`.
@@ -211,16 +211,16 @@ def preference_loss(loss_type, loss_weights=None, **parameters):
     weights = _checked_weights(loss_weights, names)
     given = {name: OPTION[name].check(value) for name, value in parameters.items() if value is not None}
     losses = [LOSSES[name] for name in names]
-    _refuse_clashes({**DEFAULTS, **given}, losses)
+    _refuse_clashes({**LOSS_DEFAULTS, **given}, losses)
     _refuse_unread(given, names, losses)
-    resolved = {**DEFAULTS, **_own_defaults(losses, given), **given}
+    resolved = {**LOSS_DEFAULTS, **_own_defaults(losses, given), **given}
     _refuse_too_low(resolved, losses)
-    return PreferenceLoss(names, weights, {name: resolved[name] for name in DEFAULTS if name in _options(losses)})
+    return PreferenceLoss(names, weights, {name: resolved[name] for name in LOSS_DEFAULTS if name in _options(losses)})
 
 
 def loss_of(args):
     """The `PreferenceLoss` that the options in `args`, a namespace, ask for; raises as `preference_loss`."""
-    return preference_loss(**{option.name: getattr(args, option.name) for option in OPTIONS})
+    return preference_loss(**{option.name: getattr(args, option.name) for option in LOSS_OPTIONS})
 
 
 def refuse_without_gradient(loss):
@@ -252,7 +252,7 @@ class PreferenceLoss:
         self._reads_reference = any(loss.needs_reference for loss in self._losses)
         self._mean_rewards = next((loss.mean_rewards for loss in self._losses if not loss.is_likelihood), False)
         self._divergence = tuple(
-            parameters.get(name, DEFAULTS[name]) for name in ("f_divergence_type", "f_alpha_divergence_coef")
+            parameters.get(name, LOSS_DEFAULTS[name]) for name in ("f_divergence_type", "f_alpha_divergence_coef")
         )
         self.needs_reference = self._reads_reference and parameters["beta"] != 0
         self.reads_wpo = parameters.get("use_weighting", False)
@@ -355,7 +355,7 @@ def _refuse_unread(given, names, losses):
 
 def _own_defaults(losses, given):
     own = {}
-    for name in set(DEFAULTS) - set(given):
+    for name in set(LOSS_DEFAULTS) - set(given):
         found = {loss.name: loss.default(name) for loss in losses if name in loss.parameters}
         if len(set(found.values())) > 1:
             told = ", ".join(f"{value} for {loss}" for loss, value in found.items())
@@ -388,7 +388,7 @@ def _refuse_clashes(values, losses):
             f"f_divergence_type is {divergence}, but {', '.join(without)} has no form for it; use reverse_kl, or only "
             f"losses that have: {', '.join(name for name in LOSSES if LOSSES[name].f_divergence)}."
         )
-    if divergence != "alpha_divergence" and coef != DEFAULTS["f_alpha_divergence_coef"]:
+    if divergence != "alpha_divergence" and coef != LOSS_DEFAULTS["f_alpha_divergence_coef"]:
         raise ConfigError(
             f"f_alpha_divergence_coef is {coef}, but f_divergence_type is {divergence}, which does not read it; remove "
             "it, or set f_divergence_type to alpha_divergence."
