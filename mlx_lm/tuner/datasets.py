@@ -12,17 +12,17 @@ from types import SimpleNamespace
 from .._upstream import run_upstream
 from ..cli_ui import rprint
 from .preference.objective import LOSSES
-from .preference.options import ConfigError, is_preference, nearest
-from .preference.pairs import FEATURES, Pair, PreferenceDataset, truncate  # noqa: F401
+from .preference.options import RUN_OPTIONS, ConfigError, is_preference, nearest
+from .preference.pairs import Pair, PreferenceDataset, truncate  # noqa: F401
 from .preference.sources import SPLITS, files_of, hub, is_saved, of_hub, read_files
 
 run_upstream(globals(), needs=("load_dataset", "CacheDataset"))
 _upstream_load_dataset = globals()["load_dataset"]
 
-# What a row's origin hands down to the data set made of it.
-ROW_KEYS = ("use_chat_template", "score", "score_difference", "score_scale", "min_score_difference")
-DATA_KEYS = (*FEATURES, "chat_template_kwargs", "max_seq_length", *ROW_KEYS)
-ENTRY_KEYS = (*FEATURES, *ROW_KEYS, "chat_template_kwargs", "path", "config", *(f"{split}_split" for split in SPLITS))
+# What a row's origin hands down to the data set made of it: the options of data, but for one of the splits.
+ROW_KEYS = tuple(option.name for option in RUN_OPTIONS if option.group == "data" and option.name != "valid_share")
+DATA_KEYS = (*ROW_KEYS, "chat_template_kwargs", "max_seq_length")
+ENTRY_KEYS = (*ROW_KEYS, "chat_template_kwargs", "path", "config", *(f"{split}_split" for split in SPLITS))
 
 
 def load_dataset(args, tokenizer):

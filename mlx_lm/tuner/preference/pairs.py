@@ -23,7 +23,6 @@ from .tokens import PairEncoder
 
 ALONE = "with a label (KTO) and no completion of the other label to the same prompt"
 EQUAL_WHEN_CUT = "whose responses are equal within max_seq_length"
-FEATURES = ("prompt_feature", "chosen_feature", "rejected_feature")
 # Letters of texts that are tokenized at once: what a tokenizer tells of them takes some 25 bytes a letter.
 MOST_LETTERS = 2**20
 
@@ -112,9 +111,9 @@ class PreferenceDataset:
         name="the data set",
         where=None,
     ):
-        for key, value in zip(FEATURES, (prompt_feature, chosen_feature, rejected_feature), strict=True):
+        for side, value in (("prompt", prompt_feature), ("chosen", chosen_feature), ("rejected", rejected_feature)):
             if value is not None and not isinstance(value, str):
-                raise ConfigError(f"{key} is {value!r}; it must be the name of a key of the rows.")
+                raise ConfigError(f"{side}_feature is {value!r}; it must be the name of a key of the rows.")
         if isinstance(max_seq_length, bool) or not isinstance(max_seq_length, int) or max_seq_length < 2:
             raise ConfigError(f"max_seq_length is {max_seq_length!r}; it must be a whole number, at least 2.")
         self.name = name
