@@ -304,6 +304,9 @@ def test_hf_dataset_passes_its_config_to_the_package(hub):
         ({"path": "a", "train_split": "nope"}, r"the hf_dataset a cannot be loaded \(Unknown split \"nope\""),
         (entry("a", train_split="none"), "the train split of hf_dataset holds no rows"),
         (entry("a", chosen_feature="good"), "^a, split train, row 0: good is missing"),
+        (entry("a", score="assistent"), r"in the hf_dataset a score is 'assistent' \(did you mean assistant\?\)"),
+        (entry("a", use_chat_template="false"), "in the hf_dataset a use_chat_template is 'false'; .* true or false"),
+        (entry("a", score_difference="wieght"), "in the hf_dataset a score_difference is 'wieght'"),
     ],
 )
 def test_bad_hf_dataset(hub, value, sentence):

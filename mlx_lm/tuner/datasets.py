@@ -20,9 +20,9 @@ run_upstream(globals(), needs=("load_dataset", "CacheDataset"))
 _upstream_load_dataset = globals()["load_dataset"]
 
 # What a row's origin hands down to the data set made of it: the options of data, but for one of the splits.
-ROW_KEYS = tuple(option.name for option in RUN_OPTIONS if option.group == "data" and option.name != "valid_share")
-DATA_KEYS = (*ROW_KEYS, "chat_template_kwargs", "max_seq_length")
-ENTRY_KEYS = (*ROW_KEYS, "chat_template_kwargs", "path", "config", *(f"{split}_split" for split in SPLITS))
+ROW_OPTIONS = {option.name: option for option in RUN_OPTIONS if option.group == "data" and option.name != "valid_share"}
+DATA_KEYS = (*ROW_OPTIONS, "chat_template_kwargs", "max_seq_length")
+ENTRY_KEYS = (*ROW_OPTIONS, "chat_template_kwargs", "path", "config", *(f"{split}_split" for split in SPLITS))
 
 
 def load_dataset(args, tokenizer):
@@ -184,7 +184,12 @@ def _check_entry(entry, args):
         raise ConfigError(f"hf_dataset has the entry {entry!r}; it must be an object with a path.")
     if args.test and not entry.get("test_split"):
         raise ConfigError(f"the hf_dataset {entry['path']} has no test_split, and a test is asked for; name the split.")
-    for key in entry:
-        if key not in ENTRY_KEYS:
+    for key, value in entry.items():
+        if key in ROW_OPTIONS:
+            try:
+                ROW_OPTIONS[key].check(value)
+            except ConfigError as error:
+                raise ConfigError(f"in the hf_dataset {entry['path']} {error}") from error
+        elif key not in ENTRY_KEYS:
             hint = nearest(key, ENTRY_KEYS)
             rprint(f"[WARNING] The hf_dataset {entry['path']} has the key {key}, which is not read{hint}.")
