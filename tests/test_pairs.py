@@ -106,7 +106,7 @@ def test_a_pair_is_lists_and_numbers():
     assert isinstance(pair, Pair)
     assert all(type(tokens) is list and type(tokens[0]) is int for tokens in pair[:3])
     assert (pair.margin, pair.weight) == (2.0, 0.5)
-    assert PreferenceDataset([ROW], tokenizers.qwen())[0][3:] == (0.0, 1.0, (), None)
+    assert PreferenceDataset([ROW], tokenizers.qwen())[0][3:] == (0.0, 1.0, ((), ()), None)
 
 
 def test_upstreams_cache_gives_the_pairs():

@@ -379,7 +379,7 @@ def test_turns_of_others_within_a_response_are_not_scored(family):
         call = call.removeprefix("<think>\n\n</think>\n\n")
     assert tokenizer.decode(pair.chosen[:start]) == call
     everything = PreferenceDataset([row], tokenizer, score="all")[0]
-    assert everything == pair._replace(unscored=())
+    assert everything == pair._replace(unscored=((), ()))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen35", "deepseek", "llama3"])
@@ -421,7 +421,7 @@ def test_of_a_conversation_each_turn_of_the_models_is_scored_and_no_other_or_it_
         except ConfigError:
             continue
         scored, unscored, last = "", "", 0
-        for start, stop in pair.unscored[0] if pair.unscored else ():
+        for start, stop in pair.unscored[0]:
             scored += tokenizer.decode(pair.chosen[last:start])
             unscored += tokenizer.decode(pair.chosen[start:stop])
             last = stop
@@ -572,7 +572,7 @@ def test_invariants(family, asked, answers, turns):
     pair = PreferenceDataset([{"prompt": messages, "chosen": answers[0], "rejected": answers[1]}], tokenizer)[0]
     given_text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(pair.prompt) == given_text
-    assert pair.unscored == ()
+    assert pair.unscored == ((), ())
     for response, answer in zip((pair.chosen, pair.rejected), answers, strict=True):
         assert answer.strip() in tokenizer.decode(response)
         ends = [token in tokenizer.eos_token_ids for token in response]

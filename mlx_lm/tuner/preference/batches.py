@@ -304,7 +304,7 @@ def _rows(pairs, responses, heard, shape):
 def _scored_places(pair, side):
     """Which tokens of a pair's chosen (0) or rejected (1) response are scored: their numbers within it."""
     kept = np.ones(len(pair.rejected if side else pair.chosen), bool)
-    for start, stop in pair.unscored[side] if pair.unscored else ():
+    for start, stop in pair.unscored[side]:
         kept[start:stop] = False
     return np.flatnonzero(kept)
 

@@ -53,11 +53,10 @@ def describe_data(splits, tokenizer):
         pair = data[i]
         rprint(f"  {data.where(i)}")
         rprint(f"    prompt    {text_of(tokenizer, pair.prompt)}")
-        unscored = pair.unscored or ((), ())
         names = ("chosen", "rejected")
         if pair.label is not None:
             names = ("desirable" if pair.label else "not so"), "another's"
-        for name, tokens, spans in zip(names, (pair.chosen, pair.rejected), unscored, strict=True):
+        for name, tokens, spans in zip(names, (pair.chosen, pair.rejected), pair.unscored, strict=True):
             rprint(f"    {name:9} {with_marks(tokenizer, tokens, spans)}")
 
 

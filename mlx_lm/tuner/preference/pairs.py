@@ -36,7 +36,7 @@ class Pair(NamedTuple):
         margin: by how much the chosen response should win, in units of reward.
         weight: what the pair's loss counts, 1 for a usual pair.
         unscored: for chosen and rejected the spans `(start, stop)` of their tokens that the model does not write, such
-            as a tool's result; () where every token of both is scored.
+            as a tool's result.
         label: None of a pair; of a single response, which stands in `chosen`, whether it is desirable. `rejected` is a
             response to another prompt then.
     """
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
     rejected: list
     margin: float = 0.0
     weight: float = 1.0
-    unscored: tuple = ()
+    unscored: tuple = ((), ())
     label: bool | None = None
 
 
@@ -268,7 +268,7 @@ class PreferenceDataset:
         for group in self._labelled.values():
             good, bad = group[True], group[False]
             for (*one, chosen, first), (*_, rejected, second) in zip(good, bad, strict=False):
-                self._keep(*one, chosen, rejected, ((first or ((),))[0], (second or ((),))[0]))
+                self._keep(*one, chosen, rejected, (first[0], second[0]))
             pairs = min(len(good), len(bad))
             for _, origin, *_ in (*good[pairs:], *bad[pairs:]):
                 self._useless[ALONE].append(origin.number)
@@ -351,11 +351,10 @@ def _asked(prompt):
 
 def within(unscored, responses):
     """Spans of tokens, as far as they stand within responses that were cut."""
-    cut = tuple(
+    return tuple(
         tuple((start, min(stop, len(response))) for start, stop in spans if start < min(stop, len(response)))
-        for spans, response in zip(unscored, responses, strict=False)
+        for spans, response in zip(unscored, responses, strict=True)
     )
-    return cut if any(cut) else ()
 
 
 def truncate(prompt, chosen, rejected, max_seq_length):
@@ -375,7 +374,7 @@ def single(pair, label=None):
     sides = ((pair.chosen, True), (pair.rejected, False)) if label is None else ((pair.chosen, label),)
     return [
         pair._replace(chosen=tokens, rejected=tokens[:0], unscored=(own, ()), label=good)
-        for (tokens, good), own in zip(sides, pair.unscored or ((), ()), strict=False)
+        for (tokens, good), own in zip(sides, pair.unscored, strict=False)
     ]
 
 
@@ -401,6 +400,6 @@ def mismatched(pairs, max_seq_length, name):
     found = []
     for row, pair in enumerate(pairs):
         tokens = pairs[others[row]].chosen[: max_seq_length - len(pair.prompt)]
-        unscored = ((pair.unscored or ((),))[0], (pairs[others[row]].unscored or ((),))[0])
+        unscored = pair.unscored[0], pairs[others[row]].unscored[0]
         found.append(pair._replace(rejected=tokens, unscored=within(unscored, (pair.chosen, tokens))))
     return found

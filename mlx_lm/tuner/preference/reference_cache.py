@@ -27,7 +27,7 @@ def row_key(pair):
     """A 16-byte digest of a pair's tokens and lengths, and of what is not scored of them."""
     lengths = [len(pair.prompt), len(pair.chosen), len(pair.rejected)]
     tokens = np.array([*lengths, *pair.prompt, *pair.chosen, *pair.rejected], np.int64)
-    unscored = repr(pair.unscored).encode() if pair.unscored else b""
+    unscored = repr(pair.unscored).encode() if any(pair.unscored) else b""
     return hashlib.blake2b(tokens.tobytes() + unscored, digest_size=16).digest()
 
 

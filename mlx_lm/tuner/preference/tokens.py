@@ -81,7 +81,7 @@ class PairEncoder:
 
         Returns:
             A list of `(prompt, chosen, rejected, unscored)`: token ids, and for both responses the spans
-            `(start, stop)` of their tokens that the model does not write, () where everything is scored in both.
+            `(start, stop)` of their tokens that the model does not write.
         """
         distinct = list(dict.fromkeys(text for texts in group for text in texts[:3]))
         tokens = dict(zip(distinct, self._tokenize(distinct) if distinct else (), strict=True))
@@ -122,7 +122,7 @@ class PairEncoder:
             spans.append(tuple(found))
         bos = self.tokenizer.bos_token
         lead = [] if bos and texts.prompt.startswith(bos) else self.lead
-        return lead + prompt[:size], *responses, tuple(spans) if any(spans) else ()
+        return lead + prompt[:size], *responses, tuple(spans)
 
     def _tokens_behind(self, text, tokens, cuts):
         """How many of a text's tokens stand behind each of some places in it, one across a place not counted."""
