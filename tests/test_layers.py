@@ -15,11 +15,11 @@ from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_logps,
 from plain_pass import scored_gradient as gradient_of
 
 from mlx_lm.models import activations, qwen3
-from mlx_lm.models.activations import recomputed_activations, swiglu
+from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.preference import layers as layers_module
 from mlx_lm.tuner.preference.attention import RowCache
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
-from mlx_lm.tuner.preference.intercept import drawing_from, intercepted, parameters_in, recomputed
+from mlx_lm.tuner.preference.intercept import drawing_from, exchanged, intercepted, parameters_in, recomputed
 from mlx_lm.tuner.preference.layers import (
     DepthwiseConv1d,
     LeanLoRALinear,
@@ -31,6 +31,8 @@ from mlx_lm.tuner.preference.layers import (
 )
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
+
+keeping_little = partial(exchanged, activations, "keeps_little", True)
 
 
 def adapted(**options):
@@ -188,7 +190,7 @@ def test_an_activation_that_is_computed_again_keeps_nothing_but_its_inputs():
         return taken(mx.grad(total, argnums=(0, 1))(*inputs))
 
     expected, whole = gradient()
-    with recomputed_activations():
+    with keeping_little():
         found, kept = gradient()
     errors = [mx.linalg.norm(a - b) / mx.linalg.norm(b) for a, b in zip(found, expected, strict=True)]
     assert max(errors).item() < 1e-4
@@ -203,9 +205,9 @@ def test_activations_are_computed_again_within_the_context_alone():
     try:
         setattr(activations, name, lambda *arrays: runs.append(1) or original(*arrays))
         x = mx.ones((2,))
-        with recomputed_activations(), recomputed_activations():
+        with keeping_little(), keeping_little():
             swiglu(x, x)
-        with pytest.raises(ZeroDivisionError), recomputed_activations():
+        with pytest.raises(ZeroDivisionError), keeping_little():
             swiglu(x, 1 / 0)
         swiglu(x, x)
     finally:
@@ -239,7 +241,7 @@ def test_activations_of_gates_and_values_of_two_dtypes(dtypes):
         return mx.grad(total, argnums=(0, 1))(*arrays)
 
     expected = slopes()
-    with recomputed_activations():
+    with keeping_little():
         assert all(mx.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(slopes(), expected, strict=True))
 
 

@@ -5,12 +5,12 @@ from .._upstream import run_upstream
 run_upstream(globals(), needs=("swiglu",))
 
 import math
-from contextlib import contextmanager
 
 import mlx.core as mx
 
 _upstream_swiglu = swiglu
-_keeps_little = False
+# Whether `swiglu` keeps its inputs alone for the backward pass, and on a CPU a sigmoid; `lean_layers` has it so.
+keeps_little = False
 
 
 def fast_exp(x):
@@ -56,20 +56,9 @@ def _swiglu_and_sigmoid_vjp(inputs, cotangents, outputs):
 
 def swiglu(gate, x):
     """As upstream's, silu(gate) * x."""
-    if not _keeps_little:
+    if not keeps_little:
         return _upstream_swiglu(gate, x)
     # A CPU is slow at the exponentials that would be computed again: it keeps the sigmoid too.
     if mx.default_device() == mx.gpu or gate.dtype != x.dtype:
         return _lean_swiglu(gate, x)
     return _swiglu_and_sigmoid(gate, x)[0]
-
-
-@contextmanager
-def recomputed_activations():
-    """Within the context, `swiglu` keeps its inputs alone for the backward pass; on a CPU the sigmoid of one, too."""
-    global _keeps_little
-    before, _keeps_little = _keeps_little, True
-    try:
-        yield
-    finally:
-        _keeps_little = before

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from ...models.activations import recomputed_activations
+from ...models import activations
 from ...models.switch_layers import QuantizedSwitchLinear
 from ..lora import LoRALinear, LoRASwitchLinear
 from .attention import PackedState, RowCache, Window, capability, on_cuda
@@ -221,7 +221,7 @@ def lean_layers(modules, packed=None):
         for module in modules:
             if type(module) in lean and (type(module) is not nn.Conv1d or _is_depthwise(module)):
                 stack.enter_context(exchanged(module, "__class__", lean[type(module)]))
-        stack.enter_context(recomputed_activations())
+        stack.enter_context(exchanged(activations, "keeps_little", True))
         stack.enter_context(recurrences_in_pieces(modules, packed))
         for module in modules if packed is not None else ():
             if _is_depthwise(module):
