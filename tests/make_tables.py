@@ -161,7 +161,7 @@ def modules_table():
 
 ORDER = """__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches
 logps attention cpu_attention layers recurrent chunk_products pieces routing objective reference
-reference_cache flat step run workers dry_run evaluation scores divergence report screen metrics outcome answers
+reference_cache flat figures step run workers dry_run evaluation scores divergence report screen metrics outcome answers
 curves page card health checkpoint load"""
 
 

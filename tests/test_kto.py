@@ -17,7 +17,7 @@ from mlx_lm.tuner.datasets import Pair, PreferenceDataset
 from mlx_lm.tuner.losses import PairLogps, kl_estimate, kto
 from mlx_lm.tuner.preference import batches
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
-from mlx_lm.tuner.preference.evaluation import as_means
+from mlx_lm.tuner.preference.figures import as_means
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError

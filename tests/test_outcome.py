@@ -29,6 +29,7 @@ from mlx_lm.tuner.preference import curves
 from mlx_lm.tuner.preference.answers import MOST_TOKENS, print_side_by_side
 from mlx_lm.tuner.preference.card import MARK, shared_name, write_card
 from mlx_lm.tuner.preference.check import warn_of_ended_schedule
+from mlx_lm.tuner.preference.figures import DESIRABLE
 from mlx_lm.tuner.preference.interruption import GIVEN, resume_command
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
@@ -36,7 +37,6 @@ from mlx_lm.tuner.preference.outcome import Outcome, next_commands, print_closin
 from mlx_lm.tuner.preference.page import table_rows, write_page
 from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.preference.run import make_room
-from mlx_lm.tuner.preference.step import DESIRABLE
 
 EXAMPLES = Path(__file__).parents[1] / "mlx_lm" / "examples"
 MODEL = str(EXAMPLES / "tiny_chat_model")

@@ -14,7 +14,7 @@ from plain_pass import PAIRS, arrangements_for, gradient_error, make_policy
 from tiny import short_run, some_pairs, trained
 
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
-from mlx_lm.tuner.preference.evaluation import as_means
+from mlx_lm.tuner.preference.figures import as_means
 from mlx_lm.tuner.preference.intercept import aside
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer

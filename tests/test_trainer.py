@@ -21,12 +21,13 @@ from tiny import TINY_LLAMA, largest_difference, short_run, some_pairs, tiny_lla
 from mlx_lm.tuner.datasets import CacheDataset, Pair, PreferenceDataset
 from mlx_lm.tuner.preference import batches
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
+from mlx_lm.tuner.preference.figures import FIGURES
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.tuner.preference.step import FIGURES, Objective, Step
+from mlx_lm.tuner.preference.step import Objective, Step
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
 TRL = json.loads((Path(__file__).parent / "golden" / "trl.json").read_text())

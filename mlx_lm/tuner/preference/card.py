@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from .files import replace_file
-from .page import SUMMARY, summary
+from .page import summary
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by the training, which writes it anew; take this line out to keep what you write. -->"
@@ -54,7 +54,7 @@ def _body(folder, config, loss, validations, kind):
     yield f"| setting | value |\n| --- | --- |\n| loss | {names} |"
     parameters = {name: value for name, value in config.items() if name in SETTINGS} | loss.parameters
     yield from (f"| {name} | {value} |" for name, value in parameters.items() if value is not None)
-    if table := summary(validations, {key: SUMMARY[key] for key in FIGURES}, config.get("save_best")):
+    if table := summary(validations, FIGURES, config.get("save_best")):
         yield f"\nFigures of {validations[-1]['eval_pairs']} held-out pairs:\n"
         table.insert(1, ["---"] * 4)
         yield from (f"| {' | '.join(row)} |" for row in table)

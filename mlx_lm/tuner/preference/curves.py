@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cli_ui import rprint
+from .figures import WORDS
 from .files import CONFIG_FILE, METRICS_FILE, PLOT_FILE, replace_file
 from .metrics import read_metrics
 from .options import ConfigError
@@ -19,12 +20,7 @@ PANELS = (
     ("rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
     ("logps (nats)", ("logps/chosen", "logps/rejected")),
 )
-COMPARED = (
-    ("loss", "loss"),
-    ("reward accuracy", "rewards/accuracies"),
-    ("margin", "rewards/margins"),
-    ("chosen reward", "rewards/chosen"),
-)
+COMPARED = "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen"
 # Where a run wrote, and what it did besides training: no difference of the runs' own.
 NOT_COMPARED = {"adapter_path", "check", "config", "predictions", "project_name", "report_to", "resume"}
 NOT_COMPARED |= {"sample_prompts", "test", "train"}
@@ -65,8 +61,8 @@ def plot_runs(runs):
     # The cycle has ten colors; no two runs may have the same.
     colors = COLORS if len(runs) <= len(COLORS) else colormaps["turbo"](np.linspace(0, 1, len(runs)))
 
-    for axes, (title, key) in zip(figure.subplots(2, 2).flat, COMPARED, strict=True):
-        _draw(axes, title, [(lines, key, None) for lines in runs.values()], colors)
+    for axes, key in zip(figure.subplots(2, 2).flat, COMPARED, strict=True):
+        _draw(axes, WORDS[key], [(lines, key, None) for lines in runs.values()], colors)
     handles = [Line2D([], [], color=color) for color, _ in zip(colors, runs, strict=False)]
     names = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in differences(folders)]
     # The legend of many runs is not taken off the panels' height.

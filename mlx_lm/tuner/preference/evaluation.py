@@ -8,6 +8,7 @@ from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
 from .batches import make_batch, reference_rows
+from .figures import FIGURES, TOKEN_FIGURES, means_of
 from .intercept import evaluating
 from .layers import multiplied_once
 from .logps import Scorer
@@ -15,7 +16,7 @@ from .memory import bounded_memory, one_behind
 from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, batches_of, reference_of
-from .step import CORRELATION, DESIRABLE, FIGURES, MOMENTS, SHARES, TOKEN_FIGURES, Objective
+from .step import Objective
 
 
 def objective_of(model, args, loss=None):
@@ -104,53 +105,6 @@ def without_adapters(model):
         model.update_modules(tree_unflatten(adapted))
 
 
-def means_of(figures):
-    """What pairs come to together, of the figures that `pair_figures` returns.
-
-    Returns:
-        A dict of means: of FIGURES over pairs, of TOKEN_FIGURES over tokens, as TRL has them; and the correlation of
-        margins with differences of length, where both vary.
-    """
-    chosen, rejected = figures["lengths/chosen"], figures["lengths/rejected"]
-    tokens = dict(zip(TOKEN_FIGURES, (chosen, rejected, chosen + rejected, chosen), strict=True))
-    found = {name: _average(values, tokens.get(name)) for name, values in figures.items()}
-    margins, differences = figures["rewards/margins"], chosen - rejected
-    return _settled(found, map(np.mean, (margins**2, differences**2, margins * differences)))
-
-
-def _average(values, weights):
-    return float(np.average(values, weights=weights)) if weights is None or weights.any() else np.nan
-
-
-def _settled(means, moments):
-    """Means over pairs as they are reported: of single responses each side's over its own, NaN where there is none."""
-    if (desirable := means.pop(DESIRABLE, None)) is None:
-        means |= correlation(means, *moments)
-    else:
-        for side, share in (("chosen", desirable), ("rejected", 1 - desirable)):
-            for name in (f"{figure}/{side}" for figure in ("rewards", "logps", "lengths")):
-                means[name] = means[name] / share if share else np.nan
-        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-    if shares := {name: value for name, value in means.items() if name.startswith(SHARES)}:
-        means |= {name: value / sum(shares.values()) for name, value in shares.items()}
-    return means
-
-
-def correlation(means, margins, differences, products):
-    """Of margins with differences of length, from the means of FIGURES and of the two's squares and products.
-
-    Returns:
-        A dict with the one figure, empty where one of the two does not vary.
-    """
-    margin, difference = means["rewards/margins"], means["lengths/chosen"] - means["lengths/rejected"]
-    spreads = margins - margin**2, differences - difference**2
-    # Below that, margins are what rounding leaves.
-    if not (spreads[0] > 1e-8 + 1e-6 * margin**2 and spreads[1] > 1e-6 * differences):
-        return {}
-    found = (products - margin * difference) / np.sqrt(spreads[0] * spreads[1])
-    return {CORRELATION: float(np.clip(found, -1, 1))}
-
-
 def pair_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):
     """For each of FIGURES and TOKEN_FIGURES `(n,)` float64, a value for each of `rows`, with their reference logps."""
     world = mx.distributed.init()
@@ -181,12 +135,3 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
                 progress_callback(count)
     found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
     return dict(zip(names, found, strict=True))
-
-
-def as_means(totals, further=()):
-    """`(means, pairs, tokens)` of sums over pairs, an `Objective`'s as float64 with the names of its `further` ones."""
-    sums = dict(zip((*FIGURES, "pairs", "tokens", *MOMENTS, *further), totals.tolist(), strict=True))
-    pairs, tokens = sums.pop("pairs"), sums.pop("tokens")
-    moments = [sums.pop(name) / pairs for name in MOMENTS]
-    figures = {name: total / pairs for name, total in sums.items()}
-    return _settled(figures, moments), pairs, tokens

@@ -4,10 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from .figures import BEST
 from .files import METRICS_FILE, replace_file
-
-# The figure of each value of save_best, and the sign that makes more of it better.
-BEST = {"eval_loss": ("loss", -1), "accuracy": ("rewards/accuracies", 1), "margin": ("rewards/margins", 1)}
 
 
 def begin_lines(path, iteration):

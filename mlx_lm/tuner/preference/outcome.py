@@ -13,6 +13,7 @@ from .answers import answers, print_side_by_side, texts_of
 from .card import write_card
 from .check import schedule_end
 from .curves import plot_metrics
+from .figures import BEST, rounded
 from .files import ADAPTERS_FILE, BEST_FOLDER, METRICS_FILE, PAGE_FILE, PLOT_FILE, SAMPLES_FILE
 from .health import health
 from .interruption import repeatable_command, run_module
@@ -116,10 +117,8 @@ def print_closing(args, epochs):
 
 
 def _told(line):
-    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-    found = {name: line[f"eval_{key}"] for key, name in names.items() if line.get(f"eval_{key}") is not None}
-    # What rounds to 0 has no sign.
-    told = (f"{name} {round(value, 3) + 0.0:.3f}" for name, value in found.items())
+    figures = {name.removeprefix("eval_"): line.get(f"eval_{key}") for name, (key, _) in BEST.items()}
+    told = (f"{name} {rounded(value)}" for name, value in figures.items() if value is not None)
     return f"{', '.join(told)} (iteration {line['iteration']})"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 
 from .answers import responses_of, texts_of, when
+from .figures import WORDS, rounded
 from .files import PAGE_FILE, replace_file
 from .metrics import best_of
 from .options import shortened
@@ -20,16 +21,6 @@ from .scores import figures_of
 TEMPLATE = "report.html"
 # Pairs on a page, and letters of a text: a browser sorts so many at once.
 MOST_PAIRS, MOST_LETTERS = 5000, 4000
-SUMMARY = {
-    "loss": "loss",
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "margin",
-    "rewards/chosen": "chosen reward",
-    "rewards/rejected": "rejected reward",
-    "kl": "KL, nats a token (kto: a response)",
-    "entropy": "entropy, nats a token",
-    "mean_token_accuracy": "token accuracy",
-}
 
 
 def table_rows(dataset, rows, tokenizer):
@@ -74,7 +65,7 @@ def write_page(folder, settings, validations, health, samples, picture, iteratio
             name: value if isinstance(value, str) else json.dumps(value, default=str)
             for name, value in settings.items()
         },
-        summary=summary(validations, SUMMARY, settings.get("save_best")),
+        summary=summary(validations, WORDS, settings.get("save_best")),
         health=health,
         answers=_answers(samples),
         picture=base64.b64encode(Path(picture).read_bytes()).decode() if picture else None,
@@ -93,16 +84,16 @@ def _template():
 
 
 def summary(validations, names, by):
-    """Rows of a table: a head, then the name of each figure that there is, in the first, best and last validation."""
+    """Rows of a table: a head, then each of the named figures that there is, in the first, best and last validation."""
     best, last = best_of(validations, by)
     if last is None:
         return []
     lines = {"first": validations[0], "best": best, "last": last}
     table = [("", *(f"{name} (iteration {line['iteration']})" for name, line in lines.items()))]
-    for key, name in names.items():
-        values = [line.get(f"eval_{key}") for line in lines.values()]
+    for name in names:
+        values = [line.get(f"eval_{name}") for line in lines.values()]
         if any(value is not None for value in values):
-            table.append((name, *("" if value is None else f"{round(value, 3) + 0.0:.3f}" for value in values)))
+            table.append((WORDS[name], *("" if value is None else rounded(value) for value in values)))
     return table
 
 

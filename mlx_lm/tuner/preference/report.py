@@ -8,11 +8,11 @@ import numpy as np
 from ...cli_ui import rprint
 from .batches import PLAIN
 from .divergence import validation_kl
-from .evaluation import as_means, means_of, pair_figures
+from .evaluation import pair_figures
+from .figures import SHARES, as_means, means_of
 from .memory import held_memory, peak_memory
 from .nonfinite import REMEDY
 from .options import ConfigError
-from .step import SHARES
 from .workers import confirm
 
 # Updates left out in a row, after which a run does not go on.

@@ -31,6 +31,7 @@ from .checkpoint import (
 )
 from .dry_run import rehearse
 from .evaluation import evaluated_rows, refuse_other_form, unwrapped
+from .figures import BEST
 from .files import BEST_FOLDER, CONFIG_FILE, RUN_FILES, locked, make_own_folder, move_aside, remove_leftovers
 from .flat import lora_plus
 from .intercept import parameters_in
@@ -38,7 +39,6 @@ from .interruption import REQUEST, Interrupted, asked_anywhere
 from .layers import checkpointed_layers
 from .load import check_trainable
 from .memory import bounded_memory, trim_cache
-from .metrics import BEST
 from .nonfinite import refuse_non_finite_steps
 from .objective import refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError

@@ -11,17 +11,16 @@ import numpy as np
 
 from ..losses import ld_weighed
 from .divergence import mean_kl
-from .evaluation import evaluated_rows, means_of, pair_figures, reference_logps
+from .evaluation import evaluated_rows, pair_figures, reference_logps
+from .figures import DESIRABLE, WORDS, means_of, signed
 from .files import replace_file
 from .metrics import finite
 from .options import printable
-from .screen import signed
-from .step import DESIRABLE
 
 # Two-sided 95 %.
 Z = NormalDist().inv_cdf(0.975)
 SIDES = "chosen", "rejected"
-COMPARED = {"rewards/accuracies": "reward accuracy", "rewards/margins": "margin", "loss": "loss"}
+COMPARED = "rewards/accuracies", "rewards/margins", "loss"
 
 
 class Scores(NamedTuple):
@@ -239,7 +238,7 @@ def compared(names, scores, loss):
     (first, second), prompts = (found.figures for found in scores), scores[0].prompts
     lines = [f"{names[1]} less {names[0]}, pair by pair ({scores[0].counted}), with 95 % intervals:"]
     better = {name: [] for name in names}
-    for key, name in COMPARED.items():
+    for key in COMPARED:
         if key == "loss" and loss.sorts_batch:
             continue  # a value of the loss belongs to no pair
         if key == "rewards/accuracies":
@@ -252,11 +251,11 @@ def compared(names, scores, loss):
         else:
             mean, low, high = mean_interval([(second[key] - first[key], np.full(len(prompts), True))], prompts)
         if not math.isfinite(mean):
-            lines.append(f"  {name:15}  cannot be compared: not all of both have one that is finite")
+            lines.append(f"  {WORDS[key]:15}  cannot be compared: not all of both have one that is finite")
             continue
-        lines.append(f"  {name:15}  {signed(mean)}  ({signed(low)} to {signed(high)})")
+        lines.append(f"  {WORDS[key]:15}  {signed(mean)}  ({signed(low)} to {signed(high)})")
         if low > 0 or high < 0:
-            better[names[(mean < 0) == (key == "loss")]].append(name)
+            better[names[(mean < 0) == (key == "loss")]].append(WORDS[key])
     told = [f"{name} has the better {', '.join(kinds)}" for name, kinds in better.items() if kinds]
     lines.append(f"They differ: {'; '.join(told)}." if told else "No difference is shown on these pairs.")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...cli_ui import SquareBar, TrainUI, make_console
-from .step import SHARES
+from .figures import SHARES, signed
 
 HEADER = (
     f"{'iter':>6}  {'loss':>8}  {'chosen':>7}  {'rejected':>8}  {'accuracy':>8}  {'margin':>7}  {'lr':>8}  "
@@ -31,11 +31,6 @@ def make_bars(rank):
         console=make_console(),
         disable=rank != 0,
     )
-
-
-def signed(value):
-    """A figure with its sign; what rounds to 0 has none of its own."""
-    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 class RunUI(TrainUI):

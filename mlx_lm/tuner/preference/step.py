@@ -8,35 +8,13 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..losses import PairLogps, kl_estimate, ld_weighed, wpo_weights
 from .batches import Batch
+from .figures import DESIRABLE, FIGURES, SHARES
 from .flat import FlatParameters
 from .intercept import aside, exchanged
 from .memory import Need
 from .nonfinite import update_if
 from .routing import experts_in, load_balancing_loss, routed, routers_of
 from .workers import means_over_workers
-
-# What is summed over pairs, in this order; TRL's names.
-FIGURES = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "lengths/chosen",
-    "lengths/rejected",
-)
-# What an evaluation adds, means over a response's tokens; in a step they would cost more than they tell.
-TOKEN_FIGURES = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
-# Sums besides, from which a window's correlation of margins with differences of length comes.
-MOMENTS = ("margins^2", "differences^2", "margins x differences")
-CORRELATION = "rewards/length_correlation"
-
-# Of single responses, whether it is desirable: figures of one side are 0 of the other.
-DESIRABLE = "desirable"
-# What the share of each expert in the routers' choices is called, with its number behind.
-SHARES = "expert_shares/"
 
 # Two evaluations of the same float32 model differ by about a third of this, relative to the logps.
 ROUNDING = 2e-6
