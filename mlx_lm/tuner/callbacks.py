@@ -11,7 +11,7 @@ run_upstream(globals(), needs=("TrainingCallback", "SUPPORT_CALLBACK", "get_repo
 from ..cli_ui import rprint
 from .preference.answers import COLUMNS
 from .preference.files import METRICS_FILE
-from .preference.metrics import add_lines, begin_lines, finite
+from .preference.metrics import add_lines, begin_lines
 from .preference.options import first_line
 
 # Upstream's names of the figures that TRL has another name for.
@@ -103,7 +103,7 @@ class MetricsFile(_Passing):
     def _write(self, report):
         if "val_loss" in report and self.eval_set is not None:
             report = {**report, "eval_set": self.eval_set}
-        add_lines(self.path, [{TRL_NAMES.get(key, key): value for key, value in finite(report).items()}])
+        add_lines(self.path, [{TRL_NAMES.get(key, key): value for key, value in report.items()}])
 
 
 def send_samples(callback, iteration, lines):

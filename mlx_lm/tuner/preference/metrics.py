@@ -11,20 +11,22 @@ from .files import METRICS_FILE, replace_file
 def begin_lines(path, iteration):
     """Begin a file of lines, or go on after an iteration: later lines of the interrupted run are dropped."""
     kept = [line for line in read_metrics(path) if line["iteration"] <= iteration] if iteration else []
-    replace_file(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
+    replace_file(path, lambda file: file.write(as_json(kept)))
 
 
 def add_lines(path, lines):
     """Append dicts to a file of lines."""
-    with open(path, "a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    with open(path, "ab") as file:
+        file.write(as_json(lines))
 
 
-def finite(line):
-    """A dict with None for each value that is not finite, for which JSON has no word."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-    }
+def as_json(lines):
+    """Dicts as lines of JSON, bytes, with null for each value that is not finite, for which JSON has no word."""
+
+    def told(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return "".join(json.dumps({key: told(value) for key, value in line.items()}) + "\n" for line in lines).encode()
 
 
 def read_validations(folder):

@@ -1,6 +1,5 @@
 """What a test says of its pairs: figures with intervals, by source, in a file, and against other adapters' figures."""
 
-import json
 import math
 import re
 from statistics import NormalDist
@@ -14,7 +13,7 @@ from .divergence import mean_kl
 from .evaluation import evaluated_rows, pair_figures, reference_logps
 from .figures import DESIRABLE, WORDS, means_of, signed
 from .files import replace_file
-from .metrics import finite
+from .metrics import as_json
 from .options import printable
 
 # Two-sided 95 %.
@@ -207,10 +206,9 @@ def write_predictions(path, scores):
         line = {"file": found[1], "line": int(found[2])} if found else {"row": place}
         if scores.sources[i] is not None:
             line["source"] = scores.sources[i]
-        line |= figures_of(i, scores.figures, scores.reference)
-        lines.append(json.dumps(finite(line)) + "\n")
+        lines.append(line | figures_of(i, scores.figures, scores.reference))
     if mx.distributed.init().rank() == 0:
-        replace_file(path, lambda file: file.write("".join(lines).encode()))
+        replace_file(path, lambda file: file.write(as_json(lines)))
 
 
 def figures_of(i, figures, reference):
