@@ -9,7 +9,7 @@ import numpy as np
 
 from ...cli_ui import rprint
 from .figures import WORDS
-from .files import CONFIG_FILE, METRICS_FILE, PLOT_FILE, replace_file
+from .files import METRICS_FILE, PLOT_FILE, read_config, replace_file
 from .metrics import read_metrics
 from .options import ConfigError
 
@@ -77,13 +77,7 @@ def plot_runs(runs):
 
 def differences(folders):
     """For each run's folder its name and what of its configuration is not the same in all of them."""
-    configs = []
-    for folder in folders:
-        try:
-            config = json.loads((Path(folder) / CONFIG_FILE).read_text())
-        except (OSError, ValueError, RecursionError):
-            config = {}
-        configs.append(config if isinstance(config, dict) else {})
+    configs = [read_config(folder) for folder in folders]
     keys = sorted(set().union(*configs) - NOT_COMPARED)
     told = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
     names = []

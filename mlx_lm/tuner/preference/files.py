@@ -1,6 +1,7 @@
 """The files of a run: their names, writing them whole or not at all, and a folder that belongs to one run."""
 
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -19,6 +20,15 @@ NUMBERED = "[0-9]" * 7
 RUN_FILES = (f"*{ADAPTERS_FILE}", NUMBERED, CONFIG_FILE, f"*{STATE_FILE}", METRICS_FILE, SAMPLES_FILE, PLOT_FILE)
 RUN_FILES += (PAGE_FILE, BEST_FOLDER)
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+
+
+def read_config(folder):
+    """What a folder's `adapter_config.json` holds, a dict; an empty one where there is none that can be read."""
+    try:
+        config = json.loads((Path(folder) / CONFIG_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def replace_file(path, write):

@@ -13,7 +13,7 @@ from ..._backend import is_linux_cpu
 from ...cli_ui import rprint
 from ..utils import linear_to_lora_layers
 from .check import check_is_file, check_lora, holds_preferences
-from .files import ADAPTERS_FILE, CONFIG_FILE
+from .files import ADAPTERS_FILE, CONFIG_FILE, read_config
 from .intercept import evaluating
 from .layers import is_float32
 from .objective import ALIASES, LOSS_DEFAULTS, LOSS_OPTIONS
@@ -144,10 +144,8 @@ def check_adapter(model, path, key="resume_adapter_file", advice=TRAINED_WITH):
 
 def _warn_of_scale(file, scale):
     """LoRA's scale is not in its weights: an adapter with another one acts more or less than it was trained to."""
-    try:
-        was = json.loads(file.with_name(CONFIG_FILE).read_text())["lora_parameters"]["scale"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return
+    parameters = read_config(file.parent).get("lora_parameters")
+    was = parameters.get("scale", scale) if isinstance(parameters, dict) else scale
     if was != scale:
         rprint(
             f"[WARNING] resume_adapter_file {file} was trained with a scale of {printable(str(was))}, and "
