@@ -39,12 +39,13 @@ from .tuner.preference.check import (
     warn_of_unread_keys,
 )
 from .tuner.preference.checkpoint import starting_point
+from .tuner.preference.commands import GIVEN, resume_command
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
 from .tuner.preference.evaluation import evaluated_rows, objective_of
 from .tuner.preference.files import ADAPTERS_FILE
 from .tuner.preference.from_trl import FromTrl
-from .tuner.preference.interruption import GIVEN, Interrupted, handled_signals, resume_command
+from .tuner.preference.interruption import Interrupted, handled_signals
 from .tuner.preference.logps import Scorer
 from .tuner.preference.memory import LESS
 from .tuner.preference.objective import LOSS_DEFAULTS, describe_losses, loss_of

@@ -161,8 +161,8 @@ def modules_table():
 
 ORDER = """__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches
 logps attention cpu_attention layers recurrent chunk_products pieces routing objective reference
-reference_cache flat figures step run workers dry_run evaluation scores divergence report screen metrics outcome answers
-curves page card health checkpoint load"""
+reference_cache flat figures step run workers dry_run evaluation scores divergence report screen metrics outcome
+commands answers curves page card health checkpoint load"""
 
 
 def _place(name):

@@ -29,11 +29,11 @@ from mlx_lm.tuner.preference import curves
 from mlx_lm.tuner.preference.answers import MOST_TOKENS, print_side_by_side
 from mlx_lm.tuner.preference.card import MARK, shared_name, write_card
 from mlx_lm.tuner.preference.check import warn_of_ended_schedule
+from mlx_lm.tuner.preference.commands import GIVEN, next_commands, resume_command
 from mlx_lm.tuner.preference.figures import DESIRABLE
-from mlx_lm.tuner.preference.interruption import GIVEN, resume_command
 from mlx_lm.tuner.preference.metrics import best_of, read_metrics
 from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.outcome import Outcome, next_commands, print_closing
+from mlx_lm.tuner.preference.outcome import Outcome, print_closing
 from mlx_lm.tuner.preference.page import table_rows, write_page
 from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.preference.run import make_room
@@ -387,8 +387,8 @@ def test_the_last_panel_has_no_sign_before_a_zero(tmp_path, capsys):
 
 @pytest.mark.parametrize("early_stop, patience", [(1, " --early-stop 4"), (2, " --early-stop 4"), (3, "")])
 def test_the_command_that_goes_on_does_so_after_an_early_stop(tmp_path, capsys, monkeypatch, early_stop, patience):
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.repeatable_command", lambda: ["mlx_lm.lora"])
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.has_test_set", lambda args: False)
+    monkeypatch.setattr("mlx_lm.tuner.preference.commands.repeatable_command", lambda: ["mlx_lm.lora"])
+    monkeypatch.setattr("mlx_lm.tuner.preference.commands.has_test_set", lambda args: False)
     lines = [{"iteration": i, "eval_loss": loss} for i, loss in enumerate((0.7, 0.6, 0.65, None))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = {"save_best": None, "early_stop": early_stop, "model": "m", "trust_remote_code": False, "iters": 4}
@@ -406,8 +406,8 @@ def test_the_command_that_goes_on_does_so_after_an_early_stop(tmp_path, capsys, 
     ],
 )
 def test_no_command_goes_on_at_a_rate_of_zero(tmp_path, monkeypatch, capsys, name, arguments, goes_on):
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.repeatable_command", lambda: ["mlx_lm.lora"])
-    monkeypatch.setattr("mlx_lm.tuner.preference.outcome.has_test_set", lambda args: False)
+    monkeypatch.setattr("mlx_lm.tuner.preference.commands.repeatable_command", lambda: ["mlx_lm.lora"])
+    monkeypatch.setattr("mlx_lm.tuner.preference.commands.has_test_set", lambda args: False)
     schedule = {"name": name, "arguments": arguments, "warmup": 2}
     settings = {"save_best": None, "model": "m", "trust_remote_code": False, "iters": 40, "grad_accumulation_steps": 2}
     args = SimpleNamespace(adapter_path=tmp_path, lr_schedule=schedule, **settings)

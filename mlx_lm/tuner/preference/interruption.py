@@ -1,10 +1,7 @@
 """Signals that end a run: its step is finished and saved first, and a second one ends it at once."""
 
 import os
-import re
-import shlex
 import signal
-import sys
 import threading
 from contextlib import ExitStack, contextmanager
 
@@ -82,27 +79,3 @@ def handled_signals():
             if signal.getsignal(number) != signal.SIG_IGN:
                 stack.callback(signal.signal, number, signal.signal(number, REQUEST))
         yield
-
-
-# The options of the command that runs in this process; empty in a program that calls us, whose words are its own.
-GIVEN = []
-
-
-def run_module(name):
-    """The words that run a module with this Python: under the name that was typed, or by its path."""
-    typed = "".join(sys.orig_argv[:1])  # a Python within another program has none
-    return [typed if typed and "/" not in typed else sys.executable, "-m", name]
-
-
-def repeatable_command():
-    """The words that run this command again; none where it read a pipe, such as a shell's `<(...)`, which is gone."""
-    piped = any(re.search("/dev/stdin|/fd/[0-9]", word) for word in GIVEN)
-    return [*run_module("mlx_lm.lora"), *GIVEN] if GIVEN and not piped else []
-
-
-def resume_command():
-    """The command line that goes on with this command's run, or what does in a program that calls us."""
-    given = repeatable_command()
-    if not given:
-        return "resume: true with the same settings"
-    return shlex.join(given if "--resume" in given else [*given, "--resume"])

@@ -1,7 +1,5 @@
 """What a run leaves to look at: answers, curves, page and model card as it goes on, and the panel that it ends with."""
 
-import shlex
-from itertools import chain, count
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,17 +9,15 @@ from ...cli_ui import make_console, print_header_panel
 from ..callbacks import send_samples
 from .answers import answers, print_side_by_side, texts_of
 from .card import write_card
-from .check import schedule_end
+from .commands import next_commands
 from .curves import plot_metrics
 from .figures import BEST, rounded
 from .files import ADAPTERS_FILE, BEST_FOLDER, METRICS_FILE, PAGE_FILE, PLOT_FILE, SAMPLES_FILE
 from .health import health
-from .interruption import repeatable_command, run_module
 from .metrics import add_lines, begin_lines, best_of, read_metrics, read_validations, validations_of
 from .page import table_rows, write_page
 from .pairs import places_of
 from .scores import effective_count, prompts_of, reference_totals
-from .sources import has_test_set
 
 
 class Outcome:
@@ -120,38 +116,3 @@ def _told(line):
     figures = {name.removeprefix("eval_"): line.get(f"eval_{key}") for name, (key, _) in BEST.items()}
     told = (f"{name} {rounded(value)}" for name, value in figures.items() if value is not None)
     return f"{', '.join(told)} (iteration {line['iteration']})"
-
-
-def next_commands(args, epochs=None, patience=None):
-    """Command lines by what they do, with this run's paths; in a program that calls us those of mlx-lm's alone.
-
-    None goes on where the learning rate of a longer run is 0: its schedule is kept. None repeats what came from a pipe.
-
-    Args:
-        epochs: what the run asked for, or None.
-        patience: where early_stop has ended the run, one with which it goes on.
-    """
-    folder = Path(args.adapter_path)
-    where = folder / BEST_FOLDER if args.save_best and (folder / BEST_FOLDER).is_dir() else folder
-    trusted = ["--trust-remote-code"] if args.trust_remote_code else []
-    adapters = ["--model", args.model, "--adapter-path", str(where)]
-    longer = ["--epochs", f"{2 * epochs:g}"] if epochs else ["--iters", str(2 * args.iters)]
-    longer += ["--early-stop", str(patience)] if patience else []
-    given = repeatable_command()
-    resume = [] if "--resume" in given else ["--resume"]
-    schedule = getattr(args, "lr_schedule", None)
-    ends = schedule and schedule_end(schedule, -(-2 * args.iters // args.grad_accumulation_steps)) is not None
-    best = [] if where == folder else ["--adapter-path", str(where)]
-    tested = ["--no-train"] if "--test" in given else ["--no-train", "--test"]
-    test = {"test": [*given, *tested, *best]} if given and has_test_set(args) else {}
-    # The model of this run may be what an earlier one was fused to: it is not written over.
-    places = (folder / name for name in chain(["fused"], (f"fused-{number}" for number in count(2))))
-    fused = next(place for place in places if not place.exists())
-    program = run_module("mlx_lm")
-    commands = {
-        "generate": [*program, "generate", *adapters, *trusted, "--prompt", "Hello"],
-        **test,
-        "fuse": [*program, "fuse", *adapters, *trusted, "--save-path", str(fused)],
-        **({"resume": [*given, *resume, *longer]} if given and not ends else {}),
-    }
-    return {name: shlex.join(command) for name, command in commands.items()}
