@@ -84,13 +84,13 @@ def text_of(tokenizer, tokens):
     return text.replace("\n", "\n" + " " * 14)
 
 
-def rehearse(step, objective, reference, schedule, logps, args):
+def rehearse(step, reference, schedule, logps, args):
     """Run what takes most memory of a run, and print what that and, with `steps`, the whole run take.
 
     The model is another one afterwards.
 
     Args:
-        step, objective: the run's `Step` and `Objective`.
+        step: the run's `Step`.
         reference: its `Reference`, or None.
         schedule: its `Schedule`.
         logps: its `ReferenceLogps`, not taken yet.
@@ -105,7 +105,7 @@ def rehearse(step, objective, reference, schedule, logps, args):
     # The most of all workers, which average what they find and so take the same steps.
     tokens = np.array(mx.distributed.all_max(mx.array([*map(schedule.tokens, range(1, args.iters + 1))])))
     with checkpointed_layers(step.model) if args.grad_checkpoint else nullcontext(), bounded_memory() as evaluate:
-        scoring = score_largest(objective, reference, logps, schedule, args)
+        scoring = score_largest(step.objective, reference, logps, schedule, args)
         if args.reference_model is not None and reference is not None:
             reference.release()
         step.model.train()
@@ -125,7 +125,7 @@ def rehearse(step, objective, reference, schedule, logps, args):
         mx.eval(work)
         tell_memory(step)
         if args.steps:
-            tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
+            tell_time(step, schedule, logps, args, tokens, scoring, evaluate)
     rprint("\nNothing that can be told beforehand stops this run.")
 
 
@@ -206,7 +206,7 @@ def tell_memory(step):
         rprint(f"  {name:22} {size / 1e9:8.3f}" + (f" of {device_memory() / 1e9:.1f}" if name == "in all" else ""))
 
 
-def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate):
+def tell_time(step, schedule, logps, args, tokens, scoring, evaluate):
     """Time `steps` steps of usual length, and print what a whole run will take by that."""
     usual = np.argsort(np.abs(tokens - tokens.mean()), kind="stable")[: args.steps]
     if step.compiled:
@@ -223,7 +223,7 @@ def tell_time(step, objective, schedule, logps, args, tokens, scoring, evaluate)
         # The KL runs the policy and the reference over some pairs.
         each = lengths.sum() * validation + 2 * validated_pairs(len(lengths)) * lengths.mean() * reference
         parts[f"{count} validations of {each:.3f} s"] = count * each
-    if objective.loss.needs_reference:
+    if step.objective.loss.needs_reference:
         visited = lengths_of(logps.dataset[int(row)] for row in schedule.visited(1, args.iters)).sum()
         parts["reference, once, where none is kept"] = (visited + lengths.sum()) * reference
     parts["steps, validations, reference, in all"] = sum(parts.values())

@@ -129,7 +129,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     skips, together = args.on_nonfinite == "skip", not args.grad_checkpoint
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm, skips, together)
     if args.check:
-        return rehearse(step, objective, reference if loss.needs_reference else None, schedule, logps, args)
+        return rehearse(step, reference if loss.needs_reference else None, schedule, logps, args)
     if args.reference_mixup_alpha is not None:
         logps.parameters = model.trainable_parameters()
     progress = Progress() if state is None else restore_run(state, step, logps)
@@ -152,9 +152,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         if first:
             outcome = Outcome(folder, objective, logps, args, config, ui, callback, progress.iteration)
         validate = partial(_validate, objective, logps, progress, args, report, config, outcome)
-        refresh = partial(_refresh, scorer, schedule, logps, progress, args)
         try:
-            _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request)
+            _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, save, request)
         except KeyboardInterrupt:
             # Of a notebook, which goes on with the model. What a first step leaves that is being compiled is no array.
             with suppress(RuntimeError):
@@ -174,13 +173,12 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         _tell_best(folder, progress, args)
 
 
-def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, refresh, save, request):
+def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, save, request):
     """Take the steps that are left; `progress` is counted on.
 
     Args:
         evaluate: evaluates a tree of arrays, the first time to find out what memory a step needs.
         validate: scores the validation pairs, if there are any.
-        refresh: makes the policy the reference of the steps to come.
         save: writes adapters and checkpoint.
         request: a `Request` of signals, which ends the steps.
     """
@@ -219,7 +217,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         if due.validate:
             validate()
         if due.refresh:
-            refresh()
+            _refresh(step.objective.scorer, schedule, logps, progress, args)
         if due.save:
             report.count(window, progress)
             numbered = save(numbered=True)
