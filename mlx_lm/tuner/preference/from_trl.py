@@ -14,6 +14,7 @@ import yaml
 
 from .check import check_file
 from .counterparts import BY_NAME
+from .figures import BEST
 from .objective import LOSSES
 from .options import ConfigError, printable
 
@@ -50,7 +51,7 @@ KTO_WEIGHTS = ("desirable_weight", "undesirable_weight")
 # Layers that PEFT names by their last word, by their path in a block of most of mlx-lm's models.
 PATHS = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 PATHS |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
-BEST = {"loss": "eval_loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+SAVE_BEST = {figure: name for name, (figure, _) in BEST.items()}
 UNBOUNDED = 2**20  # tokens
 NOTHING = (None, False, "", [], {}, "no", "none")
 # Of null, which elsewhere leaves TRL's default: no clipping.
@@ -293,10 +294,10 @@ def _reports(made, updates):
     made.carry("save_total_limit")
     metric = str(made.take("metric_for_best_model", "loss")).removeprefix("eval_")
     if (made.take("load_best_model_at_end") or saving == "best") and strategy != "no":
-        if metric in BEST:
-            made.put("metric_for_best_model", BEST[metric])
+        if metric in SAVE_BEST:
+            made.put("metric_for_best_model", SAVE_BEST[metric])
         else:
-            made.note(f"save_best: {metric} is none of {', '.join(BEST)}, which it goes by here.")
+            made.note(f"save_best: {metric} is none of {', '.join(SAVE_BEST)}, which it goes by here.")
     if made.take("resume_from_checkpoint"):
         made.put("resume_from_checkpoint", True)
     services = made.take("report_to") or []

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .figures import BEST
+
 LONGEST_MESSAGE = 400
+# Each step's shape is planned before the first one: for these in some minutes.
+MOST_ITERS = 10**7
 # The bounds of a number, how they are written, and what holds for a number that they allow.
 BOUNDS = {
     "low": (">=", operator.ge),
@@ -53,10 +57,6 @@ def shortened(text, size):
 def shown(value):
     """A value as Python writes it on one line, its middle left out where it is long."""
     return shortened(repr(value), 65)
-
-
-# Each step's shape is planned before the first one: for these in some minutes.
-MOST_ITERS = 10**7
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ RUN_OPTIONS = (
         None,
         str,
         "keep the best validation's adapters in adapter_path/best, by this figure",
-        choices=("eval_loss", "accuracy", "margin"),
+        choices=tuple(BEST),
         keep=True,
     ),
     _save("early_stop", None, int, "end after so many validations without a gain in save_best or eval_loss", low=1),
