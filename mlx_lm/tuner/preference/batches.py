@@ -397,7 +397,7 @@ class Schedule:
     def batch(self, iteration, reference):
         """This worker's `(batch, reference logps)` of an iteration, and its tokens: processed and padding."""
         mine, rows = self._share_of(self.rows(iteration), self.rank)
-        pairs = [self.pairs[int(i)] for i in rows]
+        pairs = [self.pairs[i] for i in rows]
         batch, processed, padding = make_batch(pairs, self.arrangement, self.shape(iteration), len(mine))
         return batch, reference_rows(reference, rows), (processed, padding)
 

@@ -37,7 +37,7 @@ def mean_kl(policy, reference, dataset, rows, most=None, need=None):
     own = rows[world.rank() :: world.size()]
     with evaluating(policy.model), bounded_memory(need) as evaluate:
         for places in batches_of(policy, dataset, own) if len(own) else []:
-            values = token_kl(policy, reference, [dataset[int(own[place])] for place in places], evaluate)
+            values = token_kl(policy, reference, [dataset[own[place]] for place in places], evaluate)
             if values is None:
                 break
             total, count = total + values.sum(dtype=np.float64), count + len(values)

@@ -171,7 +171,7 @@ def time_largest(scorer, evaluate, dataset, rows, size, again):
     """
     if not len(rows):
         return 0.0
-    batches = ([dataset[int(row)] for row in rows[places]] for places in batches_of(scorer, dataset, rows, size))
+    batches = ([dataset[rows[place]] for place in places] for places in batches_of(scorer, dataset, rows, size))
     pairs = max(batches, key=lambda pairs: lengths_of(pairs).sum())
     with evaluating(scorer.model):
         batch, processed, _ = make_batch(pairs, scorer.arrangement)
@@ -217,14 +217,14 @@ def tell_time(step, schedule, logps, args, tokens, scoring, evaluate):
     seconds = (time.perf_counter() - tic) / len(usual) * tokens.mean() / tokens[usual].mean()
     parts = {f"{args.iters} steps of {seconds:.3f} s": args.iters * seconds}
     validation, reference = scoring
-    lengths = lengths_of(logps.val_dataset[int(row)] for row in logps.val_rows).sum(axis=1)
+    lengths = lengths_of(logps.val_dataset[row] for row in logps.val_rows).sum(axis=1)
     if len(lengths):
         count = 1 - (-args.iters // args.steps_per_eval)
         # The KL runs the policy and the reference over some pairs.
         each = lengths.sum() * validation + 2 * validated_pairs(len(lengths)) * lengths.mean() * reference
         parts[f"{count} validations of {each:.3f} s"] = count * each
     if step.objective.loss.needs_reference:
-        visited = lengths_of(logps.dataset[int(row)] for row in schedule.visited(1, args.iters)).sum()
+        visited = lengths_of(logps.dataset[row] for row in schedule.visited(1, args.iters)).sum()
         parts["reference, once, where none is kept"] = (visited + lengths.sum()) * reference
     parts["steps, validations, reference, in all"] = sum(parts.values())
     rprint(f"\ntime by {len(usual)} steps")

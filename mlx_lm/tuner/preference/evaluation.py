@@ -39,7 +39,7 @@ def refuse_other_form(pair, loss):
 
 def evaluated_rows(dataset, batch_size, num_batches):
     """The rows that an evaluation scores: the first ones, the same ones every time."""
-    return np.arange(len(dataset) if num_batches == -1 else min(len(dataset), batch_size * num_batches))
+    return range(len(dataset) if num_batches == -1 else min(len(dataset), batch_size * num_batches))
 
 
 def evaluate_preference(objective, dataset, args, batch_size, num_batches, reference=None, progress_callback=None):
@@ -47,7 +47,7 @@ def evaluate_preference(objective, dataset, args, batch_size, num_batches, refer
     dataset = unwrapped(dataset)
     rows = evaluated_rows(dataset, batch_size, num_batches)
     for row in rows:
-        refuse_other_form(dataset[int(row)], objective.loss)
+        refuse_other_form(dataset[row], objective.loss)
     reference = reference_logps(objective, dataset, args, rows, reference)
     # Upstream's callback counts batches.
     advance = progress_callback and (lambda count: progress_callback())
@@ -120,7 +120,7 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
             return None, here, len(places)
         # One without a row of its own runs one that counts for nothing.
         taken = here if len(here) else places[:1]
-        batch, *_ = make_batch([dataset[int(rows[place])] for place in taken], scorer.arrangement, counted=len(here))
+        batch, *_ = make_batch([dataset[rows[place]] for place in taken], scorer.arrangement, counted=len(here))
         losses, figures = objective.each(batch, reference_rows(reference, taken), by_token=True)
         if objective.loss.sorts_batch:
             # Its values belong to no pair: each has the mean of the batch.

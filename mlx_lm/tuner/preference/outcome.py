@@ -44,13 +44,13 @@ class Outcome:
             self.draw()
 
     def _answer(self, iteration):
-        pairs = [self.logps.val_dataset[int(row)] for row in self._sampled]
+        pairs = [self.logps.val_dataset[row] for row in self._sampled]
         with self.ui.val_task(len(pairs), "answers") as advance:
             found = answers(self.objective.scorer.model, self._tokenizer, [pair.prompt for pair in pairs], advance)
         where = places_of(self.logps.val_dataset)
         lines = []
         for row, pair, answer in zip(self._sampled, pairs, found, strict=True):
-            line = {"iteration": iteration, "row": where(int(row))} | texts_of(self._tokenizer, pair)
+            line = {"iteration": iteration, "row": where(row)} | texts_of(self._tokenizer, pair)
             lines.append(line | {"answer": answer})
         add_lines(self.folder / SAMPLES_FILE, lines)
         # Those of a run that is resumed may be to other prompts, so that the first to this one may be this one.

@@ -29,7 +29,7 @@ def table_rows(dataset, rows, tokenizer):
     Place, texts, and whether another pair says the same or the reverse.
     """
     where, seen, found = places_of(dataset), {}, []
-    for row in map(int, rows[:MOST_PAIRS]):
+    for row in rows[:MOST_PAIRS]:
         pair, place = dataset[row], where(row)
         prompt, chosen, rejected = map(tuple, (pair.prompt, *responses_of(pair)))
         note = ""

@@ -51,7 +51,6 @@ class Reference:
         Raises:
             ConfigError: logps that are not finite.
         """
-        rows = [int(row) for row in rows]
         keys = [row_key(dataset[row]) for row in rows]
         known = {} if self.cache is None else self.cache.read()
         # Workers may have caches of their own, but they compute together.
@@ -150,7 +149,7 @@ class ReferenceLogps:
         if self.train is None:
             self.train = np.full((len(self.dataset), 2, 2), np.nan, np.float32)
         self.train[rows] = reference.logps(self.dataset, rows, "train")
-        if len(self.val_rows):
+        if self.val_rows:
             self.valid = reference.logps(self.val_dataset, self.val_rows, "valid")
 
 
@@ -167,7 +166,7 @@ def batches_of(scorer, dataset, rows, size=None, workers=1):
         scorer: the `Scorer` that will run them.
         workers: how many take a batch together.
     """
-    lengths = lengths_of(dataset[int(row)] for row in rows)
+    lengths = lengths_of(dataset[row] for row in rows)
     if size is not None:
         return filled(lengths, scorer.arrangement, size)
     most = ample_tokens(scorer, int(lengths.sum(axis=1).max(initial=0)))

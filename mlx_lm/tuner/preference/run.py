@@ -71,7 +71,7 @@ def train_preference(
         args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
     dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
     logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
-    if (args.save_best or args.early_stop or args.sample_prompts) and not len(logps.val_rows):
+    if (args.save_best or args.early_stop or args.sample_prompts) and not logps.val_rows:
         raise ConfigError("save_best, early_stop and sample_prompts need validations, and there is no validation set.")
     maybe_set_recommended_wired_limit()
     if (hint := slow_blas_hint()) is not None:
@@ -100,8 +100,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
     held_out = {"the validation data": check_and_digest(logps.val_dataset)}
     for row in logps.val_rows:
-        refuse_other_form(logps.val_dataset[int(row)], loss)
-    settings[VALIDATED_ON] = [*held_out.values(), len(logps.val_rows)] if len(logps.val_rows) else None
+        refuse_other_form(logps.val_dataset[row], loss)
+    settings[VALIDATED_ON] = [*held_out.values(), len(logps.val_rows)] if logps.val_rows else None
     if args.reference_update_steps or args.save_best or args.early_stop:
         # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
         settings |= held_out | {"the number of validation pairs": len(logps.val_rows)}
@@ -251,7 +251,7 @@ def due_at(progress, args):
 
 def _validate(objective, logps, progress, args, report, config, outcome):
     """Score the validation pairs, if there are any; keep the adapters where they are the best so far."""
-    if not len(logps.val_rows):
+    if not logps.val_rows:
         return
     figures, found = report.validation(progress.iteration, objective, logps, args.batch_size)
     if args.save_best or args.early_stop:

@@ -67,8 +67,8 @@ def score(objective, dataset, args, reference=None, base=None):
     return Scores(
         figures,
         reference_totals(reference, objective.loss),
-        [dataset.where(int(row)) for row in rows],
-        [dataset.source(int(row)) for row in rows],
+        [dataset.where(row) for row in rows],
+        [dataset.source(row) for row in rows],
         mean_kl(objective.scorer, base, dataset, rows) if at_hand else None,
         prompts_of(dataset, rows),
     )
@@ -76,7 +76,7 @@ def score(objective, dataset, args, reference=None, base=None):
 
 def prompts_of(dataset, rows):
     """`(n,)`, a number for the prompt of each of n rows."""
-    return np.unique([hash(tuple(dataset[int(row)].prompt)) for row in rows], return_inverse=True)[1]
+    return np.unique([hash(tuple(dataset[row].prompt)) for row in rows], return_inverse=True)[1]
 
 
 def reference_totals(reference, loss):
