@@ -11,8 +11,9 @@ import pytest
 from tiny import short_run, some_pairs, tiny_llama
 
 from mlx_lm.tuner.preference.divergence import kl_of_logits, mean_kl, token_kl
-from mlx_lm.tuner.preference.evaluation import pair_figures, without_adapters
+from mlx_lm.tuner.preference.evaluation import pair_figures
 from mlx_lm.tuner.preference.figures import DESIRABLE, FIGURES, TOKEN_FIGURES, means_of
+from mlx_lm.tuner.preference.intercept import without_adapters
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import preference_loss

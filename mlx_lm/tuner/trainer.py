@@ -8,7 +8,7 @@ from .._upstream import run_upstream
 run_upstream(globals(), needs=("TrainingArgs", "TrainingCallback", "TrainUI", "train", "evaluate", "average_gradients"))
 
 from .preference.check import DEFAULTS, OPTIONS
-from .preference.evaluation import evaluate_preference, objective_of
+from .preference.evaluation import evaluate_preference, objective_of, unwrapped
 from .preference.options import ConfigError, is_preference
 from .preference.pairs import PreferenceDataset
 from .preference.run import train_preference
@@ -28,7 +28,7 @@ TrainingArgs.__module__ = __name__
 
 def _refuse_preferences(dataset, batches):
     """Raise `ConfigError` where upstream's own batches would be made of preferences."""
-    if batches is _upstream_batches and isinstance(getattr(dataset, "_data", dataset), PreferenceDataset):
+    if batches is _upstream_batches and isinstance(unwrapped(dataset), PreferenceDataset):
         raise ConfigError(
             "the data set holds preferences, and no preference loss is asked for: set loss_type in the TrainingArgs, "
             "for example to dpo, which evaluate takes as args."

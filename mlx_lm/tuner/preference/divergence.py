@@ -7,8 +7,7 @@ import numpy as np
 
 from ...models.activations import fast_exp, fast_max
 from .batches import make_batch
-from .evaluation import without_adapters
-from .intercept import evaluating
+from .intercept import evaluating, without_adapters
 from .logps import CHUNK_LOGITS
 from .memory import bounded_memory, one_behind
 from .reference import batches_of

@@ -1,15 +1,12 @@
 """Evaluation on pairs: each scored exactly once, by the loss and against the reference of the training."""
 
-from contextlib import contextmanager
-
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from ...cli_ui import rprint
 from .batches import make_batch, reference_rows
 from .figures import FIGURES, TOKEN_FIGURES, means_of
-from .intercept import evaluating
+from .intercept import evaluating, without_adapters
 from .layers import multiplied_once
 from .logps import Scorer
 from .memory import bounded_memory, one_behind
@@ -91,18 +88,6 @@ def _trained_from(model, args, dataset, rows):
             )
         rprint("The model without its adapters is the reference of this evaluation.")
         return reference_of(Scorer(model, args.share_prompt), args).logps(dataset, rows)
-
-
-@contextmanager
-def without_adapters(model):
-    """Within the context, each layer with an adapter is the layer that it wraps; gives whether there is any."""
-    adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
-    bare = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
-    model.update_modules(tree_unflatten(bare))
-    try:
-        yield bool(adapted)
-    finally:
-        model.update_modules(tree_unflatten(adapted))
 
 
 def pair_figures(objective, dataset, rows, reference, batch_size, progress_callback=None):

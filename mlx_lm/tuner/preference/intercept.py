@@ -63,6 +63,18 @@ def evaluating(model):
 
 
 @contextmanager
+def without_adapters(model):
+    """Within the context, each layer with an adapter is the layer that it wraps; gives whether there is any."""
+    adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
+    bare = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
+    model.update_modules(tree_unflatten(bare))
+    try:
+        yield bool(adapted)
+    finally:
+        model.update_modules(tree_unflatten(adapted))
+
+
+@contextmanager
 def parameters_in(module, parameters):
     """Within the context, the trainable parameters of `module` are these."""
     kept = module.trainable_parameters()
