@@ -35,7 +35,8 @@ from mlx_lm.tuner.preference.batches import PLAIN, Schedule, lengths_of, make_ba
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.objective import Objective
+from mlx_lm.tuner.preference.step import Step
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dpo_loss, get_batched_logps, load
 from held_out import IGNORED, padded

@@ -25,7 +25,7 @@ from programs import command_line, machine  # noqa: E402
 from records import RESULTS, keep  # noqa: E402
 
 import mlx_lm.lora  # noqa: E402
-from mlx_lm.tuner.preference.objective import TABLE  # noqa: E402
+from mlx_lm.tuner.preference.loss_table import TABLE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "mlx_lm" / "examples" / "lora_config.yaml"

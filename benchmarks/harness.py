@@ -23,8 +23,8 @@ from mlx_lm.tuner.preference.batches import make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
-from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
+from mlx_lm.tuner.preference.step import Step
 
 
 def make_llama(shape, dtype=mx.float32, vocabulary=None, rank=8, layers=None, bits=None, trained_layers=None):

@@ -42,13 +42,14 @@ from .tuner.preference.checkpoint import starting_point
 from .tuner.preference.commands import GIVEN, resume_command
 from .tuner.preference.curves import Plot
 from .tuner.preference.dry_run import NotMade, describe_data
-from .tuner.preference.evaluation import evaluated_rows, objective_of
+from .tuner.preference.evaluation import evaluated_rows
 from .tuner.preference.files import ADAPTERS_FILE
 from .tuner.preference.from_trl import FromTrl
 from .tuner.preference.interruption import Interrupted, handled_signals
 from .tuner.preference.logps import Scorer
+from .tuner.preference.loss_table import LOSS_DEFAULTS, describe_losses
 from .tuner.preference.memory import LESS
-from .tuner.preference.objective import LOSS_DEFAULTS, describe_losses, loss_of
+from .tuner.preference.objective import loss_of, objective_of
 from .tuner.preference.options import GROUPS, UPSTREAM_GROUP, ConfigError, first_line, is_preference, of_flag, size
 from .tuner.preference.outcome import print_closing
 from .tuner.preference.reference import Reference, reference_of

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx_lm.lora
 from mlx_lm.tuner.preference.check import OPTIONS
 from mlx_lm.tuner.preference.counterparts import MLX_LM_LORA, TRL
-from mlx_lm.tuner.preference.objective import LETTERS, OPTION, TABLE, names_of
+from mlx_lm.tuner.preference.loss_table import LETTERS, OPTION, TABLE, names_of
 from mlx_lm.tuner.preference.options import GROUPS, UPSTREAM_GROUP, UPSTREAM_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +160,7 @@ def modules_table():
 
 
 ORDER = """__init__ options check rows layouts messages overlap sources pairs chat template thinking tokens batches
-logps attention cpu_attention layers recurrent chunk_products pieces routing objective reference
+logps attention cpu_attention layers recurrent chunk_products pieces routing loss_table objective reference
 reference_cache flat figures step run workers dry_run evaluation scores divergence report screen metrics outcome
 commands answers curves page card health checkpoint load"""
 

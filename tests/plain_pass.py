@@ -11,8 +11,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference.batches import PLAIN, make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers
-from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.step import Objective
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.utils import dpo_loss, get_batched_logps
 
 BETA = 0.5

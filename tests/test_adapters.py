@@ -18,10 +18,10 @@ from mlx_lm.tuner.preference.check import check_config
 from mlx_lm.tuner.preference.flat import lora_plus
 from mlx_lm.tuner.preference.load import add_adapters, load_adapter
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.step import Step
 
 # LoRA+
 

@@ -31,9 +31,8 @@ from mlx_lm.tuner.preference.batches import (
 from mlx_lm.tuner.preference.evaluation import pair_figures
 from mlx_lm.tuner.preference.figures import FIGURES, means_of
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.step import Objective
 from mlx_lm.utils import get_batched_logps
 
 

@@ -19,7 +19,7 @@ import yaml
 import mlx_lm.lora
 from mlx_lm.tuner.preference import check as config
 from mlx_lm.tuner.preference.batches import iterations
-from mlx_lm.tuner.preference.objective import LOSS_OPTIONS
+from mlx_lm.tuner.preference.loss_table import LOSS_OPTIONS
 from mlx_lm.tuner.preference.options import RUN_OPTIONS, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

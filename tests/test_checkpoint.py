@@ -35,12 +35,12 @@ from mlx_lm.tuner.preference.interruption import Interrupted
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.metrics import read_validations
 from mlx_lm.tuner.preference.nonfinite import refuse_non_finite_steps, refuse_non_finite_weights
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import Outcome
 from mlx_lm.tuner.preference.pairs import Pair
 from mlx_lm.tuner.preference.reference import ReferenceLogps
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.step import Step
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 from mlx_lm.utils import load_model
 

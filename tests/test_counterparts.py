@@ -23,7 +23,8 @@ from mlx_lm.tuner.losses import PairLogps, dpop
 from mlx_lm.tuner.preference.check import FURTHER_KEYS, check_config, warn_of_unread_keys
 from mlx_lm.tuner.preference.counterparts import FORMER, MLX_LM_LORA, TRL, hint
 from mlx_lm.tuner.preference.from_trl import DEFAULTS, MODEL_DEFAULTS, translate
-from mlx_lm.tuner.preference.objective import LOSSES, preference_loss
+from mlx_lm.tuner.preference.loss_table import LOSSES
+from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

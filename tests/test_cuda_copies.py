@@ -10,8 +10,8 @@ from mlx_lm.tuner.preference.attention import Places, collected, spread
 from mlx_lm.tuner.preference.batches import PACKED, make_batch
 from mlx_lm.tuner.preference.cuda_copies import fit, joined, rows_of
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
+from mlx_lm.tuner.preference.step import Step
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 

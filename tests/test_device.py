@@ -37,10 +37,10 @@ from mlx_lm.tuner.preference.cuda_scan import selective_loops
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.pieces import gated_delta_rule
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.step import Step
 
 pytestmark = pytest.mark.device
 

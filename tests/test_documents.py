@@ -18,7 +18,7 @@ import mlx_lm.lora
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.losses import PairLogps, discopop
 from mlx_lm.tuner.preference.check import FURTHER_KEYS, check_config, warn_of_unread_keys
-from mlx_lm.tuner.preference.objective import LOSS_OPTIONS, TABLE
+from mlx_lm.tuner.preference.loss_table import LOSS_OPTIONS, TABLE
 from mlx_lm.tuner.preference.options import RUN_OPTIONS
 
 MODEL = "mlx_lm/examples/tiny_chat_model"

@@ -9,9 +9,8 @@ from mlx_lm.tuner.preference.batches import make_batch
 from mlx_lm.tuner.preference.evaluation import pair_figures
 from mlx_lm.tuner.preference.figures import CORRELATION, FIGURES, as_means, correlation, means_of
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.tuner.preference.step import Objective
 from mlx_lm.utils import token_logps
 
 PAIRS = some_pairs(6, seed=3)

@@ -14,8 +14,8 @@ from mlx_lm.tuner.preference.batches import PACKED, make_batch
 from mlx_lm.tuner.preference.flat import FlatParameters, lora_plus
 from mlx_lm.tuner.preference.layers import lean_layers
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
+from mlx_lm.tuner.preference.step import Step
 
 PAIRS = some_pairs(6)
 

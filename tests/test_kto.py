@@ -19,13 +19,12 @@ from mlx_lm.tuner.preference import batches
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
 from mlx_lm.tuner.preference.figures import as_means
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.pairs import mismatched
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.tuner.preference.run import warn_of_balance
 from mlx_lm.tuner.preference.scores import Scores, write_predictions
-from mlx_lm.tuner.preference.step import Objective
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
 TRL = json.loads((Path(__file__).parent / "golden" / "trl_kto.json").read_text())

@@ -12,7 +12,8 @@ import pytest
 
 from mlx_lm.tuner import losses
 from mlx_lm.tuner.losses import PairLogps
-from mlx_lm.tuner.preference.objective import LOSS_OPTIONS, LOSSES, preference_loss
+from mlx_lm.tuner.preference.loss_table import LOSS_OPTIONS, LOSSES
+from mlx_lm.tuner.preference.objective import preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())

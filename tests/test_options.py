@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import mlx_lm.lora
-from mlx_lm.tuner.preference.objective import LOSS_OPTIONS, TABLE
+from mlx_lm.tuner.preference.loss_table import LOSS_OPTIONS, TABLE
 from mlx_lm.tuner.preference.options import (
     GROUPS,
     RUN_OPTIONS,

@@ -18,10 +18,9 @@ from mlx_lm.tuner.preference.figures import as_means
 from mlx_lm.tuner.preference.intercept import aside
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.routing import load_balancing_loss, routed, routers_of
-from mlx_lm.tuner.preference.step import Objective
 
 # Whose routers have outputs for what is no expert, or that keep each expert by itself.
 UNREAD = {"longcat_flash", "longcat_flash_ngram", "dbrx"}

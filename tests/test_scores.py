@@ -16,7 +16,7 @@ from mlx_lm.tuner.preference.figures import DESIRABLE, FIGURES, TOKEN_FIGURES, m
 from mlx_lm.tuner.preference.intercept import without_adapters
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.scores import (
     SIDES,
     Scores,
@@ -30,7 +30,6 @@ from mlx_lm.tuner.preference.scores import (
     wilson,
     write_predictions,
 )
-from mlx_lm.tuner.preference.step import Objective
 
 
 class Pairs(list):

@@ -22,9 +22,9 @@ from mlx_lm.tuner.preference import layers as layers_module
 from mlx_lm.tuner.preference.batches import make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers, multiplied_once
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.siblings import MOST_COLUMNS
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.step import Step
 
 PAIRS = some_pairs(6)
 REFERENCE = mx.zeros((6, 2, 2)) - 30

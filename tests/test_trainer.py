@@ -24,10 +24,10 @@ from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_ba
 from mlx_lm.tuner.preference.figures import FIGURES
 from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Scorer
-from mlx_lm.tuner.preference.objective import preference_loss
+from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference
-from mlx_lm.tuner.preference.step import Objective, Step
+from mlx_lm.tuner.preference.step import Step
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
 TRL = json.loads((Path(__file__).parent / "golden" / "trl.json").read_text())

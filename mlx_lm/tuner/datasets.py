@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from .._upstream import run_upstream
 from ..cli_ui import rprint
-from .preference.objective import LOSSES
+from .preference.loss_table import LOSSES
 from .preference.options import RUN_OPTIONS, ConfigError, is_preference, nearest
 from .preference.pairs import Pair, PreferenceDataset, truncate  # noqa: F401
 from .preference.sources import SPLITS, files_of, hub, is_saved, of_hub, read_files

@@ -7,7 +7,7 @@ keywords, and returns (B,) float32: one value a pair, of which the trainer takes
 formulas rc and rr are beta x chosen and beta x rejected logratio, h = rc - rr - margin, sigma is the
 logistic function and eps is label_smoothing. Loss and gradient stay finite for logratios of +-1e4.
 
-`preference/objective.py` holds the table that names these functions and the checks of what a user asks for.
+`preference/loss_table.py` holds the table that names these functions.
 """
 
 from .._upstream import run_upstream

@@ -8,7 +8,8 @@ from .._upstream import run_upstream
 run_upstream(globals(), needs=("TrainingArgs", "TrainingCallback", "TrainUI", "train", "evaluate", "average_gradients"))
 
 from .preference.check import DEFAULTS, OPTIONS
-from .preference.evaluation import evaluate_preference, objective_of, unwrapped
+from .preference.evaluation import evaluate_preference, unwrapped
+from .preference.objective import objective_of
 from .preference.options import ConfigError, is_preference
 from .preference.pairs import PreferenceDataset
 from .preference.run import train_preference

@@ -18,7 +18,8 @@ from .batches import refuse_uneven_shares
 from .checkpoint import refuse_without_state
 from .counterparts import hint
 from .files import ADAPTERS_FILE, RUN_FILES
-from .objective import LOSS_OPTIONS, loss_of, refuse_without_gradient
+from .loss_table import LOSS_OPTIONS
+from .objective import loss_of, refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, OfFlag, Option, Unset, nearest, printable, shown
 from .template import SECONDS, limited
 

@@ -10,15 +10,8 @@ from .intercept import evaluating, without_adapters
 from .layers import multiplied_once
 from .logps import Scorer
 from .memory import bounded_memory, one_behind
-from .objective import loss_of
 from .options import ConfigError
 from .reference import Reference, batches_of, reference_of
-from .step import Objective
-
-
-def objective_of(model, args, loss=None):
-    """The `Objective` of a model and `loss`, by default what `args`, a namespace, ask for; raises as `loss_of`."""
-    return Objective(Scorer(model, args.share_prompt), loss or loss_of(args), args.router_aux_loss_coef)
 
 
 def unwrapped(dataset):

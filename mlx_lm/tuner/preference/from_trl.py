@@ -15,7 +15,7 @@ import yaml
 from .check import check_file
 from .counterparts import BY_NAME
 from .figures import BEST
-from .objective import LOSSES
+from .loss_table import LOSSES
 from .options import ConfigError, printable
 
 # DPOConfig's defaults where this command's are others, or a setting here is made of several there.

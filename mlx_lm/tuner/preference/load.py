@@ -16,7 +16,7 @@ from .check import check_is_file, check_lora, holds_preferences
 from .files import ADAPTERS_FILE, CONFIG_FILE, read_config
 from .intercept import evaluating
 from .layers import is_float32
-from .objective import ALIASES, LOSS_DEFAULTS, LOSS_OPTIONS
+from .loss_table import ALIASES, LOSS_DEFAULTS, LOSS_OPTIONS
 from .options import ConfigError, first_line, is_preference, nearest, printable
 
 TRAINED_WITH = "use the fine_tune_type, num_layers and lora_parameters that it was trained with"

@@ -1,6 +1,6 @@
 """Every option, declared once: parser, default, check, document and what a resumed run has to keep derive from here.
 
-The options of the losses stand with the table of losses in `objective.py`.
+The options of the losses stand with their table in `loss_table.py`.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def nearest(word, known):
 
 
 _data, _reference, _step, _watch, _save, _test = (partial(Option, group=group) for group in GROUPS if group != "loss")
-# Options of a preference run besides those of its loss, which stand with the losses in `objective.py`.
+# Options of a preference run besides those of its loss, which stand with the losses in `loss_table.py`.
 RUN_OPTIONS = (
     _data("prompt_feature", "prompt", str, "key of a row's prompt"),
     _data("chosen_feature", "chosen", str, "key of a row's preferred response"),
