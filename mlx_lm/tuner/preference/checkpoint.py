@@ -21,7 +21,7 @@ from .files import (
     replace_files,
 )
 from .nonfinite import refuse_non_finite_weights
-from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError, first_line
+from .options import ConfigError, first_line
 from .workers import confirm, means_over_workers
 
 EARLIER_STATES = f"{NUMBERED}_{STATE_FILE}"
@@ -51,14 +51,6 @@ class Progress:
     best_iteration: int = 0
     without_gain: int = 0
     saved: int | None = None
-
-
-def kept_settings(args, loss, config, model):
-    """What a resumed run must have as it was begun: options declared so, the loss, and the model before training."""
-    names = [option.name for option in UPSTREAM_OPTIONS + RUN_OPTIONS if option.keep]
-    settings = {name: getattr(args, name, (config or {}).get(name)) for name in names} | loss.parameters
-    settings |= {"loss_type": list(loss.names), "loss_weights": loss.weights}
-    return settings | {"the model or adapter it begins with": starting_point(model)}
 
 
 def save_adapters(model, adapter_file, iteration=None, config=None):

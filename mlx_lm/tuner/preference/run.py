@@ -22,7 +22,6 @@ from .checkpoint import (
     VALIDATED_ON,
     Progress,
     find_state,
-    kept_settings,
     restore_run,
     save_adapters,
     save_run,
@@ -97,19 +96,9 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
             "all of which are run: pairs are cut when a data set is made, by the max_seq_length that load_dataset or "
             "PreferenceDataset is given."
         )
-    settings = kept_settings(args, loss, config, model) | {"the training data": check_and_digest(logps.dataset, loss)}
-    held_out = {"the validation data": check_and_digest(logps.val_dataset)}
-    for row in logps.val_rows:
-        refuse_other_form(logps.val_dataset[row], loss)
-    settings[VALIDATED_ON] = [*held_out.values(), len(logps.val_rows)] if logps.val_rows else None
-    if args.reference_update_steps or args.save_best or args.early_stop:
-        # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
-        settings |= held_out | {"the number of validation pairs": len(logps.val_rows)}
     if loss.needs_reference:
         reference = reference or reference_of(scorer, args)
-        if args.reference_model is not None:
-            # Its name may stand for other weights by now.
-            settings["the weights of the reference model"] = starting_point(reference.scorer.model)
+    settings, held_out = kept_settings(objective, logps, args, config, reference)
     warn_of_balance(logps.dataset, loss)
     state, iteration = None, 0
     if args.resume is True or (args.resume and state_files(folder)):
@@ -171,6 +160,33 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         for sentence in outcome.health():
             rprint(f"[WARNING] {sentence}")
         _tell_best(folder, progress, args)
+
+
+def kept_settings(objective, logps, args, config, reference):
+    """What a resumed run must have as it was begun, and the digest of the validation data, two dicts.
+
+    Options declared so, the loss, the models before training, and the training data.
+
+    Raises:
+        ConfigError: the data is not for the loss.
+    """
+    loss = objective.loss
+    names = [option.name for option in UPSTREAM_OPTIONS + RUN_OPTIONS if option.keep]
+    settings = {name: getattr(args, name, (config or {}).get(name)) for name in names} | loss.parameters
+    settings |= {"loss_type": list(loss.names), "loss_weights": loss.weights}
+    settings["the model or adapter it begins with"] = starting_point(objective.scorer.model)
+    if loss.needs_reference and args.reference_model is not None:
+        # Its name may stand for other weights by now.
+        settings["the weights of the reference model"] = starting_point(reference.scorer.model)
+    settings["the training data"] = check_and_digest(logps.dataset, loss)
+    held_out = {"the validation data": check_and_digest(logps.val_dataset)}
+    for row in logps.val_rows:
+        refuse_other_form(logps.val_dataset[row], loss)
+    settings[VALIDATED_ON] = [*held_out.values(), len(logps.val_rows)] if logps.val_rows else None
+    if args.reference_update_steps or args.save_best or args.early_stop:
+        # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
+        settings |= held_out | {"the number of validation pairs": len(logps.val_rows)}
+    return settings, held_out
 
 
 def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, save, request):
