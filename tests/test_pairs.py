@@ -121,6 +121,8 @@ def test_joined():
     joined = PreferenceDataset.joined([first, second])
     assert [joined[i] for i in range(len(joined))] == [first[0], second[0], second[1]]
     assert joined.name == "a, b"
+    other = PreferenceDataset([ROW | {"prompt": "Where?"}], tokenizers.qwen())
+    assert [len(part) for part in PreferenceDataset.joined([first, other]).split(0.5, seed=0)] == [1, 1]
 
 
 @pytest.mark.parametrize("unpaired", [False, True])

@@ -212,7 +212,8 @@ class PreferenceDataset:
         """One data set of the pairs of several, in their order."""
         whole = cls.__new__(cls)
         whole.name = ", ".join(dataset.name for dataset in datasets)
-        whole.layout, whole.tokenizer = datasets[0].layout, datasets[0].tokenizer
+        first = datasets[0]
+        whole.layout, whole.tokenizer, whole._unpaired = first.layout, first.tokenizer, first._unpaired
         whole.max_seq_length = max(dataset.max_seq_length for dataset in datasets)
         whole._pairs = [pair for dataset in datasets for pair in dataset._pairs]
         places = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
