@@ -39,7 +39,7 @@ from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.outcome import Outcome
 from mlx_lm.tuner.preference.pairs import Pair
-from mlx_lm.tuner.preference.reference import ReferenceLogps
+from mlx_lm.tuner.preference.reference import RunData
 from mlx_lm.tuner.preference.step import Step
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 from mlx_lm.utils import load_model
@@ -419,13 +419,13 @@ def test_the_random_state_is_that_of_the_saved_run(tmp_path):
     model, _ = load_model(GOLDEN)
     objective = Objective(Scorer(model), preference_loss("dpo"))
     step = Step(model, optimizers.Adam(learning_rate=0.1), objective, compiled=False)
-    args, logps = TrainingArgs(adapter_file=tmp_path / "adapters.safetensors"), ReferenceLogps([], [], [])
+    args, data = TrainingArgs(adapter_file=tmp_path / "adapters.safetensors"), RunData([], [], [])
     mx.random.seed(2**40 + 12345)
     mx.random.normal((3,))
-    save_run(step, logps, Progress(iteration=1), {}, args, None)
+    save_run(step, data, Progress(iteration=1), {}, args, None)
     expected = [mx.random.uniform(shape=(5,)).tolist() for _ in range(3)]
     mx.random.seed(0)
-    assert restore_run(tmp_path / STATE_FILE, step, logps).iteration == 1
+    assert restore_run(tmp_path / STATE_FILE, step, data).iteration == 1
     assert [mx.random.uniform(shape=(5,)).tolist() for _ in range(3)] == expected
 
 

@@ -177,7 +177,7 @@ def test_the_largest_steps_memory_is_taken_from_the_smallests(tmp_path, monkeypa
 def test_validations_are_as_large_as_those_of_a_run_that_balances_experts(monkeypatch):
     """Whose figures belong to a batch, whatever the loss."""
     monkeypatch.setattr(dry_run, "time_largest", lambda scorer, evaluate, dataset, rows, size, again: size)
-    loss, rows = SimpleNamespace(reads_batch=False), SimpleNamespace(val_dataset=[], val_rows=[])
+    loss, rows = SimpleNamespace(reads_batch=False), SimpleNamespace(valid_set=[], valid_rows=[])
     args = SimpleNamespace(batch_size=4, steps=None)
     for reads_batch, size in ((True, 4), (False, None)):
         objective = SimpleNamespace(scorer=None, loss=loss, reads_batch=reads_batch)

@@ -118,8 +118,8 @@ def test_sampling_needs_a_validation_set(run, tmp_path, capsys):
 @pytest.mark.parametrize(("iteration", "kept"), [(0, []), (4, [0, 4])])
 def test_answers_of_an_interrupted_run_that_come_again_are_dropped(tmp_path, iteration, kept):
     (tmp_path / "samples.jsonl").write_text("".join(f'{{"iteration": {i}}}\n' for i in (0, 4, 8)))
-    logps, args = SimpleNamespace(val_dataset=None), SimpleNamespace(sample_prompts=1)
-    Outcome(tmp_path, None, logps, args, {}, None, None, iteration)
+    data, args = SimpleNamespace(valid_set=None), SimpleNamespace(sample_prompts=1)
+    Outcome(tmp_path, None, data, args, {}, None, None, iteration)
     assert [line["iteration"] for line in read_metrics(tmp_path / "samples.jsonl")] == kept
 
 

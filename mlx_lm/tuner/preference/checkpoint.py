@@ -82,7 +82,7 @@ def save_adapters(model, adapter_file, iteration=None, config=None):
     return numbered
 
 
-def save_run(step, logps, progress, settings, args, config, numbered=False):
+def save_run(step, data, progress, settings, args, config, numbered=False):
     """Write the adapters, and a state with all that going on needs; the states before it are kept as `args` say.
 
     Returns:
@@ -105,9 +105,9 @@ def save_run(step, logps, progress, settings, args, config, numbered=False):
         return None
     state = {"model": trained, "optimizer": step.optimizer.state, "random": mx.array(mx.random.state[0])}
     if args.reference_update_steps:
-        tables = {"reference": logps.train, "val_reference": logps.valid}
+        tables = {"reference": data.train_logps, "val_reference": data.valid_logps}
         state["logps"] = {name: mx.array(table) for name, table in tables.items() if table is not None}
-        state["reference"] = logps.parameters or {}
+        state["reference"] = data.reference_parameters or {}
     if accumulated is not None:
         state["gradient"], state["pairs"] = accumulated
     saved = save_adapters(step.model, args.adapter_file, progress.iteration if numbered else None, config)
@@ -221,7 +221,7 @@ def _check_settings(folder, saved, now):
         raise ConfigError(f"resume goes on with the run in {folder} as it was begun, but {', '.join(told)}.")
 
 
-def restore_run(path, step, logps):
+def restore_run(path, step, data):
     """Put back what `save_run` wrote, and return its `Progress`; `ConfigError` where a part is missing."""
     try:
         arrays, progress, _ = read_state(path)
@@ -231,11 +231,11 @@ def restore_run(path, step, logps):
         if missing:
             raise ValueError(f"it has no {min(missing)} of the optimizer's")
         tables = _part(arrays, "logps")
-        logps.train = np.array(tables["reference"]) if "reference" in tables else logps.train
-        logps.valid = np.array(tables["val_reference"]) if "val_reference" in tables else logps.valid
-        if logps.parameters is not None:
+        data.train_logps = np.array(tables["reference"]) if "reference" in tables else data.train_logps
+        data.valid_logps = np.array(tables["val_reference"]) if "val_reference" in tables else data.valid_logps
+        if data.reference_parameters is not None:
             parts = _part(arrays, "reference")
-            logps.parameters = tree_map_with_path(lambda name, _: parts[name], logps.parameters)
+            data.reference_parameters = tree_map_with_path(lambda name, _: parts[name], data.reference_parameters)
         if "pairs" in arrays:
             # Parts of the tree that hold no array have left no trace in the file.
             parts = _part(arrays, "gradient")

@@ -101,10 +101,10 @@ def validated_pairs(count):
     return min(VALIDATED_PAIRS, -(-count // 4))
 
 
-def validation_kl(objective, logps):
+def validation_kl(objective, data):
     """The KL at a validation, on a few pairs; None where the reference is not the policy without its adapters."""
-    if not logps.of_bare:
+    if not data.of_bare:
         return None
-    pairs = validated_pairs(len(logps.val_rows))
-    kl = mean_kl(objective.scorer, None, logps.val_dataset, logps.val_rows, pairs, objective.need)
+    pairs = validated_pairs(len(data.valid_rows))
+    kl = mean_kl(objective.scorer, None, data.valid_set, data.valid_rows, pairs, objective.need)
     return None if kl is None else kl[0]

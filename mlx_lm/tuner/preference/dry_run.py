@@ -84,7 +84,7 @@ def text_of(tokenizer, tokens):
     return text.replace("\n", "\n" + " " * 14)
 
 
-def rehearse(step, reference, schedule, logps, args):
+def rehearse(step, reference, schedule, data, args):
     """Run what takes most memory of a run, and print what that and, with `steps`, the whole run take.
 
     The model is another one afterwards.
@@ -93,7 +93,7 @@ def rehearse(step, reference, schedule, logps, args):
         step: the run's `Step`.
         reference: its `Reference`, or None.
         schedule: its `Schedule`.
-        logps: its `ReferenceLogps`, not taken yet.
+        data: its `RunData`, whose logps are not taken yet.
         args: `TrainingArgs`.
 
     Raises:
@@ -105,7 +105,7 @@ def rehearse(step, reference, schedule, logps, args):
     # The most of all workers, which average what they find and so take the same steps.
     tokens = np.array(mx.distributed.all_max(mx.array([*map(schedule.tokens, range(1, args.iters + 1))])))
     with checkpointed_layers(step.model) if args.grad_checkpoint else nullcontext(), bounded_memory() as evaluate:
-        scoring = score_largest(step.objective, reference, logps, schedule, args)
+        scoring = score_largest(step.objective, reference, data, schedule, args)
         if args.reference_model is not None and reference is not None:
             reference.release()
         step.model.train()
@@ -125,7 +125,7 @@ def rehearse(step, reference, schedule, logps, args):
         mx.eval(work)
         tell_memory(step)
         if args.steps:
-            tell_time(step, schedule, logps, args, tokens, scoring, evaluate)
+            tell_time(step, schedule, data, args, tokens, scoring, evaluate)
     rprint("\nNothing that can be told beforehand stops this run.")
 
 
@@ -136,7 +136,7 @@ def run_step(step, schedule, iteration, args):
     return [step.state(), step.accumulated or [], [] if norm is None else norm, sums]
 
 
-def score_largest(objective, reference, logps, schedule, args):
+def score_largest(objective, reference, data, schedule, args):
     """The seconds a token in the largest batches of a validation and of a reference pass; 0 where there is none."""
 
     def validate(batch):
@@ -144,7 +144,7 @@ def score_largest(objective, reference, logps, schedule, args):
         return mx.stack([losses, *figures])
 
     size = args.batch_size if objective.reads_batch else None
-    validation = time_largest(objective.scorer, validate, logps.val_dataset, logps.val_rows, size, args.steps)
+    validation = time_largest(objective.scorer, validate, data.valid_set, data.valid_rows, size, args.steps)
     if reference is None:
         return validation, 0.0
 
@@ -154,7 +154,7 @@ def score_largest(objective, reference, logps, schedule, args):
         return found
 
     visited, size = schedule.visited(1, args.iters), args.reference_batch_size
-    return validation, time_largest(reference.scorer, take, logps.dataset, visited, size, args.steps)
+    return validation, time_largest(reference.scorer, take, data.train_set, visited, size, args.steps)
 
 
 def time_largest(scorer, evaluate, dataset, rows, size, again):
@@ -206,7 +206,7 @@ def tell_memory(step):
         rprint(f"  {name:22} {size / 1e9:8.3f}" + (f" of {device_memory() / 1e9:.1f}" if name == "in all" else ""))
 
 
-def tell_time(step, schedule, logps, args, tokens, scoring, evaluate):
+def tell_time(step, schedule, data, args, tokens, scoring, evaluate):
     """Time `steps` steps of usual length, and print what a whole run will take by that."""
     usual = np.argsort(np.abs(tokens - tokens.mean()), kind="stable")[: args.steps]
     if step.compiled:
@@ -217,14 +217,14 @@ def tell_time(step, schedule, logps, args, tokens, scoring, evaluate):
     seconds = (time.perf_counter() - tic) / len(usual) * tokens.mean() / tokens[usual].mean()
     parts = {f"{args.iters} steps of {seconds:.3f} s": args.iters * seconds}
     validation, reference = scoring
-    lengths = lengths_of(logps.val_dataset[row] for row in logps.val_rows).sum(axis=1)
+    lengths = lengths_of(data.valid_set[row] for row in data.valid_rows).sum(axis=1)
     if len(lengths):
         count = 1 - (-args.iters // args.steps_per_eval)
         # The KL runs the policy and the reference over some pairs.
         each = lengths.sum() * validation + 2 * validated_pairs(len(lengths)) * lengths.mean() * reference
         parts[f"{count} validations of {each:.3f} s"] = count * each
     if step.objective.loss.needs_reference:
-        visited = lengths_of(logps.dataset[row] for row in schedule.visited(1, args.iters)).sum()
+        visited = lengths_of(data.train_set[row] for row in schedule.visited(1, args.iters)).sum()
         parts["reference, once, where none is kept"] = (visited + lengths.sum()) * reference
     parts["steps, validations, reference, in all"] = sum(parts.values())
     rprint(f"\ntime by {len(usual)} steps")

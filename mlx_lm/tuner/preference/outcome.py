@@ -23,17 +23,17 @@ from .scores import effective_count, prompts_of, reference_totals
 class Outcome:
     """What the first worker of a run writes for people; `iteration` is the one that the run starts from."""
 
-    def __init__(self, folder, objective, logps, args, config, ui, callback, iteration):
-        self.folder, self.objective, self.logps, self.args, self.config = folder, objective, logps, args, config
+    def __init__(self, folder, objective, data, args, config, ui, callback, iteration):
+        self.folder, self.objective, self.data, self.args, self.config = folder, objective, data, args, config
         self.ui, self.callback = ui, callback
-        self._tokenizer = getattr(logps.val_dataset, "tokenizer", None)
+        self._tokenizer = getattr(data.valid_set, "tokenizer", None)
         self._found = self._rows = None
         if args.sample_prompts:
             begin_lines(folder / SAMPLES_FILE, iteration)
 
     @property
     def _sampled(self):
-        return self.logps.val_rows[: self.args.sample_prompts or 0]
+        return self.data.valid_rows[: self.args.sample_prompts or 0]
 
     def validated(self, iteration, figures):
         """Take a validation's figures, pair by pair; answer the sampled prompts, and draw, where training has begun."""
@@ -44,10 +44,10 @@ class Outcome:
             self.draw()
 
     def _answer(self, iteration):
-        pairs = [self.logps.val_dataset[row] for row in self._sampled]
+        pairs = [self.data.valid_set[row] for row in self._sampled]
         with self.ui.val_task(len(pairs), "answers") as advance:
             found = answers(self.objective.scorer.model, self._tokenizer, [pair.prompt for pair in pairs], advance)
-        where = places_of(self.logps.val_dataset)
+        where = places_of(self.data.valid_set)
         lines = []
         for row, pair, answer in zip(self._sampled, pairs, found, strict=True):
             line = {"iteration": iteration, "row": where(row)} | texts_of(self._tokenizer, pair)
@@ -63,7 +63,7 @@ class Outcome:
         """The sentences of `health`; of `validations`, where they have been read."""
         validations, effective = validations or read_validations(self.folder), None
         if self._found is not None:
-            prompts = prompts_of(self.logps.val_dataset, self.logps.val_rows)
+            prompts = prompts_of(self.data.valid_set, self.data.valid_rows)
             effective = effective_count(self._found[1]["rewards/accuracies"], prompts)
         return health(validations, self.objective.loss, effective)
 
@@ -76,11 +76,11 @@ class Outcome:
         if self._found is not None:
             iteration, figures = self._found
             if self._rows is None:
-                self._rows = table_rows(self.logps.val_dataset, self.logps.val_rows, self._tokenizer)
+                self._rows = table_rows(self.data.valid_set, self.data.valid_rows, self._tokenizer)
             samples = read_metrics(self.folder / SAMPLES_FILE)
             write_page(
                 self.folder, settings, validations, self.health(validations), samples, picture,
-                iteration, self._rows, figures, reference_totals(self.logps.valid, self.objective.loss),
+                iteration, self._rows, figures, reference_totals(self.data.valid_logps, self.objective.loss),
             )  # fmt: skip
         if ended and self.config and "model" in self.config:
             write_card(self.folder, self.config, self.objective.loss, validations)

@@ -120,37 +120,38 @@ def reference_of(scorer, args, tokenizer=None, trust_remote_code=False):
     return Reference(scorer, args.reference_batch_size, cache, args.reference_cache_size)
 
 
-class ReferenceLogps:
-    """The reference's logps of the rows that a run trains and validates on.
+class RunData:
+    """The pairs that a run trains and validates on, with the reference's logps of them.
 
     Args:
-        dataset, val_dataset: give a `Pair` for a row number.
-        val_rows: the rows of `val_dataset` that a validation scores.
+        train_set, valid_set: give a `Pair` for a row number.
+        valid_rows: the rows of `valid_set` that a validation scores.
 
     Attributes:
-        train: `(n, 2, 2)` float32, a row for each of `dataset`, NaN where it was not taken; None before `take`.
-        parameters: where a reference is mixed, its values of what the policy trains, a tree; else None.
-        valid: `(m, 2, 2)` float32 of `val_rows`; None before `take`, or where there are none.
-        of_bare: whether `valid` is of the policy without its adapters.
+        train_logps: `(n, 2, 2)` float32, a row for each of `train_set`, NaN where it was not taken; None before `take`.
+        valid_logps: `(m, 2, 2)` float32 of `valid_rows`; None before `take`, or where there are none.
+        reference_parameters: where a reference is mixed, its values of what the policy trains, a tree; else None.
+        of_bare: whether `valid_logps` are of the policy without its adapters.
     """
 
-    def __init__(self, dataset, val_dataset, val_rows):
-        self.dataset, self.val_dataset, self.val_rows = dataset, val_dataset, val_rows
-        self.train = self.valid = self.parameters = None
+    def __init__(self, train_set, valid_set, valid_rows):
+        self.train_set, self.valid_set, self.valid_rows = train_set, valid_set, valid_rows
+        self.train_logps = self.valid_logps = self.reference_parameters = None
         self.of_bare = False
 
     def mix(self, policy, share):
         """Move the reference's parameters by `share` towards the policy's: TR-DPO's soft update, 2404.09656, eq. 3."""
-        self.parameters = tree_map(lambda new, old: share * new + (1 - share) * old, policy, self.parameters)
-        mx.eval(self.parameters)
+        before = self.reference_parameters
+        self.reference_parameters = tree_map(lambda new, old: share * new + (1 - share) * old, policy, before)
+        mx.eval(self.reference_parameters)
 
     def take(self, reference, rows):
-        """Have a `Reference` score `rows` of the data set, and the validation rows."""
-        if self.train is None:
-            self.train = np.full((len(self.dataset), 2, 2), np.nan, np.float32)
-        self.train[rows] = reference.logps(self.dataset, rows, "train")
-        if self.val_rows:
-            self.valid = reference.logps(self.val_dataset, self.val_rows, "valid")
+        """Have a `Reference` score `rows` of the training set, and the validation rows."""
+        if self.train_logps is None:
+            self.train_logps = np.full((len(self.train_set), 2, 2), np.nan, np.float32)
+        self.train_logps[rows] = reference.logps(self.train_set, rows, "train")
+        if self.valid_rows:
+            self.valid_logps = reference.logps(self.valid_set, self.valid_rows, "valid")
 
 
 def does_nothing(model):

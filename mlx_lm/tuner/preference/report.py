@@ -108,22 +108,22 @@ class Reporter:
             progress.trained_tokens += int(as_means(new[sound].sum(axis=0), self.further)[2])
         return sums, norms
 
-    def validation(self, iteration, objective, logps, batch_size):
-        """Score the validation pairs of `ReferenceLogps` and report; `(means_of, pair_figures)` of them."""
+    def validation(self, iteration, objective, data, batch_size):
+        """Score the validation pairs of `RunData` and report; `(means_of, pair_figures)` of them."""
         tic = time.perf_counter()
-        with self.ui.val_task(len(logps.val_rows)) as advance:
-            found = pair_figures(objective, logps.val_dataset, logps.val_rows, logps.valid, batch_size, advance)
+        with self.ui.val_task(len(data.valid_rows)) as advance:
+            found = pair_figures(objective, data.valid_set, data.valid_rows, data.valid_logps, batch_size, advance)
             figures = means_of(found)
-            if not objective.loss.unpaired and (kl := validation_kl(objective, logps)) is not None:
+            if not objective.loss.unpaired and (kl := validation_kl(objective, data)) is not None:
                 figures["kl"] = kl  # of single responses the loss has an estimate of its own
         seconds = time.perf_counter() - tic
-        self.ui.report_val(iteration, figures, len(logps.val_rows), seconds)
+        self.ui.report_val(iteration, figures, len(data.valid_rows), seconds)
         if not np.isfinite(figures["loss"]):
             rprint(f"[WARNING] The validation loss is {figures['loss']} at iteration {iteration}. {REMEDY}")
         if self.callback is not None:
             report = {"iteration": iteration, "val_loss": figures["loss"], "val_time": seconds}
             report |= {f"eval_{name}": value for name, value in figures.items() if name != "loss"}
-            report["eval_pairs"] = len(logps.val_rows)
+            report["eval_pairs"] = len(data.valid_rows)
             self.callback.on_val_loss_report(report)
         return figures, found
 

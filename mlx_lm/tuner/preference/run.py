@@ -43,7 +43,7 @@ from .objective import refuse_without_gradient
 from .options import RUN_OPTIONS, UPSTREAM_OPTIONS, ConfigError
 from .outcome import Outcome
 from .pairs import Pair, places_of
-from .reference import Reference, ReferenceLogps, does_nothing, reference_of
+from .reference import Reference, RunData, does_nothing, reference_of
 from .reference_cache import row_key
 from .report import Reporter, Window, say_fallbacks
 from .screen import RunUI
@@ -68,9 +68,9 @@ def train_preference(
     check_trainable(objective.scorer.model)
     if args.epochs is not None:
         args = replace(args, iters=iterations(args.epochs, len(train_dataset), args.batch_size), epochs=None)
-    dataset, val_dataset = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
-    logps = ReferenceLogps(dataset, val_dataset, evaluated_rows(val_dataset, args.batch_size, args.val_batches))
-    if (args.save_best or args.early_stop or args.sample_prompts) and not logps.val_rows:
+    train_set, valid_set = unwrapped(train_dataset), unwrapped(val_dataset) if val_dataset else []
+    data = RunData(train_set, valid_set, evaluated_rows(valid_set, args.batch_size, args.val_batches))
+    if (args.save_best or args.early_stop or args.sample_prompts) and not data.valid_rows:
         raise ConfigError("save_best, early_stop and sample_prompts need validations, and there is no validation set.")
     maybe_set_recommended_wired_limit()
     if (hint := slow_blas_hint()) is not None:
@@ -80,16 +80,18 @@ def train_preference(
     # A dry run makes no folder.
     with locked(folder) if first and (folder.is_dir() or not args.check) else nullcontext():
         try:
-            _train(objective, optimizer, logps, args, reference, callback, config, folder, first)
+            _train(objective, optimizer, data, args, reference, callback, config, folder, first)
         finally:
             # Given a state, it adds what that lacks: this one is of vectors, not of the model's parameters.
             optimizer.state = optimizer.state
 
 
-def _train(objective, optimizer, logps, args, reference, callback, config, folder, first):
-    """Train on the rows of `logps`, in a folder of this run's own; `first` is whether this is the first worker."""
+def _train(objective, optimizer, data, args, reference, callback, config, folder, first):
+    """Train on `data`, a `RunData`, in a folder of this run's own; `first` is whether this is the first worker."""
     scorer, loss, model = objective.scorer, objective.loss, objective.scorer.model
-    schedule = Schedule(logps.dataset, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length)
+    schedule = Schedule(
+        data.train_set, args.batch_size, args.seed, scorer.arrangement, args.iters, args.group_by_length
+    )
     if schedule.longest > args.max_seq_length:
         rprint(
             f"[WARNING] max_seq_length is {args.max_seq_length}, and the longest pair has {schedule.longest} tokens, "
@@ -98,8 +100,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         )
     if loss.needs_reference:
         reference = reference or reference_of(scorer, args)
-    settings, held_out = kept_settings(objective, logps, args, config, reference)
-    warn_of_balance(logps.dataset, loss)
+    settings, held_out = kept_settings(objective, data, args, config, reference)
+    warn_of_balance(data.train_set, loss)
     state, iteration = None, 0
     if args.resume is True or (args.resume and state_files(folder)):
         # One that does not fit is told before the reference pass, which may be long.
@@ -108,8 +110,8 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     refuse_different_workers(vars(args) | settings | held_out | {"the iteration to go on after": iteration})
     if loss.needs_reference and not args.check:
         exchanged = (args.reference_update_steps or 0) * args.grad_accumulation_steps
-        logps.take(reference, schedule.visited(1, exchanged or args.iters))
-        logps.of_bare = reference.scorer is not None and reference.scorer.model is model and does_nothing(model)
+        data.take(reference, schedule.visited(1, exchanged or args.iters))
+        data.of_bare = reference.scorer is not None and reference.scorer.model is model and does_nothing(model)
         if args.reference_model is not None:
             reference.release()
     compiled = args.compile if args.compile is not None else mx.default_device() == mx.gpu
@@ -118,19 +120,19 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     skips, together = args.on_nonfinite == "skip", not args.grad_checkpoint
     step = Step(model, optimizer, objective, compiled, args.max_grad_norm, skips, together)
     if args.check:
-        return rehearse(step, reference if loss.needs_reference else None, schedule, logps, args)
+        return rehearse(step, reference if loss.needs_reference else None, schedule, data, args)
     if args.reference_mixup_alpha is not None:
-        logps.parameters = model.trainable_parameters()
-    progress = Progress() if state is None else restore_run(state, step, logps)
+        data.reference_parameters = model.trainable_parameters()
+    progress = Progress() if state is None else restore_run(state, step, data)
     if args.reference_update_steps and progress.updates >= args.reference_update_steps:
-        logps.of_bare = False  # the state's reference is a later policy
+        data.of_bare = False  # the state's reference is a later policy
     if first:
         remove_leftovers(folder)
         if state is None:
             make_room(folder, config)
         callback = MetricsFile(folder, callback, progress.iteration, settings[VALIDATED_ON])
-    check = partial(refuse_non_finite_steps, schedule=schedule, where=places_of(logps.dataset))
-    save = partial(save_run, step, logps, progress, settings, args, config)
+    check = partial(refuse_non_finite_steps, schedule=schedule, where=places_of(data.train_set))
+    save = partial(save_run, step, data, progress, settings, args, config)
     with (
         checkpointed_layers(model) if args.grad_checkpoint else nullcontext(),
         bounded_memory() as evaluate,
@@ -139,10 +141,10 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
     ):
         report, outcome = Reporter(ui, callback, None if step.skips else check, objective.further), None
         if first:
-            outcome = Outcome(folder, objective, logps, args, config, ui, callback, progress.iteration)
-        validate = partial(_validate, objective, logps, progress, args, report, config, outcome)
+            outcome = Outcome(folder, objective, data, args, config, ui, callback, progress.iteration)
+        validate = partial(_validate, objective, data, progress, args, report, config, outcome)
         try:
-            _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, save, request)
+            _take_steps(step, schedule, data, progress, args, evaluate, report, validate, save, request)
         except KeyboardInterrupt:
             # Of a notebook, which goes on with the model. What a first step leaves that is being compiled is no array.
             with suppress(RuntimeError):
@@ -162,7 +164,7 @@ def _train(objective, optimizer, logps, args, reference, callback, config, folde
         _tell_best(folder, progress, args)
 
 
-def kept_settings(objective, logps, args, config, reference):
+def kept_settings(objective, data, args, config, reference):
     """What a resumed run must have as it was begun, and the digest of the validation data, two dicts.
 
     Options declared so, the loss, the models before training, and the training data.
@@ -178,18 +180,18 @@ def kept_settings(objective, logps, args, config, reference):
     if loss.needs_reference and args.reference_model is not None:
         # Its name may stand for other weights by now.
         settings["the weights of the reference model"] = starting_point(reference.scorer.model)
-    settings["the training data"] = check_and_digest(logps.dataset, loss)
-    held_out = {"the validation data": check_and_digest(logps.val_dataset)}
-    for row in logps.val_rows:
-        refuse_other_form(logps.val_dataset[row], loss)
-    settings[VALIDATED_ON] = [*held_out.values(), len(logps.val_rows)] if logps.val_rows else None
+    settings["the training data"] = check_and_digest(data.train_set, loss)
+    held_out = {"the validation data": check_and_digest(data.valid_set)}
+    for row in data.valid_rows:
+        refuse_other_form(data.valid_set[row], loss)
+    settings[VALIDATED_ON] = [*held_out.values(), len(data.valid_rows)] if data.valid_rows else None
     if args.reference_update_steps or args.save_best or args.early_stop:
         # Where the reference follows the policy, its logps are a part of the run's state; so is the best figure.
-        settings |= held_out | {"the number of validation pairs": len(logps.val_rows)}
+        settings |= held_out | {"the number of validation pairs": len(data.valid_rows)}
     return settings, held_out
 
 
-def _take_steps(step, schedule, logps, progress, args, evaluate, report, validate, save, request):
+def _take_steps(step, schedule, data, progress, args, evaluate, report, validate, save, request):
     """Take the steps that are left; `progress` is counted on.
 
     Args:
@@ -204,7 +206,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
     step.model.train()
     while progress.iteration < args.iters and not _has_stalled(progress, args):
         tic = time.perf_counter()
-        batch, reference, tokens = upcoming or schedule.batch(progress.iteration + 1, logps.train)
+        batch, reference, tokens = upcoming or schedule.batch(progress.iteration + 1, data.train_logps)
         progress.iteration += 1
         due = due_at(progress, args)
         sums, norm = step(batch, reference, due.update)
@@ -216,7 +218,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
             measured = True
         mx.async_eval(work)
         # The next batch is made while the device works on this one, unless another reference comes first.
-        upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, logps.train)
+        upcoming = None if due.refresh or due.last else schedule.batch(progress.iteration + 1, data.train_logps)
         stops = asked_anywhere(request, due.report)
         # The next step is traced while the device works on this one, but no more than that.
         is_read = stops or due.refresh or due.report or due.validate or due.save
@@ -233,7 +235,7 @@ def _take_steps(step, schedule, logps, progress, args, evaluate, report, validat
         if due.validate:
             validate()
         if due.refresh:
-            _refresh(step.objective.scorer, schedule, logps, progress, args)
+            _refresh(step.objective.scorer, schedule, data, progress, args)
         if due.save:
             report.count(window, progress)
             numbered = save(numbered=True)
@@ -265,11 +267,11 @@ def due_at(progress, args):
     )
 
 
-def _validate(objective, logps, progress, args, report, config, outcome):
+def _validate(objective, data, progress, args, report, config, outcome):
     """Score the validation pairs, if there are any; keep the adapters where they are the best so far."""
-    if not logps.val_rows:
+    if not data.valid_rows:
         return
-    figures, found = report.validation(progress.iteration, objective, logps, args.batch_size)
+    figures, found = report.validation(progress.iteration, objective, data, args.batch_size)
     if args.save_best or args.early_stop:
         _keep_best(objective.scorer.model, figures, progress, args, config)
     if outcome is not None:
@@ -319,16 +321,16 @@ def make_room(folder, config):
         rprint(f"The files of an earlier run in {folder} are now in {place}.")
 
 
-def _refresh(scorer, schedule, logps, progress, args):
+def _refresh(scorer, schedule, data, progress, args):
     """TR-DPO: the policy, or its mixture with the reference, becomes that of the rows that the coming steps visit."""
     policy = scorer.model.trainable_parameters()
-    if logps.parameters is not None:
-        logps.mix(policy, args.reference_mixup_alpha)
+    if data.reference_parameters is not None:
+        data.mix(policy, args.reference_mixup_alpha)
     steps = args.reference_update_steps * args.grad_accumulation_steps
     rows = schedule.visited(progress.iteration + 1, progress.iteration + steps)
-    with parameters_in(scorer.model, policy if logps.parameters is None else logps.parameters):
-        logps.take(Reference(scorer, args.reference_batch_size), rows)
-    logps.of_bare = False
+    with parameters_in(scorer.model, policy if data.reference_parameters is None else data.reference_parameters):
+        data.take(Reference(scorer, args.reference_batch_size), rows)
+    data.of_bare = False
 
 
 def warn_of_balance(dataset, loss):
