@@ -28,7 +28,8 @@ GIVEN = {
     for name, value in os.environ.items()
     if name.startswith(("MLX_", "OPENBLAS_")) and not name.endswith("_DIR")
 }
-PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "trl", "peft", "liger-kernel", "mlx-lm-lora")
+PACKAGES = ("mlx", "mlx-lm", "torch", "transformers", "trl", "peft", "liger-kernel")
+PACKAGES += ("mlx-lm-lora", "mlx-tune", "unsloth_zoo")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-import sys
 import threading
 from pathlib import Path
 
@@ -12,12 +11,14 @@ from programs import command_line, environment, machine, versions
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def keep(path, rows, python=sys.executable):
+def keep(path, rows, *pythons):
     """Rows of a table with what made them, written to `path` unless it is None.
 
-    That is the machine, the versions, those of another interpreter too, and the command.
+    That is the machine, the versions, those of other interpreters too, and the command.
     """
-    found = {"machine": machine(), "versions": versions() | versions(python), "environment": environment()}
+    found = {"machine": machine(), "versions": versions(), "environment": environment()}
+    for python in pythons:
+        found["versions"] |= versions(python)
     found |= {"command": command_line(), "rows": rows}
     if path is not None:
         Path(path).parent.mkdir(exist_ok=True)

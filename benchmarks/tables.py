@@ -290,22 +290,37 @@ def trl_step_table(found):
     return table_of(header, rows, found)
 
 
-def mlx_lm_lora_table(found):
-    """Our step and mlx-lm-lora's, and how many times as much it takes."""
+def peers_table(found):
+    """Steps of our program and of others, and how many times as much these take."""
+    rows = []
+    for row in found["rows"]:
+        own = None
+        for name, run in row["runs"].items():
+            seconds, cpu = (statistics.median(run[key]) for key in ("seconds", "cpu_seconds"))
+            once = run["reference_seconds"] / row["batches"]
+            mine = (seconds, cpu, seconds + once, run["peak_gb"], run["resident_gb"])
+            own = own or mine
+            cells = (spread(run["seconds"], 2), *(f"{x:.2f}" for x in mine[1:]))
+            times = (f"{x / y:.2f}" for x, y in zip(mine, own, strict=True))
+            rows.append((f"{row['prompt']} / {row['response']}", name, *cells, *times))
+    header = (
+        "prompt / response", "program", "s a step", "processor s", "with reference, s", "peak GB", "process GB",
+        "times our step", "processor", "with reference", "peak", "process",
+    )  # fmt: skip
+    return table_of(header, rows, found)
+
+
+def peers_whole_table(found):
+    """Whole runs of our program and of others."""
     rows = []
     for row in found["rows"]:
         for name, run in row["runs"].items():
-            mine, ours = (
-                (seconds := statistics.median(each["seconds"]), seconds + each["reference_seconds"],
-                 each["peak_gb"], each["resident_gb"])
-                for each in (run, row["runs"]["ours"])
-            )  # fmt: skip
-            named = name.replace("ours", "here")
-            cells = (f"{x:.2f}" for x in (*mine, *(theirs / own for theirs, own in zip(mine, ours, strict=True))))
-            rows.append((f"{row['prompt']} / {row['response']}", named, *cells))
+            figures = [statistics.fmean(run[key]) for key in ("seconds", "cpu_seconds")]
+            figures += [run[key] for key in ("reference_seconds", "whole_seconds", "whole_cpu_seconds")]
+            memory = (f"{run[key]:.2f}" for key in ("peak_gb", "resident_gb"))
+            rows.append((name, *(f"{x:.1f}" for x in figures), *memory))
     header = (
-        "prompt / response", "program", "s a step", "with reference", "peak GB", "process GB", "times our step",
-        "with reference", "times our peak", "our process",
+        "program", "s a step", "processor s", "reference, s", "whole, s", "whole, processor s", "peak GB", "process GB",
     )  # fmt: skip
     return table_of(header, rows, found)
 
@@ -496,7 +511,8 @@ REGIONS = {
     "memory": (BENCHMARKS, of_files("memory_*.json", memory_table)),
     "end to end": (BENCHMARKS, end_to_end_table),
     "TRL's step": (BENCHMARKS, of_files("trl_step_*.json", trl_step_table)),
-    "mlx-lm-lora's step": (BENCHMARKS, of_files("mlx_lm_lora_*.json", mlx_lm_lora_table)),
+    "peers' step": (BENCHMARKS, of_files("peers_step.json", peers_table)),
+    "peers' runs": (BENCHMARKS, of_files("peers_runs.json", peers_whole_table)),
     "pieces": (BENCHMARKS, of_files("pieces_*.json", pieces_table)),
     "gradients": (BENCHMARKS, gradients_table),
     "scaling": (BENCHMARKS, of_files("scaling_*.json", scaling_table)),
