@@ -325,6 +325,32 @@ def peers_whole_table(found):
     return table_of(header, rows, found)
 
 
+def peers_first_table(found):
+    """The losses of first steps, where policy and reference are identical."""
+    rows = [(name, f"{run['losses'][0]:.4f}") for row in found["rows"] for name, run in row["runs"].items()]
+    return table_of(("program", "first loss"), rows, found)
+
+
+def peers_losses_table(found):
+    """What each program's loss scores of some rows, its value and its gradient, beside float64's."""
+    rows = []
+    for row in found["rows"]:
+        head = (row["case"], row["program"])
+        if "error" in row:
+            rows.append((*head, row["error"], "", "", "", "", ""))
+            continue
+        more = [f"{row['before']} of the prompt"] if row["before"] else []
+        more += [f"`{json.dumps(row['after'])[1:-1]}`"] if row["after"] else []
+        cosines = ("none" if x is None else f"{x:.6f}" for x in (row["cosine"], row["cosine_defined"]))
+        losses = (f"{row[key]:.6f}" for key in ("loss", "same_tokens", "defined"))
+        rows.append((*head, ", ".join(more) or "-", str(row["lost"] or "-"), *losses, *cosines))
+    header = (
+        "rows", "program", "scored besides the response", "of it not scored", "loss", "float64, its tokens",
+        "float64, as defined", "gradient's cosine, its tokens", "as defined",
+    )  # fmt: skip
+    return table_of(header, rows, found)
+
+
 def pieces_table(found):
     """A step with and without each piece that can be left out."""
     rows = []
@@ -513,6 +539,8 @@ REGIONS = {
     "TRL's step": (BENCHMARKS, of_files("trl_step_*.json", trl_step_table)),
     "peers' step": (BENCHMARKS, of_files("peers_step.json", peers_table)),
     "peers' runs": (BENCHMARKS, of_files("peers_runs.json", peers_whole_table)),
+    "peers' bfloat16": (BENCHMARKS, of_files("peers_bfloat16.json", peers_first_table)),
+    "peers' losses": (BENCHMARKS, of_files("peers_losses.json", peers_losses_table)),
     "pieces": (BENCHMARKS, of_files("pieces_*.json", pieces_table)),
     "gradients": (BENCHMARKS, gradients_table),
     "scaling": (BENCHMARKS, of_files("scaling_*.json", scaling_table)),
