@@ -1,9 +1,11 @@
 """Row forms: what each is read as, and what is said of rows that cannot be read."""
 
+from dataclasses import replace
+
 import pytest
 
 from mlx_lm.tuner.preference.options import ConfigError
-from mlx_lm.tuner.preference.rows import EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, shared_text
+from mlx_lm.tuner.preference.rows import EMPTY_RESPONSE, EQUAL, RowReader, UselessRow, repeats_prompts, shared_text
 
 USER = {"role": "user", "content": "Capital of Peru?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -158,6 +160,20 @@ def test_a_prompt_that_both_plain_texts_repeat_is_taken_off_them():
     repeated = {key: f"Capital of Peru? {FORMS['strings'][key]}" for key in ("chosen", "rejected")}
     read = RowReader(chat=False)(FORMS["strings"] | repeated)
     assert (read.prompt, read.chosen, read.rejected) == ("Capital of Peru?", " Lima.", " Paris.")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("restating, lifts", [(1, False), (2, True), (4, True)])
+def test_few_answers_that_restate_their_question_keep_it(chat, restating, lifts):
+    """A layout has the prompt in all responses; of four rows, one row's two answers may begin with it by chance."""
+    row = FORMS["strings"]
+    repeated = row | {key: f"{row['prompt']} {row[key]}" for key in ("chosen", "rejected")}
+    rows = [{"prompt": 5}, *[repeated] * restating, *[row] * (4 - restating)]
+    reader = RowReader(chat=chat)
+    assert repeats_prompts(reader, rows) == lifts and not reader.layouts
+    read = replace(reader, lifts_prompt=lifts)(repeated)
+    answer = read.chosen[0]["content"] if chat else read.chosen
+    assert (answer.strip() == "Lima.") == lifts
 
 
 @pytest.mark.parametrize(

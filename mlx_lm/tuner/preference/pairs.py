@@ -9,6 +9,7 @@ import os
 import random
 from array import array
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from ...cli_ui import rprint
 from .layouts import UselessRow
 from .options import ConfigError, printable, shown
-from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, template_kwargs
+from .rows import EMPTY_PROMPT, EMPTY_RESPONSE, EQUAL, RowReader, repeats_prompts, template_kwargs
 from .tokens import PairEncoder
 
 ALONE = "with a label (KTO) and no completion of the other label to the same prompt"
@@ -133,6 +134,7 @@ class PreferenceDataset:
             score_scale=score_scale,
             min_score_difference=min_score_difference,
         )
+        self._reader = replace(self._reader, lifts_prompt=repeats_prompts(self._reader, rows))
         self.counts = Counter({"read": len(rows), "left out": 0, "prompts cut": 0, "responses cut": 0})
         # The numbers of the rows that are left out, and of those that there is something to tell of, by what it is.
         self._useless, self._notes = defaultdict(list), defaultdict(list)

@@ -8,8 +8,11 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+import numpy as np
 
 from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, label, number, recognised
 from .messages import KEYS, decoded, from_json, kind, marked_turns, messages, speaks, tools, transcript
@@ -24,6 +27,9 @@ REPEATED = "the prompt in both responses"
 NO_ANSWER = "whose transcripts do not end with an answer to the same question"
 SCORED_LOWER = "whose chosen response has no higher score"
 SCORED_ALIKE = "whose scores differ by less than min_score_difference"
+
+# Rows that tell whether responses hold their prompts.
+MOST_TRIED = 500
 
 # What the model never writes: a response that begins with one of these is a mistake in the row.
 NOT_THE_MODEL = ("system", "user", "tool")
@@ -59,6 +65,7 @@ class RowReader:
         score_difference: "margin" or "weight", to take it from the difference of the two responses' scores.
         score_scale: what the difference is multiplied by.
         min_score_difference: leave out rows whose scores differ by less.
+        lifts_prompt: whether a prompt that both responses begin with is taken off them.
 
     Attributes:
         layouts: how many rows were read in each layout, by its name.
@@ -74,6 +81,7 @@ class RowReader:
     score_difference: str | None = None
     score_scale: float = 1.0
     min_score_difference: float | None = None
+    lifts_prompt: bool = True
     layouts: Counter = field(default_factory=Counter)
     unread: dict = field(default_factory=dict)
 
@@ -179,7 +187,7 @@ class RowReader:
             prompt = chosen[:shared]
             return prompt, *(_response(side[shared:], key, form) for key, side in zip(keys, sides, strict=True)), form
         if isinstance(prompt, str):
-            if rest := without_prompt(prompt, chosen, rejected):
+            if self.lifts_prompt and (rest := without_prompt(prompt, chosen, rejected)):
                 sides, form = [text.lstrip() for text in rest], REPEATED
             prompt = [{"role": "user", "content": prompt}]
         responses = [
@@ -233,7 +241,7 @@ class RowReader:
         if prompt is None:
             end, form = self._end_of_prompt(chosen, rejected, row)
             prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
-        elif rest := without_prompt(prompt, chosen, rejected):
+        elif self.lifts_prompt and (rest := without_prompt(prompt, chosen, rejected)):
             (chosen, rejected), form = rest, REPEATED
         if not chosen.strip() or not rejected.strip():
             raise UselessRow(EMPTY_RESPONSE)
@@ -297,6 +305,16 @@ class RowReader:
                 raise UselessRow(SCORED_LOWER)
             weight *= self.score_scale * difference
         return margin, weight
+
+
+def repeats_prompts(reader, rows):
+    """Whether at least half of some rows hold their prompt in both responses, as a layout has it and not by chance."""
+    trial = replace(reader, lifts_prompt=True, layouts=Counter(), unread={})
+    for i in np.linspace(0, len(rows) - 1, min(len(rows), MOST_TRIED)).astype(int).tolist():
+        with suppress(UselessRow, ConfigError, RecursionError):  # told where the row is read for good
+            trial(rows[i])
+    repeated = sum(count for name, count in trial.layouts.items() if name.endswith(REPEATED))
+    return 2 * repeated >= trial.layouts.total()
 
 
 def _answer(side, goes_on):
