@@ -11,6 +11,7 @@ from .intercept import evaluating, without_adapters
 from .logps import CHUNK_LOGITS
 from .memory import bounded_memory, one_behind
 from .reference import batches_of
+from .workers import confirm
 
 # Both models run over these pairs, so that there are no more of them than a mean needs.
 MOST_PAIRS = 64
@@ -42,6 +43,7 @@ def mean_kl(policy, reference, dataset, rows, most=None, need=None):
             total, count = total + values.sum(dtype=np.float64), count + len(values)
     if world.size() > 1:
         total, count = mx.distributed.all_sum(mx.array([total, count], mx.float32)).tolist()
+        confirm()
     # Of a policy that is still its reference rounding leaves a little on either side of 0.
     return (max(float(total / count), 0.0), len(rows)) if count else None
 

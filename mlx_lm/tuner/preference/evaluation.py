@@ -12,6 +12,7 @@ from .logps import Scorer
 from .memory import bounded_memory, one_behind
 from .options import ConfigError
 from .reference import Reference, batches_of, reference_of
+from .workers import confirm
 
 
 def unwrapped(dataset):
@@ -112,4 +113,5 @@ def pair_figures(objective, dataset, rows, reference, batch_size, progress_callb
             if progress_callback is not None:
                 progress_callback(count)
     found = np.array(mx.distributed.all_sum(mx.array(found.astype(np.float32))), np.float64)
+    confirm()
     return dict(zip(names, found, strict=True))
