@@ -77,9 +77,9 @@ def score_here(spec):
     from mlx_lm.tuner.datasets import load_dataset
     from mlx_lm.tuner.preference.batches import make_batch
     from mlx_lm.tuner.preference.logps import Scorer
-    from mlx_lm.tuner.preference.objective import preference_loss
+    from mlx_lm.tuner.preference.objective import Objective, preference_loss
     from mlx_lm.tuner.preference.reference import Reference
-    from mlx_lm.tuner.preference.step import Objective, Step
+    from mlx_lm.tuner.preference.step import Step
     from mlx_lm.utils import load
 
     model, tokenizer = load(spec["model"])

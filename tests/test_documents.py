@@ -1,7 +1,10 @@
 """The documents: what they hold of code is the code's, and what they show runs."""
 
+import ast
+import importlib
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -327,3 +330,16 @@ def test_python_blocks_run(tmp_path):
 def test_documents_name_no_place_of_their_making():
     for name, text in DOCUMENTS.items():
         assert not re.search(r"/work/|/tmp/|/root/|TODO|@@", text), name
+
+
+def test_scripts_import_what_the_package_has():
+    """Names that a script imports within a function are missed by no other test."""
+    missing = []
+    for path in sorted(ROOT.glob("benchmarks/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lm."):
+                module = importlib.import_module(node.module)
+                modules = {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))}
+                names = {each.name for each in node.names} - modules - set(vars(module))
+                missing += [f"{path.name}: {node.module}.{name}" for name in names]
+    assert not missing
