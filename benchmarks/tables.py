@@ -255,7 +255,7 @@ COMPARED = {
 
 
 def beside_table():
-    """Whole runs here as multiples and shares of TRL's."""
+    """Whole runs here as multiples and shares of TRL's, and steps beside those of other programs on MLX."""
     rows, runs = [], files("end_to_end_*.json")
     for name, told in COMPARED.items():
         ours, trl = (runs[name]["runs"][program] for program in ("ours", "trl"))
@@ -266,7 +266,20 @@ def beside_table():
         ]
         speed = ours["pairs_per_second"] / trl["pairs_per_second"]
         rows.append((told, f"{speed:.1f}", *(f"{share:.2f}" for share in shares)))
-    return markdown_table(("run", "times the pairs a second", "of its memory", "reference pass", "whole time"), rows)
+    header = ("run", "times the pairs a second", "of its memory", "reference pass", "whole time")
+    return markdown_table(header, rows) + "\n\n" + paragraph(_beside_peers())
+
+
+def _beside_peers():
+    """How many times as long as ours other programs' steps take."""
+    found = result("peers_step")["rows"][0]
+    medians = {name: statistics.median(run["seconds"]) for name, run in found["runs"].items()}
+    told = [f"{name} {medians[name] / medians['here']:.1f}" for name in ("mlx-lm-lora", "mlx-tune", "Unsloth")]
+    return (
+        f"On a CPU a step of {found['pairs']} pairs, {found['prompt']} tokens of prompt and {found['response']} of "
+        f"answer, takes {told[0]}, {told[1]} and {told[2]} times as long, each by its defaults. What each of them "
+        "scores, and how right its loss and gradient are, is [measured](BENCHMARKS.md#a-step), too."
+    )
 
 
 def ms(row):
