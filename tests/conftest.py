@@ -38,10 +38,8 @@ def uncompiled():
 
 @pytest.fixture
 def one_by_one():
-    """On Metal MLX waits for each operation, at a limit of no memory: a peak is of what has to be there."""
+    """MLX waits for each operation before the next one, at a limit of no memory: a peak is of what has to be there."""
     usual = mx.set_memory_limit(0)
-    if not mx.metal.is_available():
-        mx.set_memory_limit(usual)
     yield
     mx.set_memory_limit(usual)
 
