@@ -14,7 +14,7 @@ from .memory import bounded_memory, one_behind
 from .nonfinite import refuse_non_finite_logps
 from .reference_cache import Cache, default_cache_folder, fingerprint, row_key
 from .screen import make_bars
-from .workers import confirm
+from .workers import confirm, of_all
 
 # Tokens in a batch that is only scored. A CPU, whose caches more would leave, takes half as long again with 4096.
 LEAST_TOKENS = 1024
@@ -173,9 +173,7 @@ def batches_of(scorer, dataset, rows, size=None, workers=1):
     most = ample_tokens(scorer, int(lengths.sum(axis=1).max(initial=0)))
     if workers > 1:
         # With more memory or less each would group the rows by itself.
-        most = mx.distributed.all_min(mx.array(most))
-        mx.eval(most)
-        most = most.item()
+        most = int(of_all(np.array([most])).min())
     return filled(lengths, scorer.arrangement, most=workers * most)
 
 

@@ -42,13 +42,14 @@ _several, _watch = False, None  # whether MLX has found other workers; the Watch
 def gathered(text):
     """The texts that all workers give, in their order; `RuntimeError` where a worker is gone."""
     content = np.frombuffer(text.encode(), np.uint8)
-    sizes = _of_all(np.array([len(content)]))
+    sizes = of_all(np.array([len(content)]))
     padded = np.pad(content, (0, sizes.max() - len(content)))
-    every = _of_all(padded[None])
+    every = of_all(padded[None])
     return [row[:size].tobytes().decode() for row, size in zip(every, sizes, strict=True)]
 
 
-def _of_all(array):
+def of_all(array):
+    """Arrays `(n, ...)` of all workers joined, in their order; `RuntimeError` where a worker is gone."""
     gathered = mx.distributed.all_gather(mx.array(array))
     mx.eval(gathered)  # which other threads can run beside
     confirm()
