@@ -318,7 +318,7 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     if on_metal() and causal and sinks is not None:
         # Given the word, MLX 0.32.4 takes kernels that have no gradient where there are sinks.
         return call(queries, keys, values, mask=create_causal_mask(queries.shape[2], keys.shape[2] - queries.shape[2]))
-    if on_metal() and sinks is None and (mask is None or causal) and _is_fused(queries, values):
+    if on_metal() and sinks is None and (mask is None or causal) and _is_fused_on_metal(queries, values):
         return call(queries, keys, values, mask=mask)
     whole = all(x.dtype == mx.float32 for x in (queries, keys, values))
     if causal and sinks is None and whole and mx.default_device() == mx.cpu:
@@ -337,7 +337,7 @@ def _is_fused_on_cuda(queries, values):
     return half and max(widths) <= 128 and not any(width % 8 for width in widths) and capability() >= (8, 0)
 
 
-def _is_fused(queries, values):
+def _is_fused_on_metal(queries, values):
     """Whether MLX's Metal backend has a backward pass for heads of these widths that keeps no scores."""
     version = tuple(map(int, mx.__version__.split(".")[:3]))
     return version >= FUSED_SINCE and queries.shape[3] == values.shape[3] and queries.shape[3] in FUSED_WIDTHS

@@ -12,8 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from .layouts import CHOSEN_SCORES, LABELLED, REJECTED_SCORES, SYSTEM, UselessRow, label, number, recognised
 from .messages import KEYS, decoded, from_json, kind, marked_turns, messages, speaks, tools, transcript
 from .options import ConfigError, nearest
@@ -310,7 +308,7 @@ class RowReader:
 def repeats_prompts(reader, rows):
     """Whether at least half of some rows hold their prompt in both responses, as a layout has it and not by chance."""
     trial = replace(reader, lifts_prompt=True, layouts=Counter(), unread={})
-    for i in np.linspace(0, len(rows) - 1, min(len(rows), MOST_TRIED)).astype(int).tolist():
+    for i in range(0, len(rows), max(1, -(-len(rows) // MOST_TRIED))):
         with suppress(UselessRow, ConfigError, RecursionError):  # told where the row is read for good
             trial(rows[i])
     repeated = sum(count for name, count in trial.layouts.items() if name.endswith(REPEATED))
