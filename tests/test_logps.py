@@ -26,7 +26,7 @@ from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference import logps as logps_module
 from mlx_lm.tuner.preference import logps as module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
-from mlx_lm.tuner.preference.layers import checkpointed_layers
+from mlx_lm.tuner.preference.layers import checkpointed_layers, unpacks
 from mlx_lm.tuner.preference.logps import Head, Scorer, relative_error
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.step import Step
@@ -389,6 +389,25 @@ def test_quantized_models(name, bits, mode, group_size):
     scorer = check(add_lora(model))
     assert scorer.head is not None and scorer.head.trainable == []
     assert scorer.arrangement == PACKED
+
+
+@pytest.mark.skipif(not unpacks(), reason="Metal multiplies packed weights as fast")
+def test_a_packed_head_is_unpacked_once_for_all_chunks(monkeypatch):
+    model, unpacked, dequantize = make_model(TIED, hidden_size=64, head_dim=16, intermediate_size=64), [], mx.dequantize
+    nn.quantize(model, group_size=32)
+    scorer = Scorer(add_lora(model))
+    batch = make_batch(PAIRS, scorer.arrangement)[0]
+    whole = scorer(batch, gradient=True).total
+
+    def counted(packed, *args, **options):
+        unpacked.append(packed.shape)
+        return dequantize(packed, *args, **options)
+
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * 101)
+    monkeypatch.setattr(mx, "dequantize", counted)
+    assert mx.allclose(scorer(batch, gradient=True).total, whole, 1e-4, 1e-3)
+    # And once where the body is run, by the model's own call: logits that nobody asks for.
+    assert unpacked.count(model.model.embed_tokens.weight.shape) == 2 < len(scorer.head._chunks(batch.targets))
 
 
 # Caches

@@ -20,7 +20,7 @@ from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.preference import layers as layers_module
 from mlx_lm.tuner.preference.batches import make_batch
-from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers, multiplied_once
+from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers, multiplied_once, unpacks
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.siblings import MOST_COLUMNS
@@ -97,6 +97,15 @@ def test_gradients_and_logps_are_those_of_each_layer_by_itself(kind, share, chec
         assert error.item() < tolerance, name
     assert np.allclose(sums, expected_sums, rtol=tolerance, atol=tolerance)
     assert np.allclose(logps, expected_logps, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not unpacks(), reason="Metal multiplies packed weights as fast")
+def test_joined_packed_weights_are_unpacked_too(monkeypatch):
+    model = packed_llama()
+    scorer = Scorer(model, together=True)
+    step = Step(model, None, Objective(scorer, preference_loss("dpo")), False)
+    monkeypatch.delattr(mx, "quantized_matmul")
+    step.gradient(make_batch(PAIRS, scorer.arrangement)[0], REFERENCE)
 
 
 def test_layers_that_read_one_input_are_found():

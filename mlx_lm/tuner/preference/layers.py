@@ -15,11 +15,8 @@ from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .pieces import recurrences_in_pieces
 from .siblings import siblings_of
-from .state_space import split
 
 STATELESS = (PackedState, RowCache, Window)
-# Blocks of a CUDA kernel along its second and third axes.
-MOST_LAUNCHED = 65535
 # Compute capabilities of Ampere's and Ada's smaller cards: RTX 30 and 40, A10, L4 and L40S among them.
 SMALLER = ((8, 6), (8, 7), (8, 9))
 
@@ -53,11 +50,13 @@ def _adapted(linear, x, lora_a, lora_b):
         x: `(..., in)`.
         lora_a, lora_b: `(in, rank)` and `(rank, out)`.
     """
+    # Siblings' joined layer is none of the model's modules, which `lean_layers` goes through.
+    multiply = partial((UNPACKED if unpacks() else {}).get(type(linear), type(linear)).__call__, linear)
 
     @mx.custom_function
     def product(lora_a, lora_b, x):
         low = x @ lora_a
-        return mx.addmm(linear(x), low, lora_b), low
+        return mx.addmm(multiply(x), low, lora_b), low
 
     @product.vjp
     def backward(arrays, cotangents, outputs):
@@ -67,7 +66,7 @@ def _adapted(linear, x, lora_a, lora_b):
         slope = mx.depends([slope], own)[0]
         # A plain layer's by itself: MLX's would turn its weight around twice.
         plain = type(linear) is nn.Linear
-        passed_on = slope @ linear.weight if plain else mx.vjp(linear, [x], [slope])[1][0]
+        passed_on = slope @ linear.weight if plain else mx.vjp(multiply, [x], [slope])[1][0]
         own.append(mx.addmm(passed_on, low_slope, lora_a.T))
         # A float32 layer among narrower ones gives gradients of float32, which MLX refuses or misreads.
         return tuple(found.astype(x.dtype) for found, x in zip(own, arrays, strict=True))
@@ -104,11 +103,12 @@ def _is_depthwise(module):
 class UnpackedLinear(nn.QuantizedLinear):
     """A `QuantizedLinear` that unpacks its weights for each product.
 
-    On a CPU MLX multiplies packed weights some thirty times slower than a BLAS does unpacked ones.
+    MLX multiplies packed weights by many tokens slower than a library does unpacked ones: on a CPU some thirty times;
+    and on CUDA (0.32.4) it reads all of them for each row of one token, as a packed batch has them.
     """
 
     def __call__(self, x):
-        out = _unpacked_product(self, x)
+        out = _unpacked_product(self, _by_rows, x)
         return out + self["bias"] if "bias" in self else out
 
 
@@ -116,32 +116,21 @@ class UnpackedEmbedding(nn.QuantizedEmbedding):
     """The same for an embedding that is the output head too."""
 
     def as_linear(self, x):
-        return _unpacked_product(self, x)
+        return _unpacked_product(self, _by_rows, x)
 
 
-class FlatQuantizedLinear(nn.QuantizedLinear):
-    """A `QuantizedLinear` that multiplies all tokens as the rows of one matrix.
+class UnpackedSwitchLinear(QuantizedSwitchLinear):
+    """The same for experts, all of a layer's.
 
-    On CUDA MLX (0.32.4) makes a product of each row of one token, as a packed batch has them, and reads all weights for
-    each.
-    """
-
-    def __call__(self, x):
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-
-
-class PiecewiseSwitchLinear(QuantizedSwitchLinear):
-    """A `QuantizedSwitchLinear` of at most MOST_LAUNCHED rows at a time, where these are sorted by their experts.
-
-    On CUDA MLX (0.32.4) launches so many blocks along one axis, and with more ends with "invalid argument".
+    Of packed ones MLX's CUDA kernel takes at most 65,535 rows, and ends with "invalid argument" for more.
     """
 
     def __call__(self, x, indices, sorted_indices=False):
-        call = partial(super().__call__, sorted_indices=sorted_indices)
-        bounds = list(range(MOST_LAUNCHED, len(x), MOST_LAUNCHED))
-        if not sorted_indices or not bounds:
-            return call(x, indices)
-        return mx.concatenate(list(map(call, split(x, bounds, axis=0), mx.split(indices, bounds))))
+        if self.get("global_scale") is not None:
+            return super().__call__(x, indices, sorted_indices)  # each expert's own, which MLX does not unpack
+        by_experts = partial(mx.gather_mm, rhs_indices=indices, sorted_indices=sorted_indices)
+        out = _unpacked_product(self, by_experts, x)
+        return out + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else out
 
 
 class NarrowLoRASwitchLinear(LoRASwitchLinear):
@@ -159,25 +148,64 @@ class NarrowLoRASwitchLinear(LoRASwitchLinear):
         return self.linear(x, indices, sorted_indices=sorted_indices) + low
 
 
-def _unpacked_product(module, x):
-    """`x` `(..., in)` times a module's weights, `(..., out)`; one module's at a time are unpacked, in both passes."""
+_kept = []
+
+
+@contextmanager
+def unpacked_once():
+    """Within the context, weights that are unpacked are kept for later products with them."""
+    _kept.append({})
+    try:
+        yield
+    finally:
+        _kept.pop()
+
+
+def _by_rows(x, weight):
+    return x @ weight
+
+
+def _unpacked_product(module, multiply, x):
+    """`multiply(x, weight)` with a module's weights `(..., in, out)`; one module's are unpacked at a time.
+
+    A CPU's products are float32 ones, a GPU's have the input's dtype.
+    """
+    dtype = x.dtype if mx.default_device() == mx.gpu else mx.float32
 
     def weight(after):
-        """`(out, in)`, float32, unpacked once there is `after`."""
-        names = [name for name in ("weight", "scales", "biases") if name in module]
-        packed = mx.depends([module[name] for name in names], [after])
-        settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        return mx.dequantize(*packed, **settings).astype(mx.float32)
+        """Unpacked once there is `after`, in both passes anew."""
+        kept = _kept[-1] if _kept else {}
+        if id(module) not in kept:
+            names = [name for name in ("weight", "scales", "biases") if module.get(name) is not None]
+            packed = mx.depends([module[name] for name in names], [after])
+            settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+            kept[id(module)] = mx.dequantize(*packed, **settings).astype(dtype).swapaxes(-1, -2)
+        return kept[id(module)]
 
     @mx.custom_function
     def product(x):
-        return (x.astype(mx.float32) @ weight(x).T).astype(x.dtype)
+        return multiply(x.astype(dtype), weight(x)).astype(x.dtype)
 
     @product.vjp
     def backward(x, slope, _):
-        return (slope.astype(mx.float32) @ weight(slope)).astype(x.dtype)
+        # By hand: MLX's would go through all that the weights wait for.
+        gradient = multiply(slope.astype(dtype), weight(slope).swapaxes(-1, -2))
+        repeated = [axis for axis, size in enumerate(x.shape) if size != gradient.shape[axis]]
+        return (gradient.sum(repeated, keepdims=True) if repeated else gradient).astype(x.dtype)
 
     return product(x)
+
+
+UNPACKED = {
+    nn.QuantizedLinear: UnpackedLinear,
+    nn.QuantizedEmbedding: UnpackedEmbedding,
+    QuantizedSwitchLinear: UnpackedSwitchLinear,
+}
+
+
+def unpacks():
+    """Whether packed weights are unpacked for products: not on Metal, which multiplies packed ones as fast."""
+    return on_cuda() or mx.default_device() != mx.gpu
 
 
 def _in_rows(call, packed):
@@ -209,14 +237,12 @@ def lean_layers(modules, packed=None):
         packed: the recurrent `Parts` of a packed batch, which recurrent layers, and what they convolve with, read.
     """
     lean = {LoRALinear: LeanLoRALinear}
-    if on_cuda():
-        lean |= {nn.QuantizedLinear: FlatQuantizedLinear, QuantizedSwitchLinear: PiecewiseSwitchLinear}
-        if capability() in SMALLER:
-            lean[LoRASwitchLinear] = NarrowLoRASwitchLinear
-    else:
+    if on_cuda() and capability() in SMALLER:
+        lean[LoRASwitchLinear] = NarrowLoRASwitchLinear
+    if not on_cuda():
         lean[nn.Conv1d] = DepthwiseConv1d
-        if mx.default_device() != mx.gpu:
-            lean |= {nn.QuantizedLinear: UnpackedLinear, nn.QuantizedEmbedding: UnpackedEmbedding}
+    if unpacks():
+        lean |= UNPACKED
     with ExitStack() as stack:
         for module in modules:
             if type(module) in lean and (type(module) is not nn.Conv1d or _is_depthwise(module)):

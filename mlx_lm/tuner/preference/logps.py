@@ -20,7 +20,7 @@ from ...utils import token_logps
 from .attention import Layout, PackedCache, PackedState, Parts, RowCache, on_cuda
 from .batches import PACKED, PLAIN, RECURRENT, lengths_of, make_batch, shape_of
 from .intercept import drawing_from, evaluating, exchanged, intercepted, parameters_in
-from .layers import convolved_channels, is_float32, layers_of, lean_layers
+from .layers import convolved_channels, is_float32, layers_of, lean_layers, unpacked_once
 from .pairs import Pair
 from .siblings import find_siblings
 
@@ -307,12 +307,13 @@ class Head:
     def _chunked(self, function, states, *rows, share=1):
         """`function(states, *rows)` on one chunk after another, each array of its outputs joined again."""
         parts = []
-        for start, stop in self._chunks(states, share):
-            chunk = states[start:stop]
-            if parts:
-                # Without an order, or with an output left for later, several chunks' logits could be alive at once.
-                chunk = mx.depends([chunk], parts[-1])[0]
-            parts.append(function(chunk, *(row[start:stop] for row in rows)))
+        with unpacked_once():
+            for start, stop in self._chunks(states, share):
+                chunk = states[start:stop]
+                if parts:
+                    # Without an order, or with an output left for later, several chunks' logits could be alive at once.
+                    chunk = mx.depends([chunk], parts[-1])[0]
+                parts.append(function(chunk, *(row[start:stop] for row in rows)))
         return [mx.concatenate(column) for column in zip(*parts, strict=True)]
 
     def _logps(self, states, targets, alignment, by_token=False):
