@@ -44,7 +44,9 @@ def table_of(header, rows, found):
 
 
 def spread(values, digits=0):
-    """The median of values, and their range."""
+    """The median of values, and their range where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
