@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from tiny import short_run, some_pairs, tiny_llama
@@ -14,6 +15,7 @@ from mlx_lm.tuner.preference.divergence import kl_of_logits, mean_kl, token_kl
 from mlx_lm.tuner.preference.evaluation import pair_figures
 from mlx_lm.tuner.preference.figures import DESIRABLE, FIGURES, TOKEN_FIGURES, means_of
 from mlx_lm.tuner.preference.intercept import without_adapters
+from mlx_lm.tuner.preference.layers import unpacks
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
@@ -160,6 +162,17 @@ def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
     monkeypatch.setattr("mlx_lm.tuner.preference.divergence.MOST_PAIRS", 2)
     few = np.mean(plain_kl(model, [pairs[0], pairs[4]]))
     assert mean_kl(policy, None, pairs, np.arange(5)) == (pytest.approx(few, abs=1e-5), 2)
+
+
+@pytest.mark.skipif(not unpacks(), reason="Metal multiplies packed weights as fast")
+def test_the_kl_of_a_packed_model_is_of_unpacked_products_too(monkeypatch):
+    monkeypatch.setattr("mlx_lm.tuner.preference.divergence.CHUNK_LOGITS", 8 * 97 * 5)
+    model, pairs = tiny_llama(moved=True), some_pairs(5)
+    nn.quantize(model, 32)
+    expected, policy = plain_kl(model, pairs), Scorer(model)
+    monkeypatch.delattr(mx, "quantized_matmul")
+    with bounded_memory() as evaluate:
+        assert token_kl(policy, None, pairs, evaluate) == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_what_rounding_leaves_of_a_kl_is_not_below_0(monkeypatch):

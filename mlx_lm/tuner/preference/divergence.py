@@ -8,6 +8,7 @@ import numpy as np
 from ...models.activations import fast_exp, fast_max
 from .batches import make_batch
 from .intercept import evaluating, without_adapters
+from .layers import unpacked_once
 from .logps import CHUNK_LOGITS
 from .memory import bounded_memory, one_behind
 from .reference import batches_of
@@ -76,8 +77,9 @@ def token_kl(policy, reference, pairs, evaluate):
         with bare(reference.model):
             return kl_of_logits(logits, reference.logits(reference_states[chunk])), start
 
-    for found, start in one_behind(evaluate, map(kl_from, range(0, len(scored), size))):
-        values[start : start + size] = np.array(found)
+    with unpacked_once():
+        for found, start in one_behind(evaluate, map(kl_from, range(0, len(scored), size))):
+            values[start : start + size] = np.array(found)
     return values
 
 

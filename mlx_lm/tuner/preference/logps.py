@@ -131,12 +131,12 @@ class Scorer:
             return self.states(batch.tokens, cache).flatten(0, 1)[batch.positions]
 
     @contextmanager
-    def lean_layers(self, batch):
+    def lean_layers(self, batch=None):
         """As `layers.lean_layers`, for a batch: around the backward pass too, where layers are computed again."""
         if self._is_lean:
             yield
             return
-        recurrent = Layout(*batch.layout).recurrent if batch.layout else ()
+        recurrent = Layout(*batch.layout).recurrent if batch and batch.layout else ()
         packed = Parts(*recurrent) if recurrent else None
         with exchanged(self, "_is_lean", True), lean_layers(self._modules, packed):
             yield
@@ -147,7 +147,8 @@ class Scorer:
 
     def logits(self, states):
         """Logits `(M, V)` of such states, `(M, D)` or logits already."""
-        return self.head.logits(states) if self.head else states
+        with self.lean_layers():
+            return self.head.logits(states) if self.head else states
 
     def _same_logits(self, arrangement):
         """Whether head and caches give batches so arranged the model's own logits of plain rows: tried on a few tokens.
