@@ -15,6 +15,7 @@ import pytest
 from architectures import make_model
 from check_gradients import LEAST, PLAIN_PASS, add_lora, compare, cosines, in_float32
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchGLU
 from plain_pass import make_pairs
 from test_recurrent import loop, make_inputs, values_and_gradients
 from test_state_space import RECURRENCES
@@ -34,7 +35,7 @@ from mlx_lm.tuner.preference.attention import (
 )
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, RECURRENT, Schedule, at_once
 from mlx_lm.tuner.preference.cuda_scan import selective_loops
-from mlx_lm.tuner.preference.layers import checkpointed_layers
+from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
@@ -120,6 +121,22 @@ def test_gradients_through_packed_weights_are_the_plain_ones_in_float32(name, bi
     floors = [min(LEAST[dtype], 1 - ROUNDED_MORE * (1 - x) - slack) for x in cosines(compared.pop(PLAIN_PASS))]
     worst = {way: min(map(operator.sub, cosines(found), floors)) for way, found in compared.items()}
     assert {way: distance for way, distance in worst.items() if distance < 0} == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_through_experts_are_the_same_each_time(dtype):
+    experts, draw = SwitchGLU(128, 64, 8), np.random.default_rng(0)
+    experts.set_dtype(dtype)
+    x = mx.array(draw.normal(size=(1, 700, 128)), dtype)
+    chosen = mx.array(draw.random((1, 700, 8)).argsort(axis=-1)[..., :4])
+    slope = mx.grad(lambda x: mx.square(experts(x, chosen).astype(mx.float32)).sum())
+    expected = slope(x)
+    with lean_layers(experts.modules()):
+        found = [slope(x) for _ in range(5)]
+        mx.eval(found)
+    assert all(mx.array_equal(found[0], other) for other in found)
+    gap = mx.linalg.norm((found[0] - expected).astype(mx.float32)) / mx.linalg.norm(expected.astype(mx.float32))
+    assert gap < (1e-5 if dtype == mx.float32 else 1e-2)
 
 
 # What reads more than a pair's own logps: responses to other prompts, and what routers tell beside the logits.

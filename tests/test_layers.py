@@ -14,24 +14,23 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_logps, reference_of
 from plain_pass import scored_gradient as gradient_of
 
-from mlx_lm.models import activations, qwen3
+from mlx_lm.models import activations, qwen3, switch_layers
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.preference import layers as layers_module
 from mlx_lm.tuner.preference.attention import RowCache
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
+from mlx_lm.tuner.preference.experts import gather_sort
 from mlx_lm.tuner.preference.intercept import drawing_from, exchanged, intercepted, parameters_in, recomputed
 from mlx_lm.tuner.preference.layers import (
     DepthwiseConv1d,
     LeanLoRALinear,
-    UnpackedEmbedding,
-    UnpackedLinear,
     checkpointed_layers,
     lean_layers,
     multiplied_once,
-    unpacks,
 )
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
+from mlx_lm.tuner.preference.unpacked import UnpackedEmbedding, UnpackedLinear, unpacks
 
 keeping_little = partial(exchanged, activations, "keeps_little", True)
 
@@ -327,6 +326,27 @@ def test_experts_are_unpacked_for_products(kind, mode, count, monkeypatch):
     with lean_layers(experts.modules()):
         found, found_slope = experts(x, chosen), slope(x)
     assert mx.allclose(found, expected, 1e-3, 1e-3) and mx.allclose(found_slope, expected_slope, 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_tokens_come_to_their_experts_and_back_as_upstream_has_them(chosen):
+    x, indices = mx.random.normal((2, 40, 1, 1, 16)), mx.argsort(mx.random.normal((2, 40, 5)), axis=-1)[..., :chosen]
+    weights = mx.random.normal((5, 16))
+
+    def outputs(x):
+        rows, experts, places = switch_layers._gather_sort(x, indices)
+        return switch_layers._scatter_unsort(mx.sin(rows) * weights[experts][:, None], places, indices.shape)
+
+    def outputs_and_slope():
+        return [outputs(x), mx.grad(lambda x: mx.square(outputs(x)).sum())(x)]
+
+    expected = outputs_and_slope()
+    with lean_layers([]):
+        assert switch_layers._gather_sort is gather_sort
+        found = outputs_and_slope()
+    assert found[0].shape == (2, 40, chosen, 1, 16) and mx.array_equal(found[0], expected[0])
+    assert mx.allclose(found[1], expected[1], 1e-5, 1e-5)
+    assert switch_layers._gather_sort is not gather_sort
 
 
 @pytest.mark.parametrize("capability, narrow", [((8, 0), False), ((8, 9), True), ((12, 0), False)])

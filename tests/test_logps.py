@@ -26,10 +26,11 @@ from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference import logps as logps_module
 from mlx_lm.tuner.preference import logps as module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PACKED, PLAIN, make_batch
-from mlx_lm.tuner.preference.layers import checkpointed_layers, unpacks
+from mlx_lm.tuner.preference.layers import checkpointed_layers
 from mlx_lm.tuner.preference.logps import Head, Scorer, relative_error
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.step import Step
+from mlx_lm.tuner.preference.unpacked import unpacks
 
 TIED, UNTIED = "qwen2", "qwen3"
 

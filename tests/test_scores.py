@@ -15,7 +15,6 @@ from mlx_lm.tuner.preference.divergence import kl_of_logits, mean_kl, token_kl
 from mlx_lm.tuner.preference.evaluation import pair_figures
 from mlx_lm.tuner.preference.figures import DESIRABLE, FIGURES, TOKEN_FIGURES, means_of
 from mlx_lm.tuner.preference.intercept import without_adapters
-from mlx_lm.tuner.preference.layers import unpacks
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
@@ -32,6 +31,7 @@ from mlx_lm.tuner.preference.scores import (
     wilson,
     write_predictions,
 )
+from mlx_lm.tuner.preference.unpacked import unpacks
 
 
 class Pairs(list):

@@ -20,11 +20,12 @@ from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
 from mlx_lm.tuner.preference import layers as layers_module
 from mlx_lm.tuner.preference.batches import make_batch
-from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers, multiplied_once, unpacks
+from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers, multiplied_once
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.siblings import MOST_COLUMNS
 from mlx_lm.tuner.preference.step import Step
+from mlx_lm.tuner.preference.unpacked import unpacks
 
 PAIRS = some_pairs(6)
 REFERENCE = mx.zeros((6, 2, 2)) - 30

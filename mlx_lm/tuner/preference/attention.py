@@ -245,13 +245,13 @@ class Places(NamedTuple):
     holes: bool = False
 
     def indices(self):
-        """Of each part the tokens that are its rows, as `_moved` reads them."""
+        """Of each part the tokens that are its rows, as `moved` reads them."""
         return [part.reshape(1, -1) if self.holes else part.reshape(-1) for part in self.parts]
 
 
 def spread(arrays, places):
     """Tokens of arrays, each `(N, ...)`, as rows of parts: a list for each array of each part's `(K, T, ...)`."""
-    found = iter(_moved([[x] for x in arrays], [own.indices() for own in places], [[own.sources] for own in places]))
+    found = iter(moved([[x] for x in arrays], [own.indices() for own in places], [[own.sources] for own in places]))
     return [
         [next(found).reshape(*part.shape, *x.shape[1:]) for part in own.parts]
         for own, x in zip(places, arrays, strict=True)
@@ -260,10 +260,10 @@ def spread(arrays, places):
 
 def collected(parts, places):
     """The tokens' `(N, ...)` of what stands in the parts' rows, `(K, T, ...)` each: the other way around."""
-    return _moved([[part.flatten(0, 1) for part in parts]], [[places.sources]], [places.indices()])[0]
+    return moved([[part.flatten(0, 1) for part in parts]], [[places.sources]], [places.indices()])[0]
 
 
-def _moved(arrays, there, back):
+def moved(arrays, there, back):
     """Rows of arrays in other places; gradients are gathered too, which is faster than to scatter, and always the same.
 
     Args:
@@ -288,18 +288,18 @@ def _moved(arrays, there, back):
         return tuple(rows_of(*zip(*pairs, strict=True)))
 
     @mx.custom_function
-    def moved(*rows):
+    def forward(*rows):
         return gathered(rows, back, there)
 
-    @moved.vjp
+    @forward.vjp
     def backward(_, slopes, __):
         return gathered(slopes, there, back)
 
-    return moved(*(part for parts in arrays for part in parts))
+    return forward(*(part for parts in arrays for part in parts))
 
 
 def _rows(parts, index):
-    """The rows of an array's parts that an index of `_moved` names, `(M, ...)`."""
+    """The rows of an array's parts that an index of `moved` names, `(M, ...)`."""
     rows = mx.concatenate([part.reshape(len(part), -1) for part in parts])
     if index.ndim == 1:
         found = rows[index]

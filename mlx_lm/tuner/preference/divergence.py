@@ -8,10 +8,10 @@ import numpy as np
 from ...models.activations import fast_exp, fast_max
 from .batches import make_batch
 from .intercept import evaluating, without_adapters
-from .layers import unpacked_once
 from .logps import CHUNK_LOGITS
 from .memory import bounded_memory, one_behind
 from .reference import batches_of
+from .unpacked import unpacked_once
 from .workers import confirm
 
 # Both models run over these pairs, so that there are no more of them than a mean needs.

@@ -7,18 +7,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from ...models import activations
-from ...models.switch_layers import QuantizedSwitchLinear
+from ...models import activations, switch_layers
 from ..lora import LoRALinear, LoRASwitchLinear
 from .attention import PackedState, RowCache, Window, capability, on_cuda
+from .experts import SMALLER, NarrowLoRASwitchLinear, gather_sort, scatter_unsort
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .pieces import recurrences_in_pieces
 from .siblings import siblings_of
+from .unpacked import UNPACKED, unpacks
 
 STATELESS = (PackedState, RowCache, Window)
-# Compute capabilities of Ampere's and Ada's smaller cards: RTX 30 and 40, A10, L4 and L40S among them.
-SMALLER = ((8, 6), (8, 7), (8, 9))
 
 
 class LeanLoRALinear(LoRALinear):
@@ -100,114 +99,6 @@ def _is_depthwise(module):
     return plain and module.groups == module.weight.shape[0] and module.weight.shape[2] == 1
 
 
-class UnpackedLinear(nn.QuantizedLinear):
-    """A `QuantizedLinear` that unpacks its weights for each product.
-
-    MLX multiplies packed weights by many tokens slower than a library does unpacked ones: on a CPU some thirty times;
-    and on CUDA (0.32.4) it reads all of them for each row of one token, as a packed batch has them.
-    """
-
-    def __call__(self, x):
-        out = _unpacked_product(self, _by_rows, x)
-        return out + self["bias"] if "bias" in self else out
-
-
-class UnpackedEmbedding(nn.QuantizedEmbedding):
-    """The same for an embedding that is the output head too."""
-
-    def as_linear(self, x):
-        return _unpacked_product(self, _by_rows, x)
-
-
-class UnpackedSwitchLinear(QuantizedSwitchLinear):
-    """The same for experts, all of a layer's.
-
-    Of packed ones MLX's CUDA kernel takes at most 65,535 rows, and ends with "invalid argument" for more.
-    """
-
-    def __call__(self, x, indices, sorted_indices=False):
-        if self.get("global_scale") is not None:
-            return super().__call__(x, indices, sorted_indices)  # each expert's own, which MLX does not unpack
-        by_experts = partial(mx.gather_mm, rhs_indices=indices, sorted_indices=sorted_indices)
-        out = _unpacked_product(self, by_experts, x)
-        return out + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else out
-
-
-class NarrowLoRASwitchLinear(LoRASwitchLinear):
-    """A `LoRASwitchLinear` whose low-rank products are in the input's dtype, as those of `LeanLoRALinear`.
-
-    Upstream's are in float32, for which MLX (0.32.4) asks for 144 KB of shared memory a block on CUDA's compute
-    capabilities 8: an A100 has them, those of SMALLER have 99, and a run would end.
-    """
-
-    def __call__(self, x, indices, sorted_indices=False):
-        low = self.dropout(x)
-        for matrix in (self.lora_a, self.scale * self.lora_b):
-            matrix = matrix.astype(x.dtype).swapaxes(-1, -2)
-            low = mx.gather_mm(low, matrix, rhs_indices=indices, sorted_indices=sorted_indices)
-        return self.linear(x, indices, sorted_indices=sorted_indices) + low
-
-
-_kept = []
-
-
-@contextmanager
-def unpacked_once():
-    """Within the context, weights that are unpacked are kept for later products with them."""
-    _kept.append({})
-    try:
-        yield
-    finally:
-        _kept.pop()
-
-
-def _by_rows(x, weight):
-    return x @ weight
-
-
-def _unpacked_product(module, multiply, x):
-    """`multiply(x, weight)` with a module's weights `(..., in, out)`; one module's are unpacked at a time.
-
-    A CPU's products are float32 ones, a GPU's have the input's dtype.
-    """
-    dtype = x.dtype if mx.default_device() == mx.gpu else mx.float32
-
-    def weight(after):
-        """Unpacked once there is `after`, in both passes anew."""
-        kept = _kept[-1] if _kept else {}
-        if id(module) not in kept:
-            names = [name for name in ("weight", "scales", "biases") if module.get(name) is not None]
-            packed = mx.depends([module[name] for name in names], [after])
-            settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-            kept[id(module)] = mx.dequantize(*packed, **settings).astype(dtype).swapaxes(-1, -2)
-        return kept[id(module)]
-
-    @mx.custom_function
-    def product(x):
-        return multiply(x.astype(dtype), weight(x)).astype(x.dtype)
-
-    @product.vjp
-    def backward(x, slope, _):
-        # By hand: MLX's would go through all that the weights wait for.
-        gradient = multiply(slope.astype(dtype), weight(slope).swapaxes(-1, -2))
-        repeated = [axis for axis, size in enumerate(x.shape) if size != gradient.shape[axis]]
-        return (gradient.sum(repeated, keepdims=True) if repeated else gradient).astype(x.dtype)
-
-    return product(x)
-
-
-UNPACKED = {
-    nn.QuantizedLinear: UnpackedLinear,
-    nn.QuantizedEmbedding: UnpackedEmbedding,
-    QuantizedSwitchLinear: UnpackedSwitchLinear,
-}
-
-
-def unpacks():
-    """Whether packed weights are unpacked for products: not on Metal, which multiplies packed ones as fast."""
-    return on_cuda() or mx.default_device() != mx.gpu
-
-
 def _in_rows(call, packed):
     """What a depthwise `Conv1d` does, by `call`, with tokens that come as sequences of one, behind nothing or zeros."""
 
@@ -248,6 +139,8 @@ def lean_layers(modules, packed=None):
             if type(module) in lean and (type(module) is not nn.Conv1d or _is_depthwise(module)):
                 stack.enter_context(exchanged(module, "__class__", lean[type(module)]))
         stack.enter_context(exchanged(activations, "keeps_little", True))
+        stack.enter_context(exchanged(switch_layers, "_gather_sort", gather_sort))
+        stack.enter_context(exchanged(switch_layers, "_scatter_unsort", scatter_unsort))
         stack.enter_context(recurrences_in_pieces(modules, packed))
         for module in modules if packed is not None else ():
             if _is_depthwise(module):

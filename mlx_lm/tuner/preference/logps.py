@@ -20,9 +20,10 @@ from ...utils import token_logps
 from .attention import Layout, PackedCache, PackedState, Parts, RowCache, on_cuda
 from .batches import PACKED, PLAIN, RECURRENT, lengths_of, make_batch, shape_of
 from .intercept import drawing_from, evaluating, exchanged, intercepted, parameters_in
-from .layers import convolved_channels, is_float32, layers_of, lean_layers, unpacked_once
+from .layers import convolved_channels, is_float32, layers_of, lean_layers
 from .pairs import Pair
 from .siblings import find_siblings
+from .unpacked import unpacked_once
 
 # Logits in one chunk of the output head; how many times as many where a gradient is taken, and where figures of tokens
 # are asked for, which have several arrays of a chunk's size at once. On CUDA some thirty kernels have to be launched
