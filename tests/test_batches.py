@@ -14,6 +14,7 @@ from mlx_lm.tuner.preference import batches as module
 from mlx_lm.tuner.preference.batches import (
     ARRANGEMENTS,
     MOST_SHAPES,
+    MOST_SHAPES_ON_METAL,
     PACKED,
     PLAIN,
     RECURRENT,
@@ -268,6 +269,28 @@ def test_where_shapes_are_compiled_few_serve_a_run_and_the_last_batch_is_filled(
         assert shape.begun <= needed.begun and shape.begun % multiple == 0
     assert len(shapes) <= MOST_SHAPES
     assert sorted(counts) == [[1.0, 0.0, 0.0, 0.0]] + [[1.0] * 4] * 20
+
+
+def test_where_tracing_goes_on_beside_a_step_more_shapes_leave_less_padding(monkeypatch):
+    monkeypatch.setattr(module, "multiple", lambda: 32)
+    pairs = [
+        Pair([1] * prompt, [2] * chosen, [3] * rejected) for prompt, chosen, rejected in real_lengths(1200).tolist()
+    ]
+
+    def padded():
+        """Tokens and scored positions of all batches, and how many shapes they have."""
+        schedule = Schedule(pairs, 4, 0, PACKED)
+        shapes = [schedule.shape(iteration) for iteration in range(1, 301)]
+        assert all(shape.scored >= lengths_of([pairs[row] for row in schedule.rows(i + 1)])[:, 1:].sum()
+                   for i, shape in enumerate(shapes))  # fmt: skip
+        return np.sum([shape[:3] for shape in shapes], axis=0), len(set(shapes))
+
+    (few, count), own = padded(), lengths_of(pairs)
+    monkeypatch.setattr(module, "on_metal", lambda: True)
+    many, larger_count = padded()
+    assert count == MOST_SHAPES and larger_count == MOST_SHAPES_ON_METAL
+    tokens, scored = own.sum(), own[:, 1:].sum()
+    assert many[0] - tokens < (few[0] - tokens) / 2 and many[2] - scored < 0.7 * (few[2] - scored)
 
 
 def test_where_nothing_is_compiled_every_batch_has_its_own_shape(monkeypatch):
