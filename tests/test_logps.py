@@ -1,6 +1,7 @@
 """Scores of batches: the output head run apart, in chunks; against the plain pass."""
 
 import shutil
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -157,6 +158,25 @@ def test_logps_and_their_gradients_are_those_of_a_softmax(trainable, chunk, monk
     expected = factors[:, None] * ((np.arange(300) == targets[:, None]) - softmax)
     assert np.allclose(slope, expected, atol=1e-5) and np.abs(expected).max() > 0.1
     assert not head.token_logps(states, mx.array(targets), False, True)[1].any()
+
+
+def test_chunks_are_whole_tiles_as_equal_as_can_be(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 2**23)
+    head = head_of(Bare(), 151_936)
+
+    def sizes(count, share):
+        chunks = head._chunks(mx.zeros((count, 1)), share)
+        assert chunks[0][0] == 0 and all(one[1] == other[0] for one, other in pairwise(chunks))
+        assert chunks[-1][1] == count
+        return [stop - start for start, stop in chunks]
+
+    assert sizes(2048, 4) == [205] * 9 + [203]
+    monkeypatch.setattr(module, "TILE", 64)
+    # Of 220 rows that a chunk may have.
+    assert sizes(2048, 4) == [192] * 10 + [128]
+    assert sizes(256, 4) == [128] * 2 and sizes(192, 4) == [192] and sizes(20, 4) == [20]
+    # Of 55, less than a tile.
+    assert sizes(110, 1) == [55] * 2
 
 
 def test_a_heads_gradient_does_not_lose_with_chunks_in_half_precision(monkeypatch):
