@@ -326,7 +326,32 @@ def test_what_is_attended_to_in_blocks(dtype, mask, dimension, in_blocks, monkey
     assert len(taken) == in_blocks
     assert mx.allclose(found, ATTENTION(x, x, x, scale=0.3, mask=mask), atol=1e-5 if dtype == mx.float32 else 2e-2)
     attention(x, x, x, 0.3, "causal", sinks=mx.zeros((2,), dtype))
-    assert len(taken) == in_blocks  # sinks may have a gradient, too
+    assert len(taken) == in_blocks + (dimension == 8)
+
+
+@pytest.mark.skipif(module.on_cuda(), reason="half precision is another backward pass there")
+@pytest.mark.parametrize("on_metal", [False, True])
+@pytest.mark.parametrize("mask", ["causal", None, "window"])
+def test_attention_in_blocks_has_the_gradients_of_sinks(mask, on_metal, monkeypatch):
+    """Four heads, two of keys; 150 queries in blocks of 32 or fewer behind 50 more keys."""
+    monkeypatch.setattr(module, "MOST_SCORES", 1)
+    monkeypatch.setattr(module, "on_metal", lambda: on_metal)
+    mask = create_causal_mask(150, 50, window_size=40) if mask == "window" else mask
+    shapes = ((2, 4, 150, 8), (2, 2, 200, 8), (2, 2, 200, 8), (4,))
+    arrays = [mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)]
+    slope, lengths = mx.random.normal((2, 4, 150, 8)), []
+
+    def watched(queries, *others, **options):
+        lengths.append(queries.shape[2])
+        return ATTENTION(queries, *others, **options)
+
+    def both(function):
+        return [x for part in mx.vjp(function, arrays, [slope]) for x in part]
+
+    expected = both(lambda *arrays: ATTENTION(*arrays[:3], scale=0.4, mask=mask, sinks=arrays[3]))
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    found = both(lambda *arrays: attention(*arrays[:3], 0.4, mask, arrays[3]))
+    assert max(errors(found, expected)) < 1e-5 and max(lengths) <= 32 and mx.abs(expected[-1]).min() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -315,19 +315,21 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     causal = isinstance(mask, str)
     if on_cuda() and _is_fused_on_cuda(queries, values):
         return tokens_first(call(queries, keys, values, mask=mask))
-    if on_metal() and causal and sinks is not None:
-        # Given the word, MLX 0.32.4 takes kernels that have no gradient where there are sinks.
-        return call(queries, keys, values, mask=create_causal_mask(queries.shape[2], keys.shape[2] - queries.shape[2]))
     if on_metal() and sinks is None and (mask is None or causal) and _is_fused_on_metal(queries, values):
         return call(queries, keys, values, mask=mask)
     whole = all(x.dtype == mx.float32 for x in (queries, keys, values))
     if causal and sinks is None and whole and mx.default_device() == mx.cpu:
         return causal_attention(queries, keys, values, scale)
-    # Sinks, and masks of numbers, may have gradients of their own.
-    plain = sinks is None and (mask is None or causal or mask.dtype == mx.bool_)
+    # Masks of numbers may have gradients of their own.
+    plain = mask is None or causal or mask.dtype == mx.bool_
     if plain and keys.shape[2] > KEYS_A_DIMENSION * queries.shape[3]:
-        return _blocked(call, queries, keys, values, mask)
-    return call(queries, keys, values, mask=mask)
+        return _blocked(call, queries, keys, values, mask, sinks)
+    return call(queries, keys, values, mask=_mask_beside(sinks, queries, keys) if causal else mask)
+
+
+def _mask_beside(sinks, queries, keys):
+    """The causal mask: where there are sinks an array, since MLX 0.32.4 has kernels for the word without a gradient."""
+    return "causal" if sinks is None else create_causal_mask(queries.shape[2], keys.shape[2] - queries.shape[2])
 
 
 def _is_fused_on_cuda(queries, values):
@@ -359,16 +361,22 @@ def _tokens_first_vjp(x, slope, _):
     return mx.contiguous(slope.swapaxes(1, 2)).swapaxes(1, 2)
 
 
-def _blocked(call, queries, keys, values, mask):
-    """Attention in blocks of queries, each computed again in the backward pass."""
-    causal = isinstance(mask, str)
+def _blocked(call, queries, keys, values, mask, sinks=None):
+    """Attention in blocks of queries, each computed again in the backward pass; sinks have a gradient too."""
+    causal, shared = isinstance(mask, str), [] if sinks is None else [sinks]
     by_query = mask is not None and not causal and mask.ndim > 1 and mask.shape[-2] > 1
 
-    def block(queries, keys, values, start):
-        own = mask[..., start : start + queries.shape[2], :] if by_query else mask
-        return [call(queries, keys, values, mask=own)]
+    def block(queries, keys, values, *others):
+        *own, start = others
+        given = {"sinks": own[0]} if own else {}
+        if causal:
+            given["mask"] = _mask_beside(given.get("sinks"), queries, keys)
+        else:
+            given["mask"] = mask[..., start : start + queries.shape[2], :] if by_query else mask
+        return [call(queries, keys, values, **given)]
 
-    def gradient(queries, keys, values, start, slope, _):
-        return mx.vjp(partial(block, start=start), [queries, keys, values], [slope])[1]
+    def gradient(*given):
+        *arrays, start, slope, _ = given
+        return mx.vjp(lambda *arrays: block(*arrays, start), arrays, [slope])[1]
 
-    return in_blocks(queries, keys, values, blocks_of(queries, keys, MOST_SCORES), causal, block, gradient)
+    return in_blocks(queries, keys, values, blocks_of(queries, keys, MOST_SCORES), causal, block, gradient, shared)

@@ -30,16 +30,17 @@ def blocks_of(queries, keys, most, count=1):
     return list(pairwise(bounds))
 
 
-def in_blocks(queries, keys, values, spans, causal, block, gradient):
+def in_blocks(queries, keys, values, spans, causal, block, gradient, shared=()):
     """Attention in blocks of queries, one after another: side by side, they would all have their scores at once.
 
     Args:
         queries, keys, values: `(B, H, Q, D)`, `(B, H / R, T, D)` and `(B, H / R, T, Dv)`; the queries are the last Q.
         spans: `[(start, stop)]` of the queries.
         causal: whether a block sees the keys up to its last query's alone.
-        block: takes a block's queries, the keys and values that it sees, and its start; returns a list, of which the
-            output `(B, H, q, Dv)` is the first.
-        gradient: takes the same, the output's gradient and what `block` gave; returns those of the three arrays.
+        block: takes a block's queries, the keys and values that it sees, what is shared, and its start; returns a list,
+            of which the output `(B, H, q, Dv)` is the first.
+        gradient: takes the same, the output's gradient and what `block` gave; returns those of all the arrays.
+        shared: arrays that each block reads whole.
 
     Returns:
         `(B, H, Q, Dv)`.
@@ -47,7 +48,7 @@ def in_blocks(queries, keys, values, spans, causal, block, gradient):
     before = keys.shape[2] - queries.shape[2]
 
     def seen(arrays, stop):
-        return [x[:, :, : before + stop] for x in arrays] if causal else arrays
+        return [*(x[:, :, : before + stop] for x in arrays[:2]), *arrays[2:]] if causal else arrays
 
     @mx.custom_function
     def attend(queries, *others):
@@ -70,14 +71,16 @@ def in_blocks(queries, keys, values, spans, causal, block, gradient):
             sums = mx.depends([_added(*pair) for pair in zip(sums, rest, strict=True)] if sums else rest, [first])
         return mx.concatenate(slopes, axis=2), *(x.astype(own.dtype) for x, own in zip(sums, others, strict=True))
 
-    return attend(queries, keys, values)[0]
+    return attend(queries, keys, values, *shared)[0]
 
 
 def _added(total, part):
-    """The sum, in float32, of earlier blocks' gradients and of one of as many keys or more, `(B, H, T, D)`."""
-    both, total = total.shape[2], total.astype(mx.float32)
-    total = total + part[:, :, :both]
-    return total if part.shape[2] == both else mx.concatenate([total, part[:, :, both:]], axis=2)
+    """The sum, in float32, of earlier blocks' gradients and of one of their shape, or of more keys `(B, H, T, D)`."""
+    total = total.astype(mx.float32)
+    if total.shape == part.shape:
+        return total + part
+    both = total.shape[2]
+    return mx.concatenate([total + part[:, :, :both], part[:, :, both:]], axis=2)
 
 
 def causal_attention(queries, keys, values, scale):
