@@ -175,8 +175,8 @@ def test_chunks_are_whole_tiles_as_equal_as_can_be(monkeypatch):
     # Of 220 rows that a chunk may have.
     assert sizes(2048, 4) == [192] * 10 + [128]
     assert sizes(256, 4) == [128] * 2 and sizes(192, 4) == [192] and sizes(20, 4) == [20]
-    # Of 55, less than a tile.
-    assert sizes(110, 1) == [55] * 2
+    # Of 27, less than a tile.
+    assert sizes(110, 0.5) == [64, 46]
 
 
 def test_a_heads_gradient_does_not_lose_with_chunks_in_half_precision(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 from ...models.activations import fast_exp, fast_max
 from .batches import make_batch
 from .intercept import evaluating, without_adapters
-from .logps import CHUNK_LOGITS
+from .logps import CHUNK_LOGITS, TILE
 from .memory import bounded_memory, one_behind
 from .reference import batches_of
 from .unpacked import unpacked_once
@@ -68,7 +68,7 @@ def token_kl(policy, reference, pairs, evaluate):
     scored = np.flatnonzero(np.array(batches[0].sequences) < sides * len(pairs))
     values = np.zeros(len(scored), np.float32)
     # Of both models, and what comes of them: a test takes hardly more memory than without.
-    size = max(1, CHUNK_LOGITS // 2 // words[0])
+    size = TILE * max(1, CHUNK_LOGITS // 2 // words[0] // TILE)
 
     def kl_from(start):
         """`(KL of a chunk's tokens (n,), where they begin)`."""

@@ -382,12 +382,11 @@ class Head:
         return logps(states)
 
     def _chunks(self, states, share=1):
-        """Slices of `states`, whole TILEs, whose logits stay within CHUNK_LOGITS, or so many times as many."""
+        """Slices of `states`, a TILE or more, whose logits stay within CHUNK_LOGITS, or so many times as many."""
         count = states.shape[0]
-        size = max(1, int(CHUNK_LOGITS * share) // self.vocabulary)
-        tile = TILE if size >= TILE else 1
-        chunks = -(-count // (size // tile * tile))
-        size = -(-count // (chunks * tile)) * tile
+        most = max(1, int(CHUNK_LOGITS * share) // self.vocabulary // TILE)
+        chunks = -(-count // (most * TILE))
+        size = -(-count // (chunks * TILE)) * TILE
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
