@@ -349,8 +349,10 @@ def test_tokens_come_to_their_experts_and_back_as_upstream_has_them(chosen):
     assert switch_layers._gather_sort is not gather_sort
 
 
-@pytest.mark.parametrize("capability, narrow", [((8, 0), False), ((8, 9), True), ((12, 0), False)])
-def test_cards_of_little_shared_memory_multiply_adapters_of_experts_in_half_precision(capability, narrow, monkeypatch):
+@pytest.mark.parametrize("capability, narrow", [((8, 0), False), ((8, 9), True), ((12, 0), False), (None, True)])
+def test_macs_and_cards_of_little_shared_memory_multiply_adapters_of_experts_in_half_precision(
+    capability, narrow, monkeypatch
+):
     layer, multiply, dtypes = LoRASwitchLinear.from_base(SwitchLinear(16, 24, 4), r=4), mx.gather_mm, set()
     layer.lora_b = mx.random.normal(layer.lora_b.shape)
     layer.linear.set_dtype(mx.bfloat16)
@@ -370,7 +372,8 @@ def test_cards_of_little_shared_memory_multiply_adapters_of_experts_in_half_prec
     expected = outputs()
     assert dtypes == {mx.bfloat16, mx.float32}
     dtypes.clear()
-    monkeypatch.setattr(layers_module, "on_cuda", lambda: True)
+    monkeypatch.setattr(layers_module, "on_cuda", lambda: capability is not None)
+    monkeypatch.setattr(layers_module, "on_metal", lambda: capability is None)
     monkeypatch.setattr(layers_module, "capability", lambda: capability)
     with lean_layers(layer.modules()):
         found = outputs()

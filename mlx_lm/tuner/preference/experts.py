@@ -44,7 +44,8 @@ class NarrowLoRASwitchLinear(LoRASwitchLinear):
     """A `LoRASwitchLinear` whose low-rank products are in the input's dtype, as those of `LeanLoRALinear`.
 
     Upstream's are in float32, for which MLX (0.32.4) asks for 144 KB of shared memory a block on CUDA's compute
-    capabilities 8: an A100 has them, those of SMALLER have 99, and a run would end.
+    capabilities 8: an A100 has them, those of SMALLER have 99, and a run would end. On Metal they make a float32 copy
+    of every input, which stays until the backward pass, and of every output.
     """
 
     def __call__(self, x, indices, sorted_indices=False):

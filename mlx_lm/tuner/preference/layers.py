@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ...models import activations, switch_layers
 from ..lora import LoRALinear, LoRASwitchLinear
-from .attention import PackedState, RowCache, Window, capability, on_cuda
+from .attention import PackedState, RowCache, Window, capability, on_cuda, on_metal
 from .experts import SMALLER, NarrowLoRASwitchLinear, gather_sort, scatter_unsort
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
@@ -128,7 +128,7 @@ def lean_layers(modules, packed=None):
         packed: the recurrent `Parts` of a packed batch, which recurrent layers, and what they convolve with, read.
     """
     lean = {LoRALinear: LeanLoRALinear}
-    if on_cuda() and capability() in SMALLER:
+    if on_metal() or (on_cuda() and capability() in SMALLER):
         lean[LoRASwitchLinear] = NarrowLoRASwitchLinear
     if not on_cuda():
         lean[nn.Conv1d] = DepthwiseConv1d
