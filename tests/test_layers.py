@@ -300,7 +300,7 @@ def test_weights_are_unpacked_for_products(bits, mode):
     assert mx.allclose(slope(x), expected_slope, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.skipif(not unpacks(), reason="Metal multiplies packed weights as fast")
+@pytest.mark.skipif(not unpacks(), reason="packed weights are multiplied as they are on Metal")
 def test_weights_are_unpacked_within_the_context_alone():
     model = TwoQuantized(4, "affine")
     packed = [type(model.linear), type(model.embedding)]
@@ -310,7 +310,7 @@ def test_weights_are_unpacked_within_the_context_alone():
     assert [type(model.linear), type(model.embedding)] == packed == [nn.QuantizedLinear, nn.QuantizedEmbedding]
 
 
-@pytest.mark.skipif(not unpacks(), reason="Metal multiplies packed weights as fast")
+@pytest.mark.skipif(not unpacks(), reason="packed weights are multiplied as they are on Metal")
 @pytest.mark.parametrize("count", [50, 5], ids=["sorted by experts", "not sorted"])
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
 @pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])

@@ -412,7 +412,7 @@ def test_quantized_models(name, bits, mode, group_size):
     assert scorer.arrangement == PACKED
 
 
-@pytest.mark.skipif(not unpacks(), reason="Metal multiplies packed weights as fast")
+@pytest.mark.skipif(not unpacks(), reason="packed weights are multiplied as they are on Metal")
 def test_a_packed_head_is_unpacked_once_for_all_chunks(monkeypatch):
     model, unpacked, dequantize = make_model(TIED, hidden_size=64, head_dim=16, intermediate_size=64), [], mx.dequantize
     nn.quantize(model, group_size=32)

@@ -164,7 +164,7 @@ def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
     assert mean_kl(policy, None, pairs, np.arange(5)) == (pytest.approx(few, abs=1e-5), 2)
 
 
-@pytest.mark.skipif(not unpacks(), reason="Metal multiplies packed weights as fast")
+@pytest.mark.skipif(not unpacks(), reason="packed weights are multiplied as they are on Metal")
 def test_the_kl_of_a_packed_model_is_of_unpacked_products_too(monkeypatch):
     monkeypatch.setattr("mlx_lm.tuner.preference.divergence.CHUNK_LOGITS", 8 * 97 * 5)
     model, pairs = tiny_llama(moved=True), some_pairs(5)

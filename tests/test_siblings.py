@@ -100,7 +100,7 @@ def test_gradients_and_logps_are_those_of_each_layer_by_itself(kind, share, chec
     assert np.allclose(logps, expected_logps, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(not unpacks(), reason="Metal multiplies packed weights as fast")
+@pytest.mark.skipif(not unpacks(), reason="packed weights are multiplied as they are on Metal")
 def test_joined_packed_weights_are_unpacked_too(monkeypatch):
     model = packed_llama()
     scorer = Scorer(model, together=True)

@@ -20,7 +20,7 @@ BEGUN = 32
 LARGER = np.array([1, 1, 1, -1])
 # On a GPU a step is traced and compiled for each shape: so many serve all batches of a kind. On Apple's a step takes so
 # long that the next one's trace goes on meanwhile (17 ms for 16 layers, 3.4 MB of memory that stay), and every token of
-# padding counts: in batches of 4 of real pairs 8 shapes add 15 % to what the body computes and 23 % to the head's, 32
+# padding counts: in batches of 4 of real pairs 8 shapes add 15 % to what the body computes and 26 % to the head's, 32
 # shapes 4 % and 11 %.
 MOST_SHAPES, MOST_SHAPES_ON_METAL = 8, 32
 # So many batches' worth of pairs of like length are shuffled among themselves in each epoch.
