@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import mlx_lm.utils
 from mlx_lm.tuner.preference import batches as batches_module
 from mlx_lm.tuner.preference import reference as module
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, filled, lengths_of, make_batch
+from mlx_lm.tuner.preference.layers import LeanLoRALinear
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.options import ConfigError
 from mlx_lm.tuner.preference.reference import Reference, ample_tokens, batches_of
@@ -76,6 +78,24 @@ def test_logps_are_those_of_the_model_without_dropout(batch_size, share_prompt):
         for pair, n in zip(PAIRS, shorter, strict=True)
     ]
     assert np.allclose(logps[:, :, 1], row_by_row(model, cut)[rows], atol=1e-4)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_adapters_that_do_nothing_are_left_out_of_the_pass(use_dora, moved, monkeypatch):
+    """To the last bit, for which DoRA's have to be run."""
+    model, multiplied = with_adapters(tiny_llama(lora=False), use_dora=use_dora), []
+    if moved:
+        model.layers[1].mlp.up_proj.lora_b += 0.01
+    kind = LeanLoRALinear if not use_dora else type(model.layers[1].mlp.up_proj)
+    call, reference = kind.__call__, Reference(Scorer(model), len(PAIRS))
+    with monkeypatch.context() as as_it_is:
+        as_it_is.setattr(module, "_cheaper", lambda model: nullcontext())
+        expected = reference.logps(PAIRS, range(len(PAIRS)))
+    monkeypatch.setattr(kind, "__call__", lambda layer, x: multiplied.append(layer) or call(layer, x))
+    assert np.array_equal(reference.logps(PAIRS, range(len(PAIRS))), expected)
+    assert bool(multiplied) is (moved or use_dora)
+    assert "lora_b" in model.layers[1].mlp.up_proj
 
 
 def test_only_rows_that_the_run_visits_are_taken_and_each_once(tmp_path, computed):
