@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_lm._backend import prepare_for_training
-from mlx_lm.models import llama
+from mlx_lm.models import llama, qwen3_moe
 from mlx_lm.tuner.datasets import Pair
 from mlx_lm.tuner.preference.batches import make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers
@@ -26,15 +26,32 @@ from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.step import Step
 
+# Experts that a token of a mixture takes, and their width.
+CHOSEN, EXPERT_WIDTH = 8, 768
 
-def make_llama(shape, dtype=mx.float32, vocabulary=None, rank=8, layers=None, bits=None, trained_layers=None):
-    """A random Llama with LoRA on all linear layers of all blocks, or of the last so many; quantized to `bits`."""
-    args = llama.ModelArgs.from_dict(llama_config(shape, vocabulary, layers))
+
+def make_llama(
+    shape, dtype=mx.float32, vocabulary=None, rank=8, layers=None, bits=None, trained_layers=None, experts=None
+):
+    """A random Llama with LoRA on all linear layers of all blocks, or of the last so many; quantized to `bits`.
+
+    With `experts` each block is a mixture of so many as Qwen3's: CHOSEN of EXPERT_WIDTH for each token.
+    """
+    config, family = llama_config(shape, vocabulary, layers), llama
+    if experts is not None:
+        family = qwen3_moe
+        config |= {"model_type": "qwen3_moe", "num_experts": experts, "num_experts_per_tok": CHOSEN}
+        config |= {"moe_intermediate_size": EXPERT_WIDTH, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        config |= {"norm_topk_prob": True, "head_dim": config["hidden_size"] // config["num_attention_heads"]}
     mx.random.seed(0)
-    model = llama.Model(args)
+    model = family.Model(family.ModelArgs.from_dict(config))
     model.set_dtype(dtype)
     if bits is not None:
-        nn.quantize(model, bits=bits)
+        # As mlx-lm converts mixtures: their routers stay as they are.
+        def packs(path, module):
+            return hasattr(module, "to_quantized") and not path.endswith("mlp.gate")
+
+        nn.quantize(model, group_size=64, bits=bits, class_predicate=packs)
     model.freeze()
     linear_to_lora_layers(model, trained_layers or len(model.layers), {"rank": rank, "scale": 20.0, "dropout": 0.0})
     mx.eval(model.parameters())
@@ -55,7 +72,8 @@ def model_flops(model, prompt, response, pairs):
     args = model.args
     head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
     per_layer = args.hidden_size * head_dim * (2 * args.num_attention_heads + 2 * args.num_key_value_heads)
-    per_layer += 3 * args.hidden_size * args.intermediate_size
+    width = CHOSEN * EXPERT_WIDTH if hasattr(args, "num_experts") else args.intermediate_size
+    per_layer += 3 * args.hidden_size * width
     tokens = prompt + 2 * response
     attended = prompt**2 / 2 + 2 * (response * prompt + response**2 / 2)
     dense = 2 * tokens * per_layer * args.num_hidden_layers
@@ -122,11 +140,12 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
 
 
 def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, bits=None, trained_layers=None,
-            device=None, compiled=None, **options):  # fmt: skip
+            experts=None, device=None, compiled=None, **options):  # fmt: skip
     """Measure a step of a shape on the default device, and the share of its matmul rate that the step reaches.
 
     Args:
-        shape, vocabulary, layers, bits, trained_layers: as for `make_llama`; in bfloat16 on a GPU and float32 on a CPU.
+        shape, vocabulary, layers, bits, trained_layers, experts: as for `make_llama`; in bfloat16 on a GPU and float32
+            on a CPU.
         prompt, response: their lengths in tokens.
         pairs: pairs a step.
         device: "cpu" or "gpu", or None for the default one.
@@ -142,7 +161,8 @@ def measure(shape, prompt, response, pairs=4, vocabulary=None, layers=None, bits
     on_gpu = mx.default_device() == mx.gpu
     dtype = mx.bfloat16 if on_gpu else mx.float32
     rate = matmul_rate(dtype, 8192 if on_gpu else 1024)
-    model = make_llama(shape, dtype, vocabulary, layers=layers, bits=bits, trained_layers=trained_layers)
+    told = {"layers": layers, "bits": bits, "trained_layers": trained_layers, "experts": experts}
+    model = make_llama(shape, dtype, vocabulary, **told)
     batch = make_pairs(pairs, prompt, response, model.args.vocab_size)
     result = measure_step(model, batch, compiled=on_gpu if compiled is None else compiled, **options)
     flops = model_flops(model, prompt, response, pairs)
