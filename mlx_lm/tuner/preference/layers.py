@@ -1,7 +1,6 @@
 """Layers that compute what mlx-lm's do with less work, and layers computed again in the backward pass."""
 
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,13 +48,11 @@ def _adapted(linear, x, lora_a, lora_b):
         x: `(..., in)`.
         lora_a, lora_b: `(in, rank)` and `(rank, out)`.
     """
-    # Siblings' joined layer is none of the model's modules, which `lean_layers` goes through.
-    multiply = partial((UNPACKED if unpacks() else {}).get(type(linear), type(linear)).__call__, linear)
 
     @mx.custom_function
     def product(lora_a, lora_b, x):
         low = x @ lora_a
-        return mx.addmm(multiply(x), low, lora_b), low
+        return mx.addmm(linear(x), low, lora_b), low
 
     @product.vjp
     def backward(arrays, cotangents, outputs):
@@ -65,7 +62,7 @@ def _adapted(linear, x, lora_a, lora_b):
         slope = mx.depends([slope], own)[0]
         # A plain layer's by itself: MLX's would turn its weight around twice.
         plain = type(linear) is nn.Linear
-        passed_on = slope @ linear.weight if plain else mx.vjp(multiply, [x], [slope])[1][0]
+        passed_on = slope @ linear.weight if plain else mx.vjp(linear, [x], [slope])[1][0]
         own.append(mx.addmm(passed_on, low_slope, lora_a.T))
         # A float32 layer among narrower ones gives gradients of float32, which MLX refuses or misreads.
         return tuple(found.astype(x.dtype) for found, x in zip(own, arrays, strict=True))

@@ -86,7 +86,7 @@ class Scorer:
         together = on_cuda() if together is None else together
         self.siblings = find_siblings(model) if together else []
         # To look for them for each batch took a fifth of the time to lay out 30 layers.
-        self._modules = model.modules()
+        self._modules = [*model.modules(), *(own.linear for own in self.siblings)]
         self._channels, head, caches = convolved_channels(model), Head.find(model) if response_only else None, None
         with suppress(Exception):  # a model's own code, which may not be made for generation
             caches = make_prompt_cache(model)
