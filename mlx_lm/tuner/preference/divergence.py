@@ -8,7 +8,7 @@ import numpy as np
 from ...models.activations import fast_exp, fast_max
 from .batches import make_batch
 from .intercept import evaluating, without_adapters
-from .logps import CHUNK_LOGITS, TILE
+from .logps import rows_of_chunk
 from .memory import bounded_memory, one_behind
 from .reference import batches_of
 from .unpacked import unpacked_once
@@ -68,7 +68,7 @@ def token_kl(policy, reference, pairs, evaluate):
     scored = np.flatnonzero(np.array(batches[0].sequences) < sides * len(pairs))
     values = np.zeros(len(scored), np.float32)
     # Of both models, and what comes of them: a test takes hardly more memory than without.
-    size = TILE * max(1, CHUNK_LOGITS // 2 // words[0] // TILE)
+    size = rows_of_chunk(words[0], share=0.5)
 
     def kl_from(start):
         """`(KL of a chunk's tokens (n,), where they begin)`."""
@@ -77,7 +77,7 @@ def token_kl(policy, reference, pairs, evaluate):
         with bare(reference.model):
             return kl_of_logits(logits, reference.logits(reference_states[chunk])), start
 
-    with unpacked_once():
+    with unpacked_once(), policy.lean_layers(), reference.lean_layers():
         for found, start in one_behind(evaluate, map(kl_from, range(0, len(scored), size))):
             values[start : start + size] = np.array(found)
     return values

@@ -151,8 +151,7 @@ class Scorer:
 
     def logits(self, states):
         """Logits `(M, V)` of such states, `(M, D)` or logits already."""
-        with self.lean_layers():
-            return self.head.logits(states) if self.head else states
+        return self.head.logits(states) if self.head else states
 
     def _same_logits(self, arrangement):
         """Whether head and caches give batches so arranged the model's own logits of plain rows: tried on a few tokens.
@@ -254,6 +253,11 @@ def _token_figures(logits, targets):
 
 
 _compiled_figures = mx.compile(_token_figures)
+
+
+def rows_of_chunk(vocabulary, share=1):
+    """How many rows of so many logits come to CHUNK_LOGITS, or so many times as many: whole TILEs, one at least."""
+    return TILE * max(1, int(CHUNK_LOGITS * share) // vocabulary // TILE)
 
 
 class Head:
@@ -384,8 +388,7 @@ class Head:
     def _chunks(self, states, share=1):
         """Slices of `states`, a TILE or more, whose logits stay within CHUNK_LOGITS, or so many times as many."""
         count = states.shape[0]
-        most = max(1, int(CHUNK_LOGITS * share) // self.vocabulary // TILE)
-        chunks = -(-count // (most * TILE))
+        chunks = -(-count // rows_of_chunk(self.vocabulary, share))
         size = -(-count // (chunks * TILE)) * TILE
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
