@@ -5,9 +5,6 @@ import mlx.core as mx
 from ..lora import LoRASwitchLinear
 from .attention import moved
 
-# Compute capabilities of Ampere's and Ada's smaller cards: RTX 30 and 40, A10, L4 and L40S among them.
-SMALLER = ((8, 6), (8, 7), (8, 9))
-
 
 def gather_sort(x, indices):
     """As `mlx_lm.models.switch_layers` has it: each token for each of its experts, sorted by these.
@@ -43,9 +40,9 @@ def _inverse(order):
 class NarrowLoRASwitchLinear(LoRASwitchLinear):
     """A `LoRASwitchLinear` whose low-rank products are in the input's dtype, as those of `LeanLoRALinear`.
 
-    Upstream's are in float32, for which MLX (0.32.4) asks for 144 KB of shared memory a block on CUDA's compute
-    capabilities 8: an A100 has them, those of SMALLER have 99, and a run would end. On Metal they make a float32 copy
-    of every input, which stays until the backward pass, and of every output.
+    Upstream's are in float32: a float32 copy of every input stays until the backward pass, and outputs are copied. And
+    for these products MLX (0.32.4) asks for 144 KB of shared memory a block on CUDA's compute capabilities 8: an A100
+    has them, RTX 30 and 40, A10, L4 and L40S have 99, and a run would end.
     """
 
     def __call__(self, x, indices, sorted_indices=False):

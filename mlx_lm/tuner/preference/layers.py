@@ -8,8 +8,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from ...models import activations, switch_layers
 from ..lora import LoRALinear, LoRASwitchLinear
-from .attention import PackedState, RowCache, Window, capability, on_cuda, on_metal
-from .experts import SMALLER, NarrowLoRASwitchLinear, gather_sort, scatter_unsort
+from .attention import PackedState, RowCache, Window, on_cuda
+from .experts import NarrowLoRASwitchLinear, gather_sort, scatter_unsort
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
 from .pieces import recurrences_in_pieces
@@ -124,9 +124,7 @@ def lean_layers(modules, packed=None):
         modules: all of an mlx-lm model, or of a part of one.
         packed: the recurrent `Parts` of a packed batch, which recurrent layers, and what they convolve with, read.
     """
-    lean = {LoRALinear: LeanLoRALinear}
-    if on_metal() or (on_cuda() and capability() in SMALLER):
-        lean[LoRASwitchLinear] = NarrowLoRASwitchLinear
+    lean = {LoRALinear: LeanLoRALinear, LoRASwitchLinear: NarrowLoRASwitchLinear}
     if not on_cuda():
         lean[nn.Conv1d] = DepthwiseConv1d
     if unpacks():
