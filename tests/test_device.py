@@ -6,6 +6,7 @@ On a CPU: `python -m pytest -m device --run-device tests/test_device.py`, in flo
 import itertools
 import operator
 from contextlib import nullcontext
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,6 +43,7 @@ from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.pieces import gated_delta_rule
 from mlx_lm.tuner.preference.reference import Reference
 from mlx_lm.tuner.preference.step import Step
+from mlx_lm.utils import token_logps
 
 pytestmark = pytest.mark.device
 
@@ -137,6 +139,22 @@ def test_gradients_through_experts_are_the_same_each_time(dtype):
     assert all(mx.array_equal(found[0], other) for other in found)
     gap = mx.linalg.norm((found[0] - expected).astype(mx.float32)) / mx.linalg.norm(expected.astype(mx.float32))
     assert gap < (1e-5 if dtype == mx.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("words", [5000, 5003])
+def test_logps_and_their_gradients_are_those_of_a_softmax(words, dtype):
+    draw = np.random.default_rng(0)
+    logits, targets = mx.array(draw.normal(size=(64, words)) * 5, dtype), draw.integers(100, words, 64)
+    logits[:, :50] = -mx.inf  # as models rule tokens out
+    shifted = np.array(logits.astype(mx.float32), np.float64) - 25
+    expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    own = np.arange(words) == targets[:, None]
+    (logps,), (slope,) = mx.vjp(partial(token_logps, targets=mx.array(targets)), [logits], [mx.ones(64)])
+    assert (logps.dtype, slope.dtype) == (mx.float32, dtype)
+    assert np.allclose(logps, expected[own], rtol=1e-5)
+    loss = 2e-5 if dtype == mx.float32 else 5e-3
+    assert np.allclose(slope.astype(mx.float32), own - np.exp(expected), rtol=loss, atol=1e-6)
 
 
 # What reads more than a pair's own logps: responses to other prompts, and what routers tell beside the logits.

@@ -370,8 +370,8 @@ class Head:
         def logps_and_gradient(states, targets):
             logits = self.logits(states)
             seeds = _seeds if mx.default_device() == mx.gpu else _seeds_on_cpu
-            logps, slope = seeds(logits.astype(mx.float32), targets[:, None])
-            _, (gradient,) = mx.vjp(self.logits, [states], [slope.astype(logits.dtype)])
+            logps, slope = seeds(logits, targets)
+            _, (gradient,) = mx.vjp(self.logits, [states], [slope])
             squares = _squares(logits.astype(mx.float32)) if alignment else mx.zeros_like(logps)
             return [logps, squares, gradient]
 
@@ -393,27 +393,27 @@ class Head:
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _seeds(logits, column):
-    """Logps of the targets `(N,)`, and the gradients of these, negative, with respect to the logits.
+def _seeds(logits, targets):
+    """Logps of the targets `(N,)`, and the gradients of these, negative, with respect to the logits, in their dtype.
 
     Args:
-        logits: `(N, V)` float32.
-        column: `(N, 1)` int, the targets.
+        logits: `(N, V)`.
+        targets: `(N,)` int.
     """
-    normalizers = mx.logsumexp(logits, axis=-1, keepdims=True)
-    # Everything between the logits and the gradient is one kernel of a compiled step, with no array of its own.
-    gradient = mx.exp(logits - normalizers) - (mx.arange(logits.shape[-1]) == column)
-    return (mx.take_along_axis(logits, column, axis=-1) - normalizers).squeeze(-1), gradient
+    # A GPU's kernels read and write logits in half precision as they are, and compute in float32.
+    (logps,), (gradient,) = mx.vjp(partial(token_logps, targets=targets), [logits], [-mx.ones(targets.shape)])
+    return logps, gradient
 
 
-def _seeds_on_cpu(logits, column):
+def _seeds_on_cpu(logits, targets):
     """As `_seeds`, with one exponential a logit in place of two."""
-    top = fast_max(logits)
-    exponentials = fast_exp(logits - top)
+    column, wide = targets[:, None], logits.astype(mx.float32)
+    top = fast_max(wide)
+    exponentials = fast_exp(wide - top)
     totals = exponentials.sum(axis=-1, keepdims=True)
     own = mx.take_along_axis(exponentials, column, axis=-1)
     gradient = mx.put_along_axis(exponentials, column, own - totals, axis=-1) / totals
-    return (mx.take_along_axis(logits, column, axis=-1) - top - mx.log(totals)).squeeze(-1), gradient
+    return (mx.take_along_axis(wide, column, axis=-1) - top - mx.log(totals)).squeeze(-1), gradient.astype(logits.dtype)
 
 
 def tolerance(model):
