@@ -18,7 +18,9 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny import largest_difference, short_run, some_pairs, tiny_llama, trained
 
+from mlx_lm.models import activations
 from mlx_lm.tuner.preference import layers as layers_module
+from mlx_lm.tuner.preference import siblings as siblings_module
 from mlx_lm.tuner.preference.batches import make_batch
 from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers, multiplied_once
 from mlx_lm.tuner.preference.logps import Scorer
@@ -155,6 +157,33 @@ def test_the_first_layer_s_call_computes_all(monkeypatch):
         scorer(make_batch(PAIRS, scorer.arrangement)[0])
     # Three layers of rank 4 at once, the output of attention, two layers, and the one behind them.
     assert calls == 2 * [12, 4, 8, 4]
+
+
+def test_gate_and_x_of_one_array_are_read_where_they_are(monkeypatch):
+    """As on CUDA; here by what its kernel stands for."""
+
+    def gradient_of(model):
+        scorer = Scorer(model, together=True)
+        step = Step(model, None, Objective(scorer, preference_loss("dpo")), False)
+        return dict(tree_flatten(step.gradient(make_batch(PAIRS, scorer.arrangement)[0], REFERENCE)[1]))
+
+    widths, upstreams = [], activations._upstream_swiglu
+    expected = gradient_of(tiny_llama(moved=True))
+    monkeypatch.setattr(siblings_module, "on_cuda", lambda: True)
+    monkeypatch.setattr(
+        siblings_module, "swiglu_of", lambda both: widths.append(both.shape[-1]) or upstreams(*mx.split(both, 2, -1))
+    )
+    found = gradient_of(tiny_llama(moved=True))
+    assert expected and all(mx.allclose(found[name], slope, 1e-4, 1e-5) for name, slope in expected.items())
+    assert len(widths) == 2 and activations.together is None
+    widths.clear()
+    # Rows that are no whole words of 16 bytes are copied.
+    gradient_of(with_adapters(make_model("llama", intermediate_size=66)))
+    gate, x = mx.random.normal((2, 3, 8))
+    with lean_layers([]):
+        activations.together = x, gate, None
+        assert mx.allclose(activations.swiglu(gate, x), upstreams(gate, x), 1e-5, 1e-6)
+    assert widths == []
 
 
 def test_the_model_stays_what_it_was():

@@ -11,6 +11,8 @@ import mlx.core as mx
 _upstream_swiglu = swiglu
 # Whether `swiglu` keeps its inputs alone for the backward pass, and on a CPU a sigmoid; `lean_layers` has it so.
 keeps_little = False
+# A gate and an x, and what makes the same of both at once; `lean_layers` has what siblings made last here.
+together = None
 
 
 def fast_exp(x):
@@ -58,6 +60,8 @@ def swiglu(gate, x):
     """As upstream's, silu(gate) * x."""
     if not keeps_little:
         return _upstream_swiglu(gate, x)
+    if together is not None and gate is together[0] and x is together[1]:
+        return together[2]()
     # A CPU is slow at the exponentials that would be computed again: it keeps the sigmoid too.
     if mx.default_device() == mx.gpu or gate.dtype != x.dtype:
         return _lean_swiglu(gate, x)

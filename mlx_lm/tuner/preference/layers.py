@@ -134,6 +134,7 @@ def lean_layers(modules, packed=None):
             if type(module) in lean and (type(module) is not nn.Conv1d or _is_depthwise(module)):
                 stack.enter_context(exchanged(module, "__class__", lean[type(module)]))
         stack.enter_context(exchanged(activations, "keeps_little", True))
+        stack.enter_context(exchanged(activations, "together", None))
         stack.enter_context(exchanged(switch_layers, "_gather_sort", gather_sort))
         stack.enter_context(exchanged(switch_layers, "_scatter_unsort", scatter_unsort))
         stack.enter_context(recurrences_in_pieces(modules, packed))
