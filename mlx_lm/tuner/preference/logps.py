@@ -401,8 +401,9 @@ def _seeds(logits, targets):
         targets: `(N,)` int.
     """
     # A GPU's kernels read and write logits in half precision as they are, and compute in float32.
-    (logps,), (gradient,) = mx.vjp(partial(token_logps, targets=targets), [logits], [-mx.ones(targets.shape)])
-    return logps, gradient
+    loss = partial(mx.fast.cross_entropy, targets=targets)
+    (losses,), (gradient,) = mx.vjp(loss, [logits], [mx.ones(targets.shape)])
+    return -losses, gradient
 
 
 def _seeds_on_cpu(logits, targets):
