@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from ._upstream import run_upstream
+from .models.activations import fast_exp, fast_max
 
 run_upstream(globals(), needs=("load", "save_config", "maybe_set_recommended_wired_limit"))
 
@@ -17,9 +18,13 @@ def token_logps(logits, targets):
     Returns:
         `(...)` float32, nats.
     """
-    if mx.default_device() != mx.gpu:  # whose kernels compute in float32 whatever they read
-        logits = logits.astype(mx.float32)
-    return -mx.fast.cross_entropy(logits, targets)
+    if mx.default_device() == mx.gpu:  # whose kernels compute in float32 whatever they read
+        return -mx.fast.cross_entropy(logits, targets)
+    # On a CPU MLX's logsumexp takes longer than a small model's product that gives the logits.
+    logits = logits.astype(mx.float32)
+    top = mx.stop_gradient(fast_max(logits))
+    own = mx.take_along_axis(logits, targets[..., None], axis=-1) - top
+    return own.squeeze(-1) - mx.log(fast_exp(logits - top).sum(axis=-1))
 
 
 def get_batched_logps(model, inputs, targets, ignore_index=0):
