@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from plain_pass import PAIRS, add_lora, gradient_error, make_pairs, plain_logps, reference_of
 from plain_pass import scored_gradient as gradient_of
 
-from mlx_lm.models import activations, qwen3, switch_layers
+from mlx_lm.models import activations, gemma3_text, qwen3, switch_layers
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.preference.attention import RowCache
 from mlx_lm.tuner.preference.batches import ARRANGEMENTS, PLAIN, make_batch
@@ -199,10 +199,9 @@ def test_an_activation_that_is_computed_again_keeps_nothing_but_its_inputs():
 
 def test_activations_are_computed_again_within_the_context_alone():
     assert qwen3.swiglu is swiglu is activations.swiglu
-    name = "_lean_swiglu" if mx.default_device() == mx.gpu else "_swiglu_and_sigmoid"
-    runs, original = [], getattr(activations, name)
+    runs, original = [], activations._gated
     try:
-        setattr(activations, name, lambda *arrays: runs.append(1) or original(*arrays))
+        activations._gated = lambda *arrays: runs.append(1) or original(*arrays)
         x = mx.ones((2,))
         with keeping_little(), keeping_little():
             swiglu(x, x)
@@ -210,23 +209,64 @@ def test_activations_are_computed_again_within_the_context_alone():
             swiglu(x, 1 / 0)
         swiglu(x, x)
     finally:
-        setattr(activations, name, original)
+        activations._gated = original
     assert runs == [1]
 
 
-@pytest.mark.parametrize(
-    "lean", [activations._lean_swiglu, lambda *inputs: activations._swiglu_and_sigmoid(*inputs)[0]]
-)
-def test_both_ways_to_keep_little_are_swiglu(lean):
-    """The one of GPUs computes its sigmoid again, the one of CPUs keeps it."""
-    inputs = [mx.random.normal((7, 9), key=mx.random.key(i)) for i in range(2)]
+def geglu(gate, x):
+    return nn.gelu_approx(gate) * x
+
+
+# Ours, what it is of mlx-lm's, and the factors of what it takes a sigmoid of.
+GATED = {
+    "swiglu": (activations.swiglu, activations._upstream_swiglu, (1.0, 0.0)),
+    "geglu": (activations.geglu, geglu, (activations.SLOPE, activations.CUBIC)),
+    "precise": (
+        lambda gate, x: activations.precise_swiglu(x, gate, x),
+        lambda gate, x: activations._upstream_precise_swiglu(x, gate, x),
+        (1.0, 0.0),
+    ),
+    "gpt_oss": (partial(activations.swiglu_oai, alpha=1.5, limit=2.0), activations._upstream_swiglu_oai, None),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_all_ways_to_keep_little_are_upstreams(name):
+    """GPUs compute a sigmoid again, CPUs keep it."""
+    ours, upstreams, factors = GATED[name]
+    if factors is None:
+        upstreams = partial(upstreams, alpha=1.5, limit=2.0)
+    inputs = [3 * mx.random.normal((7, 90), key=mx.random.key(i)) for i in range(2)]
+    inputs[0][0, :4] = mx.array([-90, 90, 0, -30])
 
     def total(function):
-        return mx.value_and_grad(lambda *inputs: mx.sin(function(*inputs)).sum(), argnums=(0, 1))
+        return mx.value_and_grad(lambda *inputs: mx.sin(function(*inputs)).sum(), argnums=(0, 1))(*inputs)
 
-    (found, slopes), (expected, expected_slopes) = (total(function)(*inputs) for function in (lean, swiglu))
-    assert mx.allclose(found, expected, rtol=1e-5)
-    assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(slopes, expected_slopes, strict=True))
+    expected, expected_slopes = total(upstreams)
+    assert all(mx.abs(slope).max().item() > 0.1 for slope in expected_slopes)
+    with keeping_little():
+        ways = [total(ours), total(activations._keeping_inputs(upstreams))]
+    if factors is not None:
+        ways += [total(activations._keeping_sigmoid(*factors)), total(ours)]
+    for found, slopes in ways:
+        assert mx.allclose(found, expected, rtol=1e-5, atol=1e-4)
+        assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(slopes, expected_slopes, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "gemma4_text", "llama", "gpt_oss", "qwen3_next"])
+def test_models_activations_keep_little_within_the_context_alone(name, monkeypatch):
+    model, runs = make_model(name), []
+    for way in ("_keeping_inputs", "_keeping_sigmoid"):
+        original = getattr(activations, way)
+        monkeypatch.setattr(activations, way, lambda *told, original=original: runs.append(1) or original(*told))
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    expected = model(tokens)
+    assert runs == []
+    with lean_layers(list(model.modules())):
+        assert mx.allclose(model(tokens), expected, 1e-3, 1e-4)
+    assert len(runs) >= len(model.layers)
+    runs.clear()
+    assert mx.array_equal(model(tokens), expected) and runs == []
 
 
 @pytest.mark.parametrize("dtypes", [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16)])
@@ -245,18 +285,19 @@ def test_activations_of_gates_and_values_of_two_dtypes(dtypes):
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
-        self.mlp = qwen3.MLP(32, 256)
+        self.mlp = kind(32, 256)
 
     def __call__(self, x):
         return x + self.mlp(x)
 
 
 @pytest.mark.usefixtures("one_by_one")
-def test_blocks_do_not_keep_their_activations():
+@pytest.mark.parametrize("kind", [qwen3.MLP, gemma3_text.MLP])
+def test_blocks_do_not_keep_their_activations(kind):
     """Of a block's wide arrays gate, up and down's input stay: not the sigmoid and its product with gate."""
-    blocks = nn.Sequential(*(Block() for _ in range(8)))
+    blocks = nn.Sequential(*(Block(kind) for _ in range(8)))
     blocks.freeze()
     linear_to_lora_layers(blocks, 8, {"rank": 2, "dropout": 0.0, "scale": 2.0})
     x = mx.random.normal((2000, 32))

@@ -167,22 +167,27 @@ def test_gate_and_x_of_one_array_are_read_where_they_are(monkeypatch):
         step = Step(model, None, Objective(scorer, preference_loss("dpo")), False)
         return dict(tree_flatten(step.gradient(make_batch(PAIRS, scorer.arrangement)[0], REFERENCE)[1]))
 
-    widths, upstreams = [], activations._upstream_swiglu
+    widths = []
     expected = gradient_of(tiny_llama(moved=True))
     monkeypatch.setattr(siblings_module, "on_cuda", lambda: True)
-    monkeypatch.setattr(
-        siblings_module, "swiglu_of", lambda both: widths.append(both.shape[-1]) or upstreams(*mx.split(both, 2, -1))
-    )
+
+    def gated(both, linear, cubic):
+        widths.append(both.shape[-1])
+        return activations._keeping_sigmoid(linear, cubic)(*mx.split(both, 2, -1))
+
+    monkeypatch.setattr(siblings_module, "gated", gated)
     found = gradient_of(tiny_llama(moved=True))
     assert expected and all(mx.allclose(found[name], slope, 1e-4, 1e-5) for name, slope in expected.items())
     assert len(widths) == 2 and activations.together is None
+    gradient_of(with_adapters(make_model("gemma3_text")))
+    assert len(widths) == 4
     widths.clear()
     # Rows that are no whole words of 16 bytes are copied.
     gradient_of(with_adapters(make_model("llama", intermediate_size=66)))
     gate, x = mx.random.normal((2, 3, 8))
     with lean_layers([]):
         activations.together = x, gate, None
-        assert mx.allclose(activations.swiglu(gate, x), upstreams(gate, x), 1e-5, 1e-6)
+        assert mx.allclose(activations.swiglu(gate, x), nn.silu(gate) * x, 1e-5, 1e-6)
     assert widths == []
 
 

@@ -1,5 +1,6 @@
 """Layers that compute what mlx-lm's do with less work, and layers computed again in the backward pass."""
 
+import sys
 from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from .attention import PackedState, RowCache, Window, on_cuda
 from .experts import NarrowLoRASwitchLinear, gather_sort, scatter_unsort
 from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
 from .options import ConfigError
-from .pieces import recurrences_in_pieces
+from .pieces import MODELS, recurrences_in_pieces
 from .siblings import siblings_of
 from .unpacked import UNPACKED, unpacks
 
@@ -137,10 +138,37 @@ def lean_layers(modules, packed=None):
         stack.enter_context(exchanged(activations, "together", None))
         stack.enter_context(exchanged(switch_layers, "_gather_sort", gather_sort))
         stack.enter_context(exchanged(switch_layers, "_scatter_unsort", scatter_unsort))
+        stack.enter_context(activations_that_keep_little(modules))
         stack.enter_context(recurrences_in_pieces(modules, packed))
         for module in modules if packed is not None else ():
             if _is_depthwise(module):
                 stack.enter_context(intercepted(module, "__call__", _in_rows(type(module).__call__, packed)))
+        yield
+
+
+def _gated(module, x):
+    """As `__call__` of Gemma's MLP."""
+    return module.down_proj(activations.geglu(module.gate_proj(x), module.up_proj(x)))
+
+
+# What mlx-lm's models do by themselves, by file, class or None for a function, and name.
+GATED = {
+    ("gemma2", "MLP", "__call__"): _gated,
+    ("gemma3_text", "MLP", "__call__"): _gated,
+    ("gemma4_text", None, "geglu"): activations.geglu,
+}
+
+
+@contextmanager
+def activations_that_keep_little(modules):
+    """Within the context, the activations of GATED that the modules have are `activations.geglu`."""
+    files = {type(module).__module__ for module in modules}
+    with ExitStack() as stack:
+        for (file, kind, name), replacement in GATED.items():
+            namespace = sys.modules.get(MODELS + file) if MODELS + file in files else None
+            owner = namespace if kind is None else getattr(namespace, kind, None)
+            if hasattr(owner, name):
+                stack.enter_context(exchanged(owner, name, replacement))
         yield
 
 

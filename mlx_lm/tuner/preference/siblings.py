@@ -19,7 +19,7 @@ import numpy as np
 from ...models import activations
 from ..lora import LoRALinear
 from .attention import on_cuda
-from .cuda_swiglu import fit, swiglu_of
+from .cuda_gated import fit, gated
 from .intercept import evaluating, exchanged, intercepted
 from .state_space import split
 
@@ -109,7 +109,7 @@ class Siblings:
             out, ends = product(self.linear, x, first, second), [own.stop for own in self._columns]
             self._input, self._outputs = x, split(out, ends[:-1], axis=-1)
             if len(ends) == 2 and ends[1] == 2 * ends[0] and on_cuda() and fit(out):
-                activations.together = *self._outputs, partial(swiglu_of, out)
+                activations.together = *self._outputs, partial(gated, out)
         place = next(i for i, own in enumerate(self.layers) if own is layer)
         out = self._outputs[place]
         if place == len(self.layers) - 1:
