@@ -134,6 +134,7 @@ def head_of(model, vocabulary):
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("chunk", [2**20, 4 * 300])
 def test_logps_and_their_gradients_are_those_of_a_softmax(trainable, chunk, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
     draw = np.random.default_rng(0)
     logits, targets = draw.normal(size=(6, 300)) * 30, draw.integers(0, 300, 6)
@@ -162,6 +163,7 @@ def test_logps_and_their_gradients_are_those_of_a_softmax(trainable, chunk, monk
 
 def test_chunks_are_whole_tiles_as_equal_as_can_be(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", 2**23)
+    monkeypatch.setattr(module, "TILE", 1)
     head = head_of(Bare(), 151_936)
 
     def sizes(count, share):
@@ -171,11 +173,12 @@ def test_chunks_are_whole_tiles_as_equal_as_can_be(monkeypatch):
         return [stop - start for start, stop in chunks]
 
     assert sizes(2048, 4) == [205] * 9 + [203]
+    # Of 27 by their logits, which would be too few to read the head's weight for.
+    assert sizes(110, 0.5) == [55, 55]
     monkeypatch.setattr(module, "TILE", 64)
     # Of 220 rows that a chunk may have.
     assert sizes(2048, 4) == [192] * 10 + [128]
     assert sizes(256, 4) == [128] * 2 and sizes(192, 4) == [192] and sizes(20, 4) == [20]
-    # Of 27, less than a tile.
     assert sizes(110, 0.5) == [64, 46]
 
 
@@ -185,6 +188,7 @@ def test_a_heads_gradient_does_not_lose_with_chunks_in_half_precision(monkeypatc
     weight, factors = mx.array(0.05 * draw.normal(size=(200, 32))), mx.concatenate([-mx.ones(256), 0.7 * mx.ones(256)])
 
     def slope(dtype, chunks):
+        monkeypatch.setattr(module, "LEAST_ROWS", 1)
         monkeypatch.setattr(module, "CHUNK_LOGITS", 512 * 200 // chunks)
         model = Bare()
         model.lm_head = nn.Linear(32, 200, bias=False)
@@ -238,6 +242,7 @@ def test_logits_in_chunks_give_the_same_scores_and_gradients(kind, monkeypatch):
     assert bool(scorer.head.trainable) == ("head" in kind or "full" in kind)
     batch, *_ = make_batch(PAIRS, PACKED)
     whole = scorer(batch, alignment=True, gradient=True)
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
     monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * 101)
     assert len(scorer.head._chunks(mx.zeros((27, 1)))) == 7
     for gradient in (False, True):
@@ -250,6 +255,7 @@ def test_logits_in_chunks_give_the_same_scores_and_gradients(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["LoRA", "LoRA head"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_does_not_grow_with_vocabulary_and_response(kind, gradient, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
     monkeypatch.setattr(module, "CHUNK_LOGITS", 2**18)  # 1 MB of float32
 
     def peak(vocabulary, positions):
@@ -274,6 +280,7 @@ def test_memory_does_not_grow_with_vocabulary_and_response(kind, gradient, monke
 
 
 def test_dropout_in_a_trainable_head_is_drawn_again_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
     monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * 101)
     model = add_lora(make_model(UNTIED), {"lm_head"}, dropout=0.5)
     head = Scorer(model).head
@@ -424,6 +431,7 @@ def test_a_packed_head_is_unpacked_once_for_all_chunks(monkeypatch):
         unpacked.append(packed.shape)
         return dequantize(packed, *args, **options)
 
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
     monkeypatch.setattr(module, "CHUNK_LOGITS", 4 * 101)
     monkeypatch.setattr(mx, "dequantize", counted)
     assert mx.allclose(scorer(batch, gradient=True).total, whole, 1e-4, 1e-3)

@@ -142,6 +142,7 @@ def test_the_kl_of_single_responses_is_theirs_alone():
 
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
+    monkeypatch.setattr("mlx_lm.tuner.preference.logps.LEAST_ROWS", 1)
     monkeypatch.setattr("mlx_lm.tuner.preference.logps.CHUNK_LOGITS", 8 * 97 * 5)
     model, pairs = tiny_llama(moved=True), some_pairs(5)
     policy = Scorer(model, share_prompt)
@@ -166,6 +167,7 @@ def test_the_kl_is_that_of_its_definition(share_prompt, monkeypatch):
 
 @pytest.mark.skipif(not unpacks(), reason="packed weights are multiplied as they are on Metal")
 def test_the_kl_of_a_packed_model_is_of_unpacked_products_too(monkeypatch):
+    monkeypatch.setattr("mlx_lm.tuner.preference.logps.LEAST_ROWS", 1)
     monkeypatch.setattr("mlx_lm.tuner.preference.logps.CHUNK_LOGITS", 8 * 97 * 5)
     model, pairs = tiny_llama(moved=True), some_pairs(5)
     nn.quantize(model, 32)

@@ -25,19 +25,16 @@ from .pairs import Pair
 from .siblings import find_siblings
 from .unpacked import unpacked_once
 
-# Logits in one chunk of the output head, and a share of these where figures of tokens are asked for, which have several
-# arrays of a chunk's size at once. A chunk reads all of the head's weight. On CUDA half as many took a step of eight
-# pairs of a 1.24 B model 77 ms, not 74, for 1.3 of 15 GB, and a validation of SmolLM2 with all of them 4.0 GB where a
-# step takes 3.1. Macs have little memory, and a chunk of 2^23 has 64 rows with 128k words, enough for their products. A
-# CPU is as fast with half of that.
-if on_cuda():
-    CHUNK_LOGITS, FIGURES_SHARE = 2**25, 0.5
-elif mx.default_device() == mx.gpu:
-    CHUNK_LOGITS, FIGURES_SHARE = 2**23, 0.5
-else:
-    CHUNK_LOGITS, FIGURES_SHARE = 2**22, 0.25
-# MLX's products on Metal compute tiles of so many rows, whole ones for what is left over: the 54 rows of a chunk with
-# 152k words take as long as 64.
+# Logits in one chunk of the output head. A chunk reads all of the head's weight. On CUDA half as many took a step of
+# eight pairs of a 1.24 B model 77 ms, not 74, for 1.3 of 15 GB. Macs have little memory, and a CPU is as fast with half
+# of what they have.
+CHUNK_LOGITS = 2**25 if on_cuda() else 2**23 if mx.default_device() == mx.gpu else 2**22
+# A share of these where figures of tokens are asked for, which have several arrays of a chunk's size at once: with all,
+# a validation of SmolLM2 took CUDA 4.0 GB where a step takes 3.1.
+FIGURES_SHARE = 0.5
+# Rows that a chunk has at least: with 152k words, 64 in place of 27 take a CPU half as long, for 0.1 GB more.
+LEAST_ROWS = 64
+# MLX's products on Metal compute tiles of so many rows, whole ones for what is left over.
 TILE = 64 if on_metal() else 1
 BODIES = ("model", "transformer", "backbone")
 KEY_VALUE_CACHES = (KVCache, RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
@@ -256,8 +253,8 @@ _compiled_figures = mx.compile(_token_figures)
 
 
 def rows_of_chunk(vocabulary, share=1):
-    """How many rows of so many logits come to CHUNK_LOGITS, or so many times as many: whole TILEs, one at least."""
-    return TILE * max(1, int(CHUNK_LOGITS * share) // vocabulary // TILE)
+    """Rows of logits in a chunk: some CHUNK_LOGITS, or `share` times as many; LEAST_ROWS at least, in whole TILEs."""
+    return max(LEAST_ROWS, int(CHUNK_LOGITS * share) // vocabulary) // TILE * TILE
 
 
 class Head:
@@ -386,7 +383,7 @@ class Head:
         return logps(states)
 
     def _chunks(self, states, share=1):
-        """Slices of `states`, a TILE or more, whose logits stay within CHUNK_LOGITS, or so many times as many."""
+        """Slices of `states` of equal size, whole TILEs, of no more than `rows_of_chunk`."""
         count = states.shape[0]
         chunks = -(-count // rows_of_chunk(self.vocabulary, share))
         size = -(-count // (chunks * TILE)) * TILE
