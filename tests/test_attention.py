@@ -329,6 +329,34 @@ def test_what_is_attended_to_in_blocks(dtype, mask, dimension, in_blocks, monkey
     assert len(taken) == in_blocks + (dimension == 8)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("length", [40, 150, 200])
+@pytest.mark.parametrize("size", [2, 5, 64, 199])
+def test_a_windows_blocks_see_what_the_window_shows(size, length, sinks, monkeypatch):
+    """Of 200 keys those before the first query's window have no gradient; no block sees more than it has to."""
+    monkeypatch.setattr(module, "KEYS_A_DIMENSION", 0)
+    shapes = ((2, 4, length, 8), (2, 2, 200, 8), (2, 2, 200, 8), (4,), (2, 4, length, 8))
+    *arrays, slope = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes))
+    arrays, mask, widths = arrays[: 3 + sinks], create_causal_mask(length, 200 - length, window_size=size), []
+
+    def both(function):
+        return [x for part in mx.vjp(function, arrays, [slope]) for x in part]
+
+    def plain(queries, keys, values, sinks=None):
+        return ATTENTION(queries, keys, values, scale=0.4, mask=mask, sinks=sinks)
+
+    def watched(queries, keys, *others, **options):
+        widths.append((queries.shape[2], keys.shape[2]))
+        return ATTENTION(queries, keys, *others, **options)
+
+    expected = both(plain)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    found = both(lambda queries, keys, values, *own: attention(queries, keys, values, 0.4, Window(size), *own))
+    assert max(errors(found, expected)) < (1e-5 if mx.default_device() == mx.cpu else 3e-3)
+    assert mx.abs(found[2][:, :, : max(0, 201 - length - size)]).sum().item() == 0
+    assert all(seen <= asked - 1 + size for asked, seen in widths)
+
+
 @pytest.mark.skipif(module.on_cuda(), reason="half precision is another backward pass there")
 @pytest.mark.parametrize("on_metal", [False, True])
 @pytest.mark.parametrize("mask", ["causal", None, "window"])
@@ -339,7 +367,7 @@ def test_attention_in_blocks_has_the_gradients_of_sinks(mask, on_metal, monkeypa
     mask = create_causal_mask(150, 50, window_size=40) if mask == "window" else mask
     shapes = ((2, 4, 150, 8), (2, 2, 200, 8), (2, 2, 200, 8), (4,))
     arrays = [mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)]
-    slope, lengths = mx.random.normal((2, 4, 150, 8)), []
+    slope, lengths = mx.random.normal((2, 4, 150, 8), key=mx.random.key(4)), []
 
     def watched(queries, *others, **options):
         lengths.append(queries.shape[2])

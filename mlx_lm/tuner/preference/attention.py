@@ -193,11 +193,9 @@ class PackedCache(RowCache):
         columns = spread([x.squeeze(2) for x in (queries, keys, values)], [self._queries, self._keys, self._keys])
         out = []
         for part in zip(*columns, strict=True):
-            length, whole = (x.shape[1] for x in part[:2])
-            narrow = isinstance(mask, Window) and mask.size < whole
-            seen = create_causal_mask(length, whole - length, window_size=mask.size) if narrow else "causal"
+            narrow = isinstance(mask, Window) and mask.size < part[1].shape[1]
             inputs = (x.swapaxes(1, 2) for x in part)
-            out.append(attention(*inputs, scale, seen, sinks).swapaxes(1, 2))
+            out.append(attention(*inputs, scale, mask if narrow else "causal", sinks).swapaxes(1, 2))
         return collected(out, self._queries)[:, :, None]
 
 
@@ -310,26 +308,40 @@ def _rows(parts, index):
 
 
 def attention(queries, keys, values, scale, mask=None, sinks=None):
-    """MLX's attention with a backward pass that is right, and keeps no score for each query and key."""
+    """MLX's attention with a backward pass that is right, and keeps no score for each query and key.
+
+    Args:
+        queries, keys, values, scale, sinks: as for `mx.fast.scaled_dot_product_attention`.
+        mask: the same, or a `Window`.
+    """
     call = partial(mx.fast.scaled_dot_product_attention, scale=scale, sinks=sinks)
-    causal = isinstance(mask, str)
+    causal, window = _told_by(mask)
     if on_cuda() and _is_fused_on_cuda(queries, values):
-        return tokens_first(call(queries, keys, values, mask=mask))
-    if on_metal() and sinks is None and (mask is None or causal) and _is_fused_on_metal(queries, values):
+        own = mask if window is None else _causal_mask(queries, keys, None, window)
+        return tokens_first(call(queries, keys, values, mask=own))
+    fusable = sinks is None and window is None and (mask is None or causal)
+    if on_metal() and fusable and _is_fused_on_metal(queries, values):
         return call(queries, keys, values, mask=mask)
     whole = all(x.dtype == mx.float32 for x in (queries, keys, values))
     if causal and sinks is None and whole and mx.default_device() == mx.cpu:
-        return causal_attention(queries, keys, values, scale)
+        return causal_attention(queries, keys, values, scale, window)
     # Masks of numbers may have gradients of their own.
     plain = mask is None or causal or mask.dtype == mx.bool_
     if plain and keys.shape[2] > KEYS_A_DIMENSION * queries.shape[3]:
         return _blocked(call, queries, keys, values, mask, sinks)
-    return call(queries, keys, values, mask=_mask_beside(sinks, queries, keys) if causal else mask)
+    return call(queries, keys, values, mask=_causal_mask(queries, keys, sinks, window) if causal else mask)
 
 
-def _mask_beside(sinks, queries, keys):
-    """The causal mask: where there are sinks an array, since MLX 0.32.4 has kernels for the word without a gradient."""
-    return "causal" if sinks is None else create_causal_mask(queries.shape[2], keys.shape[2] - queries.shape[2])
+def _told_by(mask):
+    """Whether a mask is causal, and the size of its window or None."""
+    return isinstance(mask, str | Window), mask.size if isinstance(mask, Window) else None
+
+
+def _causal_mask(queries, keys, sinks, window):
+    """The causal mask: an array for a window, and beside sinks, where MLX 0.32.4 has no gradient for the word."""
+    if sinks is None and window is None:
+        return "causal"
+    return create_causal_mask(queries.shape[2], keys.shape[2] - queries.shape[2], window_size=window)
 
 
 def _is_fused_on_cuda(queries, values):
@@ -363,20 +375,25 @@ def _tokens_first_vjp(x, slope, _):
 
 def _blocked(call, queries, keys, values, mask, sinks=None):
     """Attention in blocks of queries, each computed again in the backward pass; sinks have a gradient too."""
-    causal, shared = isinstance(mask, str), [] if sinks is None else [sinks]
+    causal, window = _told_by(mask)
+    shared, behind = [] if sinks is None else [sinks], keys.shape[2] - queries.shape[2]
     by_query = mask is not None and not causal and mask.ndim > 1 and mask.shape[-2] > 1
 
     def block(queries, keys, values, *others):
-        *own, start = others
+        *own, before = others
         given = {"sinks": own[0]} if own else {}
         if causal:
-            given["mask"] = _mask_beside(given.get("sinks"), queries, keys)
+            given["mask"] = _causal_mask(queries, keys, given.get("sinks"), window)
         else:
+            start = before - behind
             given["mask"] = mask[..., start : start + queries.shape[2], :] if by_query else mask
         return [call(queries, keys, values, **given)]
 
     def gradient(*given):
-        *arrays, start, slope, _ = given
-        return mx.vjp(lambda *arrays: block(*arrays, start), arrays, [slope])[1]
+        *arrays, before, slope, _ = given
+        return mx.vjp(lambda *arrays: block(*arrays, before), arrays, [slope])[1]
 
-    return in_blocks(queries, keys, values, blocks_of(queries, keys, MOST_SCORES), causal, block, gradient, shared)
+    # On CUDA launching more blocks takes longer than scores outside of the window.
+    count = 1 if window is None or on_cuda() else max(1, queries.shape[2] // window)
+    spans = blocks_of(queries, keys, MOST_SCORES, count)
+    return in_blocks(queries, keys, values, spans, causal, block, gradient, shared, window)
