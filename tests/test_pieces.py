@@ -12,7 +12,7 @@ from plain_pass import make_pairs, make_policy
 from test_recurrent import make_inputs
 
 from mlx_lm.models import gated_delta
-from mlx_lm.tuner.preference import batches, pieces
+from mlx_lm.tuner.preference import batches, intercept, pieces
 from mlx_lm.tuner.preference.batches import RECURRENT, make_batch
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.pieces import recurrences_in_pieces
@@ -52,7 +52,7 @@ def make_trained(name):
 
 def in_pieces(model):
     """Whether the context exchanges anything of the model's files."""
-    with mock.patch.object(pieces, "exchanged", wraps=pieces.exchanged) as exchanged:
+    with mock.patch.object(intercept, "exchanged", wraps=intercept.exchanged) as exchanged:
         with recurrences_in_pieces(model.modules()):
             return exchanged.called
 

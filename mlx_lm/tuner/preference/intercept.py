@@ -1,9 +1,12 @@
 """What is done to a model's modules from outside: other calls, other modes, activations computed again."""
 
-from contextlib import contextmanager
+import sys
+from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
+
+MODELS = "mlx_lm.models."
 
 
 @contextmanager
@@ -49,6 +52,26 @@ def exchanged(owner, name, replacement):
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextmanager
+def replaced(modules, table):
+    """Within the context, what the files of a model's `modules` call by name is what `table` makes of it.
+
+    Args:
+        table: what makes another function of one of upstream's, by the file that defines it, its class or None, and its
+            name.
+    """
+    files = {type(module).__module__ for module in modules}
+    with ExitStack() as stack:
+        for namespace in (sys.modules[file] for file in files if file in sys.modules):
+            for (file, kind, name), make in table.items():
+                owner = namespace if kind is None else getattr(namespace, kind, None)
+                function = getattr(owner, name, None)
+                # Within another such context it is not upstream's.
+                if getattr(function, "__module__", None) == MODELS + file:
+                    stack.enter_context(exchanged(owner, name, make(function)))
+        yield
 
 
 @contextmanager

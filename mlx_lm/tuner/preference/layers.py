@@ -1,6 +1,5 @@
 """Layers that compute what mlx-lm's do with less work, and layers computed again in the backward pass."""
 
-import sys
 from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
@@ -11,9 +10,9 @@ from ...models import activations, switch_layers
 from ..lora import LoRALinear, LoRASwitchLinear
 from .attention import PackedState, RowCache, Window, on_cuda
 from .experts import NarrowLoRASwitchLinear, gather_sort, scatter_unsort
-from .intercept import aside, exchanged, intercepted, recomputed, tell_aside
+from .intercept import aside, exchanged, intercepted, recomputed, replaced, tell_aside
 from .options import ConfigError
-from .pieces import MODELS, recurrences_in_pieces
+from .pieces import recurrences_in_pieces
 from .siblings import siblings_of
 from .unpacked import UNPACKED, unpacks
 
@@ -138,7 +137,7 @@ def lean_layers(modules, packed=None):
         stack.enter_context(exchanged(activations, "together", None))
         stack.enter_context(exchanged(switch_layers, "_gather_sort", gather_sort))
         stack.enter_context(exchanged(switch_layers, "_scatter_unsort", scatter_unsort))
-        stack.enter_context(activations_that_keep_little(modules))
+        stack.enter_context(replaced(modules, GATED))
         stack.enter_context(recurrences_in_pieces(modules, packed))
         for module in modules if packed is not None else ():
             if _is_depthwise(module):
@@ -151,25 +150,12 @@ def _gated(module, x):
     return module.down_proj(activations.geglu(module.gate_proj(x), module.up_proj(x)))
 
 
-# What mlx-lm's models do by themselves, by file, class or None for a function, and name.
+# Gated activations that mlx-lm's models have by themselves, for `replaced`.
 GATED = {
-    ("gemma2", "MLP", "__call__"): _gated,
-    ("gemma3_text", "MLP", "__call__"): _gated,
-    ("gemma4_text", None, "geglu"): activations.geglu,
+    ("gemma2", "MLP", "__call__"): lambda _: _gated,
+    ("gemma3_text", "MLP", "__call__"): lambda _: _gated,
+    ("gemma4_text", None, "geglu"): lambda _: activations.geglu,
 }
-
-
-@contextmanager
-def activations_that_keep_little(modules):
-    """Within the context, the activations of GATED that the modules have are `activations.geglu`."""
-    files = {type(module).__module__ for module in modules}
-    with ExitStack() as stack:
-        for (file, kind, name), replacement in GATED.items():
-            namespace = sys.modules.get(MODELS + file) if MODELS + file in files else None
-            owner = namespace if kind is None else getattr(namespace, kind, None)
-            if hasattr(owner, name):
-                stack.enter_context(exchanged(owner, name, replacement))
-        yield
 
 
 @contextmanager

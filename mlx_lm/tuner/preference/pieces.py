@@ -7,8 +7,6 @@ that are computed again in the backward pass: nothing but the states between pie
 (`cuda_delta`, `cuda_scan`) stand in for the widths that fit them.
 """
 
-import sys
-from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import mlx.core as mx
@@ -19,29 +17,20 @@ from mlx_lm.models.ssm import compute_dt
 from ...models.activations import swiglu
 from . import cuda_delta, cuda_scan, recurrent
 from .attention import on_cuda, on_metal
-from .intercept import exchanged, recomputed
+from .intercept import recomputed, replaced
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
 
 # Numbers of an array, where all of a piece is computed at once.
 AT_ONCE = {mx.DeviceType.cpu: 2**16, mx.DeviceType.gpu: 2**25}
 
 
-@contextmanager
 def recurrences_in_pieces(modules, packed=None):
     """Within the context, which must last around the backward pass, such layers of a model's `modules` run in pieces.
 
     With the recurrent `Parts` of a packed batch they do so on each of its sequences.
     """
-    files = {type(module).__module__ for module in modules}
-    with ExitStack() as stack:
-        for namespace in (sys.modules[file] for file in files if file in sys.modules):
-            for (file, kind, name), in_pieces in RECURRENCES.items():
-                owner = namespace if kind is None else getattr(namespace, kind, None)
-                function = getattr(owner, name, None)
-                # Within another such context it is not upstream's.
-                if getattr(function, "__module__", None) == MODELS + file:
-                    stack.enter_context(exchanged(owner, name, in_pieces(function, packed)))
-        yield
+    table = {told: lambda upstream, make=make: make(upstream, packed) for told, make in RECURRENCES.items()}
+    return replaced(modules, table)
 
 
 def scan(step, sequences, state, piece, shared=()):
@@ -215,7 +204,6 @@ def _rwkv(_, __):
     return process
 
 
-MODELS = "mlx_lm.models."
 # What upstream's files call by name, and methods of their classes: the file that defines each, its class or None, and
 # its name; and what makes each run in pieces.
 RECURRENCES = {
