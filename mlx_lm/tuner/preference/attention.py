@@ -393,7 +393,7 @@ def _blocked(call, queries, keys, values, mask, sinks=None):
         *arrays, before, slope, _ = given
         return mx.vjp(lambda *arrays: block(*arrays, before), arrays, [slope])[1]
 
-    # On CUDA launching more blocks takes longer than scores outside of the window.
+    # Each block is some fifty launches on CUDA, where more than MOST_SCORES asks for were not tried.
     count = 1 if window is None or on_cuda() else max(1, queries.shape[2] // window)
     spans = blocks_of(queries, keys, MOST_SCORES, count)
     return in_blocks(queries, keys, values, spans, causal, block, gradient, shared, window)
