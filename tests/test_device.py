@@ -5,6 +5,7 @@ On a CPU: `python -m pytest -m device --run-device tests/test_device.py`, in flo
 
 import itertools
 import operator
+import time
 from contextlib import nullcontext
 from functools import partial
 
@@ -38,6 +39,7 @@ from mlx_lm.tuner.preference.attention import (
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, RECURRENT, Schedule, at_once
 from mlx_lm.tuner.preference.cuda_gated import gated
 from mlx_lm.tuner.preference.cuda_scan import selective_loops
+from mlx_lm.tuner.preference.driver_pool import driver_pool
 from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
@@ -440,3 +442,33 @@ def test_a_step_stays_within_the_limit_that_was_measured():
         evaluate(layers(x).sum())
         assert mx.get_peak_memory() - resting < 1.5 * need
     assert mx.set_memory_limit(usual) == usual
+
+
+@pytest.mark.skipif(not on_cuda(), reason="there is such a pool on CUDA alone")
+def test_the_driver_keeps_what_is_free_as_far_as_it_is_told():
+    """A gigabyte that is free after an evaluation, and what the pool has of it once the host has waited."""
+
+    def left():
+        limit, resting = mx.set_cache_limit(0), mx.get_active_memory()
+        mx.eval(mx.ones((2**28,)).sum())
+        deadline = time.monotonic() + 10
+        while mx.get_active_memory() > resting + 2**20 and time.monotonic() < deadline:
+            time.sleep(0.01)  # until MLX has let go of it, in a thread of its own
+        mx.set_cache_limit(limit)
+        mx.eval(mx.zeros(1))
+        mx.synchronize()
+        return pool.reserved - mx.get_active_memory() - mx.get_cache_memory()
+
+    pool = driver_pool()
+    if pool is None:
+        pytest.skip("this device has no such pool")
+    mx.clear_cache()
+    usual, pool.kept = pool.kept, pool.reserved + 2**31
+    try:
+        assert left() > 2**30 - 2**26
+        pool.trim(0)
+        assert pool.reserved < mx.get_active_memory() + mx.get_cache_memory() + 2**29
+        pool.kept = 0
+        assert left() < 2**29
+    finally:
+        pool.kept = usual

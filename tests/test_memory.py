@@ -1,9 +1,13 @@
 """How much memory MLX may hold; the limit that is set on CUDA, played on the CPU, where MLX has one too."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
 
+from mlx_lm.tuner.preference import driver_pool as driver_pool_module
 from mlx_lm.tuner.preference import memory as module
+from mlx_lm.tuner.preference.driver_pool import DriverPool
 from mlx_lm.tuner.preference.memory import (
     EVERY,
     MOST_HELD,
@@ -139,6 +143,7 @@ def test_what_is_kept_is_given_back_beyond_a_threshold_or_where_it_is_much(thres
     monkeypatch.setattr(mx, "get_active_memory", lambda: 0.5e9)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: held * 1e9 - 0.5e9)
     monkeypatch.setattr(mx, "get_peak_memory", lambda: 1e9)
+    monkeypatch.setattr(module, "_earlier_peak", 0)
     monkeypatch.setattr(module, "on_cuda", lambda: False)
     monkeypatch.setattr(mx, "eval", lambda *_: pytest.fail("the device is waited for on CUDA alone"))
     cleared = []
@@ -147,16 +152,115 @@ def test_what_is_kept_is_given_back_beyond_a_threshold_or_where_it_is_much(thres
     assert bool(cleared) == given_back
 
 
-def test_on_cuda_it_is_given_back_from_time_to_time_once_the_device_is_done(monkeypatch):
+def test_on_cuda_a_threshold_of_the_users_is_kept_once_the_device_is_done(monkeypatch):
     monkeypatch.setattr(module, "on_cuda", lambda: True)
-    monkeypatch.setattr(module, "_calls", 0)
     done = []
-    monkeypatch.setattr(mx, "get_peak_memory", lambda: 1e15)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 1001)
     monkeypatch.setattr(mx, "eval", lambda *_: done.append("waited"))
-    monkeypatch.setattr(mx, "clear_cache", lambda: done.append(module._calls))
-    for _ in range(2 * EVERY + 1):
-        trim_cache()
-    assert done == ["waited", EVERY, "waited", 2 * EVERY]
+    monkeypatch.setattr(mx, "clear_cache", lambda: done.append("cleared"))
+    trim_cache(1001)
+    assert done == []
+    trim_cache(1000)
+    assert done == ["waited", "cleared"]
+
+
+@pytest.fixture
+def pool(monkeypatch, usual):
+    """A driver's pool that this process takes to be MLX's."""
+    found = SimpleNamespace(reserved=0, kept=7, trims=[])
+    found.trim = found.trims.append
+    monkeypatch.setattr(module, "driver_pool", lambda: found)
+    return found
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_what_the_driver_keeps_is_given_back_from_time_to_time_where_it_is_much(pieces, pool, monkeypatch):
+    """Unless it lies free in the pool, what MLX keeps goes there, and nothing is waited for."""
+    monkeypatch.setattr(module, "_calls", 0)
+    monkeypatch.setattr(module, "_earlier_peak", 0)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 10**12)
+    monkeypatch.setattr(mx, "eval", lambda *_: pytest.fail("the device is waited for"))
+    monkeypatch.setattr(mx, "clear_cache", lambda: pytest.fail("the pool is emptied"))
+    most, limits = MOST_HELD * 10**12, []
+    monkeypatch.setattr(mx, "set_cache_limit", lambda limit: limits.append(limit) or 5)
+    monkeypatch.setattr(mx, "async_eval", lambda _: limits.append("array"))
+    for pool.reserved in (most, most + 1):
+        for _ in range(2 * EVERY):
+            if not pieces:
+                pool.trim = lambda wanted: pool.trims.append(wanted) or setattr(pool, "reserved", wanted)
+            trim_cache()
+        assert held_memory() >= pool.reserved
+    assert pool.trims == [most] * (2 if pieces else 1)
+    assert limits == [0, "array", 5] * 2 * pieces
+
+
+def test_the_driver_keeps_what_a_step_needs_until_the_run_is_over(limits, pool):
+    with bounded_memory() as evaluate:
+        assert pool.kept == 7
+        evaluate(step())
+        assert pool.kept == MOST_HELD * limit()
+        pool.kept = 10**15  # as of a context around another
+        with bounded_memory() as inner:
+            inner(step())
+            assert pool.kept == 10**15
+        assert pool.kept == 10**15
+    assert pool.kept == 7
+
+
+class Driver:
+    """What of CUDA's driver `DriverPool` calls, of a pool that keeps nothing; `fails` answers with an error."""
+
+    def __init__(self, fails=None):
+        self.values, self.trimmed, self.fails = {4: 0, 5: 3000}, None, fails
+
+    def __getattr__(self, name):
+        return lambda *arguments: 801 if name == self.fails else getattr(self, "_" + name)(*arguments)
+
+    def _cuCtxGetDevice(self, device):
+        device._obj.value = 3
+        return 0
+
+    def _cuDeviceGetDefaultMemPool(self, pool, device):
+        pool._obj.value = 100 + device.value
+        return 0
+
+    def _cuMemPoolGetAttribute(self, pool, attribute, value):
+        assert pool.value == 103
+        value._obj.value = self.values[attribute]
+        return 0
+
+    def _cuMemPoolSetAttribute(self, pool, attribute, value):
+        assert pool.value == 103
+        self.values[attribute] = value._obj.value
+        return 0
+
+    def _cuMemPoolTrimTo(self, pool, most):
+        assert pool.value == 103
+        self.trimmed = most.value
+        return 0
+
+
+def test_the_drivers_pool_is_read_and_set():
+    driver = Driver()
+    pool = DriverPool(driver)
+    assert (pool.reserved, pool.kept) == (3000, 0)
+    pool.kept = 1.3 * 2**40
+    assert pool.kept == int(1.3 * 2**40)
+    pool.trim(2000.5)
+    assert driver.trimmed == 2000
+    with pytest.raises(OSError, match="801"):
+        DriverPool(Driver(fails="cuMemPoolGetAttribute")).reserved  # noqa: B018
+
+
+@pytest.mark.parametrize("fails", ["cuCtxGetDevice", "cuDeviceGetDefaultMemPool", None])
+def test_a_device_without_such_a_pool_has_none(fails, monkeypatch):
+    monkeypatch.setattr(driver_pool_module, "on_cuda", lambda: True)
+    monkeypatch.setattr(driver_pool_module.ctypes, "CDLL", lambda name: Driver(fails))
+    driver_pool_module.driver_pool.cache_clear()
+    try:
+        assert (driver_pool_module.driver_pool() is None) == (fails is not None)
+    finally:
+        driver_pool_module.driver_pool.cache_clear()
 
 
 def test_the_most_that_was_held_is_kept_after_it_was_given_back(monkeypatch):

@@ -12,11 +12,12 @@ from itertools import chain
 import mlx.core as mx
 
 from .attention import on_cuda
+from .driver_pool import driver_pool
 
 LESS = "a smaller batch_size with more grad_accumulation_steps, a smaller max_seq_length, or grad_checkpoint takes less"
 # What may be kept between two evaluations, with what lies there, as a share of what was seen to be needed.
 MOST_HELD = 1.3
-# Calls of `trim_cache` from one giving back on CUDA to the next. After every step it took a third of the speed.
+# Calls of `trim_cache` from one giving back on CUDA to the next at least: after each it took a third of the speed.
 EVERY = 10
 
 # The most that arrays took before MLX's own count was begun anew.
@@ -65,15 +66,19 @@ def bounded_memory(need=None):
     """
     usual = mx.set_memory_limit(0)
     mx.set_memory_limit(usual)
-    need, is_set = need or Need(), not on_cuda()
+    need, is_set, kept = need or Need(), not on_cuda(), None
 
     def evaluate(work, growth=1.0, wait=True):
-        nonlocal is_set
+        nonlocal is_set, kept
         if not is_set:
             if need.taken is None:
                 need.taken = max(1.0, growth) * _taken_by(work)
             _finish()
-            mx.set_memory_limit(min(usual, int(mx.get_active_memory() + need.taken)))
+            limit = min(usual, int(mx.get_active_memory() + need.taken))
+            mx.set_memory_limit(limit)
+            if (pool := driver_pool()) is not None:
+                kept = pool.kept
+                pool.kept = max(kept, MOST_HELD * limit)
             is_set = True
         (mx.eval if wait else mx.async_eval)(work)
         trim_cache()
@@ -82,6 +87,8 @@ def bounded_memory(need=None):
         yield evaluate
     finally:
         mx.set_memory_limit(usual)
+        if kept is not None:
+            driver_pool().kept = kept
 
 
 def one_behind(evaluate, works):
@@ -122,18 +129,32 @@ def _finish():
 def trim_cache(threshold=0):
     """Give back what MLX keeps for later arrays, where that is more than `threshold` bytes, or without one, much.
 
-    On CUDA from time to time in any case: arrays of one shape of batch fit no other, and the driver's pool, which MLX
-    does not count, falls into pieces.
+    On CUDA with what the driver keeps, which MLX does not count: arrays of one shape of batch fit no other, and its
+    pool falls into pieces. There MLX's go to the pool, where pieces come together, and only what is above the bound to
+    the system.
     """
     global _most_held, _calls
-    held = mx.get_active_memory() + mx.get_cache_memory()
+    held, pool = mx.get_active_memory() + mx.get_cache_memory(), driver_pool()
+    if pool is not None:
+        held = max(held, pool.reserved)
     _most_held = max(_most_held, held)
     _calls += 1
+    most = MOST_HELD * peak_memory()
     if threshold:
-        much = mx.get_cache_memory() > threshold
-    else:
-        much = held > MOST_HELD * mx.get_peak_memory() or (on_cuda() and _calls % EVERY == 0)
-    if much:
-        if on_cuda():
-            _finish()
-        mx.clear_cache()
+        if mx.get_cache_memory() > threshold:
+            _clear_cache()
+    elif held > most and pool is None:
+        _clear_cache()
+    elif held > most and _calls % EVERY == 0:
+        pool.trim(most)
+        if pool.reserved > most:
+            # With the next array goes what is above MLX's limit. Unlike `mx.clear_cache` that waits for nothing.
+            usual = mx.set_cache_limit(0)
+            mx.async_eval(mx.zeros(1))
+            mx.set_cache_limit(usual)
+
+
+def _clear_cache():
+    if on_cuda():
+        _finish()
+    mx.clear_cache()
