@@ -252,7 +252,7 @@ def test_the_drivers_pool_is_read_and_set():
         DriverPool(Driver(fails="cuMemPoolGetAttribute")).reserved  # noqa: B018
 
 
-@pytest.mark.parametrize("fails", ["cuCtxGetDevice", "cuDeviceGetDefaultMemPool", None])
+@pytest.mark.parametrize("fails", ["cuCtxGetDevice", "cuDeviceGetDefaultMemPool", "cuMemPoolSetAttribute", None])
 def test_a_device_without_such_a_pool_has_none(fails, monkeypatch):
     monkeypatch.setattr(driver_pool_module, "on_cuda", lambda: True)
     monkeypatch.setattr(driver_pool_module.ctypes, "CDLL", lambda name: Driver(fails))

@@ -68,6 +68,8 @@ def driver_pool():
         return None
     mx.eval(mx.zeros(1))  # so that this thread has MLX's context
     try:
-        return DriverPool(ctypes.CDLL("libcuda.so.1"))
+        pool = DriverPool(ctypes.CDLL("libcuda.so.1"))
+        pool.kept = pool.kept  # a driver that refuses does so here, and not in a run
+        return pool
     except (OSError, AttributeError):
         return None
