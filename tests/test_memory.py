@@ -207,6 +207,14 @@ def test_the_driver_keeps_what_a_step_needs_until_the_run_is_over(limits, pool):
     assert pool.kept == 7
 
 
+def test_the_driver_keeps_no_more_than_mlx_may_take(limits, pool):
+    mx.set_memory_limit(int(1.1 * (mx.get_active_memory() + 8 * MEGABYTE)))
+    most = limit()
+    with bounded_memory() as evaluate:
+        evaluate(step())
+        assert limit() <= pool.kept == most < MOST_HELD * limit()
+
+
 class Driver:
     """What of CUDA's driver `DriverPool` calls, of a pool that keeps nothing; `fails` answers with an error."""
 

@@ -59,7 +59,8 @@ def bounded_memory(need=None):
     """Within the context, MLX holds little more than what evaluations need; gives the function that evaluates.
 
     It takes a tree of arrays, how many times as much as the first one a later evaluation will take at most, and whether
-    to wait for the arrays. On the first call it sets MLX's limit on CUDA, which is as before after the context.
+    to wait for the arrays. On the first call it sets MLX's limit on CUDA, and what the driver keeps there; both are as
+    before after the context.
 
     Args:
         need: the `Need` of several such contexts, of which the first one measures.
@@ -78,7 +79,8 @@ def bounded_memory(need=None):
             mx.set_memory_limit(limit)
             if (pool := driver_pool()) is not None:
                 kept = pool.kept
-                pool.kept = max(kept, MOST_HELD * limit)
+                # No more than MLX may take itself: from there on it lets go of arrays, whatever is free in the pool.
+                pool.kept = max(kept, min(MOST_HELD * limit, usual))
             is_set = True
         (mx.eval if wait else mx.async_eval)(work)
         trim_cache()
