@@ -184,10 +184,10 @@ def test_what_the_driver_keeps_is_given_back_from_time_to_time_where_it_is_much(
     most, limits = MOST_HELD * 10**12, []
     monkeypatch.setattr(mx, "set_cache_limit", lambda limit: limits.append(limit) or 5)
     monkeypatch.setattr(mx, "async_eval", lambda _: limits.append("array"))
+    if not pieces:
+        pool.trim = lambda wanted: pool.trims.append(wanted) or setattr(pool, "reserved", wanted)
     for pool.reserved in (most, most + 1):
         for _ in range(2 * EVERY):
-            if not pieces:
-                pool.trim = lambda wanted: pool.trims.append(wanted) or setattr(pool, "reserved", wanted)
             trim_cache()
         assert held_memory() >= pool.reserved
     assert pool.trims == [most] * (2 if pieces else 1)

@@ -67,18 +67,18 @@ def bounded_memory(need=None):
     """
     usual = mx.set_memory_limit(0)
     mx.set_memory_limit(usual)
-    need, is_set, kept = need or Need(), not on_cuda(), None
+    need, is_set, pool = need or Need(), not on_cuda(), driver_pool()
+    kept = None if pool is None else pool.kept
 
     def evaluate(work, growth=1.0, wait=True):
-        nonlocal is_set, kept
+        nonlocal is_set
         if not is_set:
             if need.taken is None:
                 need.taken = max(1.0, growth) * _taken_by(work)
             _finish()
             limit = min(usual, int(mx.get_active_memory() + need.taken))
             mx.set_memory_limit(limit)
-            if (pool := driver_pool()) is not None:
-                kept = pool.kept
+            if pool is not None:
                 # No more than MLX may take itself: from there on it lets go of arrays, whatever is free in the pool.
                 pool.kept = max(kept, min(MOST_HELD * limit, usual))
             is_set = True
@@ -89,8 +89,8 @@ def bounded_memory(need=None):
         yield evaluate
     finally:
         mx.set_memory_limit(usual)
-        if kept is not None:
-            driver_pool().kept = kept
+        if pool is not None:
+            pool.kept = kept
 
 
 def one_behind(evaluate, works):
@@ -142,21 +142,15 @@ def trim_cache(threshold=0):
     _most_held = max(_most_held, held)
     _calls += 1
     most = MOST_HELD * peak_memory()
-    if threshold:
-        if mx.get_cache_memory() > threshold:
-            _clear_cache()
-    elif held > most and pool is None:
-        _clear_cache()
-    elif held > most and _calls % EVERY == 0:
+    much = mx.get_cache_memory() > threshold if threshold else held > most
+    if much and (threshold or pool is None):
+        if on_cuda():
+            _finish()
+        mx.clear_cache()
+    elif much and _calls % EVERY == 0:
         pool.trim(most)
         if pool.reserved > most:
             # With the next array goes what is above MLX's limit. Unlike `mx.clear_cache` that waits for nothing.
             usual = mx.set_cache_limit(0)
             mx.async_eval(mx.zeros(1))
             mx.set_cache_limit(usual)
-
-
-def _clear_cache():
-    if on_cuda():
-        _finish()
-    mx.clear_cache()
