@@ -407,7 +407,8 @@ def recurrent_table(found):
     )  # fmt: skip
     made = (
         "`python benchmarks/recurrent.py cpu` (or `gpu`); the row of kernels by `harness.measure_step` on its model, "
-        "its share of the rate that was measured then. The rows of chunks on the H200 are an earlier state's."
+        "with a profiler on for five of its twelve steps, of which it has the median; its share is of the rate that "
+        "was measured then. The rows of chunks on the H200 are an earlier state's."
     )
     return markdown_table(header, rows) + "\n\n" + made
 
