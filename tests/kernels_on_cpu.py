@@ -1,7 +1,7 @@
 """Runs the text of a CUDA kernel on the CPU: the threads of a block as fibers that wait for each other.
 
 What is emulated is what this project's kernels use of CUDA: blocks and threads in three dimensions (threads in one),
-shared memory, `__syncthreads`, and `__shfl_xor_sync` of whole warps. All floating dtypes are float32 here.
+shared memory, `__syncthreads`, `__shfl_xor_sync` of whole warps, and what `cuda_chunks.INSTRUCTIONS` stands for.
 """
 
 import ctypes
@@ -19,8 +19,32 @@ PRELUDE = r"""
 #include <ucontext.h>
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <vector>
 template <class T>
 inline T min(T a, T b) { return b < a ? b : a; }
+template <class T>
+inline T max(T a, T b) { return a < b ? b : a; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+// As a GPU rounds to them: to the nearest, to the even one of two.
+struct __nv_bfloat16 {
+  uint16_t bits;
+  __nv_bfloat16() = default;
+  __nv_bfloat16(float x) {
+    uint32_t all;
+    memcpy(&all, &x, 4);
+    bits = x != x ? 0x7fff : (all + 0x7fff + (all >> 16 & 1)) >> 16;
+  }
+  operator float() const {
+    const uint32_t all = uint32_t(bits) << 16;
+    float x;
+    memcpy(&x, &all, 4);
+    return x;
+  }
+};
+typedef _Float16 __half;
+struct float2 { float x, y; };
 struct Three { int x, y, z; };
 struct float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -33,7 +57,8 @@ struct Place { jmp_buf of; };
 static ucontext_t beginning;
 static Place scheduler;
 static Place fibers[1024];
-static char stacks[1024][1 << 16];
+static char stacks[1024][1 << 17];
+static __attribute__((aligned(16))) unsigned char shared[1 << 18];
 static bool ended[1024];
 static float told[1024];
 static void (*kernel)();
@@ -47,6 +72,45 @@ inline float __shfl_xor_sync(unsigned, float value, int step) {
   const float other = told[own ^ step];
   __syncthreads();
   return other;
+}
+inline void atomicAdd(float* to, float value) { *to += value; }
+static unsigned given[1024][6];
+// The product of 16 x 16 and 16 x 8 numbers of a warp, each lane's as CUDA's `mma.m16n8k16` has them.
+template <typename T>
+void multiply_add(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const int own = threadIdx.x, warp = own / 32 * 32, group = own % 32 / 4, place = own % 4;
+  for (int i = 0; i < 4; ++i) given[own][i] = a[i];
+  for (int i = 0; i < 2; ++i) given[own][4 + i] = b[i];
+  __syncthreads();
+  auto number = [&](int lane, int part, int k) {
+    T pair[2];
+    memcpy(pair, &given[warp + lane][part], 4);
+    return float(pair[k % 2]);
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = group + i / 2 * 8, column = 2 * place + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int lane = k % 8 / 2;
+      sums[i] += number(row % 8 * 4 + lane, row / 8 + k / 8 * 2, k) * number(column * 4 + lane, 4 + k / 8, k);
+    }
+  }
+  __syncthreads();
+}
+// Copies are made as late as may be: when they are waited for.
+struct Copy { void* to; const void* from; };
+static std::vector<std::vector<Copy>> copies[1024];
+inline void copy(void* to, const void* from) {
+  if (copies[threadIdx.x].empty()) copies[threadIdx.x].emplace_back();
+  copies[threadIdx.x].back().push_back({to, from});
+}
+inline void begun() { copies[threadIdx.x].emplace_back(); }
+template <int LATER = 0>
+void landed() {
+  auto& own = copies[threadIdx.x];
+  for (; own.size() > LATER + 1; own.erase(own.begin())) {
+    for (auto& one : own.front()) memcpy(one.to, one.from, 16);
+  }
+  __syncthreads();
 }
 inline void thread() {
   kernel();
@@ -65,16 +129,24 @@ static __attribute__((noinline)) void go_on(int t, bool begun) {
   if (begun) _longjmp(fibers[t].of, 1);
   begin(t);
 }
-// All threads of a block run up to the same wait before any runs on.
-inline void launch(int x, int y, int z, int threads, void (*body)()) {
+// How many bytes of shared memory from there on were written.
+inline int beyond(size_t size) {
+  int count = 0;
+  for (size_t i = size; i < sizeof shared; ++i) count += shared[i] != 0xff;
+  return count;
+}
+// All threads of a block run up to the same wait before any runs on; the last one first if `backwards`.
+inline void launch(int x, int y, int z, int threads, bool backwards, void (*body)()) {
   kernel = body, blockDim = {threads, 1, 1}, gridDim = {x, y, z};
   for (int block = 0; block < x * y * z; ++block) {
     blockIdx = {block % x, block / x % y, block / (x * y)};
-    for (int t = 0; t < threads; ++t) ended[t] = false;
+    memset(shared, 0xff, sizeof shared);
+    for (int t = 0; t < threads; ++t) ended[t] = false, copies[t].clear();
     bool begun = false;
     for (bool any = true; any; begun = true) {
       any = false;
-      for (int t = 0; t < threads; ++t) {
+      for (int i = 0; i < threads; ++i) {
+        const int t = backwards ? threads - 1 - i : i;
         if (ended[t]) continue;
         any = true;
         go_on(t, begun);
@@ -90,10 +162,11 @@ def cuda_kernels(monkeypatch, tmp_path_factory):
     """Has `mx.fast.cuda_kernel` make kernels that run on the CPU; gives the names of those that ran."""
     if sys.platform == "darwin" or shutil.which("g++") is None:
         pytest.skip("no C++ compiler, or macOS, whose headers refuse fibers")
-    from mlx_lm.tuner.preference import cuda_kernel
+    from mlx_lm.tuner.preference import cuda_chunks, cuda_kernel
 
     folder, ran = tmp_path_factory.getbasetemp(), []
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: _Kernel(folder, ran, **options))
+    monkeypatch.setattr(cuda_chunks, "INSTRUCTIONS", "")
     # These kernels are of this test alone.
     monkeypatch.setattr(cuda_kernel, "_made", {})
     return ran
@@ -104,42 +177,77 @@ def _place(array):
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
+TYPES = {mx.float32: "float", mx.int32: "int", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}
+# Of 16 bits, which numpy has no name for.
+HALF = (mx.bfloat16, mx.float16)
+DYNAMIC = "extern __shared__ __align__(16) unsigned char shared[];"
+
+
 class _Kernel:
-    def __init__(self, folder, ran, name, input_names, output_names, source, header=""):
-        self.folder, self.ran, self.name = folder, ran, name
-        self.names, self.source, self.header = (input_names, output_names), source, header
+    def __init__(self, folder, ran, name, input_names, output_names, source, header="", shared_memory=0, **_):
+        self.folder, self.ran, self.name, self.shared_memory = folder, ran, name, shared_memory
+        self.names, self.source, self.header = (input_names, output_names), source.replace(DYNAMIC, ""), header
 
     def __call__(self, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()):
         assert threadgroup[0] <= 1024
         assert all(size % threads == 0 for size, threads in zip(grid, threadgroup, strict=True))
         self.ran.append(self.name)
-        arrays = [np.array(x if x.dtype == mx.int32 else x.astype(mx.float32), order="C") for x in inputs]
-        outputs = [np.full(shape, np.nan, np.float32) for shape in output_shapes]
-        text = self._text([x.dtype for x in arrays], template)
+        arrays = [np.array(x.view(mx.uint16) if x.dtype in HALF else x, order="C") for x in inputs]
+        text = self._text([x.dtype for x in inputs], output_dtypes, template)
         shapes = [np.array(x.shape, np.int32) for x in arrays]
-        given = [value for x, shape in zip(arrays, shapes, strict=True) for value in (_place(x), _place(shape), x.ndim)]
+        strides = [np.array(x.strides, np.int64) // x.itemsize for x in arrays]
+        given = []
+        for x, shape, own in zip(arrays, shapes, strides, strict=True):
+            given += [_place(x), _place(shape), _place(own), x.ndim]
         blocks = [size // threads for size, threads in zip(grid, threadgroup, strict=True)]
-        self._library(text).run(*blocks, threadgroup[0], *given, *map(_place, outputs))
-        return [mx.array(x).astype(dtype) for x, dtype in zip(outputs, output_dtypes, strict=True)]
+        # In either order threads find what others have written, or they did not wait for it.
+        first, second = (
+            self._run(text, blocks, threadgroup[0], backwards, given, output_shapes, output_dtypes)
+            for backwards in (False, True)
+        )
+        for one, other in zip(first, second, strict=True):
+            # Sums that are made up by several threads differ by their rounding.
+            near = 1e-2 if one.dtype in HALF else 1e-4
+            one, other = (np.array(x.astype(mx.float32)) for x in (one, other))
+            size = np.abs(one[np.isfinite(one)]).max(initial=0)
+            assert np.allclose(one, other, near, near * size, equal_nan=True), "threads do not wait for each other"
+        return first
 
-    def _text(self, dtypes, template):
+    def _run(self, text, blocks, threads, backwards, given, shapes, dtypes):
+        """What the kernel writes."""
+        # Not a number, in each of the types.
+        outputs = [
+            np.full(shape, 0x7FFF if dtype in HALF else np.nan, np.uint16 if dtype in HALF else np.float32)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        kept = self._library(text).run(*blocks, threads, backwards, *given, *map(_place, outputs))
+        assert kept, "more shared memory is written than was asked for"
+        found = zip(map(mx.array, outputs), dtypes, strict=True)
+        return [x.view(dtype) if dtype in HALF else x for x, dtype in found]
+
+    def _text(self, dtypes, output_dtypes, template):
         """What compiles to a function `run` of the numbers of blocks, of threads, and of all arrays."""
         inputs, outputs = self.names
         arrays = []
         for name, dtype in zip(inputs, dtypes, strict=True):
-            arrays += [f"const {'int' if dtype == np.int32 else 'float'}* {name}", f"const int* {name}_shape"]
+            arrays += [f"const {TYPES[dtype]}* {name}", f"const int* {name}_shape", f"const long* {name}_strides"]
             arrays.append(f"int {name}_ndim")
-        arrays += [f"float* {name}" for name in outputs]
+        arrays += [f"{TYPES[dtype]}* {name}" for name, dtype in zip(outputs, output_dtypes, strict=True)]
         constants = [
-            f"using {name} = float;" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {int(value)};"
+            f"using {name} = {TYPES[value]};"
+            if isinstance(value, mx.Dtype)
+            else f"constexpr int {name} = {int(value)};"
             for name, value in template
         ]
         kept = [f"static {array};" for array in arrays]
         given = [f"{name} = {name}_;" for name in (array.split()[-1] for array in arrays)]
-        arguments = ", ".join(["int nx, int ny, int nz, int threads", *(f"{array}_" for array in arrays)])
+        arguments = ", ".join(
+            ["int nx, int ny, int nz, int threads, int backwards", *(f"{array}_" for array in arrays)]
+        )
         return "\n".join(
             [PRELUDE, self.header, *kept, *constants, "static void body() {", self.source, "}"]
-            + [f'extern "C" void run({arguments}) {{', *given, "launch(nx, ny, nz, threads, body);", "}"]
+            + [f'extern "C" int run({arguments}) {{', *given, "launch(nx, ny, nz, threads, backwards, body);"]
+            + [f"return beyond({self.shared_memory}) == 0;", "}"]
         )
 
     def _library(self, text):
@@ -148,5 +256,5 @@ class _Kernel:
         if not path.exists():
             source = path.with_suffix(".cpp")
             source.write_text(text)
-            subprocess.run(["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", path, source], check=True)
+            subprocess.run(["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", path, source], check=True)
         return ctypes.CDLL(str(path))

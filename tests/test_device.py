@@ -37,6 +37,7 @@ from mlx_lm.tuner.preference.attention import (
     spread,
 )
 from mlx_lm.tuner.preference.batches import PACKED, PLAIN, RECURRENT, Schedule, at_once
+from mlx_lm.tuner.preference.cuda_chunks import in_rows
 from mlx_lm.tuner.preference.cuda_gated import gated
 from mlx_lm.tuner.preference.cuda_scan import selective_loops
 from mlx_lm.tuner.preference.driver_pool import driver_pool
@@ -46,6 +47,7 @@ from mlx_lm.tuner.preference.memory import bounded_memory
 from mlx_lm.tuner.preference.objective import Objective, preference_loss
 from mlx_lm.tuner.preference.pieces import gated_delta_rule
 from mlx_lm.tuner.preference.reference import Reference
+from mlx_lm.tuner.preference.state_space import decayed_sums
 from mlx_lm.tuner.preference.step import Step
 from mlx_lm.utils import token_logps
 
@@ -64,7 +66,7 @@ MODELS = {
     # Wide enough for CUDA's kernels of the recurrence, as Mamba's below.
     # Rotated dimensions, a quarter of a head's, are as many as MLX's kernel can do with many rows of one token.
     "qwen3_5": {"linear_key_head_dim": 32, "linear_value_head_dim": 64, "head_dim": 128},
-    "mamba2": {},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "state_size": 32},
     "mamba": {"state_size": 16, "intermediate_size": 128},
     "gemma3_text": WINDOW,
     "gpt_oss": WINDOW,
@@ -257,6 +259,21 @@ OTHERS = {
     "selective_loops": ({"width": 128, "states": 16}, 4),
     "wkv7": ({"width": 64}, 6),
 }
+
+
+@pytest.mark.skipif(not on_cuda(), reason="kernels for CUDA")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("betas", [True, False])
+def test_products_of_chunks_are_the_loop_over_tokens(betas, dtype):
+    """Of widths and a length as models have them; sums that decay by the same kernels."""
+    inputs = make_inputs(900, key_heads=2, value_heads=4, key_width=128, value_width=64)
+    queries, keys, values, gates, beta, state = [*(x.astype(dtype) for x in inputs[:3]), *inputs[3:]]
+    if betas:
+        assert_near_the_loop(in_rows, loop, [queries, keys, values, gates, beta.astype(dtype), state], False)
+    else:
+        function = partial(in_rows, betas=None)
+        inputs = [queries, keys, values, gates, state]
+        assert_near_the_loop(lambda *x: function(*x[:4], state=x[4]), lambda *x: decayed_sums(*x), inputs, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -71,6 +71,16 @@ class Parts(NamedTuple):
         """The `Places` of keys, and of what asks and is answered."""
         return Places(self.keys, self.uses), Places(self.answered, self.outputs[None], holes=True)
 
+    def as_one(self):
+        """`Parts` of one sequence, in which the sequences of all parts stand one behind the other."""
+        joined = (mx.concatenate([part.reshape(-1) for part in own])[None] for own in (self.keys, self.answered))
+        return Parts(*((own,) for own in joined), self.outputs, self.uses)
+
+    def begun(self):
+        """Whether the first part has what the sequences of the others begin with, which are two for each of its own."""
+        first, *others = map(len, self.keys)
+        return sum(others) == 2 * first
+
     def in_rows(self, function, arrays):
         """What a recurrence's function gives for tokens that come as sequences of one, `(N, 1, ...)`.
 
@@ -81,8 +91,7 @@ class Parts(NamedTuple):
         """
         keys, queries = self.places()
         columns = spread([x.squeeze(1) for x in arrays], [keys] * len(arrays))
-        first, *others = map(len, columns[0])
-        begun, state, answers = sum(others) == 2 * first, None, []
+        first, begun, state, answers = len(self.keys[0]), self.begun(), None, []
         for part in zip(*columns, strict=True):
             before = None if state is None else mx.concatenate([state] * (len(part[0]) // first))
             out, behind = function(*part, before)

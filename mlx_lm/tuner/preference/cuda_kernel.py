@@ -2,27 +2,29 @@
 
 import mlx.core as mx
 
-# By name, which is quicker to find than a text with all names of its arrays.
+# By name and shared memory, which are quicker to find than a text with all names of its arrays.
 _made = {}
 
 
-def run_kernel(name, source, inputs, outputs, grid, threads, header="", **template):
+def run_kernel(name, source, inputs, outputs, grid, threads, header="", memory=0, copies=True, **template):
     """The arrays that a kernel writes, a list.
 
     Args:
         name: the kernel's, of one text and one order of inputs and outputs alone.
         source, header: its text.
+        memory: bytes of shared memory that the text does not declare.
+        copies: whether MLX makes copies of inputs that are not in a row.
         inputs: arrays by name.
         outputs: `(shape, dtype)` by name.
         grid: threads along each axis.
         threads: of a block, along the first one.
         template: numbers and dtypes, constants of the text.
     """
-    if name not in _made:
-        names = {"input_names": list(inputs), "output_names": list(outputs)}
-        _made[name] = mx.fast.cuda_kernel(name=name, source=source, header=header, **names)
+    if (name, memory) not in _made:
+        told = {"name": name, "input_names": list(inputs), "output_names": list(outputs), "shared_memory": memory}
+        _made[name, memory] = mx.fast.cuda_kernel(source=source, header=header, ensure_row_contiguous=copies, **told)
     shapes, dtypes = zip(*outputs.values(), strict=True)
-    return _made[name](
+    return _made[name, memory](
         inputs=list(inputs.values()),
         template=list(template.items()),
         grid=grid,

@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ...models import activations, switch_layers
 from ..lora import LoRALinear, LoRASwitchLinear
+from . import cuda_convolution
 from .attention import PackedState, RowCache, Window, on_cuda
 from .experts import NarrowLoRASwitchLinear, gather_sort, scatter_unsort
 from .intercept import aside, exchanged, intercepted, recomputed, replaced, tell_aside
@@ -111,6 +112,17 @@ def _in_rows(call, packed):
     return convolved
 
 
+def _where_they_stand(call, before, after):
+    """As `_in_rows` gives, which `call` is of for inputs that the kernel does not read."""
+
+    def convolved(module, x):
+        if x.dtype != module.weight.dtype:
+            return call(module, x)
+        return cuda_convolution.convolved(x[:, -1], module.weight, before, after, module.get("bias"))[:, None]
+
+    return convolved
+
+
 def convolved_channels(model):
     """How many channels the model's depthwise convolutions have, a set."""
     return {module.weight.shape[0] for module in model.modules() if _is_depthwise(module)}
@@ -139,9 +151,15 @@ def lean_layers(modules, packed=None):
         stack.enter_context(exchanged(switch_layers, "_scatter_unsort", scatter_unsort))
         stack.enter_context(replaced(modules, GATED))
         stack.enter_context(recurrences_in_pieces(modules, packed))
-        for module in modules if packed is not None else ():
-            if _is_depthwise(module):
-                stack.enter_context(intercepted(module, "__call__", _in_rows(type(module).__call__, packed)))
+        neighbours = {}
+        for module in filter(_is_depthwise, modules if packed is not None else ()):
+            call = _in_rows(type(module).__call__, packed)
+            if on_cuda() and cuda_convolution.fits(module):
+                kept = module.weight.shape[1] - 1
+                if kept not in neighbours:
+                    neighbours[kept] = cuda_convolution.neighbours(packed, kept)
+                call = _where_they_stand(call, *neighbours[kept])
+            stack.enter_context(intercepted(module, "__call__", call))
         yield
 
 

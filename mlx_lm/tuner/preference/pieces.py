@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.ssm import compute_dt
 
 from ...models.activations import swiglu
-from . import cuda_delta, cuda_scan, recurrent
+from . import cuda_chunks, cuda_delta, cuda_norms, cuda_scan, recurrent
 from .attention import on_cuda, on_metal
 from .intercept import recomputed, replaced
 from .state_space import CHUNK, SCAN_CHUNK, WKV_CHUNK, decayed_sums, selective_scan, split, wkv7
@@ -71,10 +71,36 @@ def _at_once(chunk, numbers):
 def gated_delta_rule(queries, keys, values, log_gates, betas, state=None):
     """As `recurrent.gated_delta_chunks`, outputs in the queries' dtype."""
     (*_, heads, value_width), key_width = values.shape, keys.shape[-1]
+    if _is_of_products(queries, keys, values, log_gates):
+        return cuda_chunks.in_rows(queries, keys, values, log_gates, betas, state)
     if on_cuda() and cuda_delta.fits(key_width, value_width):
         return cuda_delta.gated_delta_loops(queries, keys, values, log_gates, betas, state)
     piece = _at_once(recurrent.CHUNK, len(values) * heads * (key_width + value_width))
     return scan(recurrent.gated_delta_chunks, [queries, keys, values, log_gates, betas], state, piece)
+
+
+def _is_of_products(queries, keys, values, log_gates):
+    """Whether `cuda_chunks` computes the gated delta rule of these arrays."""
+    alike = queries.dtype == keys.dtype == values.dtype and log_gates.ndim + 1 == values.ndim
+    return on_cuda() and alike and cuda_chunks.fits(keys.shape[-1], values.shape[-1], values.dtype)
+
+
+def _in_chunks(packed):
+    """What runs a function on a packed batch's parts as one, or None where these are no whole chunks.
+
+    It takes the function and its arrays; the function is given `cuda_chunks.products` of these chunks, too.
+    """
+    if packed is None or not on_cuda() or any(part.shape[1] % cuda_chunks.CHUNK for part in packed.keys):
+        return None
+    counts = [(len(part), part.shape[1] // cuda_chunks.CHUNK) for part in packed.keys]
+    order, parts = cuda_chunks.order_of(counts, packed.begun()), packed.as_one()
+
+    def products(*arrays):
+        arrays = (x if x is None else x.squeeze(0) for x in arrays)
+        out, state = cuda_chunks.products(*arrays, order, alone=True)
+        return out[None], state
+
+    return lambda function, arrays: parts.in_rows(lambda *given: function(*given[:-1], products), arrays)
 
 
 def _gated_delta(upstream, packed):
@@ -83,6 +109,8 @@ def _gated_delta(upstream, packed):
     Where upstream has a kernel, on Metal but in training and for keys of these widths, that runs, unless the batch is
     packed; and where there is a mask, the loop.
     """
+
+    in_chunks = _in_chunks(packed)
 
     def update(
         q, k, v, a, b, A_log, dt_bias, state=None, mask=None,
@@ -98,15 +126,44 @@ def _gated_delta(upstream, packed):
             log_gates = -rate * nn.softplus(a + dt_bias)
         else:
             log_gates = lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
-        if packed is not None:
-            return packed.in_rows(gated_delta_rule, [q, k, v, log_gates, beta]), None
-        return gated_delta_rule(q, k, v, log_gates, beta, state)
+        if packed is None:
+            return gated_delta_rule(q, k, v, log_gates, beta, state)
+        if in_chunks is not None and _is_of_products(q, k, v, log_gates):
+            return in_chunks(lambda *given: given[-1](*given[:-1]), [q, k, v, log_gates, beta]), None
+        return packed.in_rows(gated_delta_rule, [q, k, v, log_gates, beta]), None
 
     return update
 
 
+def _normalized(upstream, _):
+    """`normalize_qk` of the gated delta rule's models."""
+
+    def normalize(q, k, *, inv_scale, eps):
+        own = [x.reshape(-1, 1, *x.shape[2:]) for x in (q, k)]
+        if not on_cuda() or not cuda_norms.fits(*own):
+            return upstream(q, k, inv_scale=inv_scale, eps=eps)
+        found = cuda_norms.normed(*own, (inv_scale**2, inv_scale), eps * inv_scale**2)
+        return tuple(x.reshape(q.shape) for x in found)
+
+    return normalize
+
+
+def _gated_norm(upstream, _):
+    """A norm of Qwen3-Next and Qwen3.5, and what gates it."""
+
+    def norm(module, hidden_states, gate=None):
+        if gate is not None and on_cuda() and not module.trainable_parameters():
+            own = [x.reshape(-1, 1, *x.shape[2:]) for x in (hidden_states, gate)]
+            if cuda_norms.fits(*own):
+                return cuda_norms.gated_norm(*own, module.weight, module.eps).reshape(gate.shape)
+        return upstream(module, hidden_states, gate)
+
+    return norm
+
+
 def _state_space(upstream, packed):
     """`ssm_update` of Mamba 2, Falcon H1, Granite, Nemotron H and PLaMo 2."""
+    in_chunks = _in_chunks(packed)
 
     def update(x, A_log, B, C, D, dt, dt_bias, state=None, time_step_limit=(0.001, 100.0), mask=None, lengths=None):
         if packed is None and (x.shape[1] == 1 or mask is not None or lengths is not None):
@@ -121,6 +178,15 @@ def _state_space(upstream, packed):
             piece = _at_once(CHUNK, CHUNK * x[:, 0, :, 0].size)
             return scan(step, [x, B, C, dt], state, piece, [A_log, D, dt_bias])
 
+        def in_products(x, B, C, dt, products):
+            dt = compute_dt(dt, dt_bias, time_step_limit)
+            out, state = products(C, B, (dt[..., None] * x).astype(x.dtype), -mx.exp(A_log) * dt, None)
+            return (out + D[:, None] * x).astype(x.dtype), state
+
+        if _is_of_products(C, B, x, dt) and (packed is None or in_chunks is not None):
+            if packed is None:
+                return in_products(x, B, C, dt, partial(cuda_chunks.in_rows, state=state))
+            return in_chunks(in_products, [x, B, C, dt]), None
         if packed is not None:
             return packed.in_rows(in_pieces, [x, B, C, dt]), None
         return in_pieces(x, B, C, dt, state)
@@ -137,7 +203,12 @@ def _linear_attention(_, __):
             out, state = decayed_sums(scale * q, k, v, gates, *(x.swapaxes(-1, -2) for x in state))
             return out, state.swapaxes(-1, -2)
 
-        sequences = [x.swapaxes(1, 2) for x in (q, k, v)]
+        queries, keys, values = sequences = [x.swapaxes(1, 2) for x in (q, k, v)]
+        gates = mx.broadcast_to(g, values.shape[:3])
+        if _is_of_products(queries, keys, values, gates):
+            before = None if h is None else h.swapaxes(-1, -2)
+            out, state = cuda_chunks.in_rows(scale * queries, keys, values, gates, state=before)
+            return out.swapaxes(1, 2), state.swapaxes(-1, -2)
         piece = _at_once(CHUNK, CHUNK * v.shape[0] * v.shape[1])
         out, state = scan(step, sequences, h, piece, [g])
         return out.swapaxes(1, 2), state
@@ -208,6 +279,8 @@ def _rwkv(_, __):
 # its name; and what makes each run in pieces.
 RECURRENCES = {
     ("gated_delta", None, "gated_delta_update"): _gated_delta,
+    ("gated_delta", None, "normalize_qk"): _normalized,
+    ("qwen3_next", "Qwen3NextRMSNormGated", "__call__"): _gated_norm,
     ("ssm", None, "ssm_update"): _state_space,
     ("bailing_moe_linear", None, "recurrent_gla"): _linear_attention,
     ("mamba", "MambaBlock", "_process_sequence"): _mamba,
