@@ -149,8 +149,9 @@ def test_nothing_is_joined_but_on_cuda_unless_asked_for():
 
 def test_the_first_layer_s_call_computes_all(monkeypatch):
     model, calls = tiny_llama(moved=True), []
-    product = layers_module._adapted
-    monkeypatch.setattr(layers_module, "_adapted", lambda *arrays: calls.append(arrays[2].shape[1]) or product(*arrays))
+    product = siblings_module.adapted
+    for module in (siblings_module, layers_module):
+        monkeypatch.setattr(module, "adapted", lambda *arrays: calls.append(arrays[2].shape[1]) or product(*arrays))
     scorer = Scorer(model, together=True)
     with multiplied_once(model):
         calls.clear()

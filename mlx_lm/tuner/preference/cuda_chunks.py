@@ -48,6 +48,20 @@ __device__ void multiply_add<__half>(float (&sums)[4], const unsigned (&a)[4], c
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Four matrices of 8 x 8 numbers in shared memory, of each of which a thread is given two neighbours of a row, or if
+// TURNED of a column: the numbers that `multiply_add` takes of it. Each eight lanes of a warp have the rows of one.
+template <bool TURNED>
+__device__ void load_four(unsigned (&to)[4], const void* row) {
+  const unsigned at = __cvta_generic_to_shared(row);
+  if (TURNED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+  }
+}
+
 // Begins to copy 16 bytes into shared memory.
 __device__ void copy(void* to, const void* from) {
   const unsigned at = __cvta_generic_to_shared(to);
@@ -67,32 +81,26 @@ __device__ void landed() {
 HEADER = """
 constexpr int CHUNK = 64, THREADS = 128, GAP = 8, SQUARE = CHUNK + GAP;
 
-// Two neighbours along the products' inner axis: of a matrix that lies in rows along it, or turned.
-template <bool TURNED, typename T>
-__device__ unsigned pair_of(const T* matrix, int stride, int i, int k) {
-  if (!TURNED) return *reinterpret_cast<const unsigned*>(matrix + i * stride + k);
-  union {
-    T x[2];
-    unsigned pair;
-  } both;
-  both.x[0] = matrix[k * stride + i], both.x[1] = matrix[(k + 1) * stride + i];
-  return both.pair;
-}
-
 // Adds 16 rows of A B^T from `row` on, 8 * N columns from `column` on; A_TURNED for A stored as A^T, B_TURNED for B^T.
 template <bool A_TURNED, bool B_TURNED, int N, typename T>
 __device__ void product(float (&sums)[N][4], const T* a, int a_stride, int row, const T* b, int b_stride, int column,
                         int depth) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4 * 2;
-  for (int k = t; k < depth; k += 16) {
-    const unsigned own[4] = {
-        pair_of<A_TURNED>(a, a_stride, row + g, k), pair_of<A_TURNED>(a, a_stride, row + g + 8, k),
-        pair_of<A_TURNED>(a, a_stride, row + g, k + 8), pair_of<A_TURNED>(a, a_stride, row + g + 8, k + 8)};
+  // Of 16 x 16 numbers: where the row is that a lane has of one of the four matrices, which stand as `sums` has them.
+  const int line = threadIdx.x % 8, second = threadIdx.x / 8 % 2 * 8, later = threadIdx.x / 16 % 2 * 8;
+  const T* own = A_TURNED ? a + (line + later) * a_stride + row + second : a + (row + line + second) * a_stride + later;
+  // An odd number of columns' eights has no second one: its lanes read the first one again.
+  auto other = [&](int n) {
+    const int i = column + 8 * n + (n + 1 < N ? later : 0);
+    return B_TURNED ? b + (line + second) * b_stride + i : b + (i + line) * b_stride + second;
+  };
+  for (int k = 0; k < depth; k += 16) {
+    unsigned left[4], right[4];
+    load_four<A_TURNED>(left, own + k * (A_TURNED ? a_stride : 1));
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int i = column + 8 * n + g;
-      const unsigned other[2] = {pair_of<B_TURNED>(b, b_stride, i, k), pair_of<B_TURNED>(b, b_stride, i, k + 8)};
-      multiply_add<T>(sums[n], own, other);
+    for (int n = 0; n < N; n += 2) {
+      load_four<B_TURNED>(right, other(n) + k * (B_TURNED ? b_stride : 1));
+      multiply_add<T>(sums[n], left, {right[0], right[1]});
+      if (n + 1 < N) multiply_add<T>(sums[n + 1 < N ? n + 1 : n], left, {right[2], right[3]});
     }
   }
 }
@@ -136,19 +144,20 @@ __device__ void add(float (&to)[N][4], const float (&others)[N][4], float factor
   }
 }
 
-// Adds what the four threads of a row have, for both of a thread's rows, to that row's number.
+// Adds what the four threads of a row have, for both of a thread's rows, to that row's number, which no other warp has.
 __device__ void add_rows(const float (&own)[2], int row, float* to) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = own[half];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (threadIdx.x % 4 == 0) atomicAdd(to + row + threadIdx.x % 32 / 4 + 8 * half, sum);
+    if (threadIdx.x % 4 == 0) to[row + threadIdx.x % 32 / 4 + 8 * half] += sum;
   }
 }
 
-// Adds the sums of a square's rows to their numbers, and takes those of its columns from theirs.
-__device__ void add_rows_less_columns(const float (&square)[8][4], int row, float* to) {
+// Adds the sums of a square's rows to their numbers, and takes those of its columns from the warp's own, which are
+// added up in one order at last.
+__device__ void add_rows_less_columns(const float (&square)[8][4], int row, float* to, float* columns) {
   float own[2] = {};
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
@@ -159,7 +168,7 @@ __device__ void add_rows_less_columns(const float (&square)[8][4], int row, floa
       sum += __shfl_xor_sync(0xffffffffu, sum, 4);
       sum += __shfl_xor_sync(0xffffffffu, sum, 8);
       sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-      if (threadIdx.x % 32 < 4) atomicAdd(to + 8 * n + threadIdx.x % 4 * 2 + i, -sum);
+      if (threadIdx.x % 32 < 4) columns[8 * n + threadIdx.x % 4 * 2 + i] -= sum;
     }
   }
   add_rows(own, row, to);
@@ -534,7 +543,7 @@ THROUGH_UPDATES = """
         }
       }
       add_rows(own, row, of_betas);
-      add_rows_less_columns(scores, row, of_gates);
+      add_rows_less_columns(scores, row, of_gates, columns);
     }
     landed();
     {
@@ -560,7 +569,8 @@ TOKEN_SLOPES = (
     PLACE
     + """
   float *of_gates = reinterpret_cast<float*>(tiles), *of_betas = of_gates + CHUNK, *beta = of_betas + CHUNK;
-  T *first = reinterpret_cast<T*>(beta + CHUNK), *second = first + WIDE, *third = second + WIDE;
+  float *all_columns = beta + CHUNK, *columns = all_columns + threadIdx.x / 32 * CHUNK;
+  T *first = reinterpret_cast<T*>(all_columns + THREADS / 32 * CHUNK), *second = first + WIDE, *third = second + WIDE;
   T *square = third + WIDE, *whole = square + CHUNK * SQUARE;
   const size_t of_slope = (size_t(blockIdx.x) * CHUNK * H + head) * DK;
   const T* own_states = states + place / CHUNK * DV * DK;
@@ -573,6 +583,7 @@ TOKEN_SLOPES = (
   begun();
   if (threadIdx.x < CHUNK) {
     of_gates[threadIdx.x] = of_betas[threadIdx.x] = 0.0f;
+    for (int i = 0; i < THREADS / 32; ++i) all_columns[i * CHUNK + threadIdx.x] = 0.0f;
     if (DELTA) beta[threadIdx.x] = float(betas[size_t(blockIdx.x * CHUNK + threadIdx.x) * H + head]);
   }
   landed();
@@ -589,7 +600,7 @@ TOKEN_SLOPES = (
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[n][i] *= weights[n][i];
     }
-    add_rows_less_columns(scores, row, of_gates);
+    add_rows_less_columns(scores, row, of_gates, columns);
   }
   __syncthreads();
   fetch<DK, DV>(whole, own_states, DK);
@@ -624,7 +635,8 @@ TOKEN_SLOPES = (
   add_rows(own, row, of_gates);
   both -= own[0] + own[1];
   for (int apart = 16; apart; apart /= 2) both += __shfl_xor_sync(0xffffffffu, both, apart);
-  if (threadIdx.x % 32 == 0) atomicAdd(of_gates + CHUNK - 1, both);
+  // By the lane that has this column of a square.
+  if (threadIdx.x % 32 == 3) columns[CHUNK - 1] += both;
   product<true, true>(of_keys, square, SQUARE, row, first, KS, 0, CHUNK);
   if (DELTA) {
     THROUGH_UPDATES
@@ -635,7 +647,10 @@ TOKEN_SLOPES = (
   __syncthreads();
   if (threadIdx.x < CHUNK) {
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < CHUNK; ++i) sum += of_gates[i];
+    for (int i = threadIdx.x; i < CHUNK; ++i) {
+      sum += of_gates[i];
+      for (int j = 0; j < THREADS / 32; ++j) sum += all_columns[j * CHUNK + i];
+    }
     const size_t at = size_t(blockIdx.x * CHUNK + threadIdx.x) * H + head;
     gate_slopes[at] = sum;
     if (DELTA) beta_slopes[at] = static_cast<B>(of_betas[threadIdx.x]);
@@ -781,7 +796,7 @@ def products(queries, keys, values, log_gates, betas, order, state=None, alone=F
         outputs = {"query_slopes": of_key, "key_slopes": of_key}
         outputs["value_slopes"] = (values.shape, dtype) if delta else none
         outputs |= {"gate_slopes": (log_gates.shape, mx.float32), "beta_slopes": beta}
-        numbers = 6 * CHUNK + 3 * wide + square + max(value_width * (key_width + 8), per_value)
+        numbers = 14 * CHUNK + 3 * wide + square + max(value_width * (key_width + 8), per_value)
         found = run("token_slopes", TOKEN_SLOPES, inputs, outputs, numbers, B=beta[1])
         *of_keyed, of_value, of_gate, of_beta = found
         if heads != key_heads:

@@ -11,27 +11,39 @@ from .cuda_kernel import run_kernel
 # Threads a block, and bytes that each reads of a token at a time.
 THREADS, WORD = 256, 16
 
-# TAPS numbers a channel, the last one for the token itself; `sources` has rows of tokens 1, 2, ... away, in turns.
+CONVOLVE = """
+// Adds a token's and its neighbours' multiples by each channel's TAPS numbers, the last one of which is for the token
+// itself, to sums of N channels: `rounds` rows of sources name those 1, 2, ... away, in turns, -1 for none.
+template <int TAPS, int N, typename T>
+__device__ void convolve(float (&sums)[N], const T* x, size_t stride, const T* weight, const int* sources, int rounds,
+                         int count, int token) {
+  struct alignas(N * sizeof(T)) Word { T values[N]; };
+  struct alignas(N * sizeof(T)) Taps { T values[N * TAPS]; };
+  const Taps own = *reinterpret_cast<const Taps*>(weight);
+  auto add = [&](int source, int tap) {
+    const Word found = *reinterpret_cast<const Word*>(x + source * stride);
+    for (int i = 0; i < N; ++i) sums[i] += float(own.values[i * TAPS + tap]) * float(found.values[i]);
+  };
+  add(token, TAPS - 1);
+  for (int n = 0; n < rounds; ++n) {
+#pragma unroll
+    for (int d = 0; d < TAPS - 1; ++d, sources += count) {
+      if (sources[token] >= 0) add(sources[token], TAPS - 2 - d);
+    }
+  }
+}
+"""
+
 SOURCE = """
   constexpr int N = WORD / sizeof(T);
-  struct alignas(WORD) Word { T values[N]; };
   const unsigned count = x_shape[0], words = x_shape[1] / N, at = blockIdx.x * blockDim.x + threadIdx.x;
-  const unsigned token = at / words, word = at % words;
+  const unsigned token = at / words, channel = at % words * N;
   if (token >= count) return;
-  const Word* rows = reinterpret_cast<const Word*>(x);
-  const T* own = weight + size_t(word) * (N * TAPS);
   float sums[N];
-  Word found = rows[at];
-  for (int i = 0; i < N; ++i) {
-    sums[i] = float(own[i * TAPS + TAPS - 1]) * float(found.values[i]);
-    if (BIASED) sums[i] += float(bias[word * N + i]);
-  }
-  for (int n = 0; n < sources_shape[0]; ++n) {
-    const int source = sources[size_t(n) * count + token], tap = TAPS - 2 - n % (TAPS - 1);
-    if (source < 0) continue;
-    found = rows[size_t(source) * words + word];
-    for (int i = 0; i < N; ++i) sums[i] += float(own[i * TAPS + tap]) * float(found.values[i]);
-  }
+  for (int i = 0; i < N; ++i) sums[i] = BIASED ? float(bias[channel + i]) : 0.0f;
+  const int rounds = sources_shape[0] / (TAPS - 1);
+  convolve<TAPS, N>(sums, x + channel, x_shape[1], weight + channel * TAPS, sources, rounds, count, token);
+  struct alignas(WORD) Word { T values[N]; } found;
   for (int i = 0; i < N; ++i) found.values[i] = static_cast<T>(sums[i]);
   reinterpret_cast<Word*>(out)[at] = found;
 """
@@ -103,7 +115,8 @@ def convolved(x, weight, before, after, bias=None):
         inputs = {"x": x, "weight": weight, "sources": sources, "bias": weight if bias is None else bias}
         grid = -(-x.nbytes // WORD // THREADS) * THREADS, 1, 1
         template = {"T": x.dtype, "TAPS": weight.shape[1], "WORD": WORD, "BIASED": bias is not None}
-        return run_kernel("convolved", SOURCE, inputs, {"out": (x.shape, x.dtype)}, grid, THREADS, **template)[0]
+        outputs = {"out": (x.shape, x.dtype)}
+        return run_kernel("convolved", SOURCE, inputs, outputs, grid, THREADS, CONVOLVE, **template)[0]
 
     @mx.custom_function
     def forward(x):

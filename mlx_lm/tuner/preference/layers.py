@@ -8,13 +8,13 @@ from mlx.utils import tree_flatten, tree_map
 
 from ...models import activations, switch_layers
 from ..lora import LoRALinear, LoRASwitchLinear
-from . import cuda_convolution
+from . import cuda_convolution, cuda_delta_net
 from .attention import PackedState, RowCache, Window, on_cuda
 from .experts import NarrowLoRASwitchLinear, gather_sort, scatter_unsort
 from .intercept import aside, exchanged, intercepted, recomputed, replaced, tell_aside
 from .options import ConfigError
-from .pieces import recurrences_in_pieces
-from .siblings import siblings_of
+from .pieces import chunks_of, recurrences_in_pieces
+from .siblings import adapted, siblings_of
 from .unpacked import UNPACKED, unpacks
 
 STATELESS = (PackedState, RowCache, Window)
@@ -29,47 +29,13 @@ class LeanLoRALinear(LoRALinear):
 
     def __call__(self, x):
         siblings = siblings_of(self)
-        if siblings is not None and (out := siblings.take(self, x, _adapted)) is not None:
+        if siblings is not None and (out := siblings.take(self, x)) is not None:
             return out
         lora_a, lora_b = self.lora_a, self.lora_b if self.scale == 1.0 else self.scale * self.lora_b
         dropped = self.dropout(x)
         if dropped is x and not self.linear.trainable_parameters():
-            return _adapted(self.linear, x, lora_a, lora_b)
+            return adapted(self.linear, x, lora_a, lora_b)
         return mx.addmm(self.linear(x), dropped @ lora_a.astype(x.dtype), lora_b.astype(x.dtype))
-
-
-def _adapted(linear, x, lora_a, lora_b):
-    """`linear(x) + x @ lora_a @ lora_b` in the dtype of `x`, with a backward pass that reads large arrays seldom.
-
-    MLX evaluates gradients of parameters last and keeps what they need until then: here the gradient that is passed on
-    waits for them.
-
-    Args:
-        linear: a frozen layer.
-        x: `(..., in)`.
-        lora_a, lora_b: `(in, rank)` and `(rank, out)`.
-    """
-
-    @mx.custom_function
-    def product(lora_a, lora_b, x):
-        low = x @ lora_a
-        return mx.addmm(linear(x), low, lora_b), low
-
-    @product.vjp
-    def backward(arrays, cotangents, outputs):
-        (lora_a, lora_b, x), (slope, _), (_, low) = arrays, cotangents, outputs
-        low_slope = slope @ lora_b.T
-        own = [x.T @ low_slope, low.T @ slope]
-        slope = mx.depends([slope], own)[0]
-        # A plain layer's by itself: MLX's would turn its weight around twice.
-        plain = type(linear) is nn.Linear
-        passed_on = slope @ linear.weight if plain else mx.vjp(linear, [x], [slope])[1][0]
-        own.append(mx.addmm(passed_on, low_slope, lora_a.T))
-        # A float32 layer among narrower ones gives gradients of float32, which MLX refuses or misreads.
-        return tuple(found.astype(x.dtype) for found, x in zip(own, arrays, strict=True))
-
-    out = product(lora_a.astype(x.dtype), lora_b.astype(x.dtype), x.reshape(-1, x.shape[-1]))[0]
-    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class DepthwiseConv1d(nn.Conv1d):
@@ -151,16 +117,34 @@ def lean_layers(modules, packed=None):
         stack.enter_context(exchanged(switch_layers, "_scatter_unsort", scatter_unsort))
         stack.enter_context(replaced(modules, GATED))
         stack.enter_context(recurrences_in_pieces(modules, packed))
-        neighbours = {}
+        near = {}
         for module in filter(_is_depthwise, modules if packed is not None else ()):
             call = _in_rows(type(module).__call__, packed)
             if on_cuda() and cuda_convolution.fits(module):
                 kept = module.weight.shape[1] - 1
-                if kept not in neighbours:
-                    neighbours[kept] = cuda_convolution.neighbours(packed, kept)
-                call = _where_they_stand(call, *neighbours[kept])
+                if kept not in near:
+                    near[kept] = cuda_convolution.neighbours(packed, kept)
+                call = _where_they_stand(call, *near[kept])
             stack.enter_context(intercepted(module, "__call__", call))
+        if near and (chunks := chunks_of(packed)) is not None:
+            stack.enter_context(replaced(modules, {DELTA_NET: lambda upstream: _delta_net(upstream, chunks, near)}))
         yield
+
+
+# Qwen3.5's layer of the gated delta rule, for `replaced`.
+DELTA_NET = "qwen3_5", "GatedDeltaNet", "__call__"
+
+
+def _delta_net(upstream, chunks, near):
+    """That layer on a packed batch: by what `chunks_of` gives, and neighbours by how many a convolution reads."""
+
+    def call(module, inputs, mask=None, cache=None):
+        kept = module.conv1d.weight.shape[1] - 1
+        if mask is not None or kept not in near or not cuda_delta_net.fits(module, inputs):
+            return upstream(module, inputs, mask, cache)
+        return cuda_delta_net.gated_delta_net(module, inputs, *chunks, *near[kept])
+
+    return call
 
 
 def _gated(module, x):

@@ -85,15 +85,23 @@ def _is_of_products(queries, keys, values, log_gates):
     return on_cuda() and alike and cuda_chunks.fits(keys.shape[-1], values.shape[-1], values.dtype)
 
 
+def chunks_of(packed):
+    """A packed batch's parts as one, and their chunks' order; None where these are no whole chunks."""
+    if packed is None or not on_cuda() or any(part.shape[1] % cuda_chunks.CHUNK for part in packed.keys):
+        return None
+    counts = [(len(part), part.shape[1] // cuda_chunks.CHUNK) for part in packed.keys]
+    return packed.as_one(), cuda_chunks.order_of(counts, packed.begun())
+
+
 def _in_chunks(packed):
     """What runs a function on a packed batch's parts as one, or None where these are no whole chunks.
 
     It takes the function and its arrays; the function is given `cuda_chunks.products` of these chunks, too.
     """
-    if packed is None or not on_cuda() or any(part.shape[1] % cuda_chunks.CHUNK for part in packed.keys):
+    chunks = chunks_of(packed)
+    if chunks is None:
         return None
-    counts = [(len(part), part.shape[1] // cuda_chunks.CHUNK) for part in packed.keys]
-    order, parts = cuda_chunks.order_of(counts, packed.begun()), packed.as_one()
+    parts, order = chunks
 
     def products(*arrays):
         arrays = (x if x is None else x.squeeze(0) for x in arrays)

@@ -91,22 +91,24 @@ class Siblings:
             finally:
                 self._joined = self._input = self._outputs = None
 
-    def take(self, layer, x, product):
-        """A layer's output for `x`, computed for all at the first one's call; None where it is to compute it itself.
-
-        Args:
-            layer: one of the layers.
-            x: its input.
-            product: takes a linear layer, `x` and joined matrices.
-        """
+    def whole(self, x):
+        """The outputs of all layers for `x`, side by side; None where each is to compute its own."""
         if self._joined is None:
             return None
         first, second, parts = self._joined
         # A layer that is computed again in the backward pass is given copies, which gradients have to reach.
         if any(own.lora_a is not a or own.lora_b is not b for own, (a, b) in zip(self.layers, parts, strict=True)):
             return None
+        return adapted(self.linear, x, first, second)
+
+    def take(self, layer, x):
+        """A layer's output for `x`, computed for all at the first one's call; None where it is to compute it itself."""
+        if self._joined is None:
+            return None
         if self._input is not x:
-            out, ends = product(self.linear, x, first, second), [own.stop for own in self._columns]
+            out, ends = self.whole(x), [own.stop for own in self._columns]
+            if out is None:
+                return None
             self._input, self._outputs = x, split(out, ends[:-1], axis=-1)
             if len(ends) == 2 and ends[1] == 2 * ends[0] and on_cuda() and fit(out):
                 activations.together = *self._outputs, partial(gated, out)
@@ -115,6 +117,48 @@ class Siblings:
         if place == len(self.layers) - 1:
             self._input = self._outputs = None
         return out
+
+
+def side_by_side(layers, x):
+    """What layers make of `x`, `(..., sum of their widths)`, of siblings without a copy."""
+    own = siblings_of(layers[0])
+    if own is not None and list(map(id, own.layers)) == list(map(id, layers)) and (out := own.whole(x)) is not None:
+        return out
+    return mx.concatenate([layer(x) for layer in layers], axis=-1)
+
+
+def adapted(linear, x, lora_a, lora_b):
+    """`linear(x) + x @ lora_a @ lora_b` in the dtype of `x`, with a backward pass that reads large arrays seldom.
+
+    MLX evaluates gradients of parameters last and keeps what they need until then: here the gradient that is passed on
+    waits for them.
+
+    Args:
+        linear: a frozen layer.
+        x: `(..., in)`.
+        lora_a, lora_b: `(in, rank)` and `(rank, out)`.
+    """
+
+    @mx.custom_function
+    def product(lora_a, lora_b, x):
+        low = x @ lora_a
+        return mx.addmm(linear(x), low, lora_b), low
+
+    @product.vjp
+    def backward(arrays, cotangents, outputs):
+        (lora_a, lora_b, x), (slope, _), (_, low) = arrays, cotangents, outputs
+        low_slope = slope @ lora_b.T
+        own = [x.T @ low_slope, low.T @ slope]
+        slope = mx.depends([slope], own)[0]
+        # A plain layer's by itself: MLX's would turn its weight around twice.
+        plain = type(linear) is nn.Linear
+        passed_on = slope @ linear.weight if plain else mx.vjp(linear, [x], [slope])[1][0]
+        own.append(mx.addmm(passed_on, low_slope, lora_a.T))
+        # A float32 layer among narrower ones gives gradients of float32, which MLX refuses or misreads.
+        return tuple(found.astype(x.dtype) for found, x in zip(own, arrays, strict=True))
+
+    out = product(lora_a.astype(x.dtype), lora_b.astype(x.dtype), x.reshape(-1, x.shape[-1]))[0]
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def find_siblings(model):
