@@ -4,7 +4,7 @@ Upstream loops over the tokens of Mamba, Jamba, RWKV-7, Bailing's linear attenti
 state for each; of state-space models of the second generation it runs 256 tokens at once and keeps their products with
 each other. Here the gated delta rule runs as `recurrent` has it, and the others as `state_space` has them, in pieces
 that are computed again in the backward pass: nothing but the states between pieces is kept. On CUDA kernels of our own
-(`cuda_delta`, `cuda_scan`) stand in for the widths that fit them.
+(`cuda_chunks`, `cuda_delta`, `cuda_scan`) stand in for the widths and dtypes that fit them.
 """
 
 from functools import partial
