@@ -194,6 +194,7 @@ def _place(array):
 TYPES = {mx.float32: "float", mx.int32: "int", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}
 # Of 16 bits, which numpy has no name for.
 HALF = (mx.bfloat16, mx.float16)
+COMPILER = ["g++", "-std=c++20", "-O1", "-w", "-fPIC"]
 DYNAMIC = "extern __shared__ __align__(16) unsigned char shared[];"
 
 
@@ -256,7 +257,7 @@ class _Kernel:
             ["int nx, int ny, int nz, int threads, int backwards", *(f"{array}_" for array in arrays)]
         )
         return "\n".join(
-            [PRELUDE, self.header, *kept, *constants, "static void body() {", self.source, "}"]
+            ['#include "prelude.h"', self.header, *kept, *constants, "static void body() {", self.source, "}"]
             + [f'extern "C" int run({arguments}) {{', *given, "launch(nx, ny, nz, threads, backwards, body);"]
             + [f"return beyond({self.shared_memory}) == 0;", "}"]
         )
@@ -265,7 +266,11 @@ class _Kernel:
         """The text compiled, once a session."""
         path = self.folder / f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
         if not path.exists():
-            source = path.with_suffix(".cpp")
+            prelude, source = self.folder / "prelude.h", path.with_suffix(".cpp")
+            if not prelude.exists():
+                # Compiled once, which is a third of a kernel's time.
+                prelude.write_text(PRELUDE)
+                subprocess.run([*COMPILER, "-x", "c++-header", prelude], check=True)
             source.write_text(text)
-            subprocess.run(["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", path, source], check=True)
+            subprocess.run([*COMPILER, "-shared", "-o", path, source], check=True)
         return ctypes.CDLL(str(path))

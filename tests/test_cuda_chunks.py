@@ -55,7 +55,7 @@ def test_any_length_gives_the_loops_values_and_gradients(length, dtype):
     assert_products_are_the_loop(inputs_of(length, dtype), dtype)
 
 
-@pytest.mark.parametrize("sizes", [{"key_width": 64}, {"value_width": 96}, {"value_heads": 1}, {"batch": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"key_width": 64, "value_heads": 1}, {"value_width": 96, "batch": 2}], ids=str)
 def test_sizes_that_differ(sizes):
     assert_products_are_the_loop(inputs_of(CHUNK + 9, **sizes))
 
@@ -110,8 +110,11 @@ def test_sequences_that_begin_with_one_are_as_if_each_began_by_itself(parts):
     assert_near(found, of_outputs(one_by_one, in_float32(inputs)))
 
 
-@pytest.mark.parametrize("dtype", NEAR, ids=str)
-@pytest.mark.parametrize("sizes", [{}, {"batch": 2, "key_heads": 2, "value_heads": 6, "key_width": 64}], ids=str)
+@pytest.mark.parametrize(
+    "sizes, dtype",
+    [({}, mx.bfloat16), ({"batch": 2, "key_heads": 2, "value_heads": 6, "key_width": 64}, mx.float16)],
+    ids=["one", "several"],
+)
 def test_without_betas_they_are_sums_that_decay(sizes, dtype):
     """As of Mamba's second generation; sums of sequences that begin with one are as the delta rule's above."""
     queries, keys, values, gates, _, state = inputs_of(CHUNK + 9, dtype, **sizes)

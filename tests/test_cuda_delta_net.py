@@ -100,7 +100,7 @@ def test_values_and_gradients_are_those_of_upstreams_parts(heads, width, parts, 
 
 
 def test_what_siblings_compute_is_read_where_it_is(parts, on_cuda, cuda_kernels):
-    model, layer = make_layer()
+    model, layer = make_layer((1, 4))
     x = mx.random.normal((len(parts.outputs), 1, layer.hidden_size)).astype(mx.bfloat16)
     on_cuda()
     expected = taken(layer, x, parts)[:2]
