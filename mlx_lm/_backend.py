@@ -7,6 +7,7 @@ than OpenBLAS or MKL. Symbols loaded first win, so loading one of these before M
 import ctypes
 import json
 import os
+import struct
 import sys
 import tempfile
 from contextlib import suppress
@@ -139,10 +140,11 @@ def _keep_kernels_whole():
     """See to it that MLX finds no half of a kernel, and none of another GPU, among those that it keeps for later runs.
 
     On CUDA it writes the code, its names and its source one after another, and takes for the whole what is there: where
-    a run was killed between, all later ones would end with "There is no kernel named ...". Workers start together and
-    compile the same: each has a folder of its own. So has each kind of GPU, which MLX's names do not tell: another
-    one's code would end a run with "Failed to load compiled ... kernel". And MLX's own folder may be another user's,
-    in which a kernel with a long name, for which it makes a folder, would end it with "Permission denied".
+    a run was killed between, all later ones would end with "There is no kernel named ...", and where code is cut, as by
+    a full disk, with a segmentation fault. Workers start together and compile the same: each has a folder of its own.
+    So has each kind of GPU, which MLX's names do not tell: another one's code would end a run with "Failed to load
+    compiled ... kernel". And MLX's own folder may be another user's, in which a kernel with a long name, for which it
+    makes a folder, would end it with "Permission denied".
     """
     import mlx.core as mx
 
@@ -156,8 +158,20 @@ def _keep_kernels_whole():
             folder = os.path.join(folder, own)
     os.environ["MLX_PTX_CACHE_DIR"] = folder
     for code in Path(folder).rglob("*.ptx"):
-        source = code.with_suffix(".cu")
         # Another user's, or gone by now, they are left.
         with suppress(OSError):
-            if not source.is_file() or source.stat().st_size == 0:
+            if not _is_whole(code):
                 code.unlink()
+
+
+def _is_whole(code):
+    """Whether a kernel's code is as long as its header says, where that is an ELF's, and names and source are there."""
+    if not all(path.is_file() and path.stat().st_size for path in (code.with_suffix(".txt"), code.with_suffix(".cu"))):
+        return False
+    with code.open("rb") as file:
+        header = file.read(64)
+    if header[:4] != b"\x7fELF":
+        return True
+    # The table of sections stands last: where it begins, the size of an entry, and how many there are.
+    (start,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return start + size * count <= code.stat().st_size

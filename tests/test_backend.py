@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -138,6 +139,7 @@ def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypa
     for place, ends in (
         (tmp_path / "whole", (".ptx", ".txt", ".cu")),
         (tmp_path / "without_source", (".ptx", ".txt")),
+        (tmp_path / "without_names", (".ptx", ".cu")),
         (tmp_path / "code_alone", (".ptx",)),
         (long_name / "rest", (".ptx",)),
     ):
@@ -145,6 +147,12 @@ def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypa
             place.with_suffix(end).write_text("text")
     (tmp_path / "no_room.ptx").write_text("text")
     (tmp_path / "no_room.cu").write_text("")
+    for name, size in (("whole_code", 264), ("cut_code", 263)):
+        # An ELF whose table has three entries of 64 bytes from byte 72 on.
+        header = b"\x7fELF" + bytes(36) + struct.pack("<Q", 72) + bytes(10) + struct.pack("<HH", 64, 3)
+        (tmp_path / f"{name}.ptx").write_bytes(header.ljust(size, b"\0"))
+        for end in (".txt", ".cu"):
+            (tmp_path / name).with_suffix(end).write_text("text")
 
     def refuse(*_, **__):
         raise PermissionError("another user's")
@@ -152,9 +160,9 @@ def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(_backend.Path, "unlink", refuse)
         prepare_for_training()
-    assert len([*tmp_path.rglob("*.ptx")]) == 5
+    assert len([*tmp_path.rglob("*.ptx")]) == 8
     prepare_for_training()
-    assert [path.name for path in tmp_path.rglob("*.ptx")] == ["whole.ptx"]
+    assert {path.name for path in tmp_path.rglob("*.ptx")} == {"whole.ptx", "whole_code.ptx"}
 
 
 @pytest.mark.parametrize("given", [True, False])
