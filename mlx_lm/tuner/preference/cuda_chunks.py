@@ -383,31 +383,41 @@ STATES = (
 """.replace("PLACES", PLACES.replace("CHUNK_AT", "at"))
 )
 
+# P, of queries and of keys that are in shared memory, and what it multiplies in the queries' place.
+SCORED = """
+  T *query = tiles, *square = query + WIDE;
+  auto scored = [&](const T* key, const T* others, size_t stride) {
+    float scores[8][4] = {};
+    product<false, false>(scores, query, KS, row, key, KS, 0, DK);
+    __syncthreads();
+    fetch<DV, CHUNK>(query, others, stride);
+    begun();
+    for_pairs(scores, row, 0, [&](int i, int j, int, float x, float y) {
+      x = j <= i ? decay.between(i, j) * x : 0.0f, y = j + 1 <= i ? decay.between(i, j + 1) * y : 0.0f;
+      store(square + i * SQUARE + j, x, y);
+    });
+    landed();
+  };
+"""
+
 OUTPUTS = (
     PLACE
+    + SCORED
     + """
-  T *query = tiles, *square = query + WIDE, *state = square + CHUNK * SQUARE;
+  T* state = square + CHUNK * SQUARE;
   decay.fetch(sums + place);
   fetch<DK, CHUNK>(query, queries + of_key, key_stride);
   fetch<DK, DV>(state, states + place / CHUNK * DV * DK, DK);
   begun();
   landed();
-  float found[DV / 8][4] = {}, scores[8][4] = {};
+  float found[DV / 8][4] = {};
   product<false, false>(found, query, KS, row, state, KS, 0, DK);
   __syncthreads();
   fetch<DK, CHUNK>(state, keys + of_key, key_stride);
   begun();
   for_pairs(found, row, 0, [&](int i, int, int, float& x, float& y) { x *= decay.before(i), y *= decay.before(i); });
   landed();
-  product<false, false>(scores, query, KS, row, state, KS, 0, DK);
-  __syncthreads();
-  fetch<DV, CHUNK>(query, updates + of_update, update_stride);
-  begun();
-  for_pairs(scores, row, 0, [&](int i, int j, int, float x, float y) {
-    x = j <= i ? decay.between(i, j) * x : 0.0f, y = j + 1 <= i ? decay.between(i, j + 1) * y : 0.0f;
-    store(square + i * SQUARE + j, x, y);
-  });
-  landed();
+  scored(state, updates + of_update, update_stride);
   product<false, true>(found, square, SQUARE, row, query, VS, 0, CHUNK);
   for_pairs(found, row, 0, [&](int i, int j, int, float x, float y) {
     store(outputs + of_value + i * value_stride + j, x, y);
@@ -418,23 +428,16 @@ OUTPUTS = (
 # P^T dO.
 OWN_SLOPES = (
     PLACE
+    + SCORED
     + """
-  T *query = tiles, *square = query + WIDE, *key = square + CHUNK * SQUARE;
+  T* key = square + CHUNK * SQUARE;
   decay.fetch(sums + place);
   fetch<DK, CHUNK>(query, queries + of_key, key_stride);
   fetch<DK, CHUNK>(key, keys + of_key, key_stride);
   begun();
   landed();
-  float scores[8][4] = {}, found[DV / 8][4] = {};
-  product<false, false>(scores, query, KS, row, key, KS, 0, DK);
-  __syncthreads();
-  fetch<DV, CHUNK>(query, slopes + of_value, value_stride);
-  begun();
-  for_pairs(scores, row, 0, [&](int i, int j, int, float x, float y) {
-    x = j <= i ? decay.between(i, j) * x : 0.0f, y = j + 1 <= i ? decay.between(i, j + 1) * y : 0.0f;
-    store(square + i * SQUARE + j, x, y);
-  });
-  landed();
+  float found[DV / 8][4] = {};
+  scored(key, slopes + of_value, value_stride);
   product<true, true>(found, square, SQUARE, row, query, VS, 0, CHUNK);
   for_pairs(found, row, 0, [&](int i, int j, int, float x, float y) {
     store(own_slopes + (place + i) * DV + j, x, y);
