@@ -408,8 +408,8 @@ def recurrent_table(found):
     made = (
         "`python benchmarks/recurrent.py cpu` (or `gpu`); the rows of kernels by `harness.measure_step` on its model: "
         "of a layer's the median of three measurements in one process, 60, 66 and 72 ms, each the median of 14 steps, "
-        "its share of 0.71e15 operations a second, between what two hosts' GPUs did on that day; token by token the "
-        "mean of two. The rows of chunks on the H200 are an earlier state's."
+        "its share of 0.71e15 operations a second, the mean of ten measurements (0.68 to 0.74) on the H200 of the row "
+        "behind it, which is the mean of two of 12 steps. The rows of chunks on the H200 are an earlier state's."
     )
     return markdown_table(header, rows) + "\n\n" + made
 
