@@ -383,12 +383,14 @@ STATES = (
 """.replace("PLACES", PLACES.replace("CHUNK_AT", "at"))
 )
 
-# P, of queries and of keys that are in shared memory, and what it multiplies in the queries' place.
+# Begins to read queries; then P, of these and of the keys in `other`, and what it multiplies in the queries' place.
 SCORED = """
-  T *query = tiles, *square = query + WIDE;
-  auto scored = [&](const T* key, const T* others, size_t stride) {
+  T *query = tiles, *square = query + WIDE, *other = square + CHUNK * SQUARE;
+  decay.fetch(sums + place);
+  fetch<DK, CHUNK>(query, queries + of_key, key_stride);
+  auto scored = [&](const T* others, size_t stride) {
     float scores[8][4] = {};
-    product<false, false>(scores, query, KS, row, key, KS, 0, DK);
+    product<false, false>(scores, query, KS, row, other, KS, 0, DK);
     __syncthreads();
     fetch<DV, CHUNK>(query, others, stride);
     begun();
@@ -404,20 +406,17 @@ OUTPUTS = (
     PLACE
     + SCORED
     + """
-  T* state = square + CHUNK * SQUARE;
-  decay.fetch(sums + place);
-  fetch<DK, CHUNK>(query, queries + of_key, key_stride);
-  fetch<DK, DV>(state, states + place / CHUNK * DV * DK, DK);
+  fetch<DK, DV>(other, states + place / CHUNK * DV * DK, DK);
   begun();
   landed();
   float found[DV / 8][4] = {};
-  product<false, false>(found, query, KS, row, state, KS, 0, DK);
+  product<false, false>(found, query, KS, row, other, KS, 0, DK);
   __syncthreads();
-  fetch<DK, CHUNK>(state, keys + of_key, key_stride);
+  fetch<DK, CHUNK>(other, keys + of_key, key_stride);
   begun();
   for_pairs(found, row, 0, [&](int i, int, int, float& x, float& y) { x *= decay.before(i), y *= decay.before(i); });
   landed();
-  scored(state, updates + of_update, update_stride);
+  scored(updates + of_update, update_stride);
   product<false, true>(found, square, SQUARE, row, query, VS, 0, CHUNK);
   for_pairs(found, row, 0, [&](int i, int j, int, float x, float y) {
     store(outputs + of_value + i * value_stride + j, x, y);
@@ -430,14 +429,11 @@ OWN_SLOPES = (
     PLACE
     + SCORED
     + """
-  T* key = square + CHUNK * SQUARE;
-  decay.fetch(sums + place);
-  fetch<DK, CHUNK>(query, queries + of_key, key_stride);
-  fetch<DK, CHUNK>(key, keys + of_key, key_stride);
+  fetch<DK, CHUNK>(other, keys + of_key, key_stride);
   begun();
   landed();
   float found[DV / 8][4] = {};
-  scored(key, slopes + of_value, value_stride);
+  scored(slopes + of_value, value_stride);
   product<true, true>(found, square, SQUARE, row, query, VS, 0, CHUNK);
   for_pairs(found, row, 0, [&](int i, int j, int, float x, float y) {
     store(own_slopes + (place + i) * DV + j, x, y);
@@ -726,7 +722,7 @@ def products(queries, keys, values, log_gates, betas, order, state=None, alone=F
     (count, key_heads, key_width), (heads, value_width) = keys.shape, values.shape[1:]
     (starts, chain), nothing, delta = order, mx.array(0.0), betas is not None
     chunks, roots, dtype = count // CHUNK, len(starts) - 1, values.dtype
-    per_key, per_value, square = (*(CHUNK * (width + 8) for width in (key_width, value_width, CHUNK)),)
+    per_key, per_value, square = (CHUNK * (width + 8) for width in (key_width, value_width, CHUNK))
     wide, part, of_block = max(per_key, per_value), CHUNK * (ROWS + 8), ROWS * (key_width + 8)
     template = {"T": dtype, "DK": key_width, "DV": value_width, "H": heads, "RATIO": heads // key_heads}
     of_keys, of_values = (((chunks, heads, CHUNK, width), dtype) for width in (key_width, value_width))

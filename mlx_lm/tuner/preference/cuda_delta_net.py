@@ -46,6 +46,11 @@ START = """
     return (size_t(token) * heads + head - kind * KH) * D + lane * N;
   };
 """
+OF_TOKENS = f"""
+  const int tokens = projected_shape[0], count = tokens;
+{START}
+  const int token = number;
+"""
 # A token's convolution, its silu, and what a norm multiplies that by, if there is one.
 INNER = (
     REDUCE
@@ -86,13 +91,7 @@ INPUTS = (
 
 # Gradients of a token's convolution, of all places that it stands at.
 INNER_SLOPES = (
-    """
-  const int tokens = projected_shape[0], count = tokens;
-"""
-    + START
-    + """
-  const int token = number;
-"""
+    OF_TOKENS
     + INNER
     + """
   float slopes[N] = {};
@@ -113,12 +112,8 @@ INNER_SLOPES = (
 
 # Gradients of all that stands side by side.
 SLOPES = (
-    """
-  const int tokens = projected_shape[0], count = tokens;
-"""
-    + START
+    OF_TOKENS
     + """
-  const int token = number;
   float slopes[N] = {};
   if (head < CONVOLVED) {
     convolve<TAPS, N>(slopes, inner + channel, CHANNELS, weight + channel * TAPS, after, 4, tokens, token);

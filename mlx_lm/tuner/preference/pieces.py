@@ -177,9 +177,9 @@ def _state_space(upstream, packed):
         if packed is None and (x.shape[1] == 1 or mask is not None or lengths is not None):
             return upstream(x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths)
 
-        def step(x, B, C, dt, A_log, D, dt_bias, *state):
+        def step(x, B, C, dt, A_log, D, dt_bias, *state, sums=decayed_sums):
             dt = compute_dt(dt, dt_bias, time_step_limit)
-            out, state = decayed_sums(C, B, dt[..., None] * x, -mx.exp(A_log) * dt, *state)
+            out, state = sums(C, B, dt[..., None] * x, -mx.exp(A_log) * dt, *state)
             return out + D[:, None] * x, state
 
         def in_pieces(x, B, C, dt, state):
@@ -187,9 +187,11 @@ def _state_space(upstream, packed):
             return scan(step, [x, B, C, dt], state, piece, [A_log, D, dt_bias])
 
         def in_products(x, B, C, dt, products):
-            dt = compute_dt(dt, dt_bias, time_step_limit)
-            out, state = products(C, B, (dt[..., None] * x).astype(x.dtype), -mx.exp(A_log) * dt, None)
-            return (out + D[:, None] * x).astype(x.dtype), state
+            def sums(C, B, values, log_gates):
+                return products(C, B, values.astype(x.dtype), log_gates, None)
+
+            out, state = step(x, B, C, dt, A_log, D, dt_bias, sums=sums)
+            return out.astype(x.dtype), state
 
         if _is_of_products(C, B, x, dt) and (packed is None or in_chunks is not None):
             if packed is None:
@@ -206,19 +208,21 @@ def _linear_attention(_, __):
     """`recurrent_gla` of Bailing's linear attention, whose axis of tokens is the third."""
 
     def attend(q, k, v, g, scale, h=None):
-        def step(q, k, v, g, *state):
+        def step(q, k, v, g, *state, sums=decayed_sums):
             gates = mx.broadcast_to(g, v.shape[:3])
-            out, state = decayed_sums(scale * q, k, v, gates, *(x.swapaxes(-1, -2) for x in state))
+            out, state = sums(scale * q, k, v, gates, *(x.swapaxes(-1, -2) for x in state))
             return out, state.swapaxes(-1, -2)
 
-        queries, keys, values = sequences = [x.swapaxes(1, 2) for x in (q, k, v)]
-        gates = mx.broadcast_to(g, values.shape[:3])
-        if _is_of_products(queries, keys, values, gates):
-            before = None if h is None else h.swapaxes(-1, -2)
-            out, state = cuda_chunks.in_rows(scale * queries, keys, values, gates, state=before)
-            return out.swapaxes(1, 2), state.swapaxes(-1, -2)
-        piece = _at_once(CHUNK, CHUNK * v.shape[0] * v.shape[1])
-        out, state = scan(step, sequences, h, piece, [g])
+        def products(q, k, v, gates, *state):
+            return cuda_chunks.in_rows(q, k, v, gates, None, *state)
+
+        sequences = [x.swapaxes(1, 2) for x in (q, k, v)]
+        # A gate is a whole head's.
+        if _is_of_products(*sequences, v[..., 0]):
+            out, state = step(*sequences, g, *([] if h is None else [h]), sums=products)
+        else:
+            piece = _at_once(CHUNK, CHUNK * v.shape[0] * v.shape[1])
+            out, state = scan(step, sequences, h, piece, [g])
         return out.swapaxes(1, 2), state
 
     return attend

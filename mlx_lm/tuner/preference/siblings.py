@@ -103,8 +103,6 @@ class Siblings:
 
     def take(self, layer, x):
         """A layer's output for `x`, computed for all at the first one's call; None where it is to compute it itself."""
-        if self._joined is None:
-            return None
         if self._input is not x:
             out, ends = self.whole(x), [own.stop for own in self._columns]
             if out is None:
@@ -121,8 +119,8 @@ class Siblings:
 
 def side_by_side(layers, x):
     """What layers make of `x`, `(..., sum of their widths)`, of siblings without a copy."""
-    own = siblings_of(layers[0])
-    if own is not None and list(map(id, own.layers)) == list(map(id, layers)) and (out := own.whole(x)) is not None:
+    own = _known(layers)
+    if own is not None and (out := own.whole(x)) is not None:
         return out
     return mx.concatenate([layer(x) for layer in layers], axis=-1)
 
@@ -191,11 +189,15 @@ def siblings_of(layer):
     return _KNOWN.get(id(layer))
 
 
+def _known(layers):
+    """The `Siblings` that are these layers, or None."""
+    known = siblings_of(layers[0])
+    return known if known is not None and list(map(id, known.layers)) == list(map(id, layers)) else None
+
+
 def _siblings(layers):
     """The `Siblings` of layers, while there are some the same at each call."""
-    known = siblings_of(layers[0])
-    same = known is not None and list(map(id, known.layers)) == list(map(id, layers))
-    return known if same else Siblings(layers)
+    return _known(layers) or Siblings(layers)
 
 
 def _go_together(layers):
