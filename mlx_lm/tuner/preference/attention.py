@@ -18,6 +18,7 @@ from ...models.base import create_attention_mask, create_causal_mask
 from ...models.cache import ArraysCache
 from .cpu_attention import BLOCK_SCORES, blocks_of, causal_attention, in_blocks
 from .cuda_copies import fit, rows_of
+from .cuda_scores import scored_attention
 
 # MLX's CUDA backend has a fused backward pass of attention for lengths that are multiples of this.
 CUDA_TILE = 128
@@ -178,6 +179,8 @@ class PackedCache(RowCache):
     def __init__(self, layout):
         self.offset = layout.places
         self._keys, self._queries = Parts(*layout.attended).places()
+        # By how many heads a token has.
+        self._by_head = [cache(own.by_head) for own in (self._queries, self._keys)]
 
     def make_mask(self, N, return_array=False, window_size=None):
         """What `attend` reads; a mask to compute with cannot be had."""
@@ -199,13 +202,20 @@ class PackedCache(RowCache):
         """
         if not (mask == "causal" or isinstance(mask, Window)) or queries.shape[2] != 1 or keys.shape[2] != 1:
             raise ValueError("a packed batch has no mask, and no rows, of a model's own")
-        columns = spread([x.squeeze(2) for x in (queries, keys, values)], [self._queries, self._keys, self._keys])
+        arrays, places = [x.squeeze(2) for x in (queries, keys, values)], [self._queries, self._keys, self._keys]
+        # Where products read them, the rows of each head stand by themselves.
+        apart = on_cuda() and not _is_fused_on_cuda(queries, values)
+        if apart:
+            of_queries, of_keys = self._by_head
+            places = [of_queries(queries.shape[1]), *(of_keys(x.shape[1]) for x in (keys, values))]
+            arrays = [x.flatten(0, 1) for x in arrays]
         out = []
-        for part in zip(*columns, strict=True):
-            narrow = isinstance(mask, Window) and mask.size < part[1].shape[1]
-            inputs = (x.swapaxes(1, 2) for x in part)
-            out.append(attention(*inputs, scale, mask if narrow else "causal", sinks).swapaxes(1, 2))
-        return collected(out, self._queries)[:, :, None]
+        for part in zip(*spread(arrays, places), strict=True):
+            own = part if apart else [x.swapaxes(1, 2) for x in part]
+            narrow = isinstance(mask, Window) and mask.size < own[1].shape[2]
+            found = attention(*own, scale, mask if narrow else "causal", sinks)
+            out.append(found if apart else found.swapaxes(1, 2))
+        return collected(out, places[0]).reshape(*queries.shape[:2], 1, -1)
 
 
 class PackedState(ArraysCache):
@@ -255,9 +265,23 @@ class Places(NamedTuple):
         """Of each part the tokens that are its rows, as `moved` reads them."""
         return [part.reshape(1, -1) if self.holes else part.reshape(-1) for part in self.parts]
 
+    def by_head(self, count):
+        """The same of rows of a head each, of which a token has so many: parts are `(K, count, T)`."""
+        head = mx.arange(count, dtype=mx.int32)
+        parts = [mx.where(part[:, None] < 0, -1, part[:, None] * count + head[:, None]) for part in self.parts]
+        sources, start, rows = self.sources[..., None], 0, -1
+        for part in self.parts:
+            row, length = sources - start, part.shape[1]
+            own = start * count + (row // length * count + head) * length + row % length
+            rows, start = mx.where((row >= 0) & (row < part.size), own, rows), start + part.size
+        return Places(parts, rows.reshape(len(rows), -1), self.holes)
+
 
 def spread(arrays, places):
-    """Tokens of arrays, each `(N, ...)`, as rows of parts: a list for each array of each part's `(K, T, ...)`."""
+    """Tokens of arrays, each `(N, ...)`, as rows of parts: a list for each array of each part's `(K, T, ...)`.
+
+    By `Places.by_head`, heads of tokens `(N H, D)`, as each part's `(K, H, T, D)`.
+    """
     found = iter(moved([[x] for x in arrays], [own.indices() for own in places], [[own.sources] for own in places]))
     return [
         [next(found).reshape(*part.shape, *x.shape[1:]) for part in own.parts]
@@ -267,7 +291,8 @@ def spread(arrays, places):
 
 def collected(parts, places):
     """The tokens' `(N, ...)` of what stands in the parts' rows, `(K, T, ...)` each: the other way around."""
-    return moved([[part.flatten(0, 1) for part in parts]], [[places.sources]], [places.indices()])[0]
+    rows = [part.flatten(0, own.ndim - 1) for part, own in zip(parts, places.parts, strict=True)]
+    return moved([rows], [[places.sources]], [places.indices()])[0]
 
 
 def moved(arrays, there, back):
@@ -328,6 +353,9 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
     if on_cuda() and _is_fused_on_cuda(queries, values):
         own = mask if window is None else _causal_mask(queries, keys, None, window)
         return tokens_first(call(queries, keys, values, mask=own))
+    kept = keys.shape[2] <= KEYS_A_DIMENSION * queries.shape[3]
+    if on_cuda() and sinks is None and (mask is None or causal) and queries.dtype == keys.dtype == values.dtype:
+        return scored_attention(queries, keys, values, scale, causal, window, MOST_SCORES, kept)
     fusable = sinks is None and window is None and (mask is None or causal)
     if on_metal() and fusable and _is_fused_on_metal(queries, values):
         return call(queries, keys, values, mask=mask)
@@ -336,7 +364,7 @@ def attention(queries, keys, values, scale, mask=None, sinks=None):
         return causal_attention(queries, keys, values, scale, window)
     # Masks of numbers may have gradients of their own.
     plain = mask is None or causal or mask.dtype == mx.bool_
-    if plain and keys.shape[2] > KEYS_A_DIMENSION * queries.shape[3]:
+    if plain and not kept:
         return _blocked(call, queries, keys, values, mask, sinks)
     return call(queries, keys, values, mask=_causal_mask(queries, keys, sinks, window) if causal else mask)
 
