@@ -230,7 +230,8 @@ PREPARE = (
   __syncthreads();
   if (threadIdx.x < CHUNK) {
     float sum = 0.0f;
-    for (int j = 0; j <= threadIdx.x; ++j) sum += gate[j];
+#pragma unroll 16
+    for (int j = 0; j < CHUNK; ++j) sum += j <= threadIdx.x ? gate[j] : 0.0f;
     sums[place + threadIdx.x] = decay.sums[threadIdx.x] = sum;
   }
   landed();
@@ -243,30 +244,43 @@ PREPARE = (
   });
   __syncthreads();
   // Blocks of 16 on the diagonal, a thread a column; then those beside it, and so on.
+  constexpr int S = CHUNK + 1;
   if (threadIdx.x < CHUNK) {
-    const int from = threadIdx.x / 16 * 16, column = threadIdx.x;
-    for (int i = from + 1; i < from + 16; ++i) {
+    const int from = threadIdx.x / 16 * 16, column = threadIdx.x % 16;
+    float own[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
       float sum = 0.0f;
-      for (int j = from; j < i; ++j) sum += lower[i * (CHUNK + 1) + j] * inverse[j * (CHUNK + 1) + column];
-      if (i > column) inverse[i * (CHUNK + 1) + column] = -sum;
+#pragma unroll
+      for (int j = 0; j < i; ++j) sum += lower[(from + i) * S + from + j] * own[j];
+      own[i] = i > column ? -sum : float(i == column);
+      inverse[(from + i) * S + threadIdx.x] = own[i];
     }
   }
   for (int apart = 16; apart < CHUNK; apart += 16) {
-    // T_IJ is -T_II times the sum over K of A_IK T_KJ, which stands above the diagonal meanwhile, turned.
+    // T_IJ is -T_II times the sum over K of A_IK T_KJ, which stands above the diagonal meanwhile, turned. A thread has
+    // two numbers of a block's column, eight rows from each other.
     const int count = (CHUNK - apart) * 16;
+    auto sums = [&](const float* rows, const float* others, int apart, int from, int end, float (&to)[2]) {
+#pragma unroll 16
+      for (int k = from; k < end; ++k) {
+        const float other = others[k * apart];
+        to[0] += rows[k] * other, to[1] += rows[8 * S + k] * other;
+      }
+    };
     __syncthreads();
-    for (int n = threadIdx.x; n < count; n += THREADS) {
-      const int i = apart + n / 16, j = i / 16 * 16 - apart + n % 16;
-      float sum = 0.0f;
-      for (int k = j / 16 * 16; k < i / 16 * 16; ++k) sum += lower[i * (CHUNK + 1) + k] * inverse[k * (CHUNK + 1) + j];
-      lower[j * (CHUNK + 1) + i] = sum;
+    for (int n = threadIdx.x; n < count; n += 2 * THREADS) {
+      const int i = apart + n / 16, block = i / 16 * 16, j = block - apart + n % 16;
+      float found[2] = {};
+      sums(lower + i * S, inverse + j, S, block - apart, block, found);
+      lower[j * S + i] = found[0], lower[j * S + i + 8] = found[1];
     }
     __syncthreads();
-    for (int n = threadIdx.x; n < count; n += THREADS) {
-      const int i = apart + n / 16, j = i / 16 * 16 - apart + n % 16;
-      float sum = 0.0f;
-      for (int k = i / 16 * 16; k <= i; ++k) sum += inverse[i * (CHUNK + 1) + k] * lower[j * (CHUNK + 1) + k];
-      inverse[i * (CHUNK + 1) + j] = -sum;
+    for (int n = threadIdx.x; n < count; n += 2 * THREADS) {
+      const int i = apart + n / 16, block = i / 16 * 16, j = block - apart + n % 16;
+      float found[2] = {};
+      sums(inverse + i * S, lower + j * S, 1, block, block + 16, found);
+      inverse[i * S + j] = -found[0], inverse[(i + 8) * S + j] = -found[1];
     }
   }
   __syncthreads();

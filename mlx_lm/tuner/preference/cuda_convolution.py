@@ -13,22 +13,37 @@ THREADS, WORD = 256, 16
 
 CONVOLVE = """
 // Adds a token's and its neighbours' multiples by each channel's TAPS numbers, the last one of which is for the token
-// itself, to sums of N channels: `rounds` rows of sources name those 1, 2, ... away, in turns, -1 for none.
-template <int TAPS, int N, typename T>
-__device__ void convolve(float (&sums)[N], const T* x, size_t stride, const T* weight, const int* sources, int rounds,
-                         int count, int token) {
+// itself, to sums of N channels: ROUNDS times TAPS - 1 rows of sources name those 1, 2, ... away, -1 for none.
+template <int TAPS, int N, int ROUNDS, typename T>
+__device__ void convolve(float (&sums)[N], const T* x, size_t stride, const T* weight, const int* sources, int count,
+                         int token) {
   struct alignas(N * sizeof(T)) Word { T values[N]; };
   struct alignas(N * sizeof(T)) Taps { T values[N * TAPS]; };
   const Taps own = *reinterpret_cast<const Taps*>(weight);
-  auto add = [&](int source, int tap) {
-    const Word found = *reinterpret_cast<const Word*>(x + source * stride);
+  auto add = [&](const Word& found, int tap) {
     for (int i = 0; i < N; ++i) sums[i] += float(own.values[i * TAPS + tap]) * float(found.values[i]);
   };
-  add(token, TAPS - 1);
-  for (int n = 0; n < rounds; ++n) {
+  auto word_of = [&](int source) { return *reinterpret_cast<const Word*>(x + source * stride); };
+  // All that is read at once is waited for once.
+  int named[ROUNDS][TAPS - 1];
 #pragma unroll
-    for (int d = 0; d < TAPS - 1; ++d, sources += count) {
-      if (sources[token] >= 0) add(sources[token], TAPS - 2 - d);
+  for (int n = 0; n < ROUNDS; ++n) {
+#pragma unroll
+    for (int d = 0; d < TAPS - 1; ++d) named[n][d] = sources[(n * (TAPS - 1) + d) * count + token];
+  }
+  add(word_of(token), TAPS - 1);
+#pragma unroll
+  for (int n = 0; n < ROUNDS; ++n) {
+    int last = -1;
+    Word found[TAPS - 1];
+#pragma unroll
+    for (int d = 0; d < TAPS - 1; ++d) last = max(last, named[n][d]);
+    if (last < 0) continue;
+#pragma unroll
+    for (int d = 0; d < TAPS - 1; ++d) found[d] = word_of(max(named[n][d], 0));
+#pragma unroll
+    for (int d = 0; d < TAPS - 1; ++d) {
+      if (named[n][d] >= 0) add(found[d], TAPS - 2 - d);
     }
   }
 }
@@ -41,8 +56,7 @@ SOURCE = """
   if (token >= count) return;
   float sums[N];
   for (int i = 0; i < N; ++i) sums[i] = BIASED ? float(bias[channel + i]) : 0.0f;
-  const int rounds = sources_shape[0] / (TAPS - 1);
-  convolve<TAPS, N>(sums, x + channel, x_shape[1], weight + channel * TAPS, sources, rounds, count, token);
+  convolve<TAPS, N, ROUNDS>(sums, x + channel, x_shape[1], weight + channel * TAPS, sources, count, token);
   struct alignas(WORD) Word { T values[N]; } found;
   for (int i = 0; i < N; ++i) found.values[i] = static_cast<T>(sums[i]);
   reinterpret_cast<Word*>(out)[at] = found;
@@ -114,7 +128,9 @@ def convolved(x, weight, before, after, bias=None):
         # Without one nothing reads what stands in its place.
         inputs = {"x": x, "weight": weight, "sources": sources, "bias": weight if bias is None else bias}
         grid = -(-x.nbytes // WORD // THREADS) * THREADS, 1, 1
-        template = {"T": x.dtype, "TAPS": weight.shape[1], "WORD": WORD, "BIASED": bias is not None}
+        taps = weight.shape[1]
+        template = {"T": x.dtype, "TAPS": taps, "ROUNDS": len(sources) // (taps - 1)}
+        template |= {"WORD": WORD, "BIASED": bias is not None}
         outputs = {"out": (x.shape, x.dtype)}
         return run_kernel("convolved", SOURCE, inputs, outputs, grid, THREADS, CONVOLVE, **template)[0]
 

@@ -56,7 +56,7 @@ INNER = (
     REDUCE
     + """
   float sums[N] = {}, x[N], inverse = 1.0f;
-  convolve<TAPS, N>(sums, projected + channel, WIDTH, weight + channel * TAPS, before, 1, tokens, token);
+  convolve<TAPS, N, 1>(sums, projected + channel, WIDTH, weight + channel * TAPS, before, tokens, token);
   for (int i = 0; i < N; ++i) x[i] = sums[i] * sigmoid(sums[i]);
   if (head < 2 * KH) inverse = inverse_of(x, numbers[2]);
   const float factor = head < 2 * KH ? numbers[head >= KH] : 1.0f;
@@ -116,7 +116,7 @@ SLOPES = (
     + """
   float slopes[N] = {};
   if (head < CONVOLVED) {
-    convolve<TAPS, N>(slopes, inner + channel, CHANNELS, weight + channel * TAPS, after, 4, tokens, token);
+    convolve<TAPS, N, 4>(slopes, inner + channel, CHANNELS, weight + channel * TAPS, after, tokens, token);
   } else if (head < CONVOLVED + VH) {
     add(slopes, of_gated + size_t(token) * (VH * D) + channel - CHANNELS);
   } else {
