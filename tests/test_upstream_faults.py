@@ -71,6 +71,29 @@ def test_cuda_refuses_rope_of_few_dimensions_on_many_rows():
         mx.eval(mx.fast.rope(x, 16, traditional=False, base=1e4, scale=1.0, offset=offset))
 
 
+@pytest.mark.device
+@pytest.mark.skipif(not on_cuda(), reason="a fault of MLX's CUDA backend")
+def test_cuda_takes_what_is_left_of_a_kept_kernel_for_the_whole(tmp_path):
+    """CUDA: a compiled kernel that was not kept whole in the cache's folder ends all later processes.
+
+    What happens: a kernel's code, names and source are written one after another under their own names, and what is
+    there of the code is loaded later, with what is there of the names. A process that is killed between leaves the
+    code alone: all later ones raise "There is no kernel named ...". Code that was cut, by a full disk or in a copy
+    that was too, goes to the driver, which ends the process with a segmentation fault.
+    Reproduce: `mx.eval` of a compiled function with `MLX_PTX_CACHE_DIR` set; remove the `.txt` files there; again.
+    Expected: the kernel is compiled again. A file that is renamed once it is whole would do for the first.
+    Seen on: MLX 0.32.4, CUDA 13, H200.
+    Workaround: `_keep_kernels_whole` in _backend.py.
+    """
+    code = "import mlx.core as mx; mx.eval(mx.compile(lambda x: mx.exp(x) * x)(mx.ones(8)))"
+    given = {"env": os.environ | {"MLX_PTX_CACHE_DIR": str(tmp_path)}, "capture_output": True, "text": True}
+    assert subprocess.run([sys.executable, "-c", code], **given).returncode == 0
+    names = [*tmp_path.rglob("*.txt")]
+    for path in names:
+        path.unlink()
+    assert names and "There is no kernel named" in subprocess.run([sys.executable, "-c", code], **given).stderr
+
+
 @pytest.mark.usefixtures("one_by_one")
 def test_checkpoint_keeps_what_it_computed_again():
     """`mx.checkpoint`: the gradient of a chain with parameters keeps the recomputed arrays of every function.
