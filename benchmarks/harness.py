@@ -96,8 +96,12 @@ def matmul_rate(dtype, size=8192, repeats=10):
 
 
 def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=True, response_only=True,
-                 checkpoint=False, online_reference=False, loss="dpo", together=None):  # fmt: skip
+                 checkpoint=False, online_reference=False, loss="dpo", together=None, waits=True):  # fmt: skip
     """Time a training step on one batch.
+
+    Args:
+        waits: whether a step is laid out when the one before is done; without, it is while that one runs, as in a run,
+            and `ms` is a mean.
 
     Returns:
         A dict of `ms` a step, `laid_out_ms` of these until its graph is there, and `cpu_ms` of the processor (medians),
@@ -109,7 +113,7 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
     batch, processed, _ = make_batch(pairs, scorer.arrangement)
     reference = mx.zeros((len(pairs), 2, 2))
     model.train()
-    seconds, laid_out, cpu_seconds = [], [], []
+    seconds, laid_out, cpu_seconds, earlier = [], [], [], reference
     layers = checkpointed_layers(model) if checkpoint else nullcontext()
     with layers, bounded_memory() as evaluate:
         for i in range(warmup + steps):
@@ -124,10 +128,15 @@ def measure_step(model, pairs, steps=10, warmup=5, compiled=False, share_prompt=
             sums, _ = step(batch, reference, True)
             work = [step.state(), sums]
             laid_out.append(time.perf_counter() - laid_out_tic)
-            evaluate(work)
+            evaluate(work, wait=waits or i == warmup - 1)
+            mx.eval(earlier)
+            earlier = sums
             seconds.append(time.perf_counter() - tic)
             cpu_seconds.append(time.process_time() - cpu_tic)
-    median = float(np.median(seconds[warmup:]))
+        tic = time.perf_counter()
+        mx.eval(work)
+        rest = time.perf_counter() - tic
+    median = float(np.median(seconds[warmup:])) if waits else (sum(seconds[warmup:]) + rest) / steps
     return {
         "ms": 1000 * median,
         "laid_out_ms": 1000 * float(np.median(laid_out[warmup:])),

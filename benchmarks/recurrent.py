@@ -98,7 +98,7 @@ def loop(queries, keys, values, log_gates, betas, state=None, mask=None):
 
 
 def measure_step(
-    shape, prompt, response, pairs, recurrence, device, steps=3, warmup=1, compiled=False, share_prompt=True
+    shape, prompt, response, pairs, recurrence, device, steps=3, warmup=1, compiled=False, share_prompt=True, waits=True
 ):
     """A preference step: `harness.measure_step`'s dict, with its floating-point operations and the matmul rate."""
     import harness
@@ -119,7 +119,7 @@ def measure_step(
         pieces.on_cuda = lambda: False  # where kernels stand in for them
     batch = harness.make_pairs(pairs, prompt, response, SHAPES[shape][-1])
     result = harness.measure_step(
-        model, batch, steps=steps, warmup=warmup, compiled=compiled, share_prompt=share_prompt
+        model, batch, steps=steps, warmup=warmup, compiled=compiled, share_prompt=share_prompt, waits=waits
     )
     flops = step_flops(model, shape, prompt, response, pairs)
     name = mx.device_info().get("device_name", str(mx.default_device()))
@@ -242,6 +242,7 @@ def run_gpu(options):
     return measure_steps(
         [
             fixed | {"recurrence": "rule", "compiled": True, "steps": 10, "warmup": 5},
+            fixed | {"recurrence": "rule", "compiled": True, "steps": 10, "warmup": 5, "waits": False},
             fixed | {"recurrence": "chunks", "compiled": True, "steps": 10, "warmup": 5},
             fixed | {"recurrence": "rule", "compiled": False, "steps": 10, "warmup": 5},
             # The loop keeps a state of 1 MB a token, layer and sequence: what fits, then what was asked for.
