@@ -6,6 +6,9 @@ On a CPU: `python -m pytest -m device --run-device tests/test_device.py`, in flo
 import ctypes
 import itertools
 import operator
+import os
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -460,6 +463,29 @@ def test_a_step_stays_within_the_limit_that_was_measured():
         evaluate(layers(x).sum())
         assert mx.get_peak_memory() - resting < 1.5 * need
     assert mx.set_memory_limit(usual) == usual
+
+
+OTHER_CODE = """
+import mlx.core as mx
+from mlx_lm._backend import prepare_for_training
+prepare_for_training()
+from mlx_lm.tuner.preference import cuda_cache, cuda_kernel
+compiled = cuda_cache._compiled
+cuda_cache._compiled = lambda text, name: compiled(text.replace("= 1", "= 2"), name)
+kernel = "ones", "out[threadIdx.x] = 1 + x[threadIdx.x] + !B;", {"x": mx.arange(4.0)}, {"out": ((4,), mx.float32)}
+out = cuda_kernel.run_kernel(*kernel, (4, 1, 1), 4, T=mx.bfloat16, B=True, N=3)[0]
+cuda_cache.all_kept()
+print(out.tolist())
+"""
+
+
+@pytest.mark.skipif(not on_cuda(), reason="there are such kernels on CUDA alone")
+def test_mlx_runs_the_code_that_is_kept_for_a_kernel(tmp_path):
+    """In place of its own: the one that is kept here is another text's."""
+    environment = os.environ | {"MLX_PTX_CACHE_DIR": str(tmp_path)}
+    script = [sys.executable, "-c", OTHER_CODE]
+    out = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[2.0, 3.0, 4.0, 5.0]"
 
 
 @pytest.mark.skipif(not on_cuda(), reason="there is such a pool on CUDA alone")

@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+from .cuda_cache import keep
+
 # By name and shared memory, which are quicker to find than a text with all names of its arrays.
 _made = {}
 
@@ -20,6 +22,7 @@ def run_kernel(name, source, inputs, outputs, grid, threads, header="", memory=0
         threads: of a block, along the first one.
         template: numbers and dtypes, constants of the text.
     """
+    keep(name, source, header, inputs, outputs, template)
     if (name, memory) not in _made:
         told = {"name": name, "input_names": list(inputs), "output_names": list(outputs), "shared_memory": memory}
         _made[name, memory] = mx.fast.cuda_kernel(source=source, header=header, ensure_row_contiguous=copies, **told)

@@ -12,6 +12,7 @@ from itertools import chain
 import mlx.core as mx
 
 from .attention import on_cuda
+from .cuda_cache import all_kept
 from .driver_pool import driver_pool
 
 LESS = "a smaller batch_size with more grad_accumulation_steps, a smaller max_seq_length, or grad_checkpoint takes less"
@@ -72,6 +73,7 @@ def bounded_memory(need=None):
 
     def evaluate(work, growth=1.0, wait=True):
         nonlocal is_set
+        all_kept()
         if not is_set:
             if need.taken is None:
                 need.taken = max(1.0, growth) * _taken_by(work)
