@@ -22,6 +22,7 @@ from architectures import make_model
 from check_gradients import LEAST, PLAIN_PASS, add_lora, compare, cosines, in_float32
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from plain_pass import make_pairs
 from test_recurrent import loop, make_inputs, values_and_gradients
 from test_state_space import RECURRENCES
@@ -45,6 +46,7 @@ from mlx_lm.tuner.preference.cuda_chunks import in_rows
 from mlx_lm.tuner.preference.cuda_gated import gated
 from mlx_lm.tuner.preference.cuda_scan import selective_loops
 from mlx_lm.tuner.preference.driver_pool import driver_pool
+from mlx_lm.tuner.preference.evaluation import pair_figures
 from mlx_lm.tuner.preference.layers import checkpointed_layers, lean_layers
 from mlx_lm.tuner.preference.logps import Scorer
 from mlx_lm.tuner.preference.memory import bounded_memory
@@ -442,6 +444,21 @@ def test_one_seed_gives_one_run():
         return tree_flatten(step.flat.vectors.parameters())
 
     assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_a_policy_that_is_still_its_reference_has_no_margins(name, dtype):
+    """To the last bit: a validation takes the same products as the reference's pass."""
+    model = make_model(name, **{**SIZES, **MODELS[name]})
+    model.set_dtype(dtype)
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), {"rank": 4, "scale": 2.0, "dropout": 0.0})
+    objective, pairs = Objective(Scorer(model), preference_loss("dpo")), real_pairs(12)
+    rows = range(len(pairs))
+    reference = Reference(objective.scorer).logps(pairs, rows)
+    figures = pair_figures(objective, pairs, rows, reference, batch_size=4)
+    assert not figures["rewards/margins"].any() and np.ptp(figures["loss"]) == 0
 
 
 @pytest.mark.skipif(not on_cuda(), reason="elsewhere nothing is limited")
