@@ -94,6 +94,27 @@ def test_cuda_takes_what_is_left_of_a_kept_kernel_for_the_whole(tmp_path):
     assert names and "There is no kernel named" in subprocess.run([sys.executable, "-c", code], **given).stderr
 
 
+@pytest.mark.device
+@pytest.mark.skipif(not on_cuda(), reason="a fault of MLX's CUDA backend")
+def test_cuda_compiles_a_kernel_of_ones_own_in_each_process(tmp_path):
+    """CUDA: kernels of `mx.fast.cuda_kernel` are looked for among those that are kept, but never kept.
+
+    What happens: MLX reads the folder of kept kernels before it compiles such a text, and does not write what it made
+    of it there. A process that has twenty of them waits some 20 s each time.
+    Reproduce: `mx.eval` of what such a kernel gives, with `MLX_PTX_CACHE_DIR` set: the folder stays empty.
+    Expected: its code is kept under the name that it is looked for by, which has a hash of the text in it.
+    Seen on: MLX 0.32.4, CUDA 13, H200.
+    Workaround: tuner/preference/cuda_cache.py.
+    """
+    code = """import mlx.core as mx
+kernel = mx.fast.cuda_kernel("one", ["x"], ["out"], "out[threadIdx.x] = x[threadIdx.x];")
+given = {"inputs": [mx.ones(4)], "output_shapes": [(4,)], "output_dtypes": [mx.float32]}
+mx.eval(kernel(grid=(4, 1, 1), threadgroup=(4, 1, 1), **given))"""
+    environment = os.environ | {"MLX_PTX_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(tmp_path.rglob("custom_kernel_one*"))
+
+
 @pytest.mark.usefixtures("one_by_one")
 def test_checkpoint_keeps_what_it_computed_again():
     """`mx.checkpoint`: the gradient of a chain with parameters keeps the recomputed arrays of every function.
