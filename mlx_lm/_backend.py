@@ -38,6 +38,8 @@ CUDA_SETTINGS = {
 
 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h.
 MALLOC_THRESHOLDS = (-1, -3)
+# What compiled code begins with.
+ELF = b"\x7fELF"
 
 
 def is_linux_cpu():
@@ -170,8 +172,11 @@ def _is_whole(code):
         return False
     with code.open("rb") as file:
         header = file.read(64)
-    if header[:4] != b"\x7fELF":
-        return True
-    # The table of sections stands last: where it begins, the size of an entry, and how many there are.
-    (start,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
-    return start + size * count <= code.stat().st_size
+    if not header.startswith(ELF):
+        return not ELF.startswith(header)
+    # Tables of segments and of sections stand last: where each begins, the size of an entry, and how many there are.
+    if len(header) < 64:
+        return False
+    starts, sizes = struct.unpack_from("<QQ", header, 32), struct.unpack_from("<HHHH", header, 54)
+    ends = (start + size * count for start, size, count in zip(starts, sizes[::2], sizes[1::2], strict=True))
+    return max(ends) <= code.stat().st_size

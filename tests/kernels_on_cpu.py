@@ -194,7 +194,9 @@ def _place(array):
 TYPES = {mx.float32: "float", mx.int32: "int", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}
 # Of 16 bits, which numpy has no name for.
 HALF = (mx.bfloat16, mx.float16)
-COMPILER = ["g++", "-std=c++20", "-O1", "-w", "-fPIC"]
+# A word that is read where none begins ends the process, as it would on a GPU.
+ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+COMPILER = ["g++", "-std=c++20", "-O1", "-w", "-fPIC", *ALIGNED]
 DYNAMIC = "extern __shared__ __align__(16) unsigned char shared[];"
 
 

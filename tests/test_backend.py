@@ -147,10 +147,17 @@ def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypa
             place.with_suffix(end).write_text("text")
     (tmp_path / "no_room.ptx").write_text("text")
     (tmp_path / "no_room.cu").write_text("")
-    for name, size in (("whole_code", 264), ("cut_code", 263)):
-        # An ELF whose table has three entries of 64 bytes from byte 72 on.
-        header = b"\x7fELF" + bytes(36) + struct.pack("<Q", 72) + bytes(10) + struct.pack("<HH", 64, 3)
-        (tmp_path / f"{name}.ptx").write_bytes(header.ljust(size, b"\0"))
+    # ELFs with a table of two entries of 56 bytes, and one of three of 64, one of them from byte 72 on and one behind.
+    for name, starts, size in (
+        ("whole_code", (264, 72), 376),
+        ("segments_cut", (264, 72), 375),
+        ("sections_cut", (72, 184), 375),
+        ("header_cut", (264, 72), 63),
+        ("beginning", (264, 72), 3),
+        ("empty", (264, 72), 0),
+    ):
+        header = b"\x7fELF" + bytes(28) + struct.pack("<QQ", *starts) + bytes(6) + struct.pack("<HHHH", 56, 2, 64, 3)
+        (tmp_path / f"{name}.ptx").write_bytes(header.ljust(size, b"\0")[:size])
         for end in (".txt", ".cu"):
             (tmp_path / name).with_suffix(end).write_text("text")
 
@@ -160,7 +167,7 @@ def test_kernels_that_a_killed_run_left_half_written_are_compiled_again(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(_backend.Path, "unlink", refuse)
         prepare_for_training()
-    assert len([*tmp_path.rglob("*.ptx")]) == 8
+    assert len([*tmp_path.rglob("*.ptx")]) == 12
     prepare_for_training()
     assert {path.name for path in tmp_path.rglob("*.ptx")} == {"whole.ptx", "whole_code.ptx"}
 

@@ -1,5 +1,8 @@
 """Code of kernels kept where MLX looks for it: their names and texts, and what is written when."""
 
+import os
+import shutil
+import subprocess
 import sys
 
 import mlx.core as mx
@@ -112,6 +115,62 @@ def test_what_cannot_be_compiled_or_named_is_left_to_mlx(compiled):
     keep("three", *KERNEL[1:], {})
     all_kept()
     assert len(names) == 2 and [path.stem[:19] for path in folder.glob("*.ptx")] == ["custom_kernel_three"]
+
+
+def test_another_text_of_one_name_replaces_what_is_kept(compiled, monkeypatch):
+    folder, names = compiled
+    for text in (cuda_cache.NEEDED, "// other", "// other"):
+        monkeypatch.setattr(cuda_cache, "NEEDED", text)
+        monkeypatch.setattr(cuda_cache, "_asked", set())
+        keep(*KERNEL, TEMPLATE)
+        all_kept()
+    assert len(names) == 2 and len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("failing", ["exists", "write_bytes", "mkdir"])
+def test_a_folder_of_another_users_ends_nothing_and_is_left_as_it_is(compiled, failing, monkeypatch):
+    folder, _ = compiled
+
+    def refuse(*_, **__):
+        raise PermissionError("another user's")
+
+    monkeypatch.setattr(cuda_cache.Path, failing, refuse)
+    keep(*KERNEL, TEMPLATE)
+    all_kept()
+    monkeypatch.undo()
+    assert not list(folder.glob("*"))
+
+
+STUB = 'extern "C" int nvrtcVersion(int* major, int* minor) { return *major = 12, *minor = 0; }'
+LOADED = """
+import ctypes, sys
+import mlx.core as mx
+from mlx_lm.tuner.preference import cuda_cache
+assert cuda_cache._compiler() is None
+cuda_cache._compiler.cache_clear()
+mx.__file__, *libraries = sys.argv[1:]
+for path in libraries: ctypes.CDLL(path)
+mx.device_info = lambda device: {"architecture": "sm_90"}
+library, options = cuda_cache._compiler()
+print(library._name, *options, sep="\\n")
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_compiler_is_the_one_that_stands_beside_mlx(tmp_path):
+    """With its headers, in a folder whose name has a blank."""
+    packages = tmp_path / "my packages"
+    for place in ("mlx/include/cccl", "nvidia/cuda_runtime/include", "nvidia/cu13/include"):
+        (packages / place).mkdir(parents=True)
+    libraries = [folder / "libnvrtc.so.12" for folder in (tmp_path, packages / "nvidia")]
+    for path in libraries:
+        subprocess.run(["g++", "-shared", "-x", "c++", "-", "-o", path], input=STUB, text=True, check=True)
+    script = [sys.executable, "-c", LOADED, packages / "mlx" / "core.so", *libraries]
+    environment = os.environ | {"CUDA_HOME": str(tmp_path)}
+    out = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    includes = "mlx/include", "mlx/include/cccl", "nvidia/cuda_runtime/include"
+    expected = ["--device-as-default-execution-space", "--gpu-architecture=sm_90a"]
+    assert out == [str(libraries[1]), *expected, *(f"--include-path={packages / place}" for place in includes)]
 
 
 def test_without_a_folder_or_a_compiler_nothing_is_kept(compiled, monkeypatch):

@@ -102,11 +102,13 @@ def test_values_and_gradients_are_those_of_upstreams_parts(parts, on_cuda, cuda_
     assert_near(taken(layer, x, parts, model), expected[:2])
 
 
-@pytest.mark.parametrize("change", ["trained", "widths", "float32", "old"])
+@pytest.mark.parametrize("change", ["trained", "widths", "float32", "a float32 projection", "old"])
 def test_other_layers_are_upstreams(change, parts, on_cuda, cuda_kernels, monkeypatch):
     _, layer = make_layer(value_width=64 if change == "widths" else 32)
     if change == "trained":
         layer.unfreeze(keys=["dt_bias"], recurse=False)
+    if change == "a float32 projection":
+        in_float32(layer.in_proj_a)
     on_cuda()
     if change == "old":
         monkeypatch.setattr(cuda_chunks, "capability", lambda: (7, 5))

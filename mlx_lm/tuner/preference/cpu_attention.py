@@ -18,17 +18,17 @@ BLOCKS = 8
 BLOCK_SCORES, LEAST = 2**23, 32
 
 
-def blocks_of(queries, keys, most, count=1):
+def blocks_of(queries, keys, most, count=1, whole=1):
     """`[(start, stop)]`: the queries `(B, H, Q, D)` in `count` blocks, or in more of at most so many scores.
 
-    As many in one as in another: behind larger ones, a few could be left over, for which Metal's kernel is another one,
-    without a gradient.
+    As many in one as in another, but for less than `whole`, of which each begins at a multiple: behind larger ones, a
+    few could be left over, for which Metal's kernel is another one, without a gradient.
     """
     batch, heads, length, _ = queries.shape
     size = max(LEAST, min(-(-length // count), most // (batch * heads * keys.shape[2])))
     blocks = -(-length // size)
-    bounds = [length * i // blocks for i in range(blocks + 1)]
-    return list(pairwise(bounds))
+    bounds = [length * i // blocks // whole * whole for i in range(blocks)]
+    return list(pairwise([*bounds, length]))
 
 
 def in_blocks(queries, keys, values, spans, causal, block, gradient, shared=(), window=None):

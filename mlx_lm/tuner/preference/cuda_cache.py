@@ -9,7 +9,6 @@ MLX for which any of that is otherwise finds nothing, and compiles by itself.
 
 import ctypes
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -61,17 +60,21 @@ def keep(name, source, header, inputs, outputs, template):
         return
     _asked.add(key)
     folder = os.environ.get("MLX_PTX_CACHE_DIR")
-    if not folder or _compiler() is None:
-        return
-    with suppress(KeyError):  # a dtype that is no kernel's of ours
-        own, text = text_of(name, source, header, inputs, outputs, template)
-        path = Path(folder) / f"{own}_{hash_of(text):x}.ptx"
-        if not path.exists():
-            _compiling.append(_pool().submit(_write, path, own, text))
+    # A dtype that is no kernel's of ours, a folder that is another user's alone, or a compiler that cannot be had.
+    with suppress(KeyError, OSError):
+        if folder and _compiler() is not None:
+            own, text = text_of(name, source, header, inputs, outputs, template)
+            path = Path(folder) / f"{own}_{hash_of(text):x}.ptx"
+            text, kept = text.replace(BEFORE, NEEDED), path.with_suffix(".cu")
+            if not path.exists() or kept.read_text() != text:
+                _compiling.append(_pool().submit(_write, path, f"mlx::core::cu::{own}", text))
 
 
 def all_kept():
-    """Wait for the code of all kernels that `keep` was told of. Whichever cannot be compiled so is left to MLX."""
+    """Wait for the code of all kernels that `keep` was told of, before they are evaluated: MLX would compile them too.
+
+    Whichever cannot be compiled so is left to it.
+    """
     while _compiling:
         # NVRTC refuses it, or a folder cannot be written to: MLX tells of the first, and can do without the second.
         with suppress(OSError):
@@ -117,38 +120,40 @@ def _pool():
 
 @cache
 def _compiler():
-    """NVRTC as MLX has loaded it, and the options that MLX gives it; None where there is none, or not as expected."""
+    """NVRTC as MLX has loaded it, and the options that MLX gives it; None where there is none."""
     maps = Path("/proc/self/maps")
-    if not maps.exists():
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines()) if maps.exists() else ()
+    loaded = sorted({Path(fields[5]) for fields in lines if len(fields) == 6})
+    nvrtc = [path for path in loaded if path.name.startswith("libnvrtc.so")]
+    if not nvrtc:
         return None
-    loaded = {Path(line.split()[-1]) for line in maps.read_text().splitlines() if ".so" in line}
-    of_mlx = next((path for path in loaded if path.name == "libmlx.so"), None)
-    nvrtc = next((path for path in loaded if path.name.startswith("libnvrtc.so")), None)
-    if of_mlx is None or nvrtc is None:
-        return None
-    packages = of_mlx.parents[2]
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    runtimes = [*packages.glob("nvidia/cu1?"), packages / "nvidia" / "cuda_runtime", *filter(None, homes)]
-    own = of_mlx.parents[1] / "include"
-    includes = [own, own / "cccl", *(Path(home) / "include" for home in [*runtimes, "/usr/local/cuda"])]
+    own, version = Path(mx.__file__).parent, ctypes.c_int()
+    packages = own.parent
+    # Another program's may be loaded besides.
+    library = ctypes.CDLL(str(min(nvrtc, key=lambda path: packages not in path.parents)))
+    library.nvrtcVersion(ctypes.byref(version), ctypes.byref(ctypes.c_int()))
+    runtime = packages / "nvidia" / ("cuda_runtime" if version.value < 13 else f"cu{version.value}")
+    homes = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"]
+    includes = [own / "include", own / "include" / "cccl", *(Path(home) / "include" for home in [runtime, *homes])]
     architecture = mx.device_info(mx.gpu)["architecture"]
     # As from Hopper on MLX does, for its own instructions.
-    architecture += "a" if int(architecture[3:]) >= 90 else ""
+    architecture += "a" if int(architecture.removeprefix("sm_")) >= 90 else ""
     options = ["--device-as-default-execution-space", f"--gpu-architecture={architecture}"]
-    options += [f"--include-path={path}" for path in includes if path.is_dir()]
-    return ctypes.CDLL(str(nvrtc)), options
+    return library, options + [f"--include-path={path}" for path in includes if path.is_dir()]
 
 
-def _write(path, own, text):
+def _write(path, name, text):
     """Compile a kernel and put its code, names and text where MLX looks for them, the code last."""
-    name, text = f"mlx::core::cu::{own}", text.replace(BEFORE, NEEDED)
-    code, lowered = _compiled(text, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {".txt": f"{name}\t{lowered}\n".encode(), ".cu": text.encode(), ".ptx": code}
-    for suffix, content in files.items():
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path.with_suffix(suffix))
+    code, lowered = _compiled(text, name)
+    for suffix, content in ((".txt", f"{name}\t{lowered}\n".encode()), (".cu", text.encode()), (".ptx", code)):
+        whole = path.with_suffix(f"{suffix}.{os.getpid()}")
+        try:
+            whole.write_bytes(content)
+            whole.replace(path.with_suffix(suffix))
+        except OSError:
+            whole.unlink(missing_ok=True)
+            raise
 
 
 def _compiled(text, name):

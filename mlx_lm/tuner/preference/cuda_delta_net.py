@@ -13,7 +13,7 @@ from . import cuda_chunks
 from .cuda_convolution import CONVOLVE
 from .cuda_kernel import run_kernel
 from .cuda_norms import REDUCE, gated_norm
-from .siblings import side_by_side
+from .siblings import multiplied_in, side_by_side
 
 # Threads a block; a head of a token is a warp's.
 THREADS = 256
@@ -146,9 +146,15 @@ def fits(module, x):
     parts = {"conv1d", "norm", "A_log", "dt_bias"}
     frozen = not any(name.split(".")[0] in parts for name, _ in tree_flatten(module.trainable_parameters()))
     alike = width == module.head_v_dim and own.weight.dtype == x.dtype and "bias" not in own
+    # Side by side, projections of several dtypes are of the widest.
+    alike = alike and all(multiplied_in(layer) == x.dtype for layer in _projections(module))
     # A lane reads its part of a row at once.
     whole = width in (32, 64, 128) and 2 * heads % (width // 32) == 0
     return frozen and alike and whole and module.sharding_group is None and cuda_chunks.fits(width, width, x.dtype)
+
+
+def _projections(module):
+    return module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a
 
 
 def gated_delta_net(module, x, parts, order, before, after):
@@ -159,8 +165,7 @@ def gated_delta_net(module, x, parts, order, before, after):
         order: the chunks', as for `cuda_chunks.products`.
         before, after: what `cuda_convolution.neighbours` gives for the convolution.
     """
-    layers = module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a
-    projected = side_by_side(layers, x.squeeze(1))
+    projected = side_by_side(_projections(module), x.squeeze(1))
     *inputs, gate = _parted(module, projected, parts, before, after)
     out, _ = cuda_chunks.products(*inputs, order, alone=True)
     moves = parts.outputs, parts.answered[0].reshape(-1)

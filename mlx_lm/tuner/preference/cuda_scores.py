@@ -10,8 +10,8 @@ import mlx.core as mx
 from .cpu_attention import blocks_of, in_blocks
 from .cuda_kernel import run_kernel
 
-# Threads a block, and bytes that each reads of a row, a warp's, at a time.
-THREADS, WORD = 256, 16
+# Threads a block, bytes that each reads of a row, a warp's, at a time, and a multiple of which blocks of queries begin.
+THREADS, WORD, WHOLE = 256, 16, 8
 
 START = """
   struct alignas(N * sizeof(T)) Word { T values[N]; };
@@ -100,13 +100,13 @@ def scored_attention(queries, keys, values, scale, causal, window=None, most_sco
     if queries.dtype == mx.float16:
         # Its scores could be too large before they are scaled.
         queries, scale = queries * scale, 1.0
-    factor, spans = mx.array([scale], mx.float32), blocks_of(queries, keys, most_scores, 1)
+    factor, spans = mx.array([scale], mx.float32), blocks_of(queries, keys, most_scores, 1, WHOLE)
     keeps = keeps and len(spans) == 1
     rows = (len(queries), keys.shape[1], -1)
 
-    def run(name, source, x, others):
+    def run(name, source, x, others, **more):
         vector = WORD // x.itemsize
-        template = {"T": x.dtype, "N": vector if x.shape[3] % vector == 0 else 1, "CAUSAL": causal}
+        template = {"T": x.dtype, "N": vector if x.shape[3] % vector == 0 else 1} | more
         grid = -(-x.size // x.shape[3] * 32 // THREADS) * THREADS, 1, 1
         inputs = {"x": x, "scale": factor} | others
         return run_kernel(f"scores_{name}", source, inputs, {"out": (x.shape, x.dtype)}, grid, THREADS, **template)[0]
@@ -114,7 +114,7 @@ def scored_attention(queries, keys, values, scale, causal, window=None, most_sco
     def weights_of(queries, keys, before):
         scores = queries.reshape(*rows, queries.shape[3]) @ keys.swapaxes(2, 3)
         numbers = mx.array([queries.shape[2], before, window or 2**30], mx.int32)
-        return run("weights", WEIGHTS, scores, {"numbers": numbers})
+        return run("weights", WEIGHTS, scores, {"numbers": numbers}, CAUSAL=causal)
 
     def block(queries, keys, values, before):
         weights = weights_of(queries, keys, before)

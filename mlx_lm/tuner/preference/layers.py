@@ -14,7 +14,7 @@ from .experts import NarrowLoRASwitchLinear, gather_sort, scatter_unsort
 from .intercept import aside, exchanged, intercepted, recomputed, replaced, tell_aside
 from .options import ConfigError
 from .pieces import chunks_of, recurrences_in_pieces
-from .siblings import adapted, siblings_of
+from .siblings import adapted, multiplied_in, siblings_of
 from .unpacked import UNPACKED, unpacks
 
 STATELESS = (PackedState, RowCache, Window)
@@ -186,7 +186,7 @@ def lora_layers(model):
     Those for which it is no floating one are left out.
     """
     layers = [module for module in model.modules() if type(module) is LoRALinear]
-    dtypes = [module.linear.get("scales", module.linear.weight).dtype for module in layers]
+    dtypes = map(multiplied_in, layers)
     return [pair for pair in zip(layers, dtypes, strict=True) if mx.issubdtype(pair[1], mx.floating)]
 
 

@@ -19,6 +19,7 @@ from ...models.cache import CacheList, ChunkedKVCache, ConcatenateKVCache, KVCac
 from ...utils import token_logps
 from .attention import Layout, PackedCache, PackedState, Parts, RowCache, on_cuda, on_metal
 from .batches import PACKED, PLAIN, RECURRENT, lengths_of, make_batch, shape_of
+from .cuda_cache import all_kept
 from .intercept import drawing_from, evaluating, exchanged, intercepted, parameters_in
 from .layers import convolved_channels, is_float32, layers_of, lean_layers
 from .pairs import Pair
@@ -165,6 +166,7 @@ class Scorer:
             try:
                 with self.lean_layers(tried):
                     found = self.logits(self.response_states(tried))
+                    all_kept()
                     mx.eval(found)
             except Exception:  # in parts, or in a batch that it was not written for, its own code may fail in any way
                 return False

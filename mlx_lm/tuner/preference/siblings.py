@@ -189,6 +189,12 @@ def siblings_of(layer):
     return _KNOWN.get(id(layer))
 
 
+def multiplied_in(layer):
+    """The dtype in which a linear layer multiplies, be it with an adapter: its weight's, or a packed one's scales'."""
+    own = layer.get("linear", layer)
+    return own.get("scales", own.weight).dtype
+
+
 def _known(layers):
     """The `Siblings` that are these layers, or None."""
     known = siblings_of(layers[0])

@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from .batches import Batch
+from .cuda_cache import all_kept
 from .figures import FIGURES
 from .flat import FlatParameters
 from .nonfinite import update_if
@@ -93,7 +94,9 @@ class Step:
         # Around the backward pass too, for layers that it computes again.
         with self.objective.scorer.lean_layers(batch), self.flat.as_multiplied(), self.objective.watching():
             (_, sums), gradient = mx.value_and_grad(loss)(parameters)
-        return sums, self.flat.join(gradient, as_multiplied=True)
+        gradient = self.flat.join(gradient, as_multiplied=True)
+        all_kept()
+        return sums, gradient
 
     def _update(self, gradient, pairs):
         squares = sum(mx.square(value.astype(mx.float32)).sum() for _, value in tree_flatten(gradient))
