@@ -409,8 +409,9 @@ def recurrent_table(found):
         "`python benchmarks/recurrent.py cpu` (or `gpu`); the first two rows of the H200 by `recurrent.measure_step`, "
         "in turns in one process, three times each with 12 steps after 6: the median of 57.6, 61.6 and 62.3 ms, and of "
         "55.9, 58.0 and 58.9, their shares 0.174 to 0.184 and 0.178 to 0.192 of rates that were measured before each, "
-        "0.71e15 to 0.74e15. Token by token two runs of 12 steps, on another H200, of the mean of ten rates there. The "
-        "rows of chunks on the H200 are an earlier state's."
+        "0.71e15 to 0.74e15; the peaks are the lowest ones, as others had arrays of a model before with them. Token "
+        "by token two runs of 12 steps, on another H200, of the mean of ten rates there. The H200's rows of chunks are "
+        "an earlier state's."
     )
     return markdown_table(header, rows) + "\n\n" + made
 

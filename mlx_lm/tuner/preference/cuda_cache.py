@@ -48,6 +48,7 @@ INSIDE = "namespace mlx::core::cu {\n\nnamespace cg = cooperative_groups;\n\n"
 AFTER = "\n}\n\n} // namespace mlx::core::cu\n"
 # What the standard library begins a hash with.
 SEED = 0xC70F6907
+# Compilations at a time, at most.
 MOST_AT_ONCE = 8
 
 _asked, _compiling = set(), []
