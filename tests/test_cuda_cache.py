@@ -127,14 +127,14 @@ def test_another_text_of_one_name_replaces_what_is_kept(compiled, monkeypatch):
     assert len(names) == 2 and len(list(folder.iterdir())) == 3
 
 
-@pytest.mark.parametrize("failing", ["exists", "write_bytes", "mkdir"])
-def test_a_folder_of_another_users_ends_nothing_and_is_left_as_it_is(compiled, failing, monkeypatch):
+@pytest.mark.parametrize("owner, failing", [(cuda_cache.Path, "exists"), (os, "replace"), (cuda_cache.Path, "mkdir")])
+def test_a_folder_of_another_users_ends_nothing_and_is_left_as_it_is(compiled, owner, failing, monkeypatch):
     folder, _ = compiled
 
     def refuse(*_, **__):
         raise PermissionError("another user's")
 
-    monkeypatch.setattr(cuda_cache.Path, failing, refuse)
+    monkeypatch.setattr(owner, failing, refuse)
     keep(*KERNEL, TEMPLATE)
     all_kept()
     monkeypatch.undo()

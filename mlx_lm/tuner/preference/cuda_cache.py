@@ -12,9 +12,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from operator import methodcaller
 from pathlib import Path
 
 import mlx.core as mx
+
+from .files import replace_files
 
 # What a dtype is in a text, and in a kernel's name.
 TYPES = {
@@ -147,14 +150,8 @@ def _write(path, name, text):
     """Compile a kernel and put its code, names and text where MLX looks for them, the code last."""
     path.parent.mkdir(parents=True, exist_ok=True)
     code, lowered = _compiled(text, name)
-    for suffix, content in ((".txt", f"{name}\t{lowered}\n".encode()), (".cu", text.encode()), (".ptx", code)):
-        whole = path.with_suffix(f"{suffix}.{os.getpid()}")
-        try:
-            whole.write_bytes(content)
-            whole.replace(path.with_suffix(suffix))
-        except OSError:
-            whole.unlink(missing_ok=True)
-            raise
+    contents = {".txt": f"{name}\t{lowered}\n".encode(), ".cu": text.encode(), ".ptx": code}
+    replace_files(*((path.with_suffix(end), methodcaller("write", content)) for end, content in contents.items()))
 
 
 def _compiled(text, name):
