@@ -191,7 +191,6 @@ def _place(array):
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
-TYPES = {mx.float32: "float", mx.int32: "int", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}
 # Of 16 bits, which numpy has no name for.
 HALF = (mx.bfloat16, mx.float16)
 # A word that is read where none begins ends the process, as it would on a GPU.
@@ -241,14 +240,16 @@ class _Kernel:
 
     def _text(self, dtypes, output_dtypes, template):
         """What compiles to a function `run` of the numbers of blocks, of threads, and of all arrays."""
+        from mlx_lm.tuner.preference.cuda_cache import TYPES
+
         inputs, outputs = self.names
         arrays = []
         for name, dtype in zip(inputs, dtypes, strict=True):
-            arrays += [f"const {TYPES[dtype]}* {name}", f"const int* {name}_shape", f"const long* {name}_strides"]
+            arrays += [f"const {TYPES[dtype][0]}* {name}", f"const int* {name}_shape", f"const long* {name}_strides"]
             arrays.append(f"int {name}_ndim")
-        arrays += [f"{TYPES[dtype]}* {name}" for name, dtype in zip(outputs, output_dtypes, strict=True)]
+        arrays += [f"{TYPES[dtype][0]}* {name}" for name, dtype in zip(outputs, output_dtypes, strict=True)]
         constants = [
-            f"using {name} = {TYPES[value]};"
+            f"using {name} = {TYPES[value][0]};"
             if isinstance(value, mx.Dtype)
             else f"constexpr int {name} = {int(value)};"
             for name, value in template
