@@ -27,27 +27,24 @@ CHUNK, THREADS = 64, 128
 # Rows of a state that a block has.
 ROWS = 32
 
+MULTIPLY_ADD = """
+template <>
+__device__ void multiply_add<TYPE>(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.KIND.KIND.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+"""
 # What a GPU has instructions for.
-INSTRUCTIONS = """
+INSTRUCTIONS = (
+    """
 template <typename T>
 __device__ void multiply_add(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
-
-template <>
-__device__ void multiply_add<__nv_bfloat16>(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-template <>
-__device__ void multiply_add<__half>(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
+"""
+    + MULTIPLY_ADD.replace("TYPE", "__nv_bfloat16").replace("KIND", "bf16")
+    + MULTIPLY_ADD.replace("TYPE", "__half").replace("KIND", "f16")
+    + """
 // Four matrices of 8 x 8 numbers in shared memory, of each of which a thread is given two neighbours of a row, or if
 // TURNED of a column: the numbers that `multiply_add` takes of it. Each eight lanes of a warp have the rows of one.
 template <bool TURNED>
@@ -77,6 +74,7 @@ __device__ void landed() {
   __syncthreads();
 }
 """
+)
 
 HEADER = """
 constexpr int CHUNK = 64, THREADS = 128, GAP = 8, SQUARE = CHUNK + GAP;

@@ -127,7 +127,7 @@ def convolved(x, weight, before, after, bias=None):
     def run(x, sources, bias):
         # Without one nothing reads what stands in its place.
         inputs = {"x": x, "weight": weight, "sources": sources, "bias": weight if bias is None else bias}
-        grid = -(-x.nbytes // WORD // THREADS) * THREADS, 1, 1
+        grid = x.nbytes // WORD, 1, 1
         taps = weight.shape[1]
         template = {"T": x.dtype, "TAPS": taps, "ROUNDS": len(sources) // (taps - 1)}
         template |= {"WORD": WORD, "BIASED": bias is not None}

@@ -87,7 +87,7 @@ def rows_of(arrays, indices):
         inputs |= {f"x_{i}_{n}": part for n, part in enumerate(parts)} | {f"index_{i}": index}
         outputs[f"out_{i}"] = (index.shape[1], *parts[0].shape[1:]), parts[0].dtype
         words += index.shape[1] * (parts[0].nbytes // len(parts[0]) // WORD)
-    grid, count, parts = (-(-words // THREADS) * THREADS, 1, 1), len(arrays), len(arrays[0])
+    grid, count, parts = (words, 1, 1), len(arrays), len(arrays[0])
     source = _rows_source(count, parts)
     return run_kernel(f"rows_of_{count}_in_{parts}", source, inputs, outputs, grid, THREADS, HEADER)
 
@@ -126,6 +126,6 @@ def joined(arrays, aligned):
         inputs = {f"part_{i}": x for i, x in enumerate(some)}
         inputs["places"] = mx.array(np.stack([starts, sizes, ends]))
         outputs, count = {"joined": ((int(ends[-1]),), some[0].dtype)}, len(some)
-        grid, source = (-(-int(sizes.max()) // (4 * THREADS)) * THREADS, count, 1), _joining_source(count)
+        grid, source = (-(-int(sizes.max()) // 4), count, 1), _joining_source(count)
         vectors += run_kernel(f"joined_{count}", source, inputs, outputs, grid, THREADS, T=some[0].dtype)
     return mx.concatenate(vectors)

@@ -187,7 +187,7 @@ def _parted(module, projected, parts, before, after):
 
     def run(name, source, inputs, outputs, number, own):
         """A kernel with a warp for each of so many heads of a number of tokens."""
-        grid = -(-number * own * 32 // THREADS) * THREADS, 1, 1
+        grid = number * own * 32, 1, 1
         return run_kernel(
             f"delta_{name}", source, inputs | constants, outputs, grid, THREADS, CONVOLVE, HEADS=own, **template
         )

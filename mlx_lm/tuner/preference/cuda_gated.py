@@ -58,7 +58,7 @@ def gated(both, linear, cubic):
         """A kernel's `(..., width)`, with a thread for each word of gate."""
         words = both.size * both.itemsize // (2 * WORD)
         inputs = {"both": both.reshape(-1, both.shape[-1]), "factors": factors} | others
-        outputs, grid = {"out": ((*both.shape[:-1], width), both.dtype)}, (-(-words // THREADS) * THREADS, 1, 1)
+        outputs, grid = {"out": ((*both.shape[:-1], width), both.dtype)}, (words, 1, 1)
         return run_kernel(name, START + source, inputs, outputs, grid, THREADS, T=both.dtype, WORD=WORD)[0]
 
     @mx.custom_function

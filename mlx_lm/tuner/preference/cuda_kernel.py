@@ -4,6 +4,14 @@ import mlx.core as mx
 
 from .cuda_cache import keep
 
+# Of what the lanes of a warp have each, the sum.
+SUM_OF = """
+  auto sum_of = [](float sum) {
+    for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+    return sum;
+  };
+"""
+
 # By name and shared memory, which are quicker to find than a text with all names of its arrays.
 _made = {}
 
@@ -18,7 +26,7 @@ def run_kernel(name, source, inputs, outputs, grid, threads, header="", memory=0
         copies: whether MLX makes copies of inputs that are not in a row.
         inputs: arrays by name.
         outputs: `(shape, dtype)` by name.
-        grid: threads along each axis.
+        grid: threads along each axis, of the first one as many as are needed: the last block is whole.
         threads: of a block, along the first one.
         template: numbers and dtypes, constants of the text.
     """
@@ -27,10 +35,11 @@ def run_kernel(name, source, inputs, outputs, grid, threads, header="", memory=0
         told = {"name": name, "input_names": list(inputs), "output_names": list(outputs), "shared_memory": memory}
         _made[name, memory] = mx.fast.cuda_kernel(source=source, header=header, ensure_row_contiguous=copies, **told)
     shapes, dtypes = zip(*outputs.values(), strict=True)
+    needed, *others = grid
     return _made[name, memory](
         inputs=list(inputs.values()),
         template=list(template.items()),
-        grid=grid,
+        grid=(-(-needed // threads) * threads, *others),
         threadgroup=(threads, 1, 1),
         output_shapes=shapes,
         output_dtypes=dtypes,

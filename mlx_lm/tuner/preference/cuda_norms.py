@@ -7,17 +7,15 @@ from functools import partial
 
 import mlx.core as mx
 
-from .cuda_kernel import run_kernel
+from .cuda_kernel import SUM_OF, run_kernel
 
 # Threads a block; a row of a head is a warp's.
 THREADS = 256
 
 # For a row whose D numbers a warp has, N a lane.
-REDUCE = """
-  auto sum_of = [](float sum) {
-    for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
-    return sum;
-  };
+REDUCE = (
+    SUM_OF
+    + """
   // 1 over the root of the mean of squares, and the gradient through that of a row's multiples of it.
   auto inverse_of = [&](const float (&x)[N], float eps) {
     float squares = 0.0f;
@@ -31,6 +29,7 @@ REDUCE = """
     for (int i = 0; i < N; ++i) slopes[i] = inverse * (slopes[i] - back * x[i]);
   };
 """
+)
 
 START = (
     """
@@ -127,7 +126,7 @@ def _run(name, source, inputs, count, **more):
     """A kernel with a warp for each of so many rows; its outputs are as many as it names, each like its input."""
     x = inputs["x_0"]
     outputs = {f"out_{i}": (inputs[f"x_{i}"].shape, x.dtype) for i in range(2) if f"out_{i}" in source}
-    grid, more = (-(-count * 32 // THREADS) * THREADS, 1, 1), {"T": x.dtype, "D": x.shape[3]} | more
+    grid, more = (count * 32, 1, 1), {"T": x.dtype, "D": x.shape[3]} | more
     return run_kernel(name, START + source, inputs, outputs, grid, THREADS, copies=False, **more)
 
 

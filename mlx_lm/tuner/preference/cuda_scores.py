@@ -8,12 +8,13 @@ Query heads that have one key head are rows of one product, whose gradients need
 import mlx.core as mx
 
 from .cpu_attention import blocks_of, in_blocks
-from .cuda_kernel import run_kernel
+from .cuda_kernel import SUM_OF, run_kernel
 
 # Threads a block, bytes that each reads of a row, a warp's, at a time, and a multiple of which blocks of queries begin.
 THREADS, WORD, WHOLE = 256, 16, 8
 
-START = """
+START = (
+    """
   struct alignas(N * sizeof(T)) Word { T values[N]; };
   const unsigned lane = threadIdx.x % 32;
   const size_t row = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
@@ -21,11 +22,9 @@ START = """
   if (row >= size_t(x_shape[0]) * x_shape[1] * x_shape[2]) return;
   const Word* own = reinterpret_cast<const Word*>(x) + row * words;
   Word* to = reinterpret_cast<Word*>(out) + row * words;
-  auto sum_of = [](float sum) {
-    for (int apart = 16; apart; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
-    return sum;
-  };
 """
+    + SUM_OF
+)
 
 # A row's query is the number of so many keys, and sees those up to its own, of which so many at most.
 WEIGHTS = (
@@ -107,7 +106,7 @@ def scored_attention(queries, keys, values, scale, causal, window=None, most_sco
     def run(name, source, x, others, **more):
         vector = WORD // x.itemsize
         template = {"T": x.dtype, "N": vector if x.shape[3] % vector == 0 else 1} | more
-        grid = -(-x.size // x.shape[3] * 32 // THREADS) * THREADS, 1, 1
+        grid = x.size // x.shape[3] * 32, 1, 1
         inputs = {"x": x, "scale": factor} | others
         return run_kernel(f"scores_{name}", source, inputs, {"out": (x.shape, x.dtype)}, grid, THREADS, **template)[0]
 
